@@ -1,0 +1,1 @@
+"""mmcl: continual learning for vision-language models."""

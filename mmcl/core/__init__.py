@@ -1,0 +1,36 @@
+"""The words everybody uses: batch, task, model, strategy, and the function where they meet."""
+
+from mmcl.core.atomic import write_atomic
+from mmcl.core.batch import UNSCORED, Batch
+from mmcl.core.chain import Chain
+from mmcl.core.model import VLM, expect_shape, require
+from mmcl.core.output import NO_PROMPTS, Modality, Output, Prompts
+from mmcl.core.recall import Recall
+from mmcl.core.step import Step, begin_task, end_task, run, step
+from mmcl.core.strategy import Strategy, device_of, trainable
+from mmcl.core.task import Task, TaskStream
+
+__all__ = [
+    "NO_PROMPTS",
+    "UNSCORED",
+    "VLM",
+    "Batch",
+    "Chain",
+    "Modality",
+    "Output",
+    "Prompts",
+    "Recall",
+    "Step",
+    "Strategy",
+    "Task",
+    "TaskStream",
+    "begin_task",
+    "device_of",
+    "end_task",
+    "expect_shape",
+    "require",
+    "run",
+    "step",
+    "trainable",
+    "write_atomic",
+]

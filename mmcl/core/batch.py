@@ -1,0 +1,152 @@
+"""Batch: what one step sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+UNSCORED = -100
+"""Label of a row (or token) that the task loss leaves out, as in torch's cross entropy."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one step. B rows, M pictures, L tokens, N image tokens, D width.
+
+    Attributes:
+        images: (M, 3, H, W) uint8 as decoded and resized; the model normalises on its device.
+        labels: (B,) int64 class index (column of the class scores), -100 = not scored; for
+            generative models (B, L) token targets.
+        task: (B,) int64, the task each row came from.
+        owner: (M,) int64, the row each picture belongs to; None = one each, in order.
+        tokens: (B, L) int64, padded; None when rows have no text of their own.
+        mask: (B, L) bool, True on real tokens.
+        features: (B, N, D) frozen-encoder output that stands in for images.
+        sample: (B,) int64, the number of each row inside its task; (task, sample) names it.
+        recalled: (B,) bool, True where the row was remembered; None = all rows are new.
+        keys: sample keys, to trace a row back to its shard.
+        faults: what could not be read while this batch was made, one sentence each.
+    """
+
+    images: Tensor | None
+    labels: Tensor
+    task: Tensor
+    owner: Tensor | None = None
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+    features: Tensor | None = None
+    sample: Tensor | None = None
+    recalled: Tensor | None = None
+    keys: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """Return B, the number of rows."""
+        return int(self.labels.shape[0])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Return the batch with every tensor on ``device``."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory, from where a GPU copies faster."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def take(self, rows: Tensor) -> Batch:
+        """Return the chosen rows, in the order asked.
+
+        Args:
+            rows: (R,) int64 row numbers, 0 to B-1; a number may appear twice.
+        """
+        taken: dict[str, Any] = {name: value[rows] for name, value in self._row_tensors().items()}
+        if self.images is not None:
+            if self.owner is None:
+                taken["images"] = self.images[rows]
+            else:
+                taken["images"], taken["owner"] = _take_owned(self.images, self.owner, rows)
+        keys = tuple(self.keys[int(row)] for row in rows) if self.keys else ()
+        return replace(self, **{**taken, "keys": keys})
+
+    def join(self, other: Batch) -> Batch:
+        """Return the rows of both, this batch first.
+
+        Texts are padded to the longer of the two. A field that one side lacks must be lacking in
+        the other, except ``recalled`` (None counts as all new) and ``sample`` (None as -1).
+
+        Raises:
+            ValueError: if one side has pictures, tokens or features that the other has not.
+        """
+        joined: dict[str, Any] = {}
+        left, right = _with_marks(self), _with_marks(other)
+        left, right = _padded(left, right), _padded(right, left)
+        for name in ("labels", "task", "tokens", "mask", "features", "sample", "recalled"):
+            joined[name] = _joined(name, getattr(left, name), getattr(right, name))
+        joined["images"] = _joined("images", left.images, right.images)
+        if left.owner is not None or right.owner is not None:
+            joined["owner"] = torch.cat([_owners(left), _owners(right) + len(left)])
+        keys = left.keys + right.keys if len(left.keys) == len(left) else ()
+        return replace(self, keys=keys, faults=self.faults + other.faults, **joined)
+
+    def _map(self, change: Any) -> Batch:
+        values = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        changed = {name: change(v) for name, v in values if isinstance(v, Tensor)}
+        return replace(self, **changed)
+
+    def _row_tensors(self) -> dict[str, Tensor]:
+        names = ("labels", "task", "tokens", "mask", "features", "sample", "recalled")
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def _owners(batch: Batch) -> Tensor:
+    return (
+        torch.arange(len(batch), device=batch.labels.device)
+        if batch.owner is None
+        else (batch.owner)
+    )
+
+
+def _take_owned(images: Tensor, owner: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    pictures = [torch.nonzero(owner == row).flatten() for row in rows]
+    new_owner = [torch.full_like(found, place) for place, found in enumerate(pictures)]
+    return images[torch.cat(pictures)], torch.cat(new_owner)
+
+
+def _with_marks(batch: Batch) -> Batch:
+    device, rows = batch.labels.device, len(batch)
+    recalled = batch.recalled
+    if recalled is None:
+        recalled = torch.zeros(rows, dtype=torch.bool, device=device)
+    sample = batch.sample
+    if sample is None:
+        sample = torch.full((rows,), -1, dtype=torch.int64, device=device)
+    mask = batch.mask
+    if mask is None and batch.tokens is not None:
+        mask = torch.ones_like(batch.tokens, dtype=torch.bool)
+    return replace(batch, recalled=recalled, sample=sample, mask=mask)
+
+
+def _padded(batch: Batch, other: Batch) -> Batch:
+    if batch.tokens is None or other.tokens is None or batch.mask is None:
+        return batch
+    missing = other.tokens.shape[1] - batch.tokens.shape[1]
+    if missing <= 0:
+        return batch
+    pad = torch.nn.functional.pad
+    return replace(
+        batch, tokens=pad(batch.tokens, (0, missing)), mask=pad(batch.mask, (0, missing))
+    )
+
+
+def _joined(name: str, left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    if left is None and right is None:
+        return None
+    if left is None or right is None:
+        raise ValueError(
+            f"one batch has {name} and the other has not: join batches of the same kind "
+            f"(encode pictures first if the remembered rows are features)"
+        )
+    return torch.cat([left, right.to(left.device)])

@@ -1,0 +1,192 @@
+"""Task and TaskStream: what is learned, in which order, and what the model may know at test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, overload
+
+from mmcl.core.card import Card, TaskEntry, read_card
+
+Kind = Literal["caption", "classify", "retrieve", "answer", "prefer", "edit"]
+Stage = Literal["cpt", "dap", "cft"]
+Scenario = Literal["task", "class", "domain"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One member of a stream.
+
+    Attributes:
+        index: position in the learned order, from 0; probes go on counting after the tasks.
+        name: of the task.
+        kind: what its rows are, which decides loss and score.
+        stage: continual pre-training, domain adaptation or fine-tuning.
+        train: shard files or urls of the training part.
+        test: shard files or urls of the test part.
+        size: training samples counted on the card; 0 = not known.
+        test_size: test samples counted on the card.
+        classes: names new in this task, in the learned order.
+        labels: columns (learned class numbers) of all classes that occur in this task.
+        columns: card label -> column, -1 where a label does not belong to this task.
+        templates: prompt templates, each with one ``{}``.
+        text: which member of a sample holds its text, a webdataset extension.
+        epochs: passes over the task, None = as the trainer says.
+        is_probe: True for a test-only member that is scored in every row.
+    """
+
+    index: int
+    name: str
+    kind: Kind = "classify"
+    stage: Stage = "cft"
+    train: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    size: int = 0
+    test_size: int = 0
+    classes: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
+    columns: tuple[int, ...] = ()
+    templates: tuple[str, ...] = ()
+    text: str = "txt"
+    epochs: int | None = None
+    is_probe: bool = False
+
+
+class TaskStream(Sequence[Task]):
+    """Tasks in the order in which they are learned, and probes that are only ever scored.
+
+    Class numbers are columns: position of a class's first appearance in the learned order. A probe
+    has a label space of its own.
+
+    Args:
+        name: of the stream.
+        scenario: what the model may know at test: "task" (its task, TIL), "class" (nothing, CIL)
+            or "domain" (nothing, but classes stay the same, DIL).
+        tasks: in learned order.
+        probes: never trained on.
+        folder: where relative shard names start.
+        hashes: shard name -> sha256, where the card states it.
+        licence: of the data.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        scenario: Scenario,
+        tasks: Sequence[Task],
+        probes: Sequence[Task] = (),
+        *,
+        folder: Path = Path(),
+        hashes: dict[str, str] | None = None,
+        licence: str = "",
+    ) -> None:
+        self.name = name
+        self.scenario = scenario
+        self.tasks = tuple(tasks)
+        self.probes = tuple(probes)
+        self.folder = folder
+        self.hashes = dict(hashes or {})
+        self.licence = licence
+
+    @classmethod
+    def read(cls, card: Path, order: Sequence[int] | None = None) -> TaskStream:
+        """Read a stream card.
+
+        Args:
+            card: YAML file beside its shards.
+            order: task positions in the order to learn them, default as on the card.
+
+        Raises:
+            FileNotFoundError: if there is no card.
+            ValueError: listing every fault of the card at once, or a bad order.
+        """
+        read = read_card(card)
+        places = list(range(len(read.tasks))) if order is None else list(order)
+        if sorted(places) != list(range(len(read.tasks))):
+            raise ValueError(
+                f"order is {places}, expected each of 0 to {len(read.tasks) - 1} once: "
+                f"{card} has {len(read.tasks)} tasks"
+            )
+        tasks = _numbered(read, [read.tasks[place] for place in places])
+        probes = [
+            _probe(read, entry, len(tasks) + number) for number, entry in enumerate(read.probes)
+        ]
+        return cls(
+            read.name,
+            read.scenario,  # type: ignore[arg-type]  # the card reader checked the three words
+            tasks,
+            probes,
+            folder=card.parent,
+            hashes=read.hashes,
+            licence=read.licence,
+        )
+
+    def classes_until(self, index: int) -> tuple[str, ...]:
+        """Return the names of all classes met in tasks 0 to ``index``, in column order."""
+        return tuple(name for task in self.tasks[: index + 1] for name in task.classes)
+
+    def column(self, number: int) -> Task:
+        """Return the task or probe that a matrix column stands for."""
+        return (self.tasks + self.probes)[number]
+
+    @property
+    def columns(self) -> tuple[Task, ...]:
+        """Tasks, then probes."""
+        return self.tasks + self.probes
+
+    def shard(self, name: str) -> str:
+        """Return the path or url of a shard that is named relative to the card."""
+        return name if "://" in name or name.startswith("pipe:") else str(self.folder / name)
+
+    @overload
+    def __getitem__(self, place: int) -> Task: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Task, ...]: ...
+    def __getitem__(self, place: int | slice) -> Task | tuple[Task, ...]:
+        return self.tasks[place]
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self.tasks)
+
+
+def _entry(card: Card, entry: TaskEntry, index: int) -> Task:
+    return Task(
+        index=index,
+        name=entry.name,
+        kind=entry.kind,  # type: ignore[arg-type]  # checked by the card reader
+        stage=entry.stage,  # type: ignore[arg-type]
+        train=entry.train,
+        test=entry.test,
+        size=entry.size,
+        test_size=entry.test_size,
+        templates=entry.templates,
+        text=entry.text,
+        epochs=entry.epochs,
+    )
+
+
+def _numbered(card: Card, entries: Sequence[TaskEntry]) -> list[Task]:
+    seen: dict[str, int] = {}
+    tasks = []
+    for index, entry in enumerate(entries):
+        new = tuple(name for name in entry.classes if name not in seen)
+        seen.update({name: len(seen) + offset for offset, name in enumerate(new)})
+        own = set(entry.classes)
+        columns = tuple(seen[name] if name in own else -1 for name in card.classes)
+        labels = tuple(sorted(column for column in columns if column >= 0))
+        task = _entry(card, entry, index)
+        tasks.append(replace(task, classes=new, labels=labels, columns=columns))
+    return tasks
+
+
+def _probe(card: Card, entry: TaskEntry, index: int) -> Task:
+    names = entry.classes
+    place = {name: column for column, name in enumerate(names)}
+    columns = tuple(place.get(name, -1) for name in (entry.label_names or card.classes))
+    task = _entry(card, entry, index)
+    labels = tuple(range(len(names)))
+    return replace(task, classes=names, labels=labels, columns=columns, is_probe=True)

@@ -1,0 +1,1 @@
+"""From tar to Batch."""

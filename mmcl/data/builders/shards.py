@@ -1,0 +1,223 @@
+"""Writing shards so that a build may be killed at any moment and still ends the same to the byte.
+
+A builder says what it will write as a list of `ShardPlan`, and `build_stream` does the rest: shards
+first, each to a temporary name that is renamed when it is whole, then the cards. Beside them lies
+`<stream>.build.json`, the recipe of the build and the hash of every finished shard: what is there
+and true is not made again, and a folder made by another recipe is made anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from webdataset.writer import TarWriter
+
+from mmcl.core.atomic import write_atomic
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there, two builds of one folder only waste work.
+    fcntl = None  # type: ignore[assignment]
+
+Sample = Mapping[str, Any]
+"""`{"__key__": "digits-0001", "png": bytes, "cls": b"3", "txt": "three"}`."""
+
+Progress = Callable[[int, int], None]
+"""Called with (samples done, samples in all)."""
+
+CardTexts = Callable[[Mapping[str, str]], Mapping[str, str]]
+"""From {shard: sha256} to {card file name: its text}."""
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard before it is written.
+
+    Args:
+        name: file name, ending in ``.tar``, without a folder.
+        count: samples that ``samples`` will give, at least 1.
+        samples: makes the samples, the same ones in the same order at every call.
+    """
+
+    name: str
+    count: int
+    samples: Callable[[], Iterable[Sample]]
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[int, str]:
+    """Write one tar shard, whole or not at all, with bytes that depend on the samples alone.
+
+    Members carry no time, user or group; inside a sample they are sorted by extension.
+
+    Args:
+        path: where the shard will stand.
+        samples: each a ``__key__`` and members as bytes or UTF-8 text, named by their extension.
+
+    Returns:
+        The number of samples, and the sha256 of the file in hex.
+
+    Raises:
+        ValueError: if a key is repeated, or holds a dot and so would run into its extension.
+    """
+    keys: set[str] = set()
+
+    def write(temporary: Path) -> None:
+        with (
+            temporary.open("wb") as file,
+            TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as tar,
+        ):
+            for sample in samples:
+                _expect_new_key(path, sample["__key__"], keys)
+                tar.write({name: _to_bytes(name, value) for name, value in sample.items()})
+
+    write_atomic(path, write)
+    return len(keys), sha256_of(path)
+
+
+def _expect_new_key(path: Path, key: str, keys: set[str]) -> None:
+    if "." in key:
+        raise ValueError(f"sample key {key!r} of {path.name} holds a dot: use letters, digits and -")
+    if key in keys:
+        raise ValueError(f"sample key {key!r} comes twice in {path.name}: give every sample its own")
+    keys.add(key)
+
+
+def _to_bytes(name: str, value: str | bytes) -> str | bytes:
+    return value.encode() if isinstance(value, str) and name != "__key__" else value
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file in hex, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def build_stream(
+    folder: Path,
+    name: str,
+    plans: Sequence[ShardPlan],
+    cards: Sequence[str],
+    card_texts: CardTexts,
+    *,
+    recipe: Mapping[str, Any],
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Make the shards that are missing or not as they were written, then the missing cards.
+
+    A card that is there stays as it is, so tasks that somebody appended to it are kept.
+
+    Args:
+        folder: where everything will lie; made if need be.
+        name: of the stream.
+        plans: the shards, no two of one name.
+        cards: file names of the cards.
+        card_texts: makes the cards' texts from the shards' hashes.
+        recipe: everything that the bytes depend on, as JSON values: seed, sizes, versions.
+            Shards and cards of another recipe with this name are removed first.
+        progress: told after every sample; finished shards count at once.
+
+    Returns:
+        The paths of the cards, in the order of ``cards``.
+
+    Raises:
+        RuntimeError: if a plan gives another number of samples than it said.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _one_builder(folder):
+        record_path = folder / f"{name}.build.json"
+        record = _open_record(record_path, cards, json.loads(json.dumps(recipe)))
+        for file in (*cards, *(plan.name for plan in plans), record_path.name):
+            _remove_leftovers(folder, file)
+        done, total = 0, sum(plan.count for plan in plans)
+        for plan in plans:
+            path = folder / plan.name
+            if not (path.is_file() and record["shards"].get(plan.name) == sha256_of(path)):
+                record["shards"][plan.name] = _write_plan(path, plan, done, total, progress)
+                _save_record(record_path, record)
+            done += plan.count
+            if progress is not None:
+                progress(done, total)
+        texts = card_texts({plan.name: record["shards"][plan.name] for plan in plans})
+        for card in cards:
+            if not (folder / card).exists():
+                write_atomic(folder / card, texts[card])
+    return [folder / card for card in cards]
+
+
+def _write_plan(
+    path: Path, plan: ShardPlan, done: int, total: int, progress: Progress | None
+) -> str:
+    def counted() -> Iterator[Sample]:
+        for number, sample in enumerate(plan.samples(), start=1):
+            yield sample
+            if progress is not None:
+                progress(done + number, total)
+
+    count, sha256 = write_shard(path, counted())
+    if count != plan.count:
+        path.unlink()
+        raise RuntimeError(
+            f"shard {plan.name} got {count} samples where its plan says {plan.count}: "
+            f"correct the count in the builder"
+        )
+    return sha256
+
+
+def _open_record(path: Path, cards: Sequence[str], recipe: Any) -> dict[str, Any]:
+    """Return the record of this recipe; the files of another one are removed before it starts."""
+    old = _read_record(path)
+    if old is not None and old["recipe"] == recipe and old["cards"] == list(cards):
+        return old
+    # Cards go first and the old record last: killed in between, the next call does the same again.
+    for name in (*(old or {}).get("cards", ()), *(old or {}).get("shards", ()), *cards):
+        if Path(name).name == name:
+            (path.parent / name).unlink(missing_ok=True)
+    record: dict[str, Any] = {"recipe": recipe, "cards": list(cards), "shards": {}}
+    _save_record(path, record)
+    return record
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    is_whole = isinstance(record, dict) and {"recipe", "cards", "shards"} <= record.keys()
+    return record if is_whole else None
+
+
+def _save_record(path: Path, record: Mapping[str, Any]) -> None:
+    # Sorted, because a shard that was repaired would otherwise stand last.
+    write_atomic(path, json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _remove_leftovers(folder: Path, name: str) -> None:
+    """Remove what a killed process left of a file under the temporary names of `write_atomic`."""
+    for leftover in folder.glob(f".{name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _one_builder(folder: Path) -> Iterator[None]:
+    """Let one process at a time build in a folder; a killed one lets go by itself."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        # Some network file systems refuse to lock a folder; two builds then only waste work.
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""Modules that a strategy installs in ``attach``."""

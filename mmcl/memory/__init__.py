@@ -1,0 +1,1 @@
+"""What is remembered: references to old samples, rows of tensors, snapshots of weights."""
