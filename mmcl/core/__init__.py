@@ -6,6 +6,7 @@ from mmcl.core.chain import Chain
 from mmcl.core.model import VLM, expect_shape, require
 from mmcl.core.output import NO_PROMPTS, Modality, Output, Prompts
 from mmcl.core.recall import Recall
+from mmcl.core.sample import Row, Transform
 from mmcl.core.step import Step, begin_task, end_task, run, step
 from mmcl.core.strategy import Strategy, device_of, trainable
 from mmcl.core.task import Task, TaskStream
@@ -20,10 +21,12 @@ __all__ = [
     "Output",
     "Prompts",
     "Recall",
+    "Row",
     "Step",
     "Strategy",
     "Task",
     "TaskStream",
+    "Transform",
     "begin_task",
     "device_of",
     "end_task",

@@ -29,6 +29,8 @@ class Batch:
         recalled: (B,) bool, True where the row was remembered; None = all rows are new.
         keys: sample keys, to trace a row back to its shard.
         faults: what could not be read while this batch was made, one sentence each.
+        weight: factor of the loss that makes the mean over ranks and accumulated parts the mean
+            over the global batch: own rows * ranks * parts / rows of the global batch.
     """
 
     images: Tensor | None
@@ -42,6 +44,7 @@ class Batch:
     recalled: Tensor | None = None
     keys: tuple[str, ...] = ()
     faults: tuple[str, ...] = ()
+    weight: float = 1.0
 
     def __len__(self) -> int:
         """Return B, the number of rows."""

@@ -22,20 +22,19 @@ def parse(text: str, source: str) -> object:
         raise ValueError(f"{source} is not valid JSON ({fault}): write it anew") from None
 
 
-def read(path: Path) -> object:
-    """Read a JSON file.
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is not UTF-8 or ``parse`` refuses it.
+        ValueError: if it is not UTF-8.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: give the folder of a run that has it")
     try:
-        text = path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as fault:
         raise ValueError(f"{path} is not UTF-8 ({fault}): write it anew") from None
-    return parse(text, str(path))
 
 
 def to_bytes(value: object, indent: int | None = 2) -> bytes:

@@ -1,14 +1,18 @@
 """The accuracy matrix: what was scored after which task, and what was not."""
 
-from collections.abc import Iterable, Sequence
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
 from mmcl.core.atomic import write_atomic
+from mmcl.core.task import TaskStream
 from mmcl.metrics import jsontext
+from mmcl.metrics.matrixcheck import SCENARIOS, faults
 
-SCENARIOS = ("task", "class", "domain")
 FIRST_ROW = "zero-shot"
 Value = float | None
 Cell = tuple[int, int]
@@ -56,7 +60,6 @@ class AccuracyMatrix:
         probes: Sequence[Column] = (),
         rows: Sequence[str] | None = None,
     ) -> None:
-        """Start with every cell unmeasured."""
         if scenario not in SCENARIOS:
             raise ValueError(f"scenario is {scenario!r}: choose one of {', '.join(SCENARIOS)}")
         if not tasks:
@@ -73,6 +76,23 @@ class AccuracyMatrix:
                 f"give 1 to {self.tasks + 1} (row 0 is before training)"
             )
         self._values: list[list[Value]] = [[None] * len(self.columns) for _ in self.rows]
+
+    @classmethod
+    def for_stream(
+        cls, stream: TaskStream, scores: Mapping[str, str] = MappingProxyType({})
+    ) -> AccuracyMatrix:
+        """Make the empty matrix of a stream.
+
+        Args:
+            stream: its tasks and probes become the columns.
+            scores: name of the score by kind of task, "accuracy" for a kind that is not named.
+        """
+        columns = [
+            Column(task.name, task.kind, scores.get(task.kind, "accuracy"), task.test_size)
+            for task in stream.columns
+        ]
+        tasks = len(stream.tasks)
+        return cls(stream.name, stream.scenario, columns[:tasks], columns[tasks:])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -188,37 +208,34 @@ class AccuracyMatrix:
         return "{\n" + ",\n".join([*lines, f'  "values": [\n{rows}\n  ]']) + "\n}\n"
 
     @classmethod
-    def from_json(cls, text: str, source: str = "matrix.json") -> "AccuracyMatrix":
+    def from_json(cls, text: str, source: str = "matrix.json") -> AccuracyMatrix:
         """Read the text of matrix.json.
 
         Raises:
             ValueError: naming every fault at once, if the text is not such a matrix.
         """
         raw = jsontext.parse(text, source)
-        faults = _faults(raw)
-        if faults:
-            raise ValueError(f"{source} is no accuracy matrix: {'; '.join(faults)}")
-        assert_free: dict[str, Any] = raw  # type: ignore[assignment]
-        return cls._from_valid(assert_free)
+        found = faults(raw)
+        if found:
+            raise ValueError(f"{source} is no accuracy matrix: {'; '.join(found)}")
+        return cls._from_valid(cast(dict[str, Any], raw))
 
     @classmethod
-    def read(cls, path: Path) -> "AccuracyMatrix":
+    def read(cls, path: Path) -> AccuracyMatrix:
         """Read a matrix file.
 
         Raises:
             FileNotFoundError: if there is none.
             ValueError: if it is not a matrix.
         """
-        if not path.is_file():
-            raise FileNotFoundError(f"no matrix at {path}: give the matrix.json of a run")
-        return cls.from_json(path.read_bytes().decode("utf-8", "replace"), str(path))
+        return cls.from_json(jsontext.read_text(path), str(path))
 
     def write(self, path: Path) -> None:
         """Write the matrix file, all of it or nothing."""
         write_atomic(path, self.to_json().encode("utf-8", "backslashreplace"))
 
     @classmethod
-    def _from_valid(cls, raw: dict[str, Any]) -> "AccuracyMatrix":
+    def _from_valid(cls, raw: dict[str, Any]) -> AccuracyMatrix:
         fields = zip(raw["columns"], raw["kinds"], raw["scores"], raw["sizes"], strict=True)
         columns = [Column(*field) for field in fields]
         tasks = raw["tasks"]
@@ -240,7 +257,9 @@ class AccuracyMatrix:
         names = self.names
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"column {twice[0]!r} occurs twice: give every task and probe one name")
+            raise ValueError(
+                f"column {twice[0]!r} occurs twice: give every task and probe one name"
+            )
 
 
 def _inline(value: object) -> str:

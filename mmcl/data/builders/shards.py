@@ -180,7 +180,7 @@ def _open_record(path: Path, cards: Sequence[str], recipe: Any) -> dict[str, Any
         return old
     # Cards go first and the old record last: killed in between, the next call does the same again.
     for name in (*(old or {}).get("cards", ()), *(old or {}).get("shards", ()), *cards):
-        if Path(name).name == name:
+        if Path(name).name == name and name.endswith((".tar", ".yaml")):
             (path.parent / name).unlink(missing_ok=True)
     record: dict[str, Any] = {"recipe": recipe, "cards": list(cards), "shards": {}}
     _save_record(path, record)
