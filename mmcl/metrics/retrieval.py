@@ -86,7 +86,7 @@ def misses_ahead(
         (Q,) int64; a query is a hit at k if its count is below k.
     """
     counts = []
-    for rows, ids in zip(query.split(chunk), query_ids.split(chunk), strict=True):
+    for rows, ids in zip(torch.split(query, chunk), torch.split(query_ids, chunk), strict=True):
         likeness = rows @ gallery.T
         is_hit = ids[:, None] == gallery_ids[None, :]
         best = likeness.masked_fill(~is_hit, -torch.inf).amax(1, keepdim=True)
@@ -100,7 +100,9 @@ def _share(counts: Tensor, k: int) -> float:
 
 def _unit(rows: Tensor) -> Tensor:
     rows = rows.detach().double()
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    unit: Tensor = rows / length.clamp_min(torch.finfo(torch.float64).tiny)
+    return unit
 
 
 def _first_rows(captions: Tensor) -> Tensor:

@@ -83,7 +83,9 @@ class RunSummary:
                 f"{source} is no summary of a run: cannot read {', '.join(faults)}; "
                 f"write it with RunSummary.write"
             )
-        return cls(**{**raw, "figures": tuple(Figure(**each) for each in raw["figures"])})
+        figures = tuple(Figure(**each) for each in raw["figures"])
+        lists = {key: tuple(raw[key]) for key in ("faults", "warnings")}
+        return cls(**{**raw, **lists, "figures": figures})
 
     @classmethod
     def read(cls, path: Path) -> RunSummary:

@@ -93,7 +93,7 @@ def build_domains(folder: Path, seed: int = 0, progress: Progress | None = None)
         "description": (
             "The same handwritten digits in five looks: clean, inverted (blue ink on yellow "
             "paper), noisy (normal, deviation 70 of 255), rotated (40 degrees counter-clockwise), "
-            f"striped (bars over three eighths of the picture). {SPLIT}"
+            f"striped (slanting bars over three eighths of the picture). {SPLIT}"
         ),
     }
     return _finish(folder, card, tasks, plans, seed, progress)

@@ -35,16 +35,17 @@ def noisy(scan: Image.Image, draw: np.random.Generator) -> Image.Image:
 
 
 def rotated(scan: Image.Image, _: np.random.Generator) -> Image.Image:
-    """Turn by 40 degrees, counter-clockwise."""
-    return clean(scan, _).rotate(_TURN_DEGREES, Image.Resampling.BICUBIC)
+    """Turn by 40 degrees, counter-clockwise, and make it smaller so that no corner is cut off."""
+    turned = _enlarge(scan).rotate(_TURN_DEGREES, Image.Resampling.BICUBIC, expand=True)
+    return turned.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC).convert("RGB")
 
 
 def striped(scan: Image.Image, draw: np.random.Generator) -> Image.Image:
-    """Hide three of every eight columns under grey bars that begin anywhere."""
+    """Hide three eighths of the picture under slanting grey bars that begin anywhere."""
     pixels = np.array(clean(scan, draw))
     start = int(draw.integers(_STRIPE_PERIOD))
-    is_hidden = (np.arange(PIXELS) + start) % _STRIPE_PERIOD < _STRIPE_WIDTH
-    pixels[:, is_hidden] = _STRIPE_GREY
+    across = np.arange(PIXELS)[:, None] + np.arange(PIXELS)[None, :]
+    pixels[(across + start) % _STRIPE_PERIOD < _STRIPE_WIDTH] = _STRIPE_GREY
     return Image.fromarray(pixels)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import zip_longest
 
 import emoji
 
@@ -73,7 +73,7 @@ def read_table() -> list[Emoji]:
     return table
 
 
-def choose(table: Iterable[Emoji], per_group: int | None) -> list[Emoji]:
+def choose(table: Sequence[Emoji], per_group: int | None) -> list[Emoji]:
     """Take at most so many emoji of every group, as different as they can be.
 
     The years of a group take turns, and within a year its subgroups do, so that every year has its
@@ -91,13 +91,42 @@ def choose(table: Iterable[Emoji], per_group: int | None) -> list[Emoji]:
     """
     if per_group is not None and per_group < 1:
         raise ValueError(f"per_group is {per_group}: give 1 or more, or None for every emoji")
-    table = list(table)
-    turns = _turns(table, lambda one: (one.group, one.year, one.subgroup))
-    by_turn = sorted(range(len(table)), key=lambda place: (turns[place], place))
-    year_turns = _turns([table[place] for place in by_turn], lambda one: (one.group, one.year))
-    rounds = sorted(zip(year_turns, by_turn, strict=True), key=lambda pair: (pair[0], table[pair[1]].year))
-    chosen = []
+    chosen: list[Emoji] = []
     for group in dict.fromkeys(GROUPS.values()):
-        places = [place for _, place in rounds if table[place].group == group][:per_group]
-        chosen += [table[place] for place in sorted(places, key=lambda place: (table[place].year, place))]
+        members = sorted((one for one in table if one.group == group), key=lambda one: one.year)
+        years = [_take_turns(_parted(year, "subgroup")) for year in _parted(members, "year")]
+        kept = set(_take_turns(years)[:per_group])
+        chosen += [one for one in members if one in kept]
     return chosen
+
+
+def _parted(table: Sequence[Emoji], field: str) -> list[list[Emoji]]:
+    """Part a list by the value of a field; parts in the order of their first member."""
+    parts: dict[object, list[Emoji]] = {}
+    for one in table:
+        parts.setdefault(getattr(one, field), []).append(one)
+    return list(parts.values())
+
+
+def _take_turns(lists: Sequence[Sequence[Emoji]]) -> list[Emoji]:
+    """Deal from the lists in turn: the first of each, then the second of each."""
+    return [one for turn in zip_longest(*lists) for one in turn if one is not None]
+
+
+def names_of(one: Emoji) -> dict[str, str] | None:
+    """Look up what an emoji is called, in the words of CLDR as the `emoji` package has them.
+
+    Args:
+        one: any emoji of the table.
+
+    Returns:
+        From each of `LANGUAGES` to the name, such as ``red apple``; None if one language has none.
+    """
+    emoji.config.load_language(list(LANGUAGES))  # a second call costs nothing
+    entry = emoji.EMOJI_DATA.get(one.text, {})
+    names = {language: _clean(entry.get(language, "")) for language in LANGUAGES}
+    return names if all(names.values()) else None
+
+
+def _clean(name: str) -> str:
+    return unicodedata.normalize("NFC", name.strip(":").translate(_STRAIGHT)).strip()

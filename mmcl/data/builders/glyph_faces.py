@@ -1,4 +1,4 @@
-"""Printed letters and digits, from the type faces that matplotlib ships (DejaVu, STIX, Computer Modern)."""
+"""Printed letters and digits, from type faces of matplotlib: DejaVu, STIX, Computer Modern."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -8,8 +8,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFont
 
-# Text faces only: the others hold mathematical signs. Letters in `cmmi10` and `cmsy10` are right,
-# their digits are not (old style, or none).
+# Text faces only: the others hold mathematical signs, and `cmmi10` prints digits in the old style.
 FACES = (
     "DejaVuSans",
     "DejaVuSans-Bold",

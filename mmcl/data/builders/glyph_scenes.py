@@ -8,7 +8,7 @@ SIDE = 64
 ENLARGE = (
     Image.Resampling.BILINEAR,
     Image.Resampling.BILINEAR,
-    Image.Resampling.BILINEAR,
+    Image.Resampling.BICUBIC,
     Image.Resampling.BICUBIC,
     Image.Resampling.NEAREST,
 )
@@ -44,9 +44,9 @@ def scan_coarsely(ink: Image.Image, cells: int, rng: Generator) -> Image.Image:
 
 
 def place_freely(ink: Image.Image, rng: Generator) -> Image.Image:
-    """Put a glyph somewhere on the page, at 35 to 95 % of its side, sharp or blurred."""
+    """Put a glyph somewhere on the page, at 45 to 95 % of its side, sharp or blurred."""
     glyph = ink.crop(ink.getbbox())
-    longest = rng.uniform(0.35, 0.95) * SIDE
+    longest = rng.uniform(0.45, 0.95) * SIDE
     scale = longest / max(glyph.size)
     wide, high = (max(2, int(side * scale)) for side in glyph.size)
     page = Image.new("L", (SIDE, SIDE))

@@ -1,4 +1,4 @@
-"""Handwritten digits, drawn as pen strokes: skeletons, a smooth curve through each, a pen of varying width."""
+"""Handwritten digits: skeletons, a smooth curve through each, a pen of varying width."""
 
 import numpy as np
 from numpy.random import Generator
@@ -119,11 +119,6 @@ def read_skeleton(text: str) -> list[Points]:
     ]
 
 
-def sway(points: Points, rng: Generator, strength: float) -> list[Points]:
-    """Not used outside this file: see `draw_strokes`."""
-    raise NotImplementedError
-
-
 def draw_strokes(digit: int, rng: Generator) -> Image.Image:
     """Write a digit by hand, once.
 
@@ -145,8 +140,8 @@ def draw_strokes(digit: int, rng: Generator) -> Image.Image:
     width = rng.uniform(0.42, 0.95)
     turning = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     matrix = turning @ np.array([[width, -slant], [0.0, 1.0]])
-    pen = CANVAS * rng.uniform(0.035, 0.095)
-    scale = CANVAS * 0.66
+    pen = CANVAS * rng.uniform(0.031, 0.084)
+    scale = CANVAS * 0.56
 
     ink = Image.new("L", (CANVAS, CANVAS))
     draw = ImageDraw.Draw(ink)
@@ -154,7 +149,9 @@ def draw_strokes(digit: int, rng: Generator) -> Image.Image:
         shaken = curve + rng.normal(0.0, 0.015, curve.shape)
         moved = shaken + (strength * np.sin(wave[0] * shaken[:, None, :] + wave[1])).sum(-1)
         path = smooth_curve(moved - 0.5) @ matrix.T * scale + CANVAS / 2
-        radius = pen * (1 + rng.uniform(0, 0.25) * np.sin(np.linspace(0, rng.uniform(2, 6), len(path))))
+        radius = pen * (
+            1 + rng.uniform(0, 0.25) * np.sin(np.linspace(0, rng.uniform(2, 6), len(path)))
+        )
         draw.line([tuple(place) for place in path], fill=255, width=round(2 * pen))
         for (x, y), r in zip(path, radius, strict=True):
             draw.ellipse((x - r, y - r, x + r, y + r), fill=255)

@@ -83,9 +83,13 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[int, str]:
 
 def _expect_new_key(path: Path, key: str, keys: set[str]) -> None:
     if "." in key:
-        raise ValueError(f"sample key {key!r} of {path.name} holds a dot: use letters, digits and -")
+        raise ValueError(
+            f"sample key {key!r} of {path.name} holds a dot: use letters, digits and -"
+        )
     if key in keys:
-        raise ValueError(f"sample key {key!r} comes twice in {path.name}: give every sample its own")
+        raise ValueError(
+            f"sample key {key!r} comes twice in {path.name}: give every sample its own"
+        )
     keys.add(key)
 
 

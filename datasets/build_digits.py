@@ -1,0 +1,6 @@
+"""Build the stream `digits`: `python datasets/build_digits.py --out data/digits`."""
+
+from mmcl.data.builders.script import main
+
+if __name__ == "__main__":
+    main("digits")

@@ -1,0 +1,6 @@
+"""Build the stream `digits_domains`: `python datasets/build_digits_domains.py --out data/digits_domains`."""
+
+from mmcl.data.builders.script import main
+
+if __name__ == "__main__":
+    main("digits_domains")

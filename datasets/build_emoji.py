@@ -1,0 +1,6 @@
+"""Build the stream `emoji`: `python datasets/build_emoji.py --out data/emoji`."""
+
+from mmcl.data.builders.script import main
+
+if __name__ == "__main__":
+    main("emoji")

@@ -1,0 +1,103 @@
+"""The streams that mmcl builds by itself, and where each builder is found.
+
+Nothing of a builder is imported before it is asked for, so that listing the streams costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+Builder = Callable[..., Any]
+"""``build(folder, seed=0, progress=None)``: writes shards and cards, returns the card path(s)."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One line of the table.
+
+    Args:
+        module: where the builder is, as a dotted name.
+        function: name of the builder in it.
+        summary: what one gets, in a line.
+        folder: where it is built unless the user says otherwise, from the working directory.
+        cards: file names of the cards, the one meant by the stream's own name first.
+    """
+
+    module: str
+    function: str
+    summary: str
+    folder: Path
+    cards: tuple[str, ...]
+
+    def builder(self) -> Builder:
+        """Import the builder."""
+        function: Builder = getattr(import_module(self.module), self.function)
+        return function
+
+
+STREAMS: Mapping[str, Stream] = MappingProxyType(
+    {
+        "digits": Stream(
+            "mmcl.data.builders.digits",
+            "build",
+            "1,797 real handwritten digits, two new classes in each of five tasks",
+            Path("data/digits"),
+            ("digits.yaml",),
+        ),
+        "digits_domains": Stream(
+            "mmcl.data.builders.digits",
+            "build_domains",
+            "the same ten digits in five looks: clean, inverted, noisy, rotated, striped",
+            Path("data/digits_domains"),
+            ("digits_domains.yaml",),
+        ),
+        "emoji": Stream(
+            "mmcl.data.builders.emoji",
+            "build",
+            "192 emoji from a font of this machine, by group, by year and by language of the name",
+            Path("data/emoji"),
+            ("emoji_groups.yaml", "emoji_years.yaml", "emoji_languages.yaml"),
+        ),
+        "glyphs": Stream(
+            "mmcl.data.builders.glyphs",
+            "build",
+            "drawn shapes and characters, on which the built-in tiny CLIP was trained",
+            Path("data/glyphs"),
+            ("glyphs.yaml",),
+        ),
+    }
+)
+
+
+def find_stream(name: str) -> tuple[Stream, str]:
+    """Find a stream by its own name, or by that of one of its cards.
+
+    Args:
+        name: for example ``emoji`` or ``emoji_years``.
+
+    Returns:
+        The stream, and the file name of the card that is meant.
+
+    Raises:
+        ValueError: if there is no such name; the known ones are listed.
+    """
+    if name in STREAMS:
+        return STREAMS[name], STREAMS[name].cards[0]
+    known = dict.fromkeys(STREAMS)
+    for stream in STREAMS.values():
+        for card in stream.cards:
+            if name == Path(card).stem:
+                return stream, card
+            known[Path(card).stem] = None
+    raise ValueError(f"no stream {name!r} can be built: choose one of {', '.join(known)}")
+
+
+def resolve(name: str) -> tuple[Builder, str]:
+    """Find and import the builder behind a name; see `find_stream`."""
+    stream, card = find_stream(name)
+    return stream.builder(), card

@@ -1,0 +1,202 @@
+"""The training loader: batches whose content is a function of (seed, task, epoch, position)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mmcl.core import Batch, Recall, Task, Transform
+from mmcl.core.randomness import generator
+from mmcl.data.decode import MAX_PIXELS
+from mmcl.data.order import EpochPlan, epoch_plan, smallest_batch, steps_per_epoch
+from mmcl.data.prepare import PreparedStream
+from mmcl.data.reader import SampleReader
+from mmcl.data.training import Recalled, Request, TrainingRows
+
+
+def at_start() -> tuple[int, int]:
+    """Return the position of a run that begins: epoch 0, no micro-batch done."""
+    return 0, 0
+
+
+class PlannedBatches(Sampler[Request]):
+    """Gives the requests of an epoch, from the position at which the run stands.
+
+    Args:
+        plan: epoch -> its global batches.
+        steps: global batches of an epoch.
+        position: asked at every ``iter``: (epoch, micro-batches already done in it). An epoch that
+            is done to its end counts as the start of the next.
+        accumulation: micro-batches of a global batch on every rank.
+        rank: of this process.
+        world: number of processes.
+    """
+
+    def __init__(
+        self,
+        plan: Callable[[int], EpochPlan],
+        steps: int,
+        position: Callable[[], tuple[int, int]],
+        *,
+        accumulation: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.plan = plan
+        self.steps = steps
+        self.position = position
+        self.accumulation = accumulation
+        self.rank = rank
+        self.world = world
+
+    def __len__(self) -> int:
+        """Return the micro-batches of a whole epoch."""
+        return self.steps * self.accumulation
+
+    def __iter__(self) -> Iterator[Request]:
+        epoch, done = self.position()
+        epoch, done = epoch + done // len(self), done % len(self)
+        plan = self.plan(epoch)
+        parts = self.world * self.accumulation
+        for number in range(done, len(self)):
+            step, part = divmod(number, self.accumulation)
+            entries = plan.micro_batch(
+                step, part=part, accumulation=self.accumulation, rank=self.rank, world=self.world
+            )
+            yield Request(epoch, entries, len(entries) * parts / len(plan.batch(step)))
+
+
+def train_loader(
+    prepared: PreparedStream,
+    task: int,
+    transform: Transform,
+    *,
+    recall: Recall | None,
+    recall_readers: Mapping[int, SampleReader] | None = None,
+    global_batch: int,
+    accumulation: int = 1,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    position: Callable[[], tuple[int, int]] = at_start,
+    max_pixels: int = MAX_PIXELS,
+) -> DataLoader[Batch]:
+    """Build the loader of a task's training part, with old samples mixed in.
+
+    Its length is the micro-batches of an epoch, and every ``iter`` starts where ``position`` says.
+    The same seed gives the same global batches on any number of ranks, parts and workers.
+
+    Args:
+        prepared: the stream.
+        task: index of the task to learn.
+        transform: of the model, augmenting.
+        recall: which old samples come in, None = none.
+        recall_readers: task -> where its old samples lie, instead of their shards; needed for
+            ``keep="copies"``.
+        global_batch: rows of a batch over all ranks and accumulated parts, at most.
+        accumulation: micro-batches that make up a rank's share of a global batch.
+        seed: of the run.
+        rank: of this process.
+        world: number of processes.
+        workers: processes that read and decode; they stay for the next epoch.
+        position: asked at every ``iter``: (epoch, micro-batches already done in it).
+        max_pixels: larger pictures are bad samples.
+
+    Raises:
+        ValueError: if a rank would go without rows, or the recall names what cannot be read.
+        RuntimeError: if old data is asked for that was given up.
+    """
+    recalled = _recalled(prepared, task, recall, recall_readers)
+    rows = TrainingRows(prepared, task, transform, recalled, seed=seed, max_pixels=max_pixels)
+    counts: dict[str, Any] = {
+        "recalled": len(recalled.task),
+        "share": recall.share if recall is not None else None,
+        "global_batch": global_batch,
+    }
+    _expect_rows(prepared.stream.tasks[task], counts, accumulation, world)
+    new = len(rows.reader)
+    batches = PlannedBatches(
+        lambda epoch: epoch_plan(new, seed=seed, task=task, epoch=epoch, **counts),
+        steps_per_epoch(new, **counts),
+        position, accumulation=accumulation, rank=rank, world=world,
+    )  # fmt: skip
+    return batch_loader(rows, batches, workers, seed=seed)
+
+
+def batch_loader(
+    rows: Dataset[Batch], batches: Sampler[Any], workers: int, *, seed: int, stay: bool = True
+) -> DataLoader[Batch]:
+    """Return a torch loader that asks a dataset for whole batches; workers may stay between them."""
+    return DataLoader(
+        rows,
+        batch_sampler=batches,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        persistent_workers=stay and workers > 0,
+        # A generator of its own: otherwise every iter() draws from torch's global one.
+        generator=generator(seed),
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _recalled(
+    prepared: PreparedStream,
+    task: int,
+    recall: Recall | None,
+    readers: Mapping[int, SampleReader] | None,
+) -> Recalled:
+    """Return the recalled list with a reader for each of its tasks, all of it checked."""
+    if recall is None or len(recall) == 0:
+        none = torch.zeros(0, dtype=torch.int64).numpy()
+        return Recalled(none, none, {})
+    tasks, samples = recall.task.cpu().numpy(), recall.sample.cpu().numpy()
+    old = sorted({int(place) for place in tasks})
+    if not 0 <= old[0] <= old[-1] < task:
+        raise ValueError(
+            f"recall names tasks {old} while task {task} is learned: only finished tasks, 0 to "
+            f"{task - 1}, can be recalled"
+        )
+    if recall.keep == "none":
+        raise RuntimeError(
+            f"recall asks for samples of the finished tasks {old} but keep is 'none', which gives "
+            "old data up: use keep='references' or keep='copies', or a strategy without recall"
+        )
+    if recall.keep == "copies" and not all(place in (readers or {}) for place in old):
+        raise ValueError(
+            f"recall keeps copies but there is no reader of them for all of the tasks {old}: pass "
+            "recall_readers={task: CopiesReader(folder, task), ...}"
+        )
+    found: dict[int, SampleReader] = {
+        place: readers[place] if readers and place in readers else prepared.reader(place, "train")
+        for place in old
+    }
+    for place, reader in found.items():
+        asked = samples[tasks == place]
+        missing = asked[~reader.holds(asked)]
+        if len(missing):
+            raise ValueError(
+                f"recall asks for {len(missing)} samples of task {place} that are not there, "
+                f"sample {int(missing[0])} first: the stream, its limit or the kept copies are "
+                "not those of the run that chose them"
+            )
+    return Recalled(tasks, samples, found)
+
+
+def _expect_rows(task: Task, counts: Mapping[str, Any], accumulation: int, world: int) -> None:
+    for name, value in (("global_batch", counts["global_batch"]), ("accumulation", accumulation)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1")
+    smallest = smallest_batch(task.size, **counts)
+    if smallest < world * accumulation:
+        raise ValueError(
+            f"global_batch {counts['global_batch']} gives task '{task.name}' ({task.size} samples) "
+            f"a batch of {smallest} rows for {world} devices x {accumulation} accumulated parts: "
+            "use fewer devices, less accumulation or a larger global_batch"
+        )

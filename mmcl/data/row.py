@@ -1,0 +1,145 @@
+"""From a sample to a row: which members a task needs; and how rows become a batch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmcl.core import UNSCORED, Batch, Row, Task, Transform
+from mmcl.data.decode import decode_image
+from mmcl.data.faults import BadSample
+from mmcl.data.index import IMAGES
+from mmcl.data.reader import Sample
+
+READ_KINDS = ("classify", "caption", "retrieve")
+_WHOLE_NUMBER = re.compile(rb"\s*([0-9]{1,18})\s*")
+
+
+@dataclass(frozen=True)
+class MadeRow:
+    """A row as its model takes it, and where it came from.
+
+    Attributes:
+        row: what the transform made of the sample.
+        label: column of its class, or UNSCORED.
+        task: it belongs to.
+        sample: its number inside that task.
+        key: its name.
+        is_recalled: True where the row was remembered.
+    """
+
+    row: Row
+    label: int
+    task: int
+    sample: int
+    key: str
+    is_recalled: bool = False
+
+
+def make_row(
+    sample: Sample,
+    number: int,
+    task: Task,
+    transform: Transform,
+    *,
+    seed: int,
+    max_pixels: int,
+    is_recalled: bool = False,
+) -> MadeRow:
+    """Decode a sample and hand it to the model's transform.
+
+    Args:
+        sample: as it lies in its shard.
+        number: of the sample inside its task.
+        task: says which members are needed: ``.cls`` to classify, else the text member.
+        transform: of the model.
+        seed: of the sample's augmentation.
+        max_pixels: largest picture that is decoded.
+        is_recalled: marks the row as a remembered one.
+
+    Raises:
+        BadSample: if a member is missing or broken, or the label is not one of the task's.
+    """
+    label, text = UNSCORED, None
+    if task.kind == "classify":
+        label = _column(sample, task)
+    else:
+        text = _text(sample, task.text.lower())
+    pixels = decode_image(_picture(sample), max_pixels)
+    row = transform(pixels, text, seed)
+    return MadeRow(row, label, task.index, number, sample.key, is_recalled)
+
+
+def collate(rows: Sequence[MadeRow], faults: Sequence[str] = (), weight: float = 1.0) -> Batch:
+    """Put rows together; texts are padded with 0 to the longest, rows without text are all padding.
+
+    Args:
+        rows: at least one, pictures of one size.
+        faults: what could not be read on the way.
+        weight: see ``Batch.weight``.
+    """
+    images = [made.row.image for made in rows if made.row.image is not None]
+    texts = [made.row.tokens for made in rows]
+    tokens, mask = _padded(texts) if any(text is not None for text in texts) else (None, None)
+    return Batch(
+        images=torch.stack(images) if images else None,
+        labels=torch.tensor([made.label for made in rows]),
+        task=torch.tensor([made.task for made in rows]),
+        tokens=tokens,
+        mask=mask,
+        sample=torch.tensor([made.sample for made in rows]),
+        recalled=torch.tensor([made.is_recalled for made in rows]),
+        keys=tuple(made.key for made in rows),
+        faults=tuple(faults),
+        weight=weight,
+    )
+
+
+def _padded(texts: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    longest = max(len(text) for text in texts if text is not None)
+    tokens = torch.zeros(len(texts), longest, dtype=torch.int64)
+    mask = torch.zeros(len(texts), longest, dtype=torch.bool)
+    for place, text in enumerate(texts):
+        if text is not None:
+            tokens[place, : len(text)] = text
+            mask[place, : len(text)] = True
+    return tokens, mask
+
+
+def _picture(sample: Sample) -> bytes:
+    for extension in IMAGES:
+        if extension in sample.members:
+            return sample.members[extension]
+    raise BadSample(f"it has no picture (.{', .'.join(IMAGES)})")
+
+
+def _column(sample: Sample, task: Task) -> int:
+    """Return the column of a sample's class; the card's label stands in ``.cls``."""
+    if "cls" not in sample.members:
+        raise BadSample("it has no label (.cls)")
+    stated = sample.members["cls"]
+    found = _WHOLE_NUMBER.fullmatch(stated)
+    if found is None:
+        raise BadSample(f"its label is {stated[:20]!r}, expected a whole number")
+    label = int(found[1])
+    if label >= len(task.columns):
+        raise BadSample(f"its label is {label}, the card has classes 0 to {len(task.columns) - 1}")
+    if task.columns[label] < 0:
+        raise BadSample(f"its label is {label}, which is not a class of task '{task.name}'")
+    return task.columns[label]
+
+
+def _text(sample: Sample, member: str) -> str:
+    if member not in sample.members:
+        raise BadSample(f"it has no caption (.{member})")
+    try:
+        text = sample.members[member].decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise BadSample(f"its caption (.{member}) is not UTF-8 ({error.reason})") from None
+    if not text:
+        raise BadSample(f"its caption (.{member}) is empty")
+    return text

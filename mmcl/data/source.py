@@ -1,0 +1,126 @@
+"""Where a shard lies: a local path, or a remote one's copy, fetched whole into a cache folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+from webdataset.gopen import gopen
+
+from mmcl.core.atomic import write_atomic
+from mmcl.data.faults import BadShard
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there, two processes may both fetch a shard.
+    fcntl = None  # type: ignore[assignment]
+
+_REMOTE = frozenset({"http", "https", "ftps", "sftp", "scp", "gs", "htgs", "hf", "ais"})
+
+
+def default_cache() -> Path:
+    """Return the cache folder of this user: $MMCL_CACHE, else mmcl in the usual place."""
+    stated = os.environ.get("MMCL_CACHE")
+    if stated:
+        return Path(stated)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmcl"
+
+
+def local_shard(url: str, cache: Path, allow_pipes: bool = False) -> Path:
+    """Return a path that holds a shard, fetching it first if it is remote and not there yet.
+
+    A remote shard is written to a temporary name and renamed when it is whole; what is in the
+    cache is not asked for again.
+
+    Args:
+        url: a path, a ``file://`` url, or the url of a remote shard.
+        cache: folder for remote shards.
+        allow_pipes: run ``pipe:`` urls, which are shell commands.
+
+    Raises:
+        BadShard: if there is no such file, or the url is refused or cannot be fetched.
+    """
+    scheme = urlparse(url).scheme.lower()
+    if scheme == "file":
+        url, scheme = unquote(urlparse(url).path), ""
+    if scheme == "pipe":
+        if not allow_pipes or not url.startswith("pipe:"):
+            raise BadShard(
+                "is a 'pipe:' url, which runs a command of whoever wrote the card: read the "
+                "command, then give allow_pipes=True if you trust it, or name a file"
+            )
+    elif "://" not in url:
+        return _existing(Path(url))
+    elif scheme not in _REMOTE:
+        raise BadShard(
+            f"has the scheme '{scheme}', expected one of {', '.join(sorted(_REMOTE))} or a path"
+        )
+    return _fetched(url, cache)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file in hex, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise BadShard(f"is missing, there is no file {path}: build the stream or correct the card")
+    return path
+
+
+def _fetched(url: str, cache: Path) -> Path:
+    name = re.sub(r"[^\w.-]", "_", Path(urlparse(url).path).name)[-80:] or "shard"
+    path = cache / "shards" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
+    if path.is_file():
+        return path
+    with _one_at_a_time(path.with_name(f"{path.name}.lock")):
+        if not path.is_file():
+            try:
+                write_atomic(path, lambda temporary: _download(url, temporary))
+            # gopen hands over to curl, gsutil or a hub's client, each with errors of its own.
+            except Exception as error:
+                raise BadShard(
+                    f"could not be fetched ({' '.join(str(error).split())}): check the address "
+                    "and the network, or fetch it yourself and name the file"
+                ) from None
+    return path
+
+
+def _download(url: str, temporary: Path) -> None:
+    # Leaving the block waits for the fetching command and raises if it failed half-way.
+    with gopen(url, "rb") as stream, temporary.open("wb") as file:
+        shutil.copyfileobj(stream, file, 1 << 20)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
+    """Let one process at a time fetch a shard; a killed one lets go by itself."""
+    if fcntl is None:
+        yield
+        return
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise BadShard(
+            f"cannot be fetched, the cache folder {lock.parent} is not writable ({error.strerror})"
+            ": give cache=<a folder you can write to>"
+        ) from None
+    try:
+        # Some network file systems cannot lock; two processes then only fetch twice.
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

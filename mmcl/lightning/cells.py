@@ -1,0 +1,130 @@
+"""Measuring cells of the matrix and keeping what was said in them."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from PIL import Image
+from torch import Tensor
+
+from mmcl.core import write_atomic
+from mmcl.lightning.data import ContinualData
+from mmcl.lightning.folder import RunFolder
+from mmcl.lightning.module import ContinualModule
+from mmcl.lightning.scoring import ColumnScorer
+from mmcl.metrics import AccuracyMatrix
+from mmcl.metrics.answers import Answer, answers_path, write_answers
+
+SAMPLES_SHOWN = 4
+
+
+def record_cells(
+    module: ContinualModule,
+    data: ContinualData,
+    trainer: pl.Trainer,
+    matrix: AccuracyMatrix,
+    folder: RunFolder,
+    row: int,
+    columns: Sequence[int],
+) -> list[str]:
+    """Score some columns of a row and write matrix and answers.
+
+    Args:
+        module: as it was after ``row`` tasks.
+        data: the stream.
+        trainer: a fresh one; it brings the device, the precision and the ranks.
+        matrix: is filled and written.
+        folder: of the run.
+        row: of the matrix.
+        columns: of the matrix.
+
+    Returns:
+        what could not be read, one sentence each.
+    """
+    if not columns:
+        return []
+    data.setup()
+    module.score([data.column(row, column) for column in columns])
+    data.trainer = trainer
+    data_loaders = _Loaders(data, columns)
+    trainer.test(module, datamodule=data_loaders, verbose=False)
+    faults: list[str] = []
+    for scorer, column in zip(module.scorers, columns, strict=True):
+        matrix.set(row, column, scorer.value)
+        faults += scorer.faults
+        if folder.writes and scorer.said.get("answer") is not None:
+            write_answers(answers_path(folder.path, row, column), _answers(data, scorer, column))
+    if folder.writes:
+        matrix.write(folder.path / "matrix.json")
+    return faults
+
+
+class _Loaders(pl.LightningDataModule):
+    """The test loaders of some columns; the datamodule of a scoring run."""
+
+    def __init__(self, data: ContinualData, columns: Sequence[int]) -> None:
+        super().__init__()
+        self.data, self.columns = data, columns
+
+    def test_dataloader(self) -> list[Any]:
+        """Return one loader a column."""
+        self.data.trainer = self.trainer
+        return self.data.test_loaders(self.columns)
+
+
+def _answers(data: ContinualData, scorer: ColumnScorer, column: int) -> list[Answer]:
+    reader = data.prepared.reader(column, "test")
+    names, said = scorer.column.names, scorer.said
+    rows = zip(
+        *(said[name].tolist() for name in ("sample", "truth", "answer", "score")), strict=True
+    )
+    return [
+        Answer(
+            key=reader.read(sample).key,
+            truth=names[truth],
+            answer=names[answer],
+            correct=truth == answer,
+            score=round(score, 4) if math.isfinite(score) else None,
+        )
+        for sample, truth, answer, score in rows
+    ]
+
+
+def sample_pictures(data: ContinualData, folder: RunFolder) -> list[dict[str, str]]:
+    """Keep a few test pictures of every column for the report.
+
+    Returns:
+        one mapping each: task, key, truth and the file name under ``figures/``.
+    """
+    found = []
+    for number, task in enumerate(data.stream.columns):
+        if task.kind != "classify":
+            continue
+        reader = data.prepared.reader(number, "test")
+        names = data.column(number + 1, number).names
+        step = max(1, len(reader) // SAMPLES_SHOWN)
+        for place in range(0, len(reader), step)[:SAMPLES_SHOWN]:
+            shown = data.prepared.look(number, "test", place)
+            if shown is None:
+                continue
+            file = f"sample_{number:02d}_{place:05d}.png"
+            write_atomic(folder.path / "figures" / file, _png(shown.pixels))
+            found.append(
+                {"task": task.name, "key": shown.key, "truth": names[shown.label], "picture": file}
+            )
+    return found
+
+
+def _png(pixels: Tensor) -> bytes:
+    picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    side = 96 / max(picture.size)
+    size = (max(1, round(picture.width * side)), max(1, round(picture.height * side)))
+    stream = io.BytesIO()
+    picture.resize(size, Image.Resampling.NEAREST if side > 1 else Image.Resampling.LANCZOS).save(
+        stream, "PNG"
+    )
+    return stream.getvalue()

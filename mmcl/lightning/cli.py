@@ -1,0 +1,118 @@
+"""ContinualCLI: one parser for the sequence and for Lightning's own subcommands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import yaml
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+from mmcl.lightning.data import ContinualData
+from mmcl.lightning.module import ContinualModule
+from mmcl.strategies import discover
+
+_DEFAULTS = {"trainer.logger": False, "trainer.max_epochs": 1}
+
+
+class ContinualCLI(LightningCLI):
+    """Parse a run's configuration and build its parts.
+
+    Args:
+        argv: options; None = those of the process.
+        subcommands: True for Lightning's ``fit``, ``validate``, ``test`` and ``predict``, which
+            run at once; False to parse only, for the sequence.
+        program: name shown in the usage line.
+        description: shown by ``--help``.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str] | None = None,
+        *,
+        subcommands: bool = False,
+        program: str = "train.py",
+        description: str = "",
+    ) -> None:
+        discover()  # so that a strategy can be named by its class name alone
+        super().__init__(
+            ContinualModule,
+            ContinualData,
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_kwargs={"prog": program, "description": description},
+            args=None if argv is None else list(argv),
+            run=subcommands,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what a run has beside model, data and trainer."""
+        parser.add_argument("--name", type=str | None, help="of the run; default: the config's")
+        parser.add_argument("--runs", type=str, default="runs", help="folder of all runs")
+        parser.add_argument(
+            "--save_every_steps", type=int, default=200, help="steps between checkpoints, 0 = none"
+        )
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.set_defaults(_DEFAULTS)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the options given, without Lightning's remark on giving any."""
+        self.config = parser.parse_args(args)
+
+    def instantiate_classes(self) -> None:
+        """Build everything for a subcommand, nothing yet for the sequence."""
+        if self.subcommand is not None:
+            super().instantiate_classes()
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return int(self.config["seed_everything"])
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run: ``runs/<name>``, by default named after the config and the seed."""
+        name = self.config.get("name")
+        if not name:
+            files = self.config.get("config") or ["run"]
+            name = Path(str(files[0])).stem + (f"-seed{self.seed}" if self.seed else "")
+        return Path(str(self.config["runs"])) / str(name)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the whole configuration as plain values."""
+        text = self.parser.dump(self.config, skip_link_targets=False, skip_none=False)
+        values: dict[str, Any] = yaml.safe_load(text)
+        values.pop("config", None)
+        return values
+
+    def make_module(self) -> ContinualModule:
+        """Build model and strategy anew."""
+        module: ContinualModule = self._build("model", ContinualModule)
+        return module
+
+    def make_data(self) -> ContinualData:
+        """Build the datamodule."""
+        data: ContinualData = self._build("data", ContinualData)
+        return data
+
+    def make_trainer(self, **settings: Any) -> pl.Trainer:
+        """Build a fresh Trainer with fresh callbacks.
+
+        Args:
+            settings: win over the configuration; ``callbacks`` are added to its own.
+        """
+        own = dict(self._build("trainer", pl.Trainer))
+        given = own.get("callbacks") or []
+        callbacks = [*(given if isinstance(given, list) else [given]), *settings.pop("callbacks")]
+        return pl.Trainer(**{**own, **settings, "callbacks": callbacks})
+
+    def _build(self, key: str, kind: type) -> Any:
+        parser = LightningArgumentParser()
+        parser.add_lightning_class_args(kind, key)
+        values = parser.parse_object({key: self.config[key].as_dict()})
+        return parser.instantiate_classes(values)[key]

@@ -1,0 +1,169 @@
+"""RunFolder: where a run stands on disk, and whether it is the run that was asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmcl.core import Task, TaskStream, write_atomic
+
+# What may differ between two starts of one run: where and how fast, not what is computed.
+FREE_KEYS = (
+    "config", "name", "runs", "trainer.accelerator", "trainer.devices", "trainer.num_nodes",
+    "trainer.strategy", "trainer.logger", "trainer.callbacks", "trainer.profiler",
+    "trainer.log_every_n_steps", "trainer.default_root_dir", "data.root", "data.workers",
+    "data.test_batch", "data.verify_hashes", "data.max_faults", "save_every_steps",
+)  # fmt: skip
+
+
+@dataclass
+class RunState:
+    """What ``run.json`` holds.
+
+    Attributes:
+        done: tasks whose training ended and whose checkpoint is written.
+        task: the task in training, equal to ``done``.
+        tasks: one fingerprint for each task that was begun.
+        seed: of the run.
+        last: mid-task checkpoint to go on from, relative to the folder, or None.
+        step: optimiser step of ``last`` inside its task.
+        seconds: wall time of earlier starts.
+        warnings: sentences for the summary.
+        steps: optimiser steps of the finished tasks.
+        faults: bad samples that were met.
+    """
+
+    done: int
+    task: int
+    tasks: list[str]
+    seed: int
+    last: str | None = None
+    step: int = 0
+    seconds: float = 0.0
+    steps: int = 0
+    warnings: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def step_offset(self, step: int) -> int:
+        """Return the step count of the whole run at a step of the present task."""
+        return self.steps + step
+
+
+class RunFolder:
+    """A run directory.
+
+    Args:
+        path: the directory.
+        writes: False on ranks that must leave files to rank 0.
+    """
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+
+    @property
+    def last(self) -> Path:
+        """The mid-task checkpoint."""
+        return self.path / "checkpoints" / "last.ckpt"
+
+    def after(self, tasks: int) -> Path:
+        """Return the checkpoint kept after so many tasks."""
+        return self.path / "checkpoints" / f"task_{tasks - 1:02d}.ckpt"
+
+    def state(self) -> RunState | None:
+        """Read ``run.json``; None where no run was begun.
+
+        Raises:
+            ValueError: if the file is not ours.
+        """
+        file = self.path / "run.json"
+        if not file.is_file():
+            return None
+        try:
+            return RunState(**json.loads(file.read_text()))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file} is not the state of a run ({error}): move it away") from None
+
+    def save(self, state: RunState) -> None:
+        """Write ``run.json``."""
+        self.write("run.json", json.dumps(asdict(state), indent=1) + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the run, on rank 0."""
+        if self.writes:
+            write_atomic(self.path / name, text)
+
+    def claim(self, config: Mapping[str, Any]) -> None:
+        """Keep the configuration, or check that the folder was made with the same.
+
+        Raises:
+            ValueError: naming up to five settings that differ.
+        """
+        file = self.path / "config.yaml"
+        if file.is_file():
+            there = flat(yaml.safe_load(file.read_text()) or {})
+            here = flat(json.loads(json.dumps(config, default=str)))
+            keys = sorted(k for k in there.keys() | here.keys() if not _is_free(k))
+            differ = [k for k in keys if there.get(k) != here.get(k)]
+            if differ:
+                named = "; ".join(
+                    f"{k} is {there.get(k)!r} there and {here.get(k)!r} here" for k in differ[:5]
+                )
+                raise ValueError(
+                    f"{self.path} holds a run with another configuration: {named}. Give this run "
+                    "another --name, or remove the folder"
+                )
+        elif self.writes and (self.path / "run.json").exists():
+            raise ValueError(f"{self.path} holds a run without its config.yaml: use another --name")
+        else:
+            plain = json.loads(json.dumps(config, default=str))
+            self.write("config.yaml", yaml.safe_dump(plain, sort_keys=False))
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dotted keys."""
+    if not isinstance(config, Mapping):
+        return {prefix: config}
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def task_mark(stream: TaskStream, task: Task) -> str:
+    """Return the fingerprint of a task: what it trains and tests on, and how it is asked."""
+    shards = {name: stream.hashes.get(name, "") for name in (*task.train, *task.test)}
+    facts = [
+        task.name, task.kind, task.classes, task.labels, task.templates, task.text, task.size,
+        task.test_size, task.epochs, shards, stream.scenario,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_grown(state: RunState, stream: TaskStream) -> None:
+    """Check that the stream begins with the tasks that the run has learned.
+
+    Raises:
+        ValueError: naming the first task that is another.
+    """
+    marks = [task_mark(stream, task) for task in stream]
+    if len(marks) < len(state.tasks):
+        raise ValueError(
+            f"the run has begun {len(state.tasks)} tasks and the card has {len(marks)}: tasks can "
+            "be appended to a card, not removed; use another --name"
+        )
+    for place, mark in enumerate(state.tasks):
+        if marks[place] != mark:
+            raise ValueError(
+                f"task {place} ('{stream[place].name}') is not the one this run learned: its data, "
+                "classes or templates changed; append new tasks at the end, or use another --name"
+            )

@@ -1,0 +1,195 @@
+"""ContinualModule: a model and a strategy as one LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mmcl.core import Batch, Step, Strategy, run, step
+from mmcl.lightning.hooks import StrategyHooks
+from mmcl.lightning.schedule import Schedule
+from mmcl.lightning.scoring import Column, ColumnScorer
+from mmcl.strategies.finetune import Finetune
+
+
+class ContinualModule(pl.LightningModule):
+    """Train a VLM with a continual-learning strategy.
+
+    Args:
+        model: a VLM, for example ``mmcl.models.OpenCLIP``.
+        strategy: a Strategy or a Chain of them; None = plain fine-tuning.
+        learning_rate: of AdamW, reached after the warm-up, the same for every task.
+        weight_decay: of AdamW, on weights of two or more dimensions.
+        betas: of AdamW.
+        warmup: optimiser steps of linear rise in every task.
+        schedule: "constant" or "cosine" over each task.
+        optimizer: another optimiser as a function of the parameters; the four numbers above other
+            than warmup and schedule are then not used.
+        seed: mixed into the seeds of the strategy's draws.
+    """
+
+    strict_loading = False  # frozen weights are not in our checkpoints; on_load_checkpoint checks
+
+    def __init__(
+        self,
+        model: nn.Module,
+        strategy: Strategy | None = None,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.98),
+        warmup: int = 0,
+        schedule: Schedule = "constant",
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.strategy = Finetune() if strategy is None else strategy
+        self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
+        self.warmup, self.schedule = warmup, schedule
+        self._make_optimizer = optimizer
+        _reseed(self.strategy, seed)
+        self.strategy.attach(self.model)
+        self._frozen = {f"model.{n}" for n, p in model.named_parameters() if not p.requires_grad}
+        self.learns = any(p.requires_grad for p in self.parameters())
+        # Lightning's DDP refuses a module without a parameter that learns.
+        self.anchor = None if self.learns else nn.Parameter(torch.zeros(()))
+        self.in_sequence = False
+        self.scorers: list[ColumnScorer] = []
+        self.done: Step | None = None
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of one step, weighted so that ranks and parts average exactly."""
+        if self.anchor is not None:
+            return self.anchor * 0
+        done = self.done = step(self.model, self.strategy, batch)
+        return done.loss if batch.weight == 1.0 else done.loss * batch.weight
+
+    def configure_optimizers(self) -> Optimizer:
+        """Build a new optimiser over everything that learns now."""
+        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        if self._make_optimizer is not None:
+            return self._make_optimizer([p for _, p in named])
+        # Norms, biases, scales and prompts are not pulled to zero, as open_clip does.
+        decayed = [p for _, p in named if p.ndim >= 2]
+        plain = [p for _, p in named if p.ndim < 2]
+        groups = [
+            {"params": decayed, "weight_decay": self.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, fused=True)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Add the strategy's hooks where Lightning runs alone; the sequence brings its own."""
+        return [] if self.in_sequence else [StrategyHooks()]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave frozen weights out and note what they were."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in self._frozen}
+        checkpoint["fingerprint"] = self.fingerprint()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base model or another set of trainable weights."""
+        check_state(self, checkpoint)
+
+    def fingerprint(self) -> str:
+        """Return the hash of what is frozen, "" for a model that has none."""
+        mark = getattr(self.model, "fingerprint", None)
+        return str(mark()) if mark is not None and self._frozen else ""
+
+    def kept_state(self) -> dict[str, Any]:
+        """Return the state that a checkpoint holds: all but the frozen weights."""
+        return {k: v for k, v in self.state_dict().items() if k not in self._frozen}
+
+    def score(self, columns: list[Column]) -> None:
+        """Choose what the next test run scores, one column for every test loader."""
+        self.scorers = [ColumnScorer(column) for column in columns]
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score a batch of one column."""
+        self._score(batch, batch_idx, dataloader_idx)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score a batch of one column."""
+        self._score(batch, batch_idx, dataloader_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[str]:
+        """Return the best class name for every row."""
+        names: list[str] = list(self._data().stream.classes_until(self._data().task))
+        if batch_idx == 0:
+            self._data().show_classes(self.model)
+        return [names[best] for best in run(self.model, self.strategy, batch).logits.argmax(1)]
+
+    def on_test_epoch_start(self) -> None:
+        """Score the columns of the datamodule where nobody chose any."""
+        self._default_columns()
+
+    def on_validation_epoch_start(self) -> None:
+        """Score the columns of the datamodule where nobody chose any."""
+        self._default_columns()
+
+    def on_test_epoch_end(self) -> None:
+        """Finish and log the columns."""
+        self._finish()
+
+    def on_validation_epoch_end(self) -> None:
+        """Finish and log the columns."""
+        self._finish()
+        if self.trainer.training or self.trainer.state.fn == "fit":
+            self._data().show_classes(self.model)
+
+    def _score(self, batch: Batch, batch_idx: int, column: int) -> None:
+        scorer = self.scorers[column]
+        if batch_idx == 0:
+            scorer.begin(self.model)
+        scorer.add(self.model, self.strategy, batch)
+
+    def _default_columns(self) -> None:
+        if not self.in_sequence:
+            self.score(self._data().default_columns(self.trainer.state.fn))
+
+    def _finish(self) -> None:
+        for scorer in self.scorers:
+            scorer.finish()
+        if not self.in_sequence:
+            names = {f"{s.column.score}/{s.column.task.name}": s.value for s in self.scorers}
+            known = {name: value for name, value in names.items() if value is not None}
+            self.log_dict(known, rank_zero_only=True, add_dataloader_idx=False)
+
+    def _data(self) -> Any:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+
+def check_state(module: ContinualModule, checkpoint: dict[str, Any]) -> None:
+    """Check that a checkpoint belongs to this model and strategy.
+
+    Raises:
+        ValueError: naming the first keys that differ, or the fingerprints.
+    """
+    want, got = set(module.kept_state()), set(checkpoint["state_dict"])
+    for keys, what in ((want - got, "lacks"), (got - want, "has unknown")):
+        if keys:
+            named = ", ".join(sorted(keys)[:3])
+            raise ValueError(
+                f"the checkpoint {what} {len(keys)} weights ({named} ...): it was written by "
+                "another model, strategy or set of trainable weights; use the run's own config"
+            )
+    mark = module.fingerprint()
+    if checkpoint.get("fingerprint", mark) != mark:
+        raise ValueError(
+            f"the checkpoint was trained on frozen weights {checkpoint['fingerprint'][:12]}, and "
+            f"this model has {mark[:12]}: load the same pretrained weights and settings"
+        )
+
+
+def _reseed(strategy: Strategy, seed: int) -> None:
+    for part in strategy.modules():
+        if seed and isinstance(getattr(part, "seed", None), int):
+            part.seed = int(part.seed) + 1_000_003 * seed

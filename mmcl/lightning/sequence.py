@@ -1,0 +1,235 @@
+"""The loop over tasks: a fresh Trainer for each, and a folder from which a killed run goes on."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_only
+
+from mmcl.core import begin_task
+from mmcl.lightning.cells import record_cells
+from mmcl.lightning.data import ContinualData
+from mmcl.lightning.folder import RunFolder, RunState, check_grown, task_mark
+from mmcl.lightning.module import ContinualModule, check_state
+from mmcl.lightning.running import TaskHooks
+from mmcl.metrics import AccuracyMatrix
+from mmcl.metrics.cost import Ledger
+
+SCORES = {"caption": "recall@1", "retrieve": "recall@1"}
+
+
+class SequenceRun:
+    """One run over a stream of tasks.
+
+    Args:
+        make_module: builds the module from its configuration, the same every time.
+        make_trainer: builds a fresh Trainer from keyword arguments that win over its own.
+        data: the stream.
+        folder: of the run.
+        seed: of the run.
+        save_every_steps: optimiser steps between mid-task checkpoints, 0 = none.
+        say: is told in sentences what happens; the library itself prints nothing.
+    """
+
+    def __init__(
+        self,
+        make_module: Callable[[], ContinualModule],
+        make_trainer: Callable[..., pl.Trainer],
+        data: ContinualData,
+        folder: Path,
+        *,
+        seed: int = 0,
+        save_every_steps: int = 200,
+        say: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
+        self.make_module, self.make_trainer, self.data = make_module, make_trainer, data
+        # The rank is known to Lightning from the environment before any process group exists.
+        self.is_first = rank_zero_only.rank == 0
+        self.folder = RunFolder(folder, writes=self.is_first)
+        self.seed, self.save_every_steps = seed, save_every_steps
+        self.say = say if self.is_first else lambda sentence: None
+
+    def run(self) -> AccuracyMatrix:
+        """Learn what is not learned yet, score what is not scored yet.
+
+        Returns:
+            the matrix; everything else is in the folder.
+
+        Raises:
+            ValueError: if the folder holds another run, the card or a shard is faulty, or too many
+                samples are.
+        """
+        started = time.monotonic()
+        self.data.prepare_data()
+        self.data.memory = self.folder.path / "memory"
+        stream = self.data.stream
+        state = self.folder.state() or RunState(done=0, task=0, tasks=[], seed=self.seed)
+        check_grown(state, stream)
+        self._tell_start(state)
+        matrix = self._matrix()
+        module = self._module_after(state.done)
+        self._score_rows(matrix, module, state)
+        earlier = state.seconds
+        for task in stream.tasks[state.done :]:
+            self._learn(module, state, task.index)
+            state.seconds = round(earlier + time.monotonic() - started, 3)
+            self.folder.save(state)
+            self._score(matrix, module, task.index + 1)
+        return matrix
+
+    def evaluate(self, rows: Sequence[int], columns: Sequence[int]) -> AccuracyMatrix:
+        """Score cells anew from the kept checkpoints, under ``evaluation/``.
+
+        Args:
+            rows: 0 = before training, t = after t tasks.
+            columns: tasks, then probes.
+
+        Returns:
+            a matrix in which only these cells are measured.
+        """
+        matrix = AccuracyMatrix.for_stream(self.data.stream, SCORES)
+        folder = RunFolder(self.folder.path / "evaluation", writes=self.is_first)
+        for row in rows:
+            module = self._module_after(row)
+            record_cells(module, self.data, self._trainer([]), matrix, folder, row, columns)
+        return matrix
+
+    def _tell_start(self, state: RunState) -> None:
+        total = len(self.data.stream)
+        if state.last is not None:
+            name = self.data.stream[state.done].name
+            where = self.folder.path / state.last
+            self.say(f"going on in task {state.done} ('{name}') at step {state.step}, from {where}")
+        elif state.done == total:
+            self.say(f"all {total} tasks are learned: {self.folder.path}")
+        elif state.done:
+            self.say(f"going on after task {state.done - 1}, from {self.folder.after(state.done)}")
+
+    def _matrix(self) -> AccuracyMatrix:
+        file = self.folder.path / "matrix.json"
+        fresh = AccuracyMatrix.for_stream(self.data.stream, SCORES)
+        if not file.is_file():
+            return fresh
+        old = AccuracyMatrix.read(file)
+        for row, name in enumerate(old.rows):
+            for column, title in enumerate(old.names):
+                if name in fresh.rows and title in fresh.names:
+                    place = (fresh.rows.index(name), fresh.names.index(title))
+                    fresh.set(*place, old.get(row, column))
+        return fresh
+
+    def _module_after(self, tasks: int) -> ContinualModule:
+        """Build the module as it was after so many tasks."""
+        module = self.make_module()
+        module.in_sequence = True
+        for task in self.data.stream.tasks[:tasks]:
+            begin_task(module.model, module.strategy, task)
+        if tasks:
+            load_state(module, self.folder.after(tasks))
+        return module
+
+    def _score_rows(self, matrix: AccuracyMatrix, module: ContinualModule, state: RunState) -> None:
+        """Score the cells of finished rows that are missing: after a kill, or a grown card."""
+        for row in range(state.done + 1):
+            if matrix.missing([row]):
+                self._score(matrix, module if row == state.done else self._module_after(row), row)
+
+    def _score(self, matrix: AccuracyMatrix, module: ContinualModule, row: int) -> None:
+        columns = [column for _, column in matrix.missing([row])]
+        self.data.task = max(0, row - 1)
+        trainer = self._trainer([])
+        faults = record_cells(module, self.data, trainer, matrix, self.folder, row, columns)
+        self._note(faults)
+        measured = matrix.values[row][: max(row, 1)]
+        mean = 100 * sum(value for value in measured if value is not None) / len(measured)
+        what = f"after '{matrix.rows[row]}'" if row else "before training"
+        self.say(f"{what}: mean of its tasks {mean:.1f} %")
+
+    def _note(self, faults: Sequence[str]) -> None:
+        """Remember unreadable test samples; too many of them end the run."""
+        state = self.folder.state()
+        if state is None or not self.is_first:
+            return
+        state.faults += [fault for fault in faults if fault not in state.faults]
+        if faults:
+            self.folder.save(state)
+
+    def _learn(self, module: ContinualModule, state: RunState, index: int) -> None:
+        stream = self.data.stream
+        task = stream[index]
+        if len(state.tasks) == index:
+            state.tasks.append(task_mark(stream, task))
+        state.task = index
+        self.folder.save(state)
+        hooks = TaskHooks(
+            task,
+            self.folder,
+            state,
+            seed=self.seed,
+            save_every_steps=self.save_every_steps,
+            max_faults=self.data.max_faults,
+        )
+        self.data.select(index)
+        closed = {} if module.learns else {"max_epochs": 1, "limit_train_batches": 1}
+        epochs = {} if task.epochs is None else {"max_epochs": task.epochs}
+        trainer = self._trainer([hooks], **{**epochs, **closed})
+        trainer.accumulate_grad_batches = self.data.accumulation(trainer.world_size)
+        last = None if state.last is None else self.folder.path / state.last
+        with warnings.catch_warnings():
+            # Our loader goes on by itself; Lightning cannot know that.
+            warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")
+            warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            module.train()
+            trainer.fit(module, datamodule=self.data, ckpt_path=last, weights_only=True)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        self._end(state, hooks, trainer)
+
+    def _end(self, state: RunState, hooks: TaskHooks, trainer: pl.Trainer) -> None:
+        state.done, state.last, state.step = hooks.task.index + 1, None, 0
+        state.steps += hooks.counts.steps
+        state.warnings += hooks.warnings
+        state.faults += [fault for fault in hooks.counts.faults if fault not in state.faults]
+        for sentence in hooks.warnings:
+            warnings.warn(sentence, stacklevel=2)
+        if self.is_first:
+            ledger_file = self.folder.path / "ledger.json"
+            ledger = Ledger.read(ledger_file) if ledger_file.is_file() else Ledger()
+            ledger.put(hooks.cost)
+            ledger.write(ledger_file)
+            self.folder.save(state)
+            self.folder.last.unlink(missing_ok=True)
+        trainer.strategy.barrier("mmcl ended a task")
+
+    def _trainer(self, callbacks: Sequence[pl.Callback], **settings: Any) -> pl.Trainer:
+        return self.make_trainer(
+            callbacks=list(callbacks),
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            default_root_dir=str(self.folder.path),
+            **settings,
+        )
+
+
+def load_state(module: ContinualModule, file: Path) -> None:
+    """Load a task's checkpoint into a module that has begun as many tasks.
+
+    Raises:
+        FileNotFoundError: if the checkpoint is missing.
+        ValueError: if it belongs to another model or strategy.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {file}: the run needs it to go on")
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    check_state(module, checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=False)

@@ -1,0 +1,125 @@
+"""How remembered rows are dealt to ranks and gathered from them.
+
+Row i of rank r stands at place i * W + r of a global batch, and of a pass over a task's data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from mmcl.core.batch import Batch
+from mmcl.core.distributed import gather_rows, rank_and_world, sum_over_ranks
+from mmcl.memory.rows import Rows
+
+
+def global_rows(rows: int, device: torch.device) -> int:
+    """Return the sum over ranks of a number of rows; ``device`` is where ranks can talk."""
+    if rank_and_world()[1] == 1:
+        return rows
+    return int(sum_over_ranks(torch.tensor([rows], device=device)))
+
+
+def own_stride(rows: Tensor) -> Tensor:
+    """Return this rank's part of rows that all ranks know."""
+    rank, world = rank_and_world()
+    return rows[rank::world]
+
+
+def visit_numbers(is_new: Tensor, seen: int) -> tuple[Tensor, int]:
+    """Number the new rows of a global batch as one process would.
+
+    Args:
+        is_new: (B,) bool, the rows of this rank to be numbered.
+        seen: rows numbered before.
+
+    Returns:
+        (own new rows,) int64 numbers on the CPU, from ``seen`` on in global order; and how many
+        rows are new on all ranks together.
+    """
+    rank, _ = rank_and_world()
+    flags = is_new.to(torch.int64)
+    marks = gather_rows(torch.stack([flags, torch.full_like(flags, rank)], 1)).cpu()
+    numbers = seen + marks[:, 0].cumsum(0) - 1
+    is_own = (marks[:, 1] == rank) & (marks[:, 0] == 1)
+    return numbers[is_own], int(marks[:, 0].sum())
+
+
+def pass_numbers(batch: Batch, seen: int) -> Tensor:
+    """Number the rows of a batch of an exact pass: by sample, else by their place in the pass.
+
+    Args:
+        batch: rows of this rank.
+        seen: rows of this rank's pass before it.
+
+    Returns:
+        (B,) int64 on the CPU, unique inside the task and over ranks.
+    """
+    if batch.sample is not None:
+        return batch.sample.cpu()
+    rank, world = rank_and_world()
+    return (seen + torch.arange(len(batch))) * world + rank
+
+
+def fill_rows(
+    rows: Rows,
+    batches: Iterable[Batch],
+    task: int,
+    columns: Callable[[Batch], Mapping[str, Tensor]],
+    device: torch.device,
+) -> None:
+    """Fill a table from one exact pass, so that all ranks hold the same rows after it.
+
+    Each rank chooses among its own samples, and only what can stay is computed; the choices are
+    then gathered, whatever number of batches each rank had.
+
+    Args:
+        rows: the table to fill.
+        batches: this rank's stride of the data, each sample once.
+        task: index of the task, the group of its rows.
+        columns: makes the table's columns of a batch.
+        device: where ranks can talk (the model's).
+
+    Raises:
+        ValueError: if some rank had no rows.
+    """
+    own = rows.empty_copy()
+    seen, last = 0, None
+    for batch in batches:
+        numbers = pass_numbers(batch, seen)
+        seen, last = seen + len(batch), batch
+        wanted = torch.nonzero(own.accepts(numbers, task) & rows.accepts(numbers, task)).flatten()
+        if len(wanted):
+            chosen = batch.take(wanted.to(batch.labels.device))
+            own.insert(columns(chosen), numbers[wanted], task)
+    held, ranks = own.columns, own.ranks
+    if rank_and_world()[1] > 1:
+        fewest = int(gather_rows(torch.tensor([seen], device=device)).min())
+        if last is None or fewest == 0:
+            raise ValueError(
+                f"task {task} left a rank without samples: use fewer devices, or give the task "
+                "at least one sample for each"
+            )
+        if not held:
+            # This rank gives nothing, but has to say what nothing looks like.
+            first = torch.zeros(1, dtype=torch.int64, device=last.labels.device)
+            held = {name: row[:0] for name, row in columns(last.take(first)).items()}
+        held, ranks = _gathered(held, ranks, rows.growing, device)
+    rows.insert_ranked(held, ranks, task)
+
+
+def _gathered(
+    columns: Mapping[str, Tensor], ranks: Tensor, growing: Iterable[str], device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the rows that all ranks chose, one table on the CPU."""
+    everyone = {}
+    for name in sorted(columns):
+        column = columns[name].to(device)
+        if name in growing:
+            widths = gather_rows(torch.tensor([column.shape[-1]], device=device))
+            missing = int(widths.max()) - column.shape[-1]
+            column = torch.nn.functional.pad(column, (0, missing))
+        everyone[name] = gather_rows(column).cpu()
+    return everyone, gather_rows(ranks.to(device)).cpu()

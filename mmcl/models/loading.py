@@ -1,0 +1,125 @@
+"""Open_clip models by name, folder or file, through open_clip's own doors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+TINY = Path(__file__).parent / "tiny"
+BUILT_IN = "built-in"
+
+
+def load_clip(
+    model: str, pretrained: str | None, seed: int
+) -> tuple[nn.Module, Callable[..., Tensor]]:
+    """Make an open_clip model and its tokenizer.
+
+    Args:
+        model: "tiny" (ships with mmcl), an open_clip architecture such as "ViT-B-16", a local
+            folder with ``open_clip_config.json`` and weights, or a ``.json`` architecture file.
+        pretrained: weights: "built-in" for the tiny model, a tag open_clip knows ("openai"), a
+            local checkpoint file (.pt, .safetensors), or None for random ones from ``seed``.
+        seed: of random weights.
+
+    Raises:
+        FileNotFoundError: if a local path does not exist.
+        ValueError: if model and pretrained do not go together.
+        RuntimeError: if weights cannot be had, saying how to pass a local file.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if model == "tiny":
+            return _tiny(pretrained)
+        if pretrained == BUILT_IN:
+            raise ValueError(
+                f"pretrained is '{BUILT_IN}' but model is '{model}': only 'tiny' ships with mmcl; "
+                "give a tag such as 'openai' or a local checkpoint file"
+            )
+        return _named(model, pretrained)
+
+
+def _tiny(pretrained: str | None) -> tuple[nn.Module, Callable[..., Tensor]]:
+    config = json.loads((TINY / "tiny-clip.json").read_text())
+    clip = open_clip.model.CLIP(**{k: v for k, v in config.items() if k in _CLIP_ARGUMENTS})
+    tokenizer = open_clip.tokenizer.SimpleTokenizer(
+        bpe_path=str(TINY / "bpe.txt.gz"), context_length=clip.context_length
+    )
+    weights = str(TINY / "tiny-clip.safetensors") if pretrained == BUILT_IN else pretrained
+    if weights is not None:
+        _load_file(clip, Path(weights))
+    return clip.float(), tokenizer
+
+
+_CLIP_ARGUMENTS = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale")
+
+
+def _named(model: str, pretrained: str | None) -> tuple[nn.Module, Callable[..., Tensor]]:
+    path = Path(model).expanduser()
+    if path.suffix == ".json":
+        _add_architecture(path)
+        model = path.stem
+    elif path.is_dir():
+        model = f"local-dir:{path}"
+    elif "/" in model and ":" not in model:
+        raise FileNotFoundError(
+            f"there is no folder {model}: give a folder with open_clip_config.json, an "
+            "architecture such as 'ViT-B-16', or 'hf-hub:owner/name'"
+        )
+    file = Path(pretrained).expanduser() if pretrained else None
+    is_file = file is not None and (file.suffix in _SUFFIXES or file.exists())
+    try:
+        clip = open_clip.create_model(
+            model, pretrained=None if is_file else pretrained, precision="fp32", weights_only=True
+        )
+        tokenizer = open_clip.get_tokenizer(model)
+    except Exception as error:  # hubs fail in as many ways as there are clients of them
+        raise RuntimeError(_unavailable(model, pretrained, error)) from error
+    if is_file and file is not None:
+        _load_file(clip, file)
+    return clip.float(), tokenizer
+
+
+_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".npz")
+
+
+def _add_architecture(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no architecture file {path}: give an open_clip .json")
+    open_clip.add_model_config(str(path))
+
+
+def _load_file(clip: nn.Module, file: Path) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"there is no checkpoint {file}: give a .pt or .safetensors file of this architecture"
+        )
+    try:
+        open_clip.load_checkpoint(clip, str(file), weights_only=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RuntimeError(
+            f"{file} does not load into this architecture ({reason}): check model and pretrained"
+        ) from error
+
+
+def _unavailable(model: str, pretrained: str | None, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return (
+        f"cannot get {model} with weights {pretrained!r} ({reason}): without a network pass a "
+        "local file as pretrained=/path/to/weights.safetensors, or a local folder as model"
+    )
+
+
+def picture_settings(clip: Any) -> tuple[int, Tensor, Tensor]:
+    """Return side in pixels, and mean and deviation (3,) that a model's pictures are put to."""
+    size = clip.visual.image_size
+    side = int(size[0] if isinstance(size, tuple | list) else size)
+    mean = getattr(clip.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+    std = getattr(clip.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+    return side, torch.tensor(mean), torch.tensor(std)

@@ -1,0 +1,148 @@
+"""Closed-form classifiers on fixed features: class means and ridge regression from sums.
+
+Everything is a sum over samples, so tasks, shards and processes can be added in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def class_sums(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Sum the unit features of every class.
+
+    SimpleCIL, Zhou et al. 2023, arXiv:2303.07338.
+
+    Args:
+        features: (B, D); each row is scaled to length 1 first.
+        labels: (B,) int64, 0 to ``classes`` - 1; a negative label is left out.
+        classes: C.
+
+    Returns:
+        sums (C, D) float64 and counts (C,) int64.
+    """
+    own = one_hot(labels, classes)
+    return own.T @ functional.normalize(features.double(), dim=1), own.sum(0).to(torch.int64)
+
+
+def cosine_scores(features: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
+    """Compare features with class means.
+
+    Args:
+        features: (B, D).
+        sums: (C, D) float64 summed unit features; a mean points the same way as its sum.
+        counts: (C,) int64 samples behind each sum.
+
+    Returns:
+        (B, C) float64 cosines in [-1, 1], -inf for a class without samples.
+    """
+    unit = functional.normalize(features.double(), dim=1)
+    cosines = unit @ functional.normalize(sums, dim=1).T
+    return cosines.masked_fill(counts == 0, -torch.inf)
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """Return (B, C) float64 with a 1 in the label's column; a negative label has an empty row.
+
+    Raises:
+        ValueError: if a label is outside the classes.
+    """
+    if labels.numel() and int(labels.max()) >= classes:
+        raise ValueError(
+            f"label {int(labels.max())} is outside the {classes} classes met so far: "
+            "check task.labels, or the labels of the shard"
+        )
+    return (labels[:, None] == torch.arange(classes, device=labels.device)).double()
+
+
+def spread(features: Tensor, projection: Tensor) -> Tensor:
+    """Lift unit features into many random half-spaces.
+
+    RanPAC, McDonnell et al. 2023, arXiv:2307.02251; their L is D, their M is the lifted width.
+
+    Args:
+        features: (B, D); each row is scaled to length 1 first.
+        projection: (D, M) float64, random and never trained.
+
+    Returns:
+        (B, M) float64, at least 0.
+    """
+    return functional.relu(functional.normalize(features.double(), dim=1) @ projection)
+
+
+def solve_ridge(gram: Tensor, cross: Tensor, ridge: float) -> Tensor | None:
+    """Solve ridge regression from its sums by one Cholesky factor.
+
+    Args:
+        gram: (M, M) float64, sum of h h^T.
+        cross: (M, C) float64, sum of h y^T.
+        ridge: added to the diagonal, above 0.
+
+    Returns:
+        (M, C) float64 weights, or None if the sum is too near to singular for this ridge.
+    """
+    regular = gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    factor, failed = torch.linalg.cholesky_ex(regular)
+    return None if int(failed) else torch.cholesky_solve(cross, factor)
+
+
+def squared_error(weights: Tensor, gram: Tensor, cross: Tensor, targets: float) -> float:
+    """Return the summed squared error of weights on samples that are known only by their sums.
+
+    sum ||h W - y||^2 = tr(W^T G W) - 2 tr(W^T Q) + sum ||y||^2.
+
+    Args:
+        weights: (M, C) float64.
+        gram: (M, M) sum of h h^T over the samples.
+        cross: (M, C) sum of h y^T.
+        targets: sum of ||y||^2; for one-hot targets the number of samples.
+    """
+    fit = (weights * (gram @ weights - 2 * cross)).sum()
+    return float(fit) + targets
+
+
+def choose_ridge(
+    gram: tuple[Tensor, Tensor],
+    cross: tuple[Tensor, Tensor],
+    held: int,
+    ridges: Sequence[float],
+    slack: float = 1e-3,
+) -> float:
+    """Choose the ridge that predicts held-out samples best.
+
+    Among ridges whose error is within ``slack`` of the least the largest is taken: on a flat
+    stretch the choice would hang on rounding, and with it on the number of processes.
+
+    Args:
+        gram: (M, M) sums of the samples fitted on, and of the held-out ones.
+        cross: (M, C) sums of both parts.
+        held: number of held-out samples; without any, the middle of ``ridges`` is taken.
+        ridges: candidates, above 0.
+        slack: relative to the least error, plus a thousandth of it relative to ``held``.
+
+    Returns:
+        One of ``ridges``.
+
+    Raises:
+        ValueError: if no candidate makes the sums solvable.
+    """
+    order = sorted(ridges)
+    if held == 0:
+        return order[len(order) // 2]
+    errors: dict[float, float] = {}
+    for ridge in order:
+        weights = solve_ridge(gram[0], cross[0], ridge)
+        if weights is not None:
+            errors[ridge] = squared_error(weights, gram[1], cross[1], held)
+    if not errors:
+        raise ValueError(
+            f"no ridge of {order[0]:g} to {order[-1]:g} makes the sums solvable: "
+            "the features hold nan or inf, or larger ridges are needed"
+        )
+    least = min(errors.values())
+    most = least + slack * (abs(least) + held / 1000)
+    return max(ridge for ridge, error in errors.items() if error <= most)

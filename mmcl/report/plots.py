@@ -1,0 +1,224 @@
+"""The pictures of one run, each as SVG or PNG bytes.
+
+Values below are shares (0.9 is drawn as 90 %). Names come from cards and may hold anything: they
+are never read as formulas, and letters that cannot be drawn are replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+
+from mmcl.metrics.cost import Ledger
+from mmcl.metrics.figures import (
+    Figure,
+    average_accuracy,
+    forgetting_of,
+    over_training,
+    unseen_accuracy,
+)
+from mmcl.metrics.matrix import AccuracyMatrix
+from mmcl.report.canvas import (
+    ACCENT,
+    GOOD,
+    INK,
+    LINE,
+    MUTED,
+    PAPER,
+    SERIES,
+    WARM,
+    Format,
+    canvas,
+    label_bars,
+    label_ends,
+    name_ticks,
+    render,
+    series_colour,
+    tidy,
+)
+from mmcl.report.words import duration, percent, shorten, size
+
+_DIRECT_LABELS = 10
+_WIDE = 14
+_HALF_PAGE = 5.8
+
+
+def heat_map(matrix: AccuracyMatrix, format: Format = "svg") -> bytes:
+    """Draw the matrix: one cell per row and column, its value in it, a frame where just learned.
+
+    Probes stand apart on the right; a dot means not measured. A wide matrix shows whole percent.
+    Scores above 1 (not shares) are drawn on a scale that ends at the highest.
+    """
+    rows, columns = len(matrix.rows), len(matrix.columns)
+    is_wide = columns > _WIDE
+    cell = (0.36, 0.3) if is_wide else (0.62, 0.42)
+    figure, axes = canvas(2.6 + cell[0] * (columns + 0.3), 1.5 + cell[1] * rows)
+    highest = max((v for row in matrix.values for v in row if v is not None), default=1.0)
+    for row in range(rows):
+        for column in range(columns):
+            _draw_cell(axes, matrix, row, column, max(highest, 1.0))
+    axes.set_xlim(0, _left(matrix, columns - 1) + 1)
+    axes.set_ylim(rows, 0)
+    axes.xaxis.tick_top()
+    centres = [_left(matrix, column) + 0.5 for column in range(columns)]
+    slant = {"rotation": 40, "ha": "left", "rotation_mode": "anchor"}
+    name_ticks(axes.xaxis, centres, [shorten(name, 18) for name in matrix.names], **slant)
+    middles = [row + 0.5 for row in range(rows)]
+    name_ticks(axes.yaxis, middles, [shorten(name, 18) for name in matrix.rows])
+    axes.tick_params(length=0, pad=5)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_ylabel("after learning", color=MUTED)
+    return render(figure, "matrix", format)
+
+
+def task_curves(matrix: AccuracyMatrix, format: Format = "svg") -> bytes:
+    """Draw one line per task over training, dotted until it is learned, a mark where it is.
+
+    Beyond ten tasks the lines are thin, dark to light in the order learned, and their mean is bold.
+    """
+    figure, axes = canvas(_HALF_PAGE, 3.4)
+    _percent_axis(axes, matrix)
+    ends: list[tuple[float, str, str]] = []
+    is_crowded = matrix.tasks > _DIRECT_LABELS
+    for task in range(matrix.tasks):
+        points = [
+            (row, 100 * value)
+            for row in range(len(matrix.rows))
+            if (value := matrix.get(row, task)) is not None
+        ]
+        if not points:
+            continue
+        colour = series_colour(task, matrix.tasks)
+        since = [point for point in points if point[0] > task]
+        learned = [point for point in since if point[0] == task + 1]
+        axes.plot(*_xy(since), color=colour, linewidth=0.8 if is_crowded else 1.8)
+        axes.plot(*_xy(learned), "o", color=colour, markersize=3 if is_crowded else 5)
+        if not is_crowded:
+            before = [point for point in points if point[0] <= task + 1]
+            axes.plot(
+                *_xy(before), color=colour, linewidth=1.2, linestyle=(0, (1.5, 1.8)), alpha=0.9
+            )
+        ends.append((points[-1][1], shorten(matrix.names[task], 20), colour))
+    if is_crowded:
+        mean = _points(over_training(average_accuracy, matrix), 1)
+        axes.plot(*_xy(mean), color=INK, linewidth=3)
+        ends = [(mean[-1][1], "mean", INK)] if mean else []
+    label_ends(axes, ends)
+    return render(figure, "curves", format)
+
+
+def seen_and_unseen(matrix: AccuracyMatrix, format: Format = "svg") -> bytes:
+    """Draw average accuracy over the tasks learned so far, and over those still to come."""
+    figure, axes = canvas(_HALF_PAGE, 3.4)
+    _percent_axis(axes, matrix)
+    seen = over_training(average_accuracy, matrix)
+    unseen = over_training(unseen_accuracy, matrix, first=0)
+    ends = []
+    for name, figures, first, colour in (
+        ("seen tasks", seen, 1, ACCENT),
+        ("tasks to come", unseen, 0, WARM),
+    ):
+        points = _points(figures, first)
+        if not points:
+            continue
+        axes.plot(*_xy(points), "o-", color=colour, linewidth=1.8, markersize=4)
+        ends.append((points[-1][1], name, colour))
+    label_ends(axes, ends)
+    return render(figure, "average", format)
+
+
+def forgetting_bars(
+    matrix: AccuracyMatrix, after: int | None = None, format: Format = "svg"
+) -> bytes:
+    """Draw how far each earlier task is below its best score, gains to the left of zero."""
+    last = (matrix.last_row or 0) if after is None else after
+    parts = [forgetting_of(matrix, task, last) for task in range(1, max(last, 1))]
+    figure, axes = canvas(_HALF_PAGE, 1.0 + 0.3 * max(len(parts), 1))
+    values = [0.0 if part.value is None else 100 * part.value for part in parts]
+    colours = [WARM if value > 0 else GOOD for value in values]
+    bars = axes.barh(range(len(parts)), values, color=colours, height=0.62)
+    labels = ["·" if part.value is None else f"{100 * part.value:+.1f}" for part in parts]
+    label_bars(axes, bars, labels)
+    _name_bars(axes, [shorten(name, 20) for name in matrix.names[: len(parts)]])
+    axes.axvline(0, color=LINE, linewidth=1)
+    axes.set_xlabel("below its best score, percent points", color=MUTED)
+    return render(figure, "forgetting", format)
+
+
+def cost_bars(ledger: Ledger, format: Format = "svg") -> bytes:
+    """Draw seconds of training and bytes remembered, per task."""
+    entries = list(ledger)
+    figure, (left, right) = canvas(_HALF_PAGE, 1.0 + 0.3 * max(len(entries), 1), 2)
+    names = [shorten(entry.task, 16) for entry in entries]
+    times = [entry.seconds for entry in entries]
+    kept = [entry.bytes_remembered for entry in entries]
+    for axes, values, labels, colour, title in (
+        (left, times, [duration(value) for value in times], ACCENT, "training time"),
+        (right, kept, [size(value) for value in kept], SERIES[2], "remembered after the task"),
+    ):
+        bars = axes.barh(range(len(entries)), values, color=colour, height=0.62)
+        label_bars(axes, bars, labels)
+        _name_bars(axes, names if axes is left else [""] * len(names))
+        axes.set_xticks([])
+        axes.grid(visible=False)
+        axes.set_title(title, color=MUTED, fontsize=9, loc="left")
+    return render(figure, "cost", format)
+
+
+def _draw_cell(axes: Axes, matrix: AccuracyMatrix, row: int, column: int, highest: float) -> None:
+    value, left = matrix.get(row, column), _left(matrix, column)
+    middle = (left + 0.5, row + 0.5)
+    is_wide = len(matrix.columns) > _WIDE
+    small = 8.0 if is_wide else 8.5
+    if value is None:
+        axes.text(*middle, "·", color=MUTED, ha="center", va="center", fontsize=small)
+        return
+    share = min(max(value / highest, 0.0), 1.0)
+    place = (left + 0.03, row + 0.04)
+    axes.add_patch(
+        Rectangle(place, 0.94, 0.92, facecolor=ACCENT, alpha=0.05 + 0.95 * share, linewidth=0)
+    )
+    if row == column + 1 and column < matrix.tasks:
+        axes.add_patch(Rectangle(place, 0.94, 0.92, fill=False, edgecolor=INK, linewidth=1.4))
+    colour = PAPER if share > 0.6 else INK
+    words = f"{100 * value:.0f}" if is_wide else percent(value)
+    axes.text(*middle, words, color=colour, ha="center", va="center", fontsize=small)
+
+
+def _left(matrix: AccuracyMatrix, column: int) -> float:
+    return column + (0.3 if column >= matrix.tasks else 0.0)
+
+
+def _percent_axis(axes: Axes, matrix: AccuracyMatrix) -> None:
+    rows = len(matrix.rows)
+    step = max(1, rows // 12)
+    shown = range(0, rows, step)
+    axes.set_xlim(-0.15, max(rows - 1, 1) + 0.1)
+    names = [shorten(matrix.rows[row], 12 if rows < 7 else 8) for row in shown]
+    turn = {"rotation": 0, "ha": "center"} if rows < 7 else {"rotation": 30, "ha": "right"}
+    name_ticks(axes.xaxis, list(shown), names, **turn)
+    axes.set_ylim(-2, 102)
+    name_ticks(axes.yaxis, range(0, 101, 20), ["0", "20", "40", "60", "80", "100 %"])
+    axes.autoscale(enable=False)
+    tidy(axes)
+
+
+def _name_bars(axes: Axes, names: Sequence[str]) -> None:
+    name_ticks(axes.yaxis, range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    tidy(axes, "x")
+
+
+def _points(figures: Sequence[Figure], first: int) -> list[tuple[int, float]]:
+    return [
+        (row, 100 * figure.value)
+        for row, figure in enumerate(figures, first)
+        if figure.value is not None
+    ]
+
+
+def _xy(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]

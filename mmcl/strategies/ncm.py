@@ -1,0 +1,89 @@
+"""NCM trains nothing: a picture belongs to the class whose mean feature it points at.
+
+Paper: SimpleCIL, Zhou et al. 2023, arXiv:2303.07338.
+Code followed: none; written from the equations.
+Differs: features have length 1 before they are averaged, as CLIP compares directions; the mean is
+kept as a sum and a count, so tasks and processes may come in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mmcl.core import VLM, Batch, Output, Strategy, Task, require
+from mmcl.core.distributed import sum_over_ranks
+from mmcl.memory.snapshot import Snapshot
+from mmcl.ops.prototypes import class_sums, cosine_scores
+
+
+class NCM(Strategy):
+    """Nearest class mean on a frozen encoder.
+
+    Replaces the class scores by ``scale`` times the cosine with class means. A class without
+    samples scores -inf. The model's own scores stay before the first task's end, for rows with
+    captions, and where there are fewer columns than known classes (a probe with its own classes).
+
+    Args:
+        scale: factor of the cosine, for probabilities; the best class does not depend on it.
+
+    **Remembers** D float64 numbers and one count for each class, D the embedding width.
+
+    **Asks of the model** ``embed`` and ``freeze``; it freezes both towers.
+    """
+
+    def __init__(self, scale: float = 100.0) -> None:
+        super().__init__()
+        if scale <= 0:
+            raise ValueError(f"scale is {scale}, expected more than 0: CLIP's own is 100")
+        self.scale = scale
+        self.means = Snapshot()
+
+    def attach(self, model: VLM) -> None:
+        """Freeze both towers: old class means hold only while features stay as they are."""
+        require(model, "embed", "freeze", by=self).freeze("image", "text")
+
+    def refine(self, model: VLM, batch: Batch, output: Output) -> Output:
+        """Score by class means."""
+        if self.means.is_empty or batch.tokens is not None:
+            return output
+        sums, counts = self.means.get("sums"), self.means.get("counts")
+        missing = output.logits.shape[1] - len(counts)
+        if missing < 0 or not len(counts):
+            return output
+        features = require(model, "embed", by=self).embed(batch, "image")
+        scores = self.scale * cosine_scores(features, sums, counts)
+        scores = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
+        return replace(output, logits=scores.to(output.logits.dtype))
+
+    @torch.no_grad()
+    def end_task(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
+        """Add the task's features to the class sums."""
+        old = self.means.tensors
+        classes = max(max(task.labels, default=-1) + 1, len(old["counts"]) if old else 0)
+        sums: Tensor | None = None
+        for batch in batches:
+            features = require(model, "embed", by=self).embed(batch, "image")
+            own = class_sums(features, batch.labels, classes)
+            if sums is None:
+                sums, counts = own
+            else:
+                sums, counts = sums + own[0], counts + own[1]
+        if sums is None:
+            raise RuntimeError(
+                f"NCM saw no rows of task '{task.name}' on this process: give end_task the task's "
+                "training batches, or use fewer processes"
+            )
+        sums, counts = sum_over_ranks(sums), sum_over_ranks(counts)
+        if old:
+            sums[: len(old["sums"])] += old["sums"]
+            counts[: len(old["counts"])] += old["counts"]
+        self.means.take({"sums": sums, "counts": counts})
+
+    def holdings(self) -> Mapping[str, int]:
+        """Return how many classes have a mean."""
+        counts = self.means.tensors.get("counts")
+        return {"means": 0 if counts is None else int((counts > 0).sum())}

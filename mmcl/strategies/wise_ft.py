@@ -1,0 +1,68 @@
+"""WiSE-FT ends each task at a point on the line between the weights before it and after it.
+
+Paper: Wortsman et al. 2021, arXiv:2109.01903.
+Code followed: none; written from the equation.
+Differs: the line starts at the previous task's end (or, as in the paper, at the first weights),
+because a stream has more than one end; running counts are not averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import torch
+
+from mmcl.core import VLM, Batch, Strategy, Task, trainable
+from mmcl.memory.snapshot import Snapshot
+from mmcl.ops.averaging import interpolate
+
+
+class WiseFT(Strategy):
+    """Average the weights before and after each task: (1 - alpha) * before + alpha * after.
+
+    Args:
+        alpha: 0 forgets the task, 1 is plain fine-tuning.
+        anchor: "previous" starts the line at the beginning of this task, "start" at the beginning
+            of the first one.
+        exclude: endings of parameter names that keep their new value. The scale of the cosine is
+            averaged like any other weight unless "logit_scale" is named here.
+
+    **Remembers** one copy of the trainable weights, at their own precision.
+
+    **Asks of the model** nothing beyond the protocol.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.8,
+        anchor: Literal["previous", "start"] = "previous",
+        exclude: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha is {alpha}, expected 0 (before) to 1 (after the task)")
+        if anchor not in ("previous", "start"):
+            raise ValueError(f"anchor is '{anchor}', expected 'previous' or 'start'")
+        self.alpha, self.anchor, self.exclude = alpha, anchor, tuple(exclude)
+        self.before = Snapshot()
+
+    def begin_task(self, model: VLM, task: Task) -> None:
+        """Copy the weights where the line starts."""
+        if self.anchor == "previous" or self.before.is_empty:
+            self.before.take(trainable(model))
+
+    @torch.no_grad()
+    def end_task(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
+        """Write the average into the model."""
+        weights = {
+            name: parameter
+            for name, parameter in trainable(model).items()
+            if not name.endswith(self.exclude)
+        }
+        for name, average in interpolate(self.before.tensors, weights, self.alpha).items():
+            weights[name].copy_(average)
+
+    def holdings(self) -> Mapping[str, int]:
+        """Return how many parameters were copied."""
+        return {"before": len(self.before)}

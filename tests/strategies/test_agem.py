@@ -1,0 +1,156 @@
+import io
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional
+
+from mmcl.core import begin_task, end_task, step
+from mmcl.core.randomness import generator, ranks_of
+from mmcl.strategies.agem import AGEM
+from tests.stand_in import StandIn, a_batch, a_task, task_batches
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def after_a_task(**arguments):
+    model, strategy = StandIn(), AGEM(**arguments)
+    begin_task(model, strategy, a_task(0))
+    end_task(model, strategy, a_task(0), task_batches(0))
+    begin_task(model, strategy, a_task(1))
+    return model, strategy
+
+
+def flat_gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def reference_vector(model, strategy, seed, step_number, rows):
+    """The gradient of the memory's mean loss as one vector, row after row."""
+    columns = strategy.memory.columns
+    places = torch.randperm(len(strategy.memory), generator=generator(seed, step_number))[:rows]
+    total = 0
+    for place in places.tolist():
+        row = replace(a_batch(1), images=columns["images"][place][None])
+        loss = functional.cross_entropy(model(row).logits, columns["labels"][place][None])
+        parts = torch.autograd.grad(loss, list(model.parameters()))
+        total = total + torch.cat([part.flatten() for part in parts])
+    return total / len(places)
+
+
+def test_a_conflicting_gradient_is_projected_as_one_vector():
+    model, strategy = after_a_task(samples=16, reference_rows=6, seed=3)
+    # Wrong labels for the old pictures: this step would unlearn the memory.
+    spoiled = replace(a_batch(8), labels=1 - a_batch(8).labels)
+    step(model, strategy, spoiled).loss.backward()
+    gradient = flat_gradient(model)
+    reference = reference_vector(model, strategy, 3, 0, 6)
+    assert float(gradient @ reference) < 0
+    strategy.project(model)
+    expected = gradient - (gradient @ reference) / (reference @ reference) * reference
+    torch.testing.assert_close(flat_gradient(model), expected, rtol=1e-4, atol=1e-6)
+    assert abs(float(flat_gradient(model) @ reference)) < 1e-4 * float(reference @ reference)
+
+
+def test_a_gradient_without_conflict_is_untouched():
+    model, strategy = after_a_task()
+    step(model, strategy, a_batch(8)).loss.backward()
+    before = flat_gradient(model)
+    strategy.project(model)
+    assert torch.equal(flat_gradient(model), before)
+
+
+def test_in_the_first_task_nothing_is_projected():
+    model, strategy = StandIn(), AGEM()
+    begin_task(model, strategy, a_task(0))
+    step(model, strategy, a_batch(8)).loss.backward()
+    before = flat_gradient(model)
+    strategy.project(model)
+    assert torch.equal(flat_gradient(model), before)
+    assert strategy.idle() == ("memory is empty",)
+
+
+def test_a_parameter_without_a_gradient_counts_as_zero():
+    model, strategy = after_a_task(samples=16, reference_rows=16)
+    spoiled = replace(a_batch(8), labels=1 - a_batch(8).labels)
+    step(model, strategy, spoiled).loss.backward()
+    model.patch.bias.grad = torch.zeros_like(model.patch.bias)
+    gradient = flat_gradient(model)
+    reference = reference_vector(model, strategy, 0, 0, 16)
+    model.patch.bias.grad = None
+    strategy.project(model)
+    expected = gradient - (gradient @ reference) / (reference @ reference) * reference
+    torch.testing.assert_close(flat_gradient(model), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_frozen_parameters_stay_without_a_gradient():
+    model, strategy = after_a_task()
+    model.freeze("image")
+    spoiled = replace(a_batch(8), labels=1 - a_batch(8).labels)
+    step(model, strategy, spoiled).loss.backward()
+    strategy.project(model)
+    assert model.patch.weight.grad is None
+    assert model.names.weight.grad is not None
+
+
+def test_the_memory_holds_equally_many_of_every_task():
+    model, strategy = StandIn(), AGEM(samples=12, seed=2)
+    for index in range(3):
+        end_task(model, strategy, a_task(index), task_batches(index))
+        counts = Counter(strategy.memory.columns["task"].tolist())
+        assert counts == dict.fromkeys(range(index + 1), 12 // (index + 1))
+    hashes = ranks_of(2, 1, torch.arange(24)).tolist()
+    chosen = sorted(range(24), key=lambda sample: hashes[sample])[:4]
+    pictures = torch.cat([batch.images for batch in task_batches(1)])
+    own = strategy.memory.columns["task"] == 1
+    assert torch.equal(strategy.memory.columns["images"][own], pictures[chosen])
+
+
+def test_draws_change_with_every_step():
+    model, strategy = after_a_task(samples=24, reference_rows=4)
+    first = strategy._reference(model, list(model.parameters()))
+    strategy.project(model)
+    second = strategy._reference(model, list(model.parameters()))
+    assert not torch.equal(first[0], second[0])
+
+
+def test_a_checkpoint_goes_on_as_the_original():
+    model, original = after_a_task(samples=10, reference_rows=4)
+    spoiled = replace(a_batch(8), labels=1 - a_batch(8).labels)
+    step(model, original, spoiled).loss.backward()
+    original.project(model)
+    fresh = AGEM(samples=10, reference_rows=4)
+    begin_task(model, fresh, a_task(1))
+    fresh.load_state_dict(through_a_file(original.state_dict()))
+    gradients = []
+    for strategy in (original, fresh):
+        model.zero_grad()
+        end_task(model, strategy, a_task(1), task_batches(1))
+        step(model, strategy, spoiled).loss.backward()
+        strategy.project(model)
+        gradients.append(flat_gradient(model))
+    assert torch.equal(*gradients)
+
+
+def test_captions_come_back_with_their_tokens():
+    tokens = torch.arange(8)[:, None].expand(8, 3)
+    captions = [replace(batch, tokens=tokens) for batch in task_batches(0)]
+    model, strategy = StandIn(), AGEM(samples=5)
+    end_task(model, strategy, a_task(0), captions)
+    columns = strategy.memory.columns
+    assert columns["tokens"].shape == (5, 3)
+    assert columns["mask"].all()
+
+
+def test_wrong_arguments_say_what_to_do():
+    with pytest.raises(ValueError, match="reference_rows is 0: draw at least 1"):
+        AGEM(reference_rows=0)
+    shared = replace(a_batch(4), owner=torch.tensor([0, 0, 1, 2]))
+    with pytest.raises(ValueError, match="AGEM was given rows that share or lack pictures"):
+        end_task(StandIn(), AGEM(), a_task(), [shared])
