@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
 def with_progress(data: ContinualData) -> ContinualData:
     """Show a bar while the stream of a datamodule is built."""
     bar = Progress(transient=True)
-    line = bar.add_task(f"building {data.name}", visible=False)
+    line = bar.add_task(f"building {data.stream_name}", visible=False)
 
     def show(done: int, total: int) -> None:
         bar.start()

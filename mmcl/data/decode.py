@@ -20,6 +20,7 @@ from mmcl.data.faults import BadSample
 MAX_PIXELS = 64_000_000
 """Pictures of more pixels are bad samples, unless a caller says otherwise."""
 
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 
 
@@ -60,15 +61,26 @@ def size_of(data: bytes) -> tuple[int, int]:
         BadSample: if it is not a JPEG, PNG or WebP picture, or its header is cut off.
     """
     if data.startswith(_JPEG):
-        try:
-            return tuple(simplejpeg.decode_jpeg_header(data, strict=False)[:2])
-        except ValueError as error:
-            raise BadSample(f"its JPEG header is broken ({error})") from None
+        return _jpeg_size(data)
     if data.startswith(_PNG) and data[12:16] == b"IHDR" and len(data) >= 24:
         return int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP" and len(data) >= 30:
         return _webp_size(data)
     raise BadSample(f"its picture is not JPEG, PNG or WebP (it starts with {data[:8]!r})")
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """Walk over the segments of a JPEG file to its frame header (ITU T.81, B.2.2)."""
+    place = 2
+    while place + 9 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker in _FRAMES:
+            height = int.from_bytes(data[place + 5 : place + 7], "big")
+            return height, int.from_bytes(data[place + 7 : place + 9], "big")
+        is_bare = marker == 0xFF or 0xD0 <= marker <= 0xD8 or marker == 0x01
+        length = 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        place += (1 if marker == 0xFF else 2) if is_bare else length
+    raise BadSample("its JPEG header is broken or cut off: no picture size is in it")
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
@@ -86,15 +98,16 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 def _decode_jpeg(data: bytes) -> np.ndarray | None:
     """Decode a JPEG with exact flags; None = Pillow must see it (CMYK, odd but whole files)."""
     try:
-        if simplejpeg.decode_jpeg_header(data, strict=False)[2] in ("CMYK", "YCCK"):
+        if simplejpeg.decode_jpeg_header(data)[2] in ("CMYK", "YCCK"):
             return None
         pixels: np.ndarray = simplejpeg.decode_jpeg(
             data, "RGB", fastdct=False, fastupsample=False, strict=True
         )
-    except ValueError as error:
-        # Stray bytes between whole segments are common on the web and harm no pixel; data that
-        # ends early does, and Pillow would show grey in its place without a word.
-        if "premature end" in str(error).lower():
+    # simplejpeg raises KeyError for a colour space or subsampling that it has no name for.
+    except (ValueError, KeyError) as error:
+        # Stray bytes before a marker are common on the web and harm no pixel; data that ends early
+        # or is no code does, and Pillow would show grey in its place without a word.
+        if any(fault in str(error) for fault in ("remature end", "bad Huffman")):
             raise BadSample(f"its JPEG is broken ({error})") from None
         return None
     return pixels

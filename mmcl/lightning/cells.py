@@ -11,7 +11,9 @@ import pytorch_lightning as pl
 from PIL import Image
 from torch import Tensor
 
-from mmcl.core import write_atomic
+from mmcl.core import Row, write_atomic
+from mmcl.data import BadSample
+from mmcl.data.row import make_row
 from mmcl.lightning.data import ContinualData
 from mmcl.lightning.folder import RunFolder
 from mmcl.lightning.module import ContinualModule
@@ -108,15 +110,23 @@ def sample_pictures(data: ContinualData, folder: RunFolder) -> list[dict[str, st
         names = data.column(number + 1, number).names
         step = max(1, len(reader) // SAMPLES_SHOWN)
         for place in range(0, len(reader), step)[:SAMPLES_SHOWN]:
-            shown = data.prepared.look(number, "test", place)
-            if shown is None:
+            try:
+                made = make_row(
+                    reader.read(place), place, task, _as_it_is, seed=0, max_pixels=1 << 24
+                )
+            except BadSample:
+                continue
+            if made.row.image is None:
                 continue
             file = f"sample_{number:02d}_{place:05d}.png"
-            write_atomic(folder.path / "figures" / file, _png(shown.pixels))
-            found.append(
-                {"task": task.name, "key": shown.key, "truth": names[shown.label], "picture": file}
-            )
+            write_atomic(folder.path / "figures" / file, _png(made.row.image))
+            truth = names[made.label]
+            found.append({"task": task.name, "key": made.key, "truth": truth, "picture": file})
     return found
+
+
+def _as_it_is(pixels: Tensor | None, text: str | None, seed: int) -> Row:
+    return Row(pixels)
 
 
 def _png(pixels: Tensor) -> bytes:

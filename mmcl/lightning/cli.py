@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ from mmcl.lightning.module import ContinualModule
 from mmcl.strategies import discover
 
 _DEFAULTS = {"trainer.logger": False, "trainer.max_epochs": 1}
+
+
+def quiet() -> None:
+    """Silence what Lightning says of itself: devices found, tips, ends of epochs."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.WARNING)
 
 
 class ContinualCLI(LightningCLI):
@@ -36,6 +44,7 @@ class ContinualCLI(LightningCLI):
         program: str = "train.py",
         description: str = "",
     ) -> None:
+        quiet()
         discover()  # so that a strategy can be named by its class name alone
         super().__init__(
             ContinualModule,

@@ -52,7 +52,7 @@ class ContinualData(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.name, self.root = stream, Path(root)
+        self.stream_name, self.root = stream, Path(root)
         self.global_batch, self.device_batch = global_batch, device_batch
         self.test_batch, self.workers = test_batch, workers
         self.order, self.max_faults = order, max_faults
@@ -67,7 +67,7 @@ class ContinualData(pl.LightningDataModule):
     @property
     def card(self) -> Path:
         """The card's path; it may not be built yet."""
-        given = Path(self.name).expanduser()
+        given = Path(self.stream_name).expanduser()
         if given.is_dir():
             cards = sorted(given.glob("*.yaml"))
             if len(cards) != 1:
@@ -77,13 +77,13 @@ class ContinualData(pl.LightningDataModule):
             return cards[0]
         if given.suffix in (".yaml", ".yml"):
             return given
-        stream, card = find_stream(self.name)
+        stream, card = find_stream(self.stream_name)
         return self.root / stream.folder.name / card
 
     def prepare_data(self) -> None:
         """Build the stream if it is one of mmcl's and not there yet."""
-        if not self.card.is_file() and not self.name.endswith((".yaml", ".yml")):
-            stream, _ = find_stream(self.name)
+        if not self.card.is_file() and not self.stream_name.endswith((".yaml", ".yml")):
+            stream, _ = find_stream(self.stream_name)
             with exclusive(self.card.parent):
                 if not self.card.is_file():
                     stream.builder()(self.card.parent, progress=self.on_build)

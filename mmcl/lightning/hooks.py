@@ -14,8 +14,8 @@ from mmcl.core import Batch, Step, Strategy, Task, begin_task, end_task
 class StrategyHooks(pl.Callback):
     """Call ``begin_task``, ``project``, ``observe`` and ``end_task`` of ``module.strategy``.
 
-    Works in any LightningModule that has a ``model`` and an attached ``strategy``. ``training_step``
-    returns ``{"loss": done.loss, "step": done}`` where ``done`` comes from ``mmcl.core.step``.
+    Works in any LightningModule that has a ``model`` and an attached ``strategy``; its
+    ``training_step`` returns ``{"loss": done.loss, "step": done}``, done = ``mmcl.core.step(...)``.
 
     Args:
         task: what the next ``fit`` learns; None = the next number after the last one.
@@ -53,8 +53,8 @@ class StrategyHooks(pl.Callback):
         end_task(model_of(pl_module), strategy, strategy.current, batches)
 
     def _next_task(self, trainer: pl.Trainer, strategy: Strategy) -> Task:
-        data = getattr(trainer, "datamodule", None)
-        if self.task is None and hasattr(data, "begin"):
+        data: Any = getattr(trainer, "datamodule", None)
+        if self.task is None and data is not None and hasattr(data, "begin"):
             found: Task = data.begin(trainer)
             return found
         if self.task is not None:
@@ -63,8 +63,8 @@ class StrategyHooks(pl.Callback):
         return Task(index, f"task {index}")
 
     def _pass(self, trainer: pl.Trainer) -> Iterable[Batch]:
-        data = getattr(trainer, "datamodule", None)
-        if hasattr(data, "exact_pass"):
+        data: Any = getattr(trainer, "datamodule", None)
+        if data is not None and hasattr(data, "exact_pass"):
             loader: Iterable[Batch] = data.exact_pass()
             return loader
         return trainer.train_dataloader or ()

@@ -33,6 +33,7 @@ class ContinualModule(pl.LightningModule):
         seed: mixed into the seeds of the strategy's draws.
     """
 
+    model: Any
     strict_loading = False  # frozen weights are not in our checkpoints; on_load_checkpoint checks
 
     def __init__(
@@ -48,7 +49,7 @@ class ContinualModule(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.model: Any = model
+        self.model = model
         self.strategy = Finetune() if strategy is None else strategy
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
         self.warmup, self.schedule = warmup, schedule
@@ -68,7 +69,8 @@ class ContinualModule(pl.LightningModule):
         if self.anchor is not None:
             return self.anchor * 0
         done = self.done = step(self.model, self.strategy, batch)
-        return done.loss if batch.weight == 1.0 else done.loss * batch.weight
+        weight = done.batch.weight  # replay may have joined rows
+        return done.loss if weight == 1.0 else done.loss * weight
 
     def configure_optimizers(self) -> Optimizer:
         """Build a new optimiser over everything that learns now."""
@@ -191,5 +193,6 @@ def check_state(module: ContinualModule, checkpoint: dict[str, Any]) -> None:
 
 def _reseed(strategy: Strategy, seed: int) -> None:
     for part in strategy.modules():
-        if seed and isinstance(getattr(part, "seed", None), int):
-            part.seed = int(part.seed) + 1_000_003 * seed
+        own = getattr(part, "seed", None)
+        if seed and isinstance(own, int):
+            vars(part)["seed"] = own + 1_000_003 * seed

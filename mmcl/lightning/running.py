@@ -97,6 +97,8 @@ class TaskHooks(StrategyHooks):
             group["initial_lr"] = rate
         self._rate_moves = module.warmup > 0 or module.schedule != "constant"
         self._rank = trainer.global_rank
+        every: int = vars(trainer).get("log_every_n_steps", 50)
+        self._log_every = every if trainer.loggers else 0
         title = f"task {self.task.index}: {self.task.name}"
         self._line = ProgressLine(title, self.steps, is_shown=trainer.is_global_zero)
         self._clock = time.monotonic()
@@ -111,7 +113,7 @@ class TaskHooks(StrategyHooks):
             torch.cuda.manual_seed(seed)
         if self.step == 0 and self.counts.flops_a_row == 0 and self.folder.writes:
             self._counter = FlopCounterMode(display=False)
-            self._counter.__enter__()
+            self._counter.__enter__()  # type: ignore[no-untyped-call]
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -146,7 +148,7 @@ class TaskHooks(StrategyHooks):
         if self.step == counts.steps:
             return
         counts.steps = self.step
-        if trainer.loggers and self.step % trainer.log_every_n_steps == 0 and done is not None:
+        if self._log_every and self.step % self._log_every == 0 and done is not None:
             self._log(trainer, done.terms)
         every = self.save_every_steps
         # The last step is never saved: a task that goes on must have a step left, for Lightning
@@ -211,7 +213,7 @@ class TaskHooks(StrategyHooks):
 
     def _stop_counting(self, rows: int) -> None:
         if self._counter is not None:
-            self._counter.__exit__(None, None, None)
+            self._counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             if rows:
                 self.counts.flops_a_row = self._counter.get_total_flops() / rows
             self._counter = None

@@ -50,7 +50,7 @@ class SequenceRun:
     ) -> None:
         self.make_module, self.make_trainer, self.data = make_module, make_trainer, data
         # The rank is known to Lightning from the environment before any process group exists.
-        self.is_first = rank_zero_only.rank == 0
+        self.is_first = getattr(rank_zero_only, "rank", 0) == 0
         self.folder = RunFolder(folder, writes=self.is_first)
         self.seed, self.save_every_steps = seed, save_every_steps
         self.say = say if self.is_first else lambda sentence: None
@@ -146,7 +146,7 @@ class SequenceRun:
         trainer = self._trainer([])
         faults = record_cells(module, self.data, trainer, matrix, self.folder, row, columns)
         self._note(faults)
-        measured = matrix.values[row][: max(row, 1)]
+        measured = matrix.values[row][: row or matrix.tasks]
         mean = 100 * sum(value for value in measured if value is not None) / len(measured)
         what = f"after '{matrix.rows[row]}'" if row else "before training"
         self.say(f"{what}: mean of its tasks {mean:.1f} %")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -11,6 +10,14 @@ from torch import Tensor, nn
 
 from mmcl.core.randomness import ranks_of
 from mmcl.memory.selection import lowest
+from mmcl.memory.table import (
+    column_bytes,
+    expect_columns,
+    moved_over,
+    padded,
+    resized,
+    widened,
+)
 
 _MARK_BYTES = 16
 
@@ -76,7 +83,7 @@ class Rows(nn.Module):
         """Bytes of one row, marks included; 0 before the first insert."""
         if not self._table:
             return 0
-        return _MARK_BYTES + sum(_row_bytes(column) for column in self._table.values())
+        return _MARK_BYTES + sum(column_bytes(column) for column in self._table.values())
 
     @property
     def bytes_held(self) -> int:
@@ -130,10 +137,10 @@ class Rows(nn.Module):
     def insert_ranked(self, columns: Mapping[str, Tensor], ranks: Tensor, group: int = 0) -> None:
         """Offer rows that come with their hashes, from another table of the same seed."""
         columns = {name: column.detach() for name, column in columns.items()}
-        self._expect_columns(columns, len(ranks))
+        expect_columns(columns, self._table, rows=len(ranks), growing=self.growing)
         if len(ranks) == 0:
             return
-        self._widen(columns)
+        self._table = widened(self._table, columns, self.growing)
         if self.capacity_bytes and self.row_bytes > self.capacity_bytes:
             raise ValueError(
                 f"one row takes {self.row_bytes} bytes and capacity_bytes is "
@@ -225,38 +232,6 @@ class Rows(nn.Module):
             limits.append(self.capacity_bytes // self.row_bytes)
         return min(limits) if limits else None
 
-    def _expect_columns(self, columns: Mapping[str, Tensor], rows: int) -> None:
-        if self._table and set(columns) != set(self._table):
-            raise ValueError(
-                f"columns are {sorted(columns)} and the table has {sorted(self._table)}: "
-                "use one store for each kind of row"
-            )
-        for name, column in columns.items():
-            if len(column) != rows:
-                raise ValueError(
-                    f"column '{name}' has {len(column)} rows for {rows} visits: give one of each"
-                )
-            held = self._table.get(name)
-            if held is None:
-                continue
-            cut = -1 if name in self.growing else None
-            shapes = tuple(held.shape[1:][:cut]), tuple(column.shape[1:][:cut])
-            if shapes[0] != shapes[1] or held.dtype != column.dtype:
-                raise ValueError(
-                    f"rows of column '{name}' are {tuple(column.shape[1:])} {column.dtype} and "
-                    f"the table holds {tuple(held.shape[1:])} {held.dtype}: make them alike, "
-                    "or name a column that changes width in growing"
-                )
-
-    def _widen(self, columns: Mapping[str, Tensor]) -> None:
-        """Make the table as wide as its widest row."""
-        for name, column in columns.items():
-            held = self._table.get(name)
-            if held is None:
-                self._table[name] = torch.empty((0, *column.shape[1:]), dtype=column.dtype)
-            elif name in self.growing and column.shape[-1] > held.shape[-1]:
-                self._table[name] = _padded(held, column.shape[-1])
-
     def _place(
         self, columns: Mapping[str, Tensor], ranks: Tensor, group: int, kept: Tensor, new: Tensor
     ) -> None:
@@ -271,17 +246,17 @@ class Rows(nn.Module):
         targets, fills = holes[: len(moved)], holes[len(moved) :]
         size = self._room(total)
         for name, column in columns.items():
-            table = _resized(self._table[name], max(size, len(self._table[name])))
+            table = resized(self._table[name], max(size, len(self._table[name])))
             table[targets] = table[moved]
-            table = _resized(table, size)
+            table = resized(table, size)
             rows = column[new.to(column.device)].cpu()
             if rows.dim() > 1 and name in self.growing:
-                rows = _padded(rows, table.shape[-1])
+                rows = padded(rows, table.shape[-1])
             table[fills] = rows
             self._table[name] = table
-        self._ranks = _moved(self._ranks, total, targets, moved, fills, ranks[new])
+        self._ranks = moved_over(self._ranks, total, targets, moved, fills, ranks[new])
         groups = torch.full_like(new, group)
-        self._groups = _moved(self._groups, total, targets, moved, fills, groups)
+        self._groups = moved_over(self._groups, total, targets, moved, fills, groups)
 
     def _room(self, total: int) -> int:
         """Return the rows to have memory for: doubled as needed, never above the limit."""
@@ -290,34 +265,6 @@ class Rows(nn.Module):
         if total > held:
             held = max(total, 2 * held)
         return held if limit is None else min(held, max(limit, total))
-
-
-def _row_bytes(column: Tensor) -> int:
-    return prod(column.shape[1:]) * column.element_size()
-
-
-def _padded(column: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(column, (0, width - column.shape[-1]))
-
-
-def _resized(column: Tensor, size: int) -> Tensor:
-    if len(column) == size:
-        return column
-    resized = column.new_zeros((size, *column.shape[1:]))
-    count = min(size, len(column))
-    resized[:count] = column[:count]
-    return resized
-
-
-def _moved(
-    values: Tensor, total: int, targets: Tensor, moved: Tensor, fills: Tensor, new: Tensor
-) -> Tensor:
-    result = values.new_zeros(total)
-    count = min(total, len(values))
-    result[:count] = values[:count]
-    result[targets] = values[moved]
-    result[fills] = new
-    return result
 
 
 def _expect_fingerprint(*, held: str, wanted: str) -> None:

@@ -65,6 +65,7 @@ class OpenCLIP(nn.Module):
         self.loss_over, self.label_smoothing = loss_over, label_smoothing
         self.crop, self.flip = crop, flip
         self.widths = widths(self.clip)
+        self.embed_width = int(self.clip.visual.output_dim)
         self.clip.logit_scale.requires_grad_(train_scale)
         self.freeze(*frozen)
         self.register_buffer(
@@ -75,6 +76,8 @@ class OpenCLIP(nn.Module):
         self._known: dict[tuple[str, str], Tensor] = {}
         self._cached: tuple[Any, Tensor] | None = None
 
+    # Scoring runs in inference mode, whose tensors a later training step could not use.
+    @torch.inference_mode(False)
     def set_classes(
         self, names: Sequence[str], templates: Sequence[str], tasks: Sequence[int] = ()
     ) -> None:

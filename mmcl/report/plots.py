@@ -208,7 +208,7 @@ def _percent_axis(axes: Axes, matrix: AccuracyMatrix) -> None:
 
 def _name_bars(axes: Axes, names: Sequence[str]) -> None:
     name_ticks(axes.yaxis, range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
     tidy(axes, "x")
 
 

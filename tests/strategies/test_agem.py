@@ -27,6 +27,11 @@ def after_a_task(**arguments):
     return model, strategy
 
 
+def unlearn(model, strategy):
+    """Leave a gradient that raises the loss on the first task."""
+    (-step(model, strategy, a_batch(8)).loss).backward()
+
+
 def flat_gradient(model):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
@@ -46,9 +51,7 @@ def reference_vector(model, strategy, seed, step_number, rows):
 
 def test_a_conflicting_gradient_is_projected_as_one_vector():
     model, strategy = after_a_task(samples=16, reference_rows=6, seed=3)
-    # Wrong labels for the old pictures: this step would unlearn the memory.
-    spoiled = replace(a_batch(8), labels=1 - a_batch(8).labels)
-    step(model, strategy, spoiled).loss.backward()
+    unlearn(model, strategy)
     gradient = flat_gradient(model)
     reference = reference_vector(model, strategy, 3, 0, 6)
     assert float(gradient @ reference) < 0
@@ -78,8 +81,7 @@ def test_in_the_first_task_nothing_is_projected():
 
 def test_a_parameter_without_a_gradient_counts_as_zero():
     model, strategy = after_a_task(samples=16, reference_rows=16)
-    spoiled = replace(a_batch(8), labels=1 - a_batch(8).labels)
-    step(model, strategy, spoiled).loss.backward()
+    unlearn(model, strategy)
     model.patch.bias.grad = torch.zeros_like(model.patch.bias)
     gradient = flat_gradient(model)
     reference = reference_vector(model, strategy, 0, 0, 16)
@@ -92,8 +94,7 @@ def test_a_parameter_without_a_gradient_counts_as_zero():
 def test_frozen_parameters_stay_without_a_gradient():
     model, strategy = after_a_task()
     model.freeze("image")
-    spoiled = replace(a_batch(8), labels=1 - a_batch(8).labels)
-    step(model, strategy, spoiled).loss.backward()
+    unlearn(model, strategy)
     strategy.project(model)
     assert model.patch.weight.grad is None
     assert model.names.weight.grad is not None
@@ -132,7 +133,7 @@ def test_a_checkpoint_goes_on_as_the_original():
     for strategy in (original, fresh):
         model.zero_grad()
         end_task(model, strategy, a_task(1), task_batches(1))
-        step(model, strategy, spoiled).loss.backward()
+        unlearn(model, strategy)
         strategy.project(model)
         gradients.append(flat_gradient(model))
     assert torch.equal(*gradients)

@@ -116,9 +116,7 @@ def test_a_row_is_answered_alike_alone_in_company_and_in_any_place(name):
     model, strategy = learn(*build(name), TASKS[:2])
     batch = whole(0).join(whole(1))
     together = answers(model, strategy, batch)
-    alone = [
-        answers(model, strategy, batch.take(torch.tensor([row]))) for row in range(len(batch))
-    ]
+    alone = [answers(model, strategy, batch.take(torch.tensor([row]))) for row in range(len(batch))]
     near(together, torch.cat(alone))
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(3))
     near(together[order], answers(model, strategy, batch.take(order)))

@@ -1,0 +1,211 @@
+"""Each test carries an attack and shows that it does nothing."""
+
+import io
+import os
+import pickle
+import tarfile
+
+import pytest
+
+from mmcl.data import prepare, test_loader, train_loader
+from mmcl.data.index import scan
+from mmcl.data.reader import MAX_TEXT_BYTES, Reader
+from mmcl.data.source import local_shard
+from mmcl.data.tar import MAX_EXTENDED_BYTES
+from tests.data.small_stream import CutAndNoise, labelled, picture, write_stream, write_tar
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def info(name, kind, target=""):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
+
+
+def test_a_pickle_in_a_shard_is_never_decoded(tmp_path):
+    trap = pickle.dumps(Trap(str(tmp_path / "sprung")))
+    members = labelled(4)
+    for extension in ("pyd", "pkl", "pth", "pickle", "pt", "npy", "ten", "PYD"):
+        members.insert(1, (f"s000.{extension}", trap))
+    members += [("lonely.pkl", trap), ("s004.png", trap), ("s004.cls", b"0")]
+    stream = write_stream(tmp_path, sizes=(4,), a_train=members, a_test=members)
+    prepared = prepare(stream)
+    assert set(prepared.reader(0, "train").read(0).members) == {"png", "cls", "txt", "de.txt"}
+    assert prepared.stream[0].size == 5
+    list(train_loader(prepared, 0, CutAndNoise(), recall=None, global_batch=2, seed=0))
+    list(test_loader(prepared, 0, CutAndNoise(), batch=2))
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("url", ["pipe:mkdir {}", "PIPE:mkdir {} ://", " pipe:mkdir {} ://"])
+def test_a_pipe_url_is_refused_and_not_run(tmp_path, url):
+    stream = write_stream(tmp_path, sizes=(4,))
+    command = url.format(tmp_path / "sprung")
+    card = (tmp_path / "small.yaml").read_text().replace("a-train.tar", f"'{command}'")
+    (tmp_path / "small.yaml").write_text(card)
+    stream = type(stream).read(tmp_path / "small.yaml")
+    with pytest.raises(ValueError, match=r"task 'task-a': shard .*pipe:|PIPE:"):
+        prepare(stream, cache=tmp_path / "cache")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_pipe_url_runs_where_its_user_allows_it(tmp_path):
+    stream = write_stream(tmp_path, sizes=(4,))
+    task = stream.tasks[0]
+    object.__setattr__(task, "train", (f"pipe:cat {tmp_path / 'a-train.tar'}",))
+    with pytest.raises(ValueError, match="allow_pipes=True if you trust it"):
+        prepare(stream, cache=tmp_path / "cache")
+    prepared = prepare(stream, cache=tmp_path / "cache", allow_pipes=True)
+    assert prepared.reader(0, "train").read(3).key == "atrain003"
+    object.__setattr__(task, "train", ("pipe:cat /does/not/exist",))
+    with pytest.raises(ValueError, match="could not be fetched"):
+        prepare(stream, cache=tmp_path / "cache", allow_pipes=True)
+    assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 1
+
+
+@pytest.mark.parametrize("url", ["gopher://x/y.tar", "ldap://x", "-oProxyCommand=x://y"])
+def test_other_schemes_are_refused(tmp_path, url):
+    with pytest.raises(ValueError, match="has the scheme"):
+        local_shard(url, tmp_path)
+
+
+def test_file_urls_are_plain_paths(tmp_path):
+    path = write_tar(tmp_path / "a b.tar", labelled(2))
+    assert local_shard(f"file://{str(path).replace(' ', '%20')}", tmp_path) == path
+
+
+def test_absolute_and_climbing_names_and_links_are_harmless(tmp_path):
+    before = sorted(tmp_path.parent.iterdir())
+    members = [
+        ("/abs/s000.png", picture()),
+        ("/abs/s000.cls", b"0"),
+        ("../../../climb.png", picture()),
+        ("../../../climb.cls", b"1"),
+        (info("s002.png", tarfile.SYMTYPE, "/etc/passwd"), b""),
+        (info("s002.txt", tarfile.LNKTYPE, "../../../etc/passwd"), b""),
+        (info("s003.png", tarfile.CHRTYPE), b""),
+        (info("s004.png", tarfile.FIFOTYPE), b""),
+        (info("dir.png", tarfile.DIRTYPE), b""),
+        ("s005.cls", b"1"),
+    ]
+    stream = write_stream(tmp_path, sizes=(4,), a_train=members)
+    reader = prepare(stream).reader(0, "train")
+    found = {reader.read(n).key: set(reader.read(n).members) for n in range(len(reader))}
+    assert found == {
+        "/abs/s000": {"png", "cls"},
+        "../../../climb": {"png", "cls"},
+        "s005": {"cls"},
+    }
+    assert sorted(tmp_path.parent.iterdir()) == before
+
+
+def test_a_zero_byte_member_is_a_bad_sample(tmp_path):
+    members = [*labelled(4), ("e.png", b""), ("e.cls", b"0"), ("f.png", picture()), ("f.cls", b"")]
+    stream = write_stream(tmp_path, sizes=(4,), a_test=members)
+    (batch,) = test_loader(prepare(stream), 0, CutAndNoise(), batch=8)
+    assert len(batch) == 4
+    assert batch.faults == (
+        "e in a-test.tar: its picture is empty (0 bytes)",
+        "f in a-test.tar: its label is b'', expected a whole number",
+    )
+
+
+def test_two_members_of_one_name_are_a_repeated_key(tmp_path):
+    members = [("a.png", picture(1)), ("a.cls", b"0"), ("a.png", picture(2)), ("a.cls", b"1")]
+    stream = write_stream(tmp_path, sizes=(4,), a_train=members)
+    with pytest.raises(ValueError, match=r"key 'a' comes twice, in a-train.tar and in a-train.tar"):
+        prepare(stream)
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_names_that_are_not_utf8_are_read_and_written_in_hex(tmp_path, format):
+    name = b"caf\xe9/\xff".decode("utf-8", "surrogateescape")
+    path = write_tar(
+        tmp_path / "x.tar", [(f"{name}.png", picture()), (f"{name}.cls", b"0")], format
+    )
+    index = scan(path, "x.tar")
+    assert len(index) == 1
+    key = index.key(0)
+    assert key == "caf\\xe9/\\xff"
+    key.encode()
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_are_read_whole(tmp_path, format):
+    name = "d/" * 200 + "schön" * 30
+    path = write_tar(tmp_path / "x.tar", [(f"{name}.png", b"1"), (f"{name}.de.txt", b"22")], format)
+    reader = Reader([scan(path, "x.tar")])
+    assert reader.read(0).key == name
+    assert reader.read(0).members == {"png": b"1", "de.txt": b"22"}
+
+
+def test_files_without_a_key_or_inside_meta_folders_are_no_samples(tmp_path):
+    names = [".hidden.png", "noextension", "__meta__/a.png", "d.x/noextension", "ok.png"]
+    path = write_tar(tmp_path / "x.tar", [(name, b"1") for name in names])
+    index = scan(path, "x.tar")
+    assert [index.key(n) for n in range(len(index))] == ["ok"]
+
+
+def header(name, kind, size):
+    member = tarfile.TarInfo(name)
+    member.type = kind
+    member.size = size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def test_a_huge_extended_header_is_not_read_into_memory(tmp_path):
+    path = tmp_path / "x.tar"
+    size = MAX_EXTENDED_BYTES + 1
+    path.write_bytes(header("x", tarfile.GNUTYPE_LONGNAME, size) + bytes(2 << 20))
+    with pytest.raises(ValueError, match=f"extended header of {size} bytes"):
+        scan(path, "x.tar")
+
+
+def test_a_long_chain_of_extended_headers_does_not_recurse(tmp_path):
+    chain = (header("x", tarfile.GNUTYPE_LONGNAME, 5) + b"a.png".ljust(512, b"\0")) * 5000
+    path = tmp_path / "x.tar"
+    path.write_bytes(chain + header("y.png", tarfile.REGTYPE, 0) + bytes(1024))
+    assert scan(path, "x.tar").key(0) == "a"
+
+
+@pytest.mark.parametrize("size", [-512, -1, 1 << 60])
+def test_a_member_of_impossible_size_ends_the_scan(tmp_path, size):
+    path = tmp_path / "x.tar"
+    path.write_bytes(header("x.png", tarfile.REGTYPE, size) + bytes(2048))
+    with pytest.raises(ValueError, match=r"negative member at byte 0|is truncated"):
+        scan(path, "x.tar")
+
+
+@pytest.mark.parametrize(
+    "records", [b"99999 path=a\n", b"x path=a\n", b"0 path=a\n", b"12 size=-1x\n"]
+)
+def test_damaged_pax_records_end_the_scan(tmp_path, records):
+    path = tmp_path / "x.tar"
+    start = header("x", tarfile.XHDTYPE, len(records)) + records.ljust(512, b"\0")
+    path.write_bytes(start + header("y.png", tarfile.REGTYPE, 0) + bytes(1024))
+    with pytest.raises(ValueError, match="damaged extended header at byte 0"):
+        scan(path, "x.tar")
+
+
+def test_an_oversized_text_member_is_a_bad_sample(tmp_path):
+    members = [*labelled(2), ("big.png", picture()), ("big.cls", b"0" * (MAX_TEXT_BYTES + 1))]
+    stream = write_stream(tmp_path, sizes=(4,), a_test=members)
+    (batch,) = test_loader(prepare(stream), 0, CutAndNoise(), batch=8)
+    assert batch.faults == ("big in a-test.tar: its .cls has 1048577 bytes, more than 1048576",)
+
+
+def test_a_bomb_in_a_shard_is_a_bad_sample(tmp_path):
+    file = io.BytesIO(picture())
+    data = bytearray(file.getvalue())
+    data[16:24] = (100_000).to_bytes(4, "big") * 2
+    members = [*labelled(2), ("bomb.png", bytes(data)), ("bomb.cls", b"0")]
+    stream = write_stream(tmp_path, sizes=(4,), a_test=members)
+    (batch,) = test_loader(prepare(stream), 0, CutAndNoise(), batch=8)
+    assert "bomb in a-test.tar: its picture is 100000 x 100000, more than" in batch.faults[0]

@@ -1,0 +1,318 @@
+import hashlib
+import io
+import os
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from webdataset.writer import TarWriter
+
+import mmcl.data.index
+from mmcl.core.randomness import ranks_of
+from mmcl.data import prepare
+from mmcl.data.index import open_index, scan
+from tests.data.small_stream import labelled, picture, write_stream, write_tar
+
+
+def refused(stream, **options):
+    with pytest.raises(ValueError, match=r"stream 'small' has \d+ faults?:") as caught:
+        prepare(stream, **options)
+    return str(caught.value).splitlines()[1:]
+
+
+def test_sizes_are_filled_in_and_samples_stand_in_recorded_order(tmp_path):
+    prepared = prepare(write_stream(tmp_path))
+    assert [task.size for task in prepared.stream] == [10, 7, 5]
+    assert [task.test_size for task in prepared.stream] == [5, 5, 5]
+    reader = prepared.reader(1, "train")
+    assert len(reader) == 7
+    for number in range(7):
+        sample = reader.read(number)
+        assert (sample.key, sample.shard) == (f"btrain{number:03d}", "b-train.tar")
+        assert sample.members["txt"].startswith(f"picture {number}".encode())
+        assert set(sample.members) == {"png", "cls", "txt", "de.txt"}
+
+
+def test_shards_of_a_task_follow_each_other_as_on_the_card(tmp_path):
+    stream = write_stream(tmp_path)
+    write_tar(tmp_path / "more.tar", labelled(3, name="more"))
+    first = replace(stream.tasks[0], train=("a-train.tar", "more.tar", "a-test.tar"))
+    stream.tasks = (first, *stream.tasks[1:])
+    reader = prepare(stream).reader(0, "train")
+    keys = [reader.read(number).key for number in range(len(reader))]
+    assert keys[9:14] == ["atrain009", "more000", "more001", "more002", "atest000"]
+    assert reader.where(10) == "more000 in more.tar"
+    with pytest.raises(IndexError, match="sample 18 is outside 0 to 17"):
+        reader.read(18)
+
+
+def test_webdataset_reads_the_same_samples(tmp_path):
+    from webdataset import WebDataset
+
+    with TarWriter(str(tmp_path / "x.tar")) as tar:
+        for number in range(6):
+            tar.write({"__key__": f"dir.x/n{number}", "PNG": picture(number), "a.TXT": b"t"})
+    reader = mmcl.data.Reader([scan(tmp_path / "x.tar", "x.tar")])
+    theirs = list(WebDataset(str(tmp_path / "x.tar"), shardshuffle=False))
+    assert [reader.read(number).key for number in range(6)] == [one["__key__"] for one in theirs]
+    assert all(dict(reader.read(n).members).items() <= theirs[n].items() for n in range(6))
+    assert set(reader.read(0).members) == {"png", "a.txt"}
+
+
+def test_a_reader_is_picklable_and_opens_its_maps_again(tmp_path):
+    reader = prepare(write_stream(tmp_path)).reader(0, "train")
+    reader.read(3)
+    again = pickle.loads(pickle.dumps(reader))
+    assert again.read(3) == reader.read(3)
+
+
+def test_all_faults_of_a_stream_are_told_at_once(tmp_path):
+    stream = write_stream(tmp_path, b_test=[], c_train=labelled(3) + labelled(1))
+    (tmp_path / "a-train.tar").unlink()
+    whole = (tmp_path / "a-test.tar").read_bytes()
+    (tmp_path / "a-test.tar").write_bytes(whole[:3000])
+    stream.tasks = (*stream.tasks[:1], replace(stream.tasks[1], size=284), *stream.tasks[2:])
+    lines = refused(stream)
+    assert len(lines) == 5
+    for part in (
+        "task 'task-a': shard a-train.tar is missing, there is no file",
+        "task 'task-a': shard a-test.tar is truncated: it ends at byte 3000",
+        "task 'task-b' has size 284 on the card and its train shards hold 7 samples",
+        "task 'task-b': shard b-test.tar holds no samples",
+        "task 'task-c' (train): key 's000' comes twice, in c-train.tar and in c-train.tar",
+    ):
+        assert sum(part in line for line in lines) == 1, part
+
+
+@pytest.mark.parametrize("kept", [1, 511, 512, 600, 1024, 5000])
+def test_a_tar_cut_anywhere_is_named_with_the_byte(tmp_path, kept):
+    stream = write_stream(tmp_path, sizes=(9,))
+    whole = (tmp_path / "a-train.tar").read_bytes()
+    (tmp_path / "a-train.tar").write_bytes(whole[:kept])
+    (line,) = refused(stream)
+    assert "shard a-train.tar is truncated" in line
+    assert f"byte {kept}" in line
+
+
+def test_a_tar_that_only_lacks_its_padding_is_whole(tmp_path):
+    stream = write_stream(tmp_path, sizes=(9,))
+    whole = (tmp_path / "a-train.tar").read_bytes().rstrip(b"\0")
+    ends = -(-len(whole) // 512) * 512 + 512
+    (tmp_path / "a-train.tar").write_bytes(whole.ljust(ends, b"\0"))
+    assert prepare(stream).stream[0].size == 9
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tar: b"", r"is empty \(0 bytes\)"),
+        (lambda tar: b"\x1f\x8b" + tar, "is compressed with gzip: unpack it"),
+        (lambda tar: tar[:512] + b"junk" * 128 + tar[1024:], None),
+        (lambda tar: b"junk" * 300, "is damaged: there is no tar header at byte 0"),
+        (lambda tar: tar + tar, "goes on after its end mark"),
+        (lambda tar: tar[:2048] + b"!" * 512 + tar[2560:], "no tar header at byte 2048"),
+    ],
+)
+def test_a_damaged_tar_is_never_taken_for_a_shorter_one(tmp_path, change, words):
+    members = [(f"k{n}.txt", b"x" * 512) for n in range(6)]
+    stream = write_stream(tmp_path, sizes=(9,), a_train=members)
+    whole = (tmp_path / "a-train.tar").read_bytes()
+    (tmp_path / "a-train.tar").write_bytes(change(whole))
+    if words is None:
+        assert prepare(stream).stream[0].size == 6
+        return
+    with pytest.raises(ValueError, match=words):
+        prepare(stream)
+
+
+def test_zero_test_samples_are_a_fault(tmp_path):
+    stream = write_stream(tmp_path, sizes=(4,))
+    stream.tasks = (replace(stream.tasks[0], test=()),)
+    assert "task 'task-a' has no test samples" in refused(stream)[0]
+
+
+def test_a_wrong_test_size_names_both_numbers(tmp_path):
+    stream = write_stream(tmp_path, sizes=(4,))
+    stream.tasks = (replace(stream.tasks[0], test_size=75),)
+    assert "has test_size 75 on the card and its test shards hold 5 samples" in refused(stream)[0]
+
+
+def test_many_repeated_keys_are_counted_not_listed(tmp_path):
+    stream = write_stream(tmp_path, sizes=(9,), a_train=labelled(9) + labelled(9))
+    lines = refused(stream)
+    assert len(lines) == 6
+    assert "and 4 more repeated keys in task 'task-a' (train)" in lines[-1]
+
+
+def test_a_kind_or_text_member_that_is_not_read_is_a_fault(tmp_path):
+    stream = write_stream(tmp_path, sizes=(4, 4), kind="caption")
+    stream.tasks = (replace(stream[0], text="pkl"), replace(stream[1], kind="prefer"))
+    lines = refused(stream)
+    assert "takes its text from .pkl" in lines[0]
+    assert "is of kind 'prefer', expected classify, caption, retrieve" in lines[1]
+
+
+def test_hashes_are_checked_when_asked(tmp_path):
+    stream = write_stream(tmp_path, sizes=(4,))
+    own = hashlib.sha256((tmp_path / "a-train.tar").read_bytes()).hexdigest()
+    stream.hashes = {"a-train.tar": own.upper(), "a-test.tar": "0" * 64}
+    prepare(stream)
+    (line,) = refused(stream, verify_hashes=True)
+    assert "shard a-test.tar has the sha256" in line
+    assert "the card says 0000" in line
+
+
+@pytest.mark.parametrize(
+    ("limit", "sizes"), [(6, [6, 6, 5]), (0.3, [3, 2, 2]), (200.0, [10, 7, 5])]
+)
+def test_a_limit_takes_a_seeded_choice_in_recorded_order(tmp_path, limit, sizes):
+    stream = write_stream(tmp_path)
+    whole, prepared = prepare(stream), prepare(stream, limit=limit, seed=4)
+    assert [task.size for task in prepared.stream] == sizes
+    reader, all_of_it = prepared.reader(0, "train"), whole.reader(0, "train")
+    keys = [reader.read(number).key for number in range(len(reader))]
+    assert keys == sorted(keys)
+    assert set(keys) <= {all_of_it.read(number).key for number in range(10)}
+    again = prepare(stream, limit=limit, seed=4).reader(0, "train")
+    assert [again.read(number).key for number in range(len(again))] == keys
+
+
+def test_the_limit_keeps_the_smallest_hashes(tmp_path):
+    import zlib
+
+    reader = prepare(write_stream(tmp_path), limit=4, seed=9).reader(0, "train")
+    ranks = ranks_of(9, zlib.crc32(b"train/task-a"), torch.arange(10)).tolist()
+    expected = sorted(sorted(range(10), key=ranks.__getitem__)[:4])
+    assert [int(reader.read(number).key[-3:]) for number in range(4)] == expected
+
+
+@pytest.mark.parametrize("limit", [0, -3, 0.0, 1.5, True, -0.1])
+def test_a_limit_that_means_nothing_is_refused(tmp_path, limit):
+    with pytest.raises(ValueError, match=r"limit is .*, expected a whole number of samples"):
+        prepare(write_stream(tmp_path), limit=limit)
+
+
+def test_progress_counts_shards(tmp_path):
+    told = []
+    prepare(write_stream(tmp_path), progress=lambda done, total: told.append((done, total)))
+    assert told == [(done, 6) for done in range(1, 7)]
+
+
+def test_the_training_part_of_a_finished_task_may_be_gone(tmp_path):
+    stream = write_stream(tmp_path)
+    (tmp_path / "a-train.tar").unlink()
+    prepared = prepare(stream, finished=[0])
+    assert len(prepared.reader(0, "test")) == 5
+    with pytest.raises(RuntimeError, match="train part of 'task-a' is not open"):
+        prepared.reader(0, "train")
+
+
+# The index
+
+
+def test_the_index_is_written_once_and_read_afterwards(tmp_path, monkeypatch):
+    stream = write_stream(tmp_path)
+    first = prepare(stream)
+    assert (tmp_path / "a-train.tar.index.npz").is_file()
+    monkeypatch.setattr(mmcl.data.index, "scan", None)
+    again = prepare(stream)
+    for number in range(10):
+        assert again.reader(0, "train").read(number) == first.reader(0, "train").read(number)
+
+
+@pytest.mark.parametrize("keep_time", [True, False])
+def test_a_stale_index_is_made_anew(tmp_path, keep_time):
+    stream = write_stream(tmp_path)
+    prepare(stream)
+    path = tmp_path / "a-train.tar"
+    before = path.stat()
+    write_tar(path, labelled(10, name="other-"))
+    assert path.stat().st_size == before.st_size
+    if keep_time:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert prepare(stream).reader(0, "train").read(0).key == "other-000"
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"", b"garbage" * 99, b"PK\x03\x04" + bytes(99), "cut", "pickle"]
+)
+def test_an_index_replaced_by_garbage_is_made_anew(tmp_path, garbage):
+    stream = write_stream(tmp_path, sizes=(4,))
+    prepare(stream)
+    index = tmp_path / "a-train.tar.index.npz"
+    whole = index.read_bytes()
+    if garbage == "cut":
+        garbage = whole[: len(whole) // 2]
+    elif garbage == "pickle":
+        file = io.BytesIO()
+        np.savez(file, first=np.array([{"a": 1}], dtype=object))
+        garbage = file.getvalue()
+    index.write_bytes(garbage)
+    assert prepare(stream).reader(0, "train").read(3).key == "atrain003"
+    assert index.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("offset", lambda a: a + (1 << 40)),
+        ("offset", lambda a: -a - 1),
+        ("length", lambda a: a + (1 << 62)),
+        ("first", lambda a: a[::-1].copy()),
+        ("first", lambda a: a + 1),
+        ("kind", lambda a: a + 99),
+        ("key_ends", lambda a: a * 2),
+        ("keys", lambda a: a[:3]),
+        ("offset", lambda a: a.astype(np.float64)),
+        ("key_hash", lambda a: a[:1]),
+        ("extensions", lambda a: np.frombuffer(b'["pkl", "png", "cls", "txt"]', np.uint8)),
+    ],
+)
+def test_an_index_that_points_outside_its_shard_is_made_anew(tmp_path, name, change):
+    write_tar(tmp_path / "x.tar", labelled(4))
+    good = open_index(tmp_path / "x.tar", "x.tar", tmp_path)
+    place = tmp_path / "x.tar.index.npz"
+    with np.load(place) as stored:
+        arrays = dict(stored)
+    np.savez(place, **{**arrays, name: change(arrays[name])})
+    again = open_index(tmp_path / "x.tar", "x.tar", tmp_path)
+    assert again.offset.tolist() == good.offset.tolist()
+    assert again.first.tolist() == good.first.tolist()
+    assert again.extensions == good.extensions
+
+
+def test_the_index_of_a_read_only_folder_lies_in_the_cache(tmp_path, monkeypatch):
+    stream = write_stream(tmp_path, sizes=(4,))
+    write = mmcl.data.index.write_atomic
+
+    def only_cache(path, data):
+        if "cache" not in str(path):
+            raise PermissionError(13, "read-only")
+        write(path, data)
+
+    monkeypatch.setattr(mmcl.data.index, "write_atomic", only_cache)
+    prepare(stream, cache=tmp_path / "cache")
+    assert not list(tmp_path.glob("*.npz"))
+    assert len(list((tmp_path / "cache" / "indexes").glob("*a-train.tar.index.npz"))) == 1
+    monkeypatch.setattr(mmcl.data.index, "scan", None)
+    assert prepare(stream, cache=tmp_path / "cache").stream[0].size == 4
+
+
+def test_without_any_place_to_write_the_index_is_kept_in_memory(tmp_path, monkeypatch):
+    stream = write_stream(tmp_path, sizes=(4,))
+
+    def full(path, data):
+        raise OSError(28, "no space left")
+
+    monkeypatch.setattr(mmcl.data.index, "write_atomic", full)
+    assert prepare(stream, cache=tmp_path / "cache").stream[0].size == 4
+
+
+def test_a_shard_that_shrinks_during_a_run_is_an_error_not_a_crash(tmp_path):
+    reader = prepare(write_stream(tmp_path, sizes=(4,))).reader(0, "train")
+    path = tmp_path / "a-train.tar"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(RuntimeError, match="changed or vanished since it was indexed"):
+        reader.read(0)

@@ -1,0 +1,227 @@
+import pytest
+import torch
+from torch import nn
+
+from mmcl.core import Batch, Output, begin_task, end_task, step
+from mmcl.strategies.ewc import EWC
+from tests.stand_in import StandIn, a_task, task_batches
+from tests.strategies.bare_loop import learn
+
+
+class Logistic(nn.Module):
+    """Softmax regression on 12 pixels: its Fisher is known in closed form."""
+
+    def __init__(self, classes=3):
+        super().__init__()
+        self.head = nn.Linear(12, classes, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(0.5))
+        with torch.no_grad():
+            self.head.weight.copy_(torch.linspace(-1, 1, 12 * classes).view(classes, 12))
+
+    def forward(self, batch, prompts=None):
+        pixels = batch.images.flatten(1).float() / 255
+        return Output(self.logit_scale.exp() * self.head(pixels))
+
+    def loss(self, output, batch):
+        return nn.functional.cross_entropy(output.logits, batch.labels)
+
+
+class Pairs(nn.Module):
+    """Scores pictures against the texts of the batch: (B, B)."""
+
+    def __init__(self):
+        super().__init__()
+        self.image = nn.Linear(12, 4)
+        self.text = nn.Embedding(9, 4)
+
+    def forward(self, batch, prompts=None):
+        image = self.image(batch.images.flatten(1).float() / 255)
+        text = self.text(batch.tokens).mean(1)
+        return Output(3 * image @ text.T, image, text)
+
+
+def rows(count=10, classes=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 3, 2, 2), generator=g, dtype=torch.uint8)
+    labels = torch.randint(0, classes, (count,), generator=g)
+    return Batch(images, labels, torch.zeros(count, dtype=torch.int64), sample=torch.arange(count))
+
+
+def task_of(batch, index=0):
+    return a_task(index, classes=3, size=len(batch))
+
+
+def closed_form(model, batch, label_of=None):
+    """Mean over samples of ((p - e_y) x^T)^2, in plain loops."""
+    weight = model.head.weight.detach().double() * model.logit_scale.detach().double().exp()
+    total = torch.zeros_like(weight)
+    for row in range(len(batch)):
+        pixels = batch.images[row].flatten().double() / 255
+        slope = (weight @ pixels).softmax(0)
+        slope[int(batch.labels[row])] -= 1
+        total += (torch.outer(slope, pixels) * float(model.logit_scale.detach().exp())) ** 2
+    return total / len(batch)
+
+
+def test_the_fisher_of_softmax_regression_is_the_closed_form():
+    model, batch = Logistic(), rows()
+    strategy = EWC()
+    strategy.end_task(model, task_of(batch), [batch])
+    found = strategy.importance.get("head.weight")
+    torch.testing.assert_close(found.double(), closed_form(model, batch), rtol=1e-5, atol=1e-9)
+
+
+def test_the_fisher_does_not_depend_on_how_rows_are_batched():
+    model, batch = Logistic(), rows()
+    one, many = EWC(samples=6), EWC(samples=6)
+    one.end_task(model, task_of(batch), [batch])
+    shuffled = batch.take(torch.randperm(10, generator=torch.Generator().manual_seed(0)))
+    many.end_task(model, task_of(batch), [shuffled.take(row[None]) for row in torch.arange(10)])
+    torch.testing.assert_close(
+        one.importance.get("head.weight"), many.importance.get("head.weight"), rtol=1e-6, atol=0
+    )
+
+
+def test_samples_takes_exactly_that_many_rows():
+    model, batch = Logistic(), rows()
+    strategy = EWC(samples=4)
+    chosen = strategy._chosen(task_of(batch), batch)
+    assert len(chosen) == 4
+    strategy.end_task(model, task_of(batch), [batch])
+    expected = closed_form(model, batch.take(chosen))
+    found = strategy.importance.get("head.weight").double()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_the_models_own_labels_give_the_mean_over_its_answers():
+    model, batch = Logistic(), rows(1)
+    with torch.no_grad():
+        model.head.weight.mul_(0.1)
+    many = batch.take(torch.zeros(3000, dtype=torch.int64))
+    many = Batch(many.images, many.labels, many.task, sample=torch.arange(3000))
+    strategy = EWC(fisher="model")
+    strategy.end_task(model, task_of(many), [many])
+    answer = model(batch).logits[0].softmax(0)
+    expected = sum(
+        float(answer[label].detach())
+        * closed_form(model, Batch(batch.images, torch.tensor([label]), batch.task))
+        for label in range(3)
+    )
+    found = strategy.importance.get("head.weight").double()
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=1e-3)
+
+
+def test_the_scale_of_the_cosine_moves_freely_unless_asked_otherwise():
+    model, batch = Logistic(), rows()
+    free, held = EWC(), EWC(exclude=())
+    for strategy in (free, held):
+        strategy.end_task(model, task_of(batch), [batch])
+    assert list(free.importance.tensors) == ["head.weight"]
+    assert set(held.importance.tensors) == {"head.weight", "logit_scale"}
+
+
+def test_the_penalty_is_half_the_weighted_squared_distance():
+    model, batch = Logistic(), rows()
+    strategy = EWC(weight=7.0)
+    begin_task(model, strategy, task_of(batch))
+    assert set(step(model, strategy, batch).terms) == {"task"}
+    end_task(model, strategy, task_of(batch), [batch])
+    old = model.head.weight.detach().clone()
+    with torch.no_grad():
+        model.head.weight.add_(0.3)
+    fisher = strategy.importance.get("head.weight")
+    expected = 0.0
+    for f, now, before in zip(
+        fisher.flatten().tolist(),
+        model.head.weight.flatten().tolist(),
+        old.flatten().tolist(),
+        strict=True,
+    ):
+        expected += 7.0 * 0.5 * f * (now - before) ** 2
+    term = step(model, strategy, batch).terms["ewc"]
+    assert float(term.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_older_fisher_decays_and_the_anchor_moves():
+    model, batch, later = Logistic(), rows(), rows(seed=1)
+    strategy = EWC(decay=0.25)
+    strategy.end_task(model, task_of(batch), [batch])
+    first = closed_form(model, batch)
+    with torch.no_grad():
+        model.head.weight.mul_(0.5)
+    strategy.end_task(model, task_of(later, 1), [later])
+    found = strategy.importance.get("head.weight").double()
+    torch.testing.assert_close(
+        found, 0.25 * first + closed_form(model, later), rtol=1e-5, atol=1e-9
+    )
+    assert torch.equal(strategy.anchors.get("head.weight"), model.head.weight)
+
+
+def test_a_caption_is_scored_among_its_group_both_ways_round():
+    model, batch = Pairs(), rows(6)
+    tokens = torch.arange(12).view(6, 2) % 9
+    batch = Batch(batch.images, batch.labels, batch.task, tokens=tokens, sample=batch.sample)
+    strategy = EWC(group=4)
+    strategy.end_task(model, task_of(batch), [batch])
+    total = torch.zeros_like(model.image.weight, dtype=torch.float64)
+    for group in (torch.arange(4), torch.arange(4, 6)):
+        for place in range(len(group)):
+            scores = model(batch.take(group)).logits
+            row, column = scores[place], scores[:, place]
+            likelihood = (row.softmax(0)[place].log() + column.softmax(0)[place].log()) / 2
+            (slope,) = torch.autograd.grad(likelihood, [model.image.weight])
+            total += slope.double() ** 2
+    found = strategy.importance.get("image.weight").double()
+    torch.testing.assert_close(found, total / 6, rtol=1e-4, atol=1e-9)
+
+
+def test_rows_without_a_label_do_not_count():
+    model, batch = Logistic(), rows()
+    labels = batch.labels.clone()
+    labels[5:] = -100
+    strategy = EWC()
+    masked = Batch(batch.images, labels, batch.task, sample=batch.sample)
+    strategy.end_task(model, task_of(batch), [masked])
+    expected = closed_form(model, batch.take(torch.arange(5)))
+    found = strategy.importance.get("head.weight").double()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_a_held_model_moves_less_where_it_matters():
+    moved = {}
+    for weight in (0.0, 50.0):
+        model, strategy = learn(StandIn(), EWC(weight=weight), [a_task(0)])
+        begin_task(model, strategy, a_task(1))
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.02)
+        for batch in 8 * task_batches(1):
+            optimiser.zero_grad()
+            step(model, strategy, batch).loss.backward()
+            optimiser.step()
+        moved[weight] = sum(
+            float((fisher * (parameter.detach() - strategy.anchors.get(name)) ** 2).sum())
+            for (name, fisher), parameter in zip(
+                strategy.importance.tensors.items(), model.parameters(), strict=True
+            )
+        )
+    assert moved[50.0] < 0.3 * moved[0.0]
+
+
+def test_the_fisher_leaves_modes_and_gradients_as_they_were():
+    model = StandIn().train()
+    model.mix.norm1.eval()
+    EWC().end_task(model, a_task(), task_batches())
+    assert model.mix.training
+    assert not model.mix.norm1.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_task_without_rows_is_an_error_that_says_what_to_give():
+    with pytest.raises(RuntimeError, match="EWC saw no scored rows of task 'task 0'"):
+        EWC().end_task(Logistic(), a_task(), [])
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match="decay 2"):
+        EWC(decay=2)
+    with pytest.raises(ValueError, match="fisher is 'exact'"):
+        EWC(fisher="exact")

@@ -1,0 +1,139 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mmcl.core import Batch, Output, begin_task, end_task, step
+from mmcl.strategies.lwf import LwF
+from tests.stand_in import StandIn, a_batch, a_task, task_batches
+from tests.strategies.bare_loop import learn
+
+
+def divergence(teacher, student, temperature):
+    """T^2 * KL, mean over rows, in plain loops."""
+    total = 0.0
+    for t_row, s_row in zip(teacher.tolist(), student.tolist(), strict=True):
+        t = [math.exp(value / temperature) for value in t_row]
+        s = [math.exp(value / temperature) for value in s_row]
+        for p, q in zip(t, s, strict=True):
+            total += p / sum(t) * math.log((p / sum(t)) / (q / sum(s)))
+    return temperature**2 * total / len(teacher)
+
+
+def after_a_task(**arguments):
+    """A model that learned task 0 and then moved on, its old self, and the strategy."""
+    model, strategy = learn(StandIn(), LwF(**arguments), [a_task(0)])
+    old = copy.deepcopy(model)
+    begin_task(model, strategy, a_task(1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator()))
+    return model, old, strategy
+
+
+def test_nothing_is_kept_during_the_first_task():
+    model, strategy = StandIn(), LwF()
+    begin_task(model, strategy, a_task(0))
+    assert set(step(model, strategy, a_batch()).terms) == {"task"}
+
+
+def test_the_term_is_the_divergence_over_the_classes_of_earlier_tasks():
+    model, old, strategy = after_a_task(alpha=0.5, temperature=3.0)
+    batch = a_batch(task=1)
+    done = step(model, strategy, batch)
+    teacher = old(batch).logits.detach()[:, :2].double()
+    student = done.output.logits.detach()[:, :2].double()
+    expected = 0.5 * divergence(teacher, student, 3.0)
+    assert float(done.terms["lwf"].detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_model_that_has_not_moved_has_no_loss():
+    model, strategy = learn(StandIn(), LwF(), [a_task(0)])
+    begin_task(model, strategy, a_task(1))
+    term = step(model, strategy, a_batch(task=1)).terms["lwf"]
+    assert float(term.detach()) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_recalled_rows_are_left_out():
+    model, _, strategy = after_a_task()
+    new, old = a_batch(task=1), a_batch(rows=3, task=0)
+    recalled = Batch(
+        old.images, old.labels, old.task, sample=old.sample, recalled=torch.ones(3).bool()
+    )
+    alone = step(model, strategy, new).terms["lwf"]
+    mixed = step(model, strategy, recalled.join(new)).terms["lwf"]
+    torch.testing.assert_close(alone, mixed)
+    assert "lwf" not in step(model, strategy, recalled).terms
+
+
+def test_the_classes_known_before_a_task_include_all_earlier_ones():
+    model, strategy = learn(StandIn(), LwF(), [a_task(0), a_task(1)])
+    assert strategy.known == 4
+    fresh = LwF()
+    fresh.load_state_dict(strategy.state_dict())
+    assert fresh.known == 4
+
+
+class Pairs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.image, self.text = nn.Linear(12, 4), nn.Embedding(9, 4)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, batch, prompts=None):
+        image = self.norm(self.image(batch.images.flatten(1).float() / 255))
+        return Output(3 * image @ self.text(batch.tokens).mean(1).T)
+
+    def loss(self, output, batch):
+        return output.logits.sum() * 0
+
+
+def captions(count=5):
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, 2, 2), generator=g, dtype=torch.uint8)
+    labels = torch.full((count,), -100)
+    tokens = torch.randint(0, 9, (count, 3), generator=g)
+    return Batch(images, labels, torch.zeros(count, dtype=torch.int64), tokens=tokens)
+
+
+def test_captions_keep_the_likeness_of_pictures_and_texts_both_ways():
+    model, strategy, batch = Pairs().eval(), LwF(), captions()
+    end_task(model, strategy, a_task(0), [])
+    old = copy.deepcopy(model)
+    begin_task(model, strategy, a_task(1))
+    with torch.no_grad():
+        model.image.weight.add_(0.2)
+    done = step(model, strategy, batch)
+    teacher, student = old(batch).logits.detach(), done.output.logits.detach()
+    expected = (divergence(teacher, student, 2.0) + divergence(teacher.T, student.T, 2.0)) / 2
+    assert float(done.terms["lwf"].detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_asking_the_teacher_leaves_running_statistics_alone():
+    model, strategy, batch = Pairs().train(), LwF(), captions()
+    end_task(model, strategy, a_task(0), [])
+    output = model(batch)
+    before = copy.deepcopy(model.state_dict())
+    strategy.penalty(model, batch, output)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.norm.training
+
+
+def test_the_teacher_stays_while_the_model_learns():
+    model, strategy = learn(StandIn(), LwF(), [a_task(0)])
+    before = {name: value.clone() for name, value in strategy.teacher.tensors.items()}
+    begin_task(model, strategy, a_task(1))
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    for batch in task_batches(1):
+        step(model, strategy, batch).loss.backward()
+        optimiser.step()
+    after = strategy.teacher.tensors
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not torch.equal(before["names.weight"], model.names.weight)
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match="temperature 0"):
+        LwF(temperature=0)
