@@ -1,4 +1,4 @@
-"""Build the stream `digits`: `python datasets/build_digits.py --out data/digits`."""
+"""Build the stream `digits`: `python datasets/build_digits.py`."""
 
 from mmcl.data.builders.script import main
 

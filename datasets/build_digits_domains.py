@@ -1,4 +1,4 @@
-"""Build the stream `digits_domains`: `python datasets/build_digits_domains.py --out data/digits_domains`."""
+"""Build the stream `digits_domains`: `python datasets/build_digits_domains.py`."""
 
 from mmcl.data.builders.script import main
 

@@ -1,4 +1,4 @@
-"""Build the stream `emoji`: `python datasets/build_emoji.py --out data/emoji`."""
+"""Build the stream `emoji`: `python datasets/build_emoji.py`."""
 
 from mmcl.data.builders.script import main
 

@@ -40,7 +40,6 @@ class TaskEntry:
     templates: tuple[str, ...]
     text: str
     epochs: int | None
-    label_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,6 @@ class _Reader:
             templates=self.templates(raw, card, where),
             text=self.string({**card, **raw}, "text", where) or "txt",
             epochs=self.count({**card, **raw}, "epochs", where) or None,
-            label_names=own if is_probe and not set(own) <= set(stated) else (),
         )
 
     def known_keys(self, raw: Mapping[str, Any], known: set[str], where: str) -> None:

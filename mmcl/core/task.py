@@ -186,7 +186,9 @@ def _numbered(card: Card, entries: Sequence[TaskEntry]) -> list[Task]:
 def _probe(card: Card, entry: TaskEntry, index: int) -> Task:
     names = entry.classes
     place = {name: column for column, name in enumerate(names)}
-    columns = tuple(place.get(name, -1) for name in (entry.label_names or card.classes))
+    # Labels are positions in the card's list, unless the probe brings classes that it lacks.
+    listed = card.classes if set(names) <= set(card.classes) else names
+    columns = tuple(place.get(name, -1) for name in listed)
     task = _entry(card, entry, index)
     labels = tuple(range(len(names)))
     return replace(task, classes=names, labels=labels, columns=columns, is_probe=True)

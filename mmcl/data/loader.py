@@ -130,7 +130,7 @@ def train_loader(
 def batch_loader(
     rows: Dataset[Batch], batches: Sampler[Any], workers: int, *, seed: int, stay: bool = True
 ) -> DataLoader[Batch]:
-    """Return a torch loader that asks a dataset for whole batches; workers may stay between them."""
+    """Return a torch loader that asks for whole batches; workers may stay between passes."""
     return DataLoader(
         rows,
         batch_sampler=batches,

@@ -178,7 +178,10 @@ def _ordered(
     task, reader = prepared.stream.column(column), prepared.reader(column, part)
     rows = _OrderedRows(reader, task, transform, 0, max_pixels)
     strides = _Strides(len(reader), batch, rank, world)
-    return Pass(batch_loader(rows, strides, workers, seed=0, stay=False), f"the {part} part of '{task.name}'")
+    return Pass(
+        batch_loader(rows, strides, workers, seed=0, stay=False),
+        f"the {part} part of '{task.name}'",
+    )
 
 
 # Linters and pytest take a function whose name begins so for a test.

@@ -76,15 +76,16 @@ class TrainingRows(Dataset[Batch]):
 
     def _row(self, entry: int, epoch: int, faults: list[str]) -> MadeRow:
         """Make the row of an entry, or of the first of its stand-ins that can be read."""
-        task, sample, reader = self._found(entry)
+        first = entry
+        task, number, _ = self._found(first)
         own: list[str] = []
         for attempt in range(1, MAX_STAND_INS + 1):
             try:
                 made = self._made(entry, epoch)
             except BadSample as bad:
+                _, sample, reader = self._found(entry)
                 own.append(f"{reader.where(sample)}: {bad}")
-                entry = self._stand_in(entry, mix(self.seed, task, sample, attempt))
-                sample, reader = self._found(entry)[1:]
+                entry = self._stand_in(first, mix(self.seed, task, number, attempt))
             else:
                 faults.extend(dict.fromkeys(own))
                 return made

@@ -184,7 +184,7 @@ def test_a_member_of_impossible_size_ends_the_scan(tmp_path, size):
 
 
 @pytest.mark.parametrize(
-    "records", [b"99999 path=a\n", b"x path=a\n", b"0 path=a\n", b"12 size=-1x\n"]
+    "records", [b"999 path=a\n", b"x path=a\n", b"0 path=a\n", b"12 size=-1x\n"]
 )
 def test_damaged_pax_records_end_the_scan(tmp_path, records):
     path = tmp_path / "x.tar"

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from webdataset.tariterators import group_by_keys, tar_file_expander
 from webdataset.writer import TarWriter
 
 import mmcl.data.index
@@ -49,13 +50,12 @@ def test_shards_of_a_task_follow_each_other_as_on_the_card(tmp_path):
 
 
 def test_webdataset_reads_the_same_samples(tmp_path):
-    from webdataset import WebDataset
-
     with TarWriter(str(tmp_path / "x.tar")) as tar:
         for number in range(6):
             tar.write({"__key__": f"dir.x/n{number}", "PNG": picture(number), "a.TXT": b"t"})
     reader = mmcl.data.Reader([scan(tmp_path / "x.tar", "x.tar")])
-    theirs = list(WebDataset(str(tmp_path / "x.tar"), shardshuffle=False))
+    with (tmp_path / "x.tar").open("rb") as file:
+        theirs = list(group_by_keys(tar_file_expander([{"url": "x", "stream": file}])))
     assert [reader.read(number).key for number in range(6)] == [one["__key__"] for one in theirs]
     assert all(dict(reader.read(n).members).items() <= theirs[n].items() for n in range(6))
     assert set(reader.read(0).members) == {"png", "a.txt"}
@@ -164,9 +164,7 @@ def test_hashes_are_checked_when_asked(tmp_path):
     assert "the card says 0000" in line
 
 
-@pytest.mark.parametrize(
-    ("limit", "sizes"), [(6, [6, 6, 5]), (0.3, [3, 2, 2]), (200.0, [10, 7, 5])]
-)
+@pytest.mark.parametrize(("limit", "sizes"), [(6, [6, 6, 5]), (0.3, [3, 2, 2]), (9.0, [9, 7, 5])])
 def test_a_limit_takes_a_seeded_choice_in_recorded_order(tmp_path, limit, sizes):
     stream = write_stream(tmp_path)
     whole, prepared = prepare(stream), prepare(stream, limit=limit, seed=4)
@@ -236,7 +234,7 @@ def test_a_stale_index_is_made_anew(tmp_path, keep_time):
 
 
 @pytest.mark.parametrize(
-    "garbage", [b"", b"garbage" * 99, b"PK\x03\x04" + bytes(99), "cut", "pickle"]
+    "garbage", [b"", b"garbage" * 9, b"PK\x03\x04" + bytes(9), "cut", "pickle"]
 )
 def test_an_index_replaced_by_garbage_is_made_anew(tmp_path, garbage):
     stream = write_stream(tmp_path, sizes=(4,))

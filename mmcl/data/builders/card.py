@@ -51,18 +51,22 @@ def card_task(
 
 
 class _CardDumper(yaml.SafeDumper):
-    """Lists of plain values in one line, everything else in lines of its own, no aliases."""
+    """Names without spaces side by side, other lists in lines of their own, no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
-    def represent_list(self, data: list[Any]) -> yaml.Node:
-        is_plain = all(isinstance(item, str | int | float) for item in data)
-        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=is_plain)
 
-    def represent_dict(self, data: dict[str, Any]) -> yaml.Node:
-        return self.represent_mapping("tag:yaml.org,2002:map", data, flow_style=False)
+def _represent_list(dumper: yaml.SafeDumper, data: list[Any]) -> yaml.SequenceNode:
+    is_plain = all(isinstance(item, str) for item in data)
+    # YAML may break a line inside a name of two words, which is right but hard to read.
+    fits = is_plain and (len(str(data)) <= 80 or not any(" " in item for item in data))
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=fits)
 
 
-_CardDumper.add_representer(list, _CardDumper.represent_list)
-_CardDumper.add_representer(dict, _CardDumper.represent_dict)
+def _represent_dict(dumper: yaml.SafeDumper, data: dict[str, Any]) -> yaml.MappingNode:
+    return dumper.represent_mapping("tag:yaml.org,2002:map", data.items(), flow_style=False)
+
+
+_CardDumper.add_representer(list, _represent_list)
+_CardDumper.add_representer(dict, _represent_dict)

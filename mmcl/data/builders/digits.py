@@ -1,4 +1,4 @@
-"""The streams `digits` and `digits_domains`: real handwriting, learned class by class or look by look.
+"""The streams `digits` and `digits_domains`: real handwriting, by class or by look.
 
 Data: scikit-learn's `load_digits`, the 1,797 scans (8 x 8 pixels, 17 grey levels) of the test part
 of UCI's Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998, CC BY 4.0).

@@ -1,4 +1,4 @@
-"""Five looks of a handwritten digit, hard enough that a model must adapt, and readable by a person."""
+"""Five looks of a handwritten digit: a model must adapt, a person reads them all."""
 
 from __future__ import annotations
 

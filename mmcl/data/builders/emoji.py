@@ -1,4 +1,4 @@
-"""The streams `emoji_groups`, `emoji_years` and `emoji_languages`: one set of pictures, three orders.
+"""The streams `emoji_groups`, `emoji_years`, `emoji_languages`: the same pictures in three orders.
 
 Pictures come from a colour-emoji font of this machine, names from CLDR by the `emoji` package,
 groups and years from Unicode (`emoji_table.tsv`). The pictures lie in one train and one test shard
@@ -103,18 +103,16 @@ def build(
 
 def _choose_classes(font: EmojiFont, per_group: int | None) -> list[_Class]:
     """Choose among the emoji that have a picture of their own, and one name in every language."""
-    glyphs: dict[Emoji, Image.Image] = {}
+    found: dict[Emoji, tuple[Image.Image, dict[str, str]]] = {}
     seen: set[bytes | str] = set()
     for one in read_table():
         glyph, names = font.picture(one.text), names_of(one)
         if glyph is None or names is None or {glyph.tobytes(), names["en"]} & seen:
             continue
         seen |= {glyph.tobytes(), names["en"]}
-        glyphs[one] = glyph
-    chosen = choose(list(glyphs), per_group)
-    return [
-        _Class(label, one, glyphs[one], names_of(one) or {}) for label, one in enumerate(chosen)
-    ]
+        found[one] = glyph, names
+    chosen = choose(list(found), per_group)
+    return [_Class(label, one, *found[one]) for label, one in enumerate(chosen)]
 
 
 def _plan_cells(classes: Sequence[_Class], sizes: Mapping[str, int], seed: int) -> Cells:
@@ -139,7 +137,7 @@ def _samples(classes: Sequence[_Class], part: str, size: int, seed: int) -> Iter
     for one in classes:
         for number in range(size):
             point = ord(one.emoji.text[0])
-            # Seeded by the emoji and not by its label: other choices leave its pictures as they are.
+            # Seeded by the emoji, not its label: other choices leave its pictures as they are.
             draw = np.random.default_rng([seed, point, PARTS.index(part), number])
             png = io.BytesIO()
             augment(one.glyph, draw).save(png, "PNG")

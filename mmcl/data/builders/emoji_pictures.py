@@ -1,4 +1,4 @@
-"""From the one picture that a font has of an emoji to many: place, size, angle and background differ."""
+"""From the one picture that a font has of an emoji to many that differ."""
 
 from __future__ import annotations
 

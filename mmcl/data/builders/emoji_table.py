@@ -54,7 +54,7 @@ class Emoji:
 
 
 def read_table() -> list[Emoji]:
-    """Read the table of the package: every fully qualified emoji of one code point up to Emoji 15.0.
+    """Read the table of the package: every emoji of one code point up to Emoji 15.0.
 
     Returns:
         The emoji in Unicode's order.

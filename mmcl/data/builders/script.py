@@ -1,4 +1,4 @@
-"""What the scripts in `datasets/` have in common: options, a progress bar, and where the cards are."""
+"""What the scripts in `datasets/` have in common: options, a progress bar, the cards at the end."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def _write_plan(
 def _open_record(path: Path, cards: Sequence[str], recipe: Any) -> dict[str, Any]:
     """Return the record of this recipe; the files of another one are removed before it starts."""
     old = _read_record(path)
-    if old is not None and old["recipe"] == recipe and old["cards"] == list(cards):
+    if old is not None and old.get("recipe") == recipe and old["cards"] == list(cards):
         return old
     # Cards go first and the old record last: killed in between, the next call does the same again.
     for name in (*(old or {}).get("cards", ()), *(old or {}).get("shards", ()), *cards):
@@ -196,7 +196,12 @@ def _read_record(path: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    is_whole = isinstance(record, dict) and {"recipe", "cards", "shards"} <= record.keys()
+    is_whole = (
+        isinstance(record, dict)
+        and isinstance(record.get("cards"), list)
+        and isinstance(record.get("shards"), dict)
+        and all(isinstance(name, str) for name in record["cards"])
+    )
     return record if is_whole else None
 
 

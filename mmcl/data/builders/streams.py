@@ -88,13 +88,16 @@ def find_stream(name: str) -> tuple[Stream, str]:
     """
     if name in STREAMS:
         return STREAMS[name], STREAMS[name].cards[0]
-    known = dict.fromkeys(STREAMS)
-    for stream in STREAMS.values():
-        for card in stream.cards:
-            if name == Path(card).stem:
-                return stream, card
-            known[Path(card).stem] = None
-    raise ValueError(f"no stream {name!r} can be built: choose one of {', '.join(known)}")
+    cards = {
+        Path(card).stem: (stream, card)
+        for own_name, stream in STREAMS.items()
+        for card in stream.cards
+        if card.startswith(own_name)
+    }
+    if name in cards:
+        return cards[name]
+    known = ", ".join(dict.fromkeys((*STREAMS, *cards)))
+    raise ValueError(f"no stream {name!r} can be built: choose one of {known}")
 
 
 def resolve(name: str) -> tuple[Builder, str]:

@@ -1,0 +1,378 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mmcl.core import UNSCORED, Recall, TaskStream
+from mmcl.core.randomness import mix
+from mmcl.data import prepare, train_loader
+from mmcl.data.loader import PlannedBatches
+from mmcl.data.training import Request
+from tests.data.small_stream import (
+    CutAndNoise,
+    labelled,
+    picture,
+    same,
+    write_stream,
+    write_tar,
+)  # fmt: skip
+
+
+def recall_of(*pairs, share=0.3, keep="references"):
+    tasks, samples = zip(*pairs, strict=True)
+    return Recall(torch.tensor(tasks), torch.tensor(samples), share, keep)
+
+
+OLD = recall_of((0, 3), (0, 9), (1, 2))
+
+
+class Place:
+    """A run that counts what it did."""
+
+    def __init__(self, epoch=0, done=0):
+        self.epoch, self.done = epoch, done
+
+    def __call__(self):
+        return self.epoch, self.done
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return prepare(write_stream(tmp_path_factory.mktemp("stream"), sizes=(10, 7, 23)))
+
+
+def load(prepared, task=2, recall=OLD, global_batch=8, seed=3, **options):
+    return train_loader(
+        prepared,
+        task,
+        CutAndNoise(),
+        recall=recall,
+        global_batch=global_batch,
+        seed=seed,
+        **options,
+    )
+
+
+def epochs(loader_of, count):
+    """All batches of some epochs, from a loader that is iterated anew for each."""
+    place = Place()
+    loader = loader_of(position=place)
+    found = []
+    for place.epoch in range(count):
+        found.append(list(loader))
+        assert len(found[-1]) == len(loader)
+    return found
+
+
+def test_a_batch_holds_new_rows_then_recalled_ones_with_all_that_names_them(prepared):
+    batches = list(load(prepared))
+    assert len(batches) == 4  # 23 new samples, 8 - 2 rows a batch
+    for batch in batches:
+        assert batch.recalled.tolist() == [False] * (len(batch) - 2) + [True] * 2
+        assert batch.images.shape == (len(batch), 3, 4, 4)
+        assert batch.images.dtype == torch.uint8
+        assert batch.tokens is None
+        assert batch.faults == ()
+        assert batch.weight == 1.0
+        for row in range(len(batch)):
+            task, sample = int(batch.task[row]), int(batch.sample[row])
+            assert batch.keys[row] == f"{'abc'[task]}train{sample:03d}"
+            assert int(batch.labels[row]) == 2 * task + sample % 2
+            assert bool(batch.recalled[row]) == (task < 2)
+
+
+def test_every_new_sample_comes_once_in_every_epoch_with_recall_on(prepared):
+    for batches in epochs(lambda **own: load(prepared, **own), 3):
+        new = torch.cat([batch.sample[~batch.recalled] for batch in batches])
+        assert sorted(new.tolist()) == list(range(23))
+
+
+def test_labels_are_columns_of_the_learned_order_for_old_and_new_rows(tmp_path):
+    write_stream(tmp_path)
+    stream = prepare(TaskStream.read(tmp_path / "small.yaml", order=[2, 0, 1]))
+    (batch,) = load(stream, 1, recall_of((0, 0), (0, 1), share=0.2), global_batch=12)
+    expected = [0, 1] if batch.sample[-2:].tolist() == [0, 1] else [1, 0]
+    assert batch.labels[-2:].tolist() == expected
+    assert set(batch.labels[:-2].tolist()) == {2, 3}
+    assert batch.keys[-1].startswith("ctrain")
+
+
+def test_pictures_are_those_of_the_transform_with_the_seed_of_the_sample(prepared):
+    batch = list(load(prepared, position=Place(2)))[0]
+    reader = prepared.reader(2, "train")
+    from mmcl.data import decode_image
+
+    for row in (0, 1):
+        sample = int(batch.sample[row])
+        pixels = decode_image(reader.read(sample).members["png"])
+        made = CutAndNoise()(pixels, None, mix(3, 2, sample, 2))
+        assert made.image.equal(batch.images[row])
+    old = int(batch.task[-1]), int(batch.sample[-1])
+    pixels = decode_image(prepared.reader(old[0], "train").read(old[1]).members["png"])
+    assert CutAndNoise()(pixels, None, mix(3, *old, 2, 2)).image.equal(batch.images[-1])
+
+
+def test_augmentation_changes_from_epoch_to_epoch(prepared):
+    first, second = epochs(lambda **own: load(prepared, **own), 2)
+    by_sample = [
+        {
+            int(s): i
+            for b in one
+            for s, i, r in zip(b.sample, b.images, b.recalled, strict=True)
+            if not r
+        }
+        for one in (first, second)
+    ]
+    assert any(not by_sample[0][n].equal(by_sample[1][n]) for n in range(23))
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(2, 1), (4, 1), (1, 2), (2, 2), (1, 4)])
+def test_any_number_of_ranks_and_parts_sees_the_same_global_batches(prepared, world, accumulation):
+    whole = list(load(prepared))
+    ranks = [
+        list(load(prepared, world=world, rank=rank, accumulation=accumulation))
+        for rank in range(world)
+    ]
+    for number, batch in enumerate(whole):
+        rows = torch.zeros(len(batch), dtype=torch.bool)
+        weights = 0.0
+        for rank in range(world):
+            for part in range(accumulation):
+                micro = ranks[rank][number * accumulation + part]
+                places = torch.arange(part * world + rank, len(batch), world * accumulation)
+                expected = batch.take(places)
+                assert same(micro, replace(expected, weight=micro.weight))
+                assert micro.weight == pytest.approx(len(micro) * world * accumulation / len(batch))
+                weights += micro.weight
+                rows[places] = True
+        assert rows.all()
+        assert weights == pytest.approx(world * accumulation)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_run_resumed_at_any_position_goes_on_as_if_it_had_never_stopped(prepared, accumulation):
+    whole = epochs(lambda **own: load(prepared, accumulation=accumulation, **own), 2)
+    for epoch in range(2):
+        for done in range(len(whole[epoch])):
+            rest = list(load(prepared, accumulation=accumulation, position=Place(epoch, done)))
+            assert len(rest) == len(whole[epoch]) - done
+            assert all(same(*pair) for pair in zip(rest, whole[epoch][done:], strict=True))
+
+
+def test_an_epoch_done_to_its_end_is_the_start_of_the_next(prepared):
+    place = Place(0, 4)
+    found = list(load(prepared, position=place))
+    assert same(found[0], next(iter(load(prepared, position=Place(1)))))
+    assert len(found) == 4
+
+
+def test_position_is_asked_at_every_iter_and_the_length_stays(prepared):
+    place = Place()
+    loader = load(prepared, position=place)
+    first = list(loader)
+    place.done = 3
+    assert len(loader) == 4
+    (last,) = loader
+    assert same(last, first[3])
+
+
+def test_two_workers_give_what_none_gives_over_epochs_and_a_resume(prepared):
+    alone = epochs(lambda **own: load(prepared, **own), 2)
+    place = Place(0, 2)
+    loader = load(prepared, workers=2, position=place)
+    found = [list(loader)]
+    place.epoch, place.done = 1, 0
+    found.append(list(loader))
+    assert all(same(*pair) for pair in zip(found[0], alone[0][2:], strict=True))
+    assert all(same(*pair) for pair in zip(found[1], alone[1], strict=True))
+
+
+def test_spawned_workers_can_be_sent_the_dataset(prepared):
+    import pickle
+
+    loader = load(prepared)
+    request = next(iter(loader.batch_sampler))
+    again = pickle.loads(pickle.dumps(loader.dataset))
+    expected = next(iter(loader))
+    assert same(again.__getitems__(pickle.loads(pickle.dumps(request))), expected)
+
+
+def test_iterating_draws_nothing_from_the_global_generator(prepared):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    list(load(prepared))
+    assert torch.get_rng_state().equal(before)
+
+
+def test_joint_training_visits_old_and_new_once(prepared):
+    everything = [(task, sample) for task, size in ((0, 10), (1, 7)) for sample in range(size)]
+    loader = load(prepared, recall=recall_of(*everything, share=None))
+    assert len(loader) == 5
+    seen = [
+        (int(task), int(sample))
+        for batch in loader
+        for task, sample in zip(batch.task, batch.sample, strict=True)
+    ]
+    assert sorted(seen) == sorted(everything + [(2, sample) for sample in range(23)])
+
+
+def test_an_empty_recall_is_no_recall(prepared):
+    none = Recall(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), 0.5)
+    pairs = zip(load(prepared, recall=none), load(prepared, recall=None), strict=True)
+    assert all(same(*pair) for pair in pairs)
+
+
+def test_captions_are_padded_to_the_longest_of_the_batch(tmp_path):
+    stream = write_stream(tmp_path, kind="caption")
+    stream.tasks = (stream[0], replace(stream[1], text="de.txt"), stream[2])
+    prepared = prepare(stream)
+    (batch,) = load(prepared, 0, None, global_batch=16)
+    assert batch.labels.tolist() == [UNSCORED] * 10
+    lengths = [len(f"picture {n}" + " again" * (n % 3)) for n in batch.sample.tolist()]
+    assert batch.mask.sum(1).tolist() == lengths
+    assert batch.tokens.shape == (10, max(lengths))
+    assert (batch.tokens[~batch.mask] == 0).all()
+    row = batch.sample.tolist().index(4)
+    assert bytes(batch.tokens[row][batch.mask[row]].tolist()) == b"picture 4 again"
+    (german,) = load(prepared, 1, None, global_batch=16)
+    assert bytes(german.tokens[0].tolist()).startswith(b"Bild")
+
+
+def test_recalled_captions_beside_class_rows_leave_class_rows_without_text(tmp_path):
+    stream = write_stream(tmp_path)
+    stream.tasks = (replace(stream[0], kind="caption"), *stream.tasks[1:])
+    (batch,) = load(prepare(stream), 1, recall_of((0, 1), share=0.1), global_batch=8)
+    assert batch.mask.any(1).tolist() == [False] * 7 + [True]
+    assert batch.labels[-1] == UNSCORED
+
+
+# Bad samples
+
+
+BAD = [
+    ("x0", [("x0.png", b"\x89PNG broken"), ("x0.cls", b"4")], "its picture is not JPEG, PNG or"),
+    ("x1", [("x1.jpg", picture(1, "JPEG")[:-10]), ("x1.cls", b"4")], "its JPEG is broken"),
+    ("x2", [("x2.png", picture(2))], "it has no label (.cls)"),
+    ("x3", [("x3.cls", b"4")], "it has no picture (.jpg, .jpeg, .png, .webp)"),
+    ("x4", [("x4.png", picture(4)), ("x4.cls", b"1")], "its label is 1, which is not a class of"),
+    ("x5", [("x5.png", picture(5)), ("x5.cls", b"17")], "its label is 17, the card has classes 0"),
+    ("x6", [("x6.png", picture(6)), ("x6.cls", b"-4")], "its label is b'-4', expected a whole"),
+    ("x7", [("x7.png", picture(7, size=(40, 40))), ("x7.cls", b"4")], "40 x 40, more than 1000"),
+]
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    members = labelled(15, (4, 5), name="good-") + [one for bad in BAD for one in bad[1]]
+    old = labelled(8) + [("old.png", b""), ("old.cls", b"0")]
+    folder = tmp_path_factory.mktemp("broken")
+    return prepare(write_stream(folder, sizes=(10, 7, 23), c_train=members, a_train=old))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_sample_keeps_its_slot_and_is_named(broken, workers):
+    loader = load(broken, recall=OLD_BAD, max_pixels=1000, workers=workers)
+    batches = list(loader)
+    faults = [fault for batch in batches for fault in batch.faults]
+    for key, _, reason in BAD:
+        assert any(f.startswith(f"{key} in c-train.tar: ") and reason in f for f in faults), key
+    assert [len(batch) for batch in batches] == [7, 8, 8, 8]
+    keys = {key for batch in batches for key in batch.keys}
+    assert not keys & {bad[0] for bad in BAD}
+    assert any(fault == "old in a-train.tar: its picture is empty (0 bytes)" for fault in faults)
+    for batch in batches:
+        assert batch.recalled.tolist() == [False] * (len(batch) - 2) + [True] * 2
+        for key, sample, task in zip(batch.keys, batch.sample, batch.task, strict=True):
+            assert broken.reader(int(task), "train").read(int(sample)).key == key
+
+
+OLD_BAD = recall_of((0, 8), (0, 3), (1, 2))
+
+
+def test_stand_ins_are_the_same_on_any_number_of_ranks_and_in_any_run(broken):
+    whole = list(load(broken, recall=OLD_BAD, max_pixels=1000))
+    parts = [list(load(broken, recall=OLD_BAD, max_pixels=1000, world=2, rank=r)) for r in (0, 1)]
+    for batch, *halves in zip(whole, *parts, strict=True):
+        for rank, half in enumerate(halves):
+            assert half.keys == batch.keys[rank::2]
+            assert half.images.equal(batch.images[rank::2])
+
+
+def test_a_stand_in_is_drawn_from_seed_task_sample_and_attempt(broken):
+    rows = load(broken, recall=None, max_pixels=1000).dataset
+    for number, (key, _, _) in enumerate(BAD, start=15):
+        draws = (mix(3, 2, number, attempt) % 23 for attempt in range(1, 100))
+        batch = rows.__getitems__(Request(0, np.array([number]), 1.0))
+        assert batch.keys == (f"good-{next(draw for draw in draws if draw < 15):03d}",)
+        assert batch.faults[0].startswith(f"{key} in c-train.tar")
+
+
+def test_the_run_ends_after_a_hundred_bad_samples_in_a_row(tmp_path):
+    members = [(f"k{n}.png", b"") for n in range(5)]
+    prepared = prepare(write_stream(tmp_path, sizes=(4,), a_train=members))
+    with pytest.raises(ValueError, match="100 samples in a row could not be read in task"):
+        list(load(prepared, 0, None))
+
+
+@pytest.mark.parametrize(
+    ("member", "reason"),
+    [
+        ([], r"it has no caption \(.txt\)"),
+        ([("x.txt", b"\xff\xfe")], r"its caption \(.txt\) is not UTF-8"),
+        ([("x.txt", b" \n")], r"its caption \(.txt\) is empty"),
+    ],
+)
+def test_bad_captions_are_named(tmp_path, member, reason):
+    members = [*labelled(3), ("x.png", picture()), *member]
+    prepared = prepare(write_stream(tmp_path, sizes=(4,), kind="caption", a_train=members))
+    (batch,) = load(prepared, 0, None)
+    assert len(batch) == 4
+    with pytest.raises(ValueError, match=f"^x in a-train.tar: {reason}"):
+        raise ValueError(batch.faults[0])
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(8, 1), (1, 8), (4, 2)])
+def test_a_rank_or_part_without_rows_is_refused(prepared, world, accumulation):
+    words = r"a batch of 7 rows for \d devices x \d accumulated parts: use fewer devices"
+    with pytest.raises(ValueError, match=words):
+        load(prepared, world=world, accumulation=accumulation)
+
+
+@pytest.mark.parametrize("name", ["global_batch", "accumulation"])
+def test_counts_below_one_are_refused(prepared, name):
+    with pytest.raises(ValueError, match=f"{name} is 0, expected at least 1"):
+        load(prepared, recall=None, **{name: 0})
+
+
+def test_a_finished_task_is_not_read_when_nothing_is_kept(prepared):
+    with pytest.raises(RuntimeError, match=r"finished tasks \[0\] but keep is 'none'"):
+        load(prepared, recall=recall_of((0, 1), keep="none"))
+
+
+def test_copies_need_their_readers(prepared):
+    with pytest.raises(ValueError, match=r"pass recall_readers=\{task: CopiesReader"):
+        load(prepared, recall=recall_of((0, 1), keep="copies"))
+
+
+def test_only_finished_tasks_and_existing_samples_can_be_recalled(prepared):
+    with pytest.raises(ValueError, match=r"recall names tasks \[2\] while task 2 is learned"):
+        load(prepared, recall=recall_of((2, 1)))
+    with pytest.raises(ValueError, match="1 samples of task 0 that are not there, sample 10"):
+        load(prepared, recall=recall_of((0, 9), (0, 10)))
+
+
+def test_a_sampler_is_sized_before_it_is_asked(prepared):
+    sampler = load(prepared, accumulation=2).batch_sampler
+    assert isinstance(sampler, PlannedBatches)
+    assert len(sampler) == 8
+
+
+def test_a_shard_rewritten_between_tasks_is_noticed(tmp_path):
+    prepared = prepare(write_stream(tmp_path))
+    write_tar(tmp_path / "a-train.tar", labelled(2))
+    with pytest.raises(RuntimeError, match="changed or vanished"):
+        list(load(prepared, 0, None))
