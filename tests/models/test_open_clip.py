@@ -1,0 +1,191 @@
+import pytest
+import torch
+from torch.nn import functional
+
+from mmcl.core import UNSCORED, Batch, Prompts
+from mmcl.models import OpenCLIP
+
+NAMES, TEMPLATES = ("zero", "one", "red circle"), ("a photo of a {}.", "the {}")
+
+
+@pytest.fixture(scope="module")
+def clip():
+    model = OpenCLIP("tiny", pretrained="built-in").eval()
+    model.set_classes(NAMES, TEMPLATES)
+    return model
+
+
+def pictures(rows=6, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (rows, 3, 64, 64), dtype=torch.uint8, generator=g)
+    return Batch(images, torch.arange(rows) % 3, torch.zeros(rows, dtype=torch.int64))
+
+
+def captions(texts):
+    tokens = OpenCLIP("tiny")._tokenizer(texts)
+    batch = pictures(len(texts))
+    return Batch(batch.images, torch.full((len(texts),), UNSCORED), batch.task, tokens=tokens)
+
+
+def test_class_scores_are_those_of_open_clip(clip):
+    batch = pictures()
+    image = clip.clip.encode_image(clip._pixels(batch), normalize=True)
+    classes = []
+    for name in NAMES:
+        tokens = clip._tokenizer([template.format(name) for template in TEMPLATES])
+        mean = clip.clip.encode_text(tokens, normalize=True).mean(0)
+        classes.append(mean / mean.norm())
+    want = clip.clip.logit_scale.exp() * image @ torch.stack(classes).T
+    torch.testing.assert_close(clip(batch).logits, want, atol=1e-4, rtol=1e-5)
+
+
+def test_the_caption_loss_is_open_clips_own_when_captions_differ(clip):
+    batch = captions(["a red circle", "the digit two", "Q", "a blue square on a green ground"])
+    image = clip.clip.encode_image(clip._pixels(batch), normalize=True)
+    text = clip.clip.encode_text(batch.tokens, normalize=True)
+    logits = clip.clip.logit_scale.exp() * image @ text.T
+    label = torch.arange(4)
+    want = (functional.cross_entropy(logits, label) + functional.cross_entropy(logits.T, label)) / 2
+    torch.testing.assert_close(clip.loss(clip(batch), batch), want, atol=1e-6, rtol=1e-6)
+
+
+def test_equal_captions_are_positives_of_each_other(clip):
+    batch = captions(["a cat", "a dog", "a cat"])
+    output = clip(batch)
+    image, text = output.image, output.text
+    logits = clip.clip.logit_scale.exp() * image @ text.T
+    target = torch.tensor([[0.5, 0, 0.5], [0, 1, 0], [0.5, 0, 0.5]])
+    want = sum(-(target * m.log_softmax(1)).sum(1).mean() for m in (logits, logits.T)) / 2
+    torch.testing.assert_close(clip.loss(output, batch), want)
+
+
+def test_padding_does_not_change_which_captions_are_equal(clip):
+    batch = captions(["a cat", "a dog"])
+    longer = functional.pad(batch.tokens, (0, 5))
+    padded = Batch(batch.images, batch.labels, batch.task, tokens=longer)
+    torch.testing.assert_close(clip.loss(clip(padded), padded), clip.loss(clip(batch), batch))
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        {("image", 0): (5, 160)},
+        {("image", 0): (2, 160), ("image", 3): (4, 160)},
+        {("text", 0): (3, 128)},
+        {("image", 1): (2, 160), ("text", 1): (2, 128)},
+    ],
+)
+def test_prompted_rows_do_not_depend_on_their_batch(clip, places):
+    batch, g = pictures(), torch.Generator().manual_seed(1)
+    tokens = {place: torch.randn(6, *shape, generator=g) for place, shape in places.items()}
+    with torch.no_grad():
+        together = clip(batch, Prompts(tokens)).logits
+        plain = clip(batch).logits
+        for row in range(6):
+            own = Prompts({place: t[row : row + 1] for place, t in tokens.items()})
+            alone = clip(batch.take(torch.tensor([row])), own).logits
+            torch.testing.assert_close(alone[0], together[row], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(together, plain, atol=1e-3)
+
+
+def test_text_prompts_in_a_class_text_are_those_of_one_text_at_a_time(clip):
+    batch = pictures(2)
+    added = torch.randn(2, 3, 128, generator=torch.Generator().manual_seed(2))
+    got = clip(batch, Prompts({("text", 0): added})).logits
+    text = clip.clip
+    image = clip(batch).image
+    for row in range(2):
+        for column, name in enumerate(NAMES):
+            units = []
+            for template in TEMPLATES:
+                tokens = clip._tokenizer([template.format(name)])
+                length = int((tokens != 0).sum())
+                hidden = text.token_embedding(tokens) + text.positional_embedding
+                hidden = hidden[:, :length]
+                hidden = torch.cat([hidden[:, :1], added[row : row + 1], hidden[:, 1:]], 1)
+                mask = torch.full((length + 3, length + 3), float("-inf")).triu(1)
+                hidden = text.transformer(hidden, attn_mask=mask)
+                pooled = text.ln_final(hidden[:, -1]) @ text.text_projection
+                units.append(functional.normalize(pooled, dim=-1))
+            mean = functional.normalize(torch.stack(units).mean(0), dim=-1)
+            want = text.logit_scale.exp() * (image[row] * mean[0]).sum()
+            torch.testing.assert_close(got[row, column], want, atol=1e-4, rtol=1e-4)
+
+
+def test_class_embeddings_follow_a_changed_weight():
+    model = OpenCLIP("tiny", frozen=["text"])
+    model.set_classes(NAMES, TEMPLATES)
+    before = model(pictures()).text
+    assert model(pictures()).text is before  # kept while the frozen tower stands still
+    with torch.no_grad():
+        model.clip.ln_final.weight.mul_(torch.linspace(0.5, 1.5, 128))
+    assert not torch.allclose(model(pictures()).text, before)
+
+
+def test_classes_shown_while_scoring_can_be_trained_on():
+    model = OpenCLIP("tiny", frozen=["image"])
+    with torch.inference_mode():
+        model.set_classes(NAMES, TEMPLATES)
+        model(pictures())
+    model.loss(model(pictures()), pictures()).backward()
+    assert model.clip.token_embedding.weight.grad.abs().sum() > 0
+
+
+def test_a_frozen_tower_gets_no_gradient_and_the_other_does():
+    model = OpenCLIP("tiny", frozen=["image"])
+    model.set_classes(NAMES, TEMPLATES)
+    assert model.is_frozen("image")
+    assert not model.is_frozen("text")
+    model.loss(model(pictures()), pictures()).backward()
+    assert all(p.grad is None for p in model.tower("image"))
+    assert all(p.grad is not None for p in model.tower("text"))
+
+
+def test_features_stand_in_for_pictures(clip):
+    batch = pictures()
+    stored = Batch(None, batch.labels, batch.task, features=clip.encode(batch))
+    torch.testing.assert_close(clip(stored).logits, clip(batch).logits)
+
+
+def test_image_prompts_refuse_features(clip):
+    batch = pictures(2)
+    stored = Batch(None, batch.labels, batch.task, features=clip.encode(batch))
+    with pytest.raises(ValueError, match="skip the image tower"):
+        clip(stored, Prompts({("image", 0): torch.zeros(2, 1, 160)}))
+
+
+def test_the_fingerprint_is_of_frozen_weights_only():
+    model = OpenCLIP("tiny", frozen=["text"], seed=0)
+    mark = model.fingerprint()
+    with torch.no_grad():
+        model.clip.visual.proj.add_(1)
+    assert model.fingerprint() == mark
+    with torch.no_grad():
+        model.clip.text_projection.add_(1)
+    assert model.fingerprint() != mark
+
+
+def test_a_task_loss_leaves_other_tasks_classes_out():
+    model = OpenCLIP("tiny", loss_over="task")
+    model.set_classes(NAMES, TEMPLATES, tasks=[0, 0, 1])
+    batch = pictures(2)
+    logits = model(batch).logits
+    want = functional.cross_entropy(logits[:, :2], batch.labels)
+    torch.testing.assert_close(model.loss(model(batch), batch), want)
+
+
+def test_unscored_rows_are_left_out_of_the_mean(clip):
+    batch = pictures(4)
+    some = Batch(batch.images, torch.tensor([0, 1, UNSCORED, UNSCORED]), batch.task)
+    two = batch.take(torch.tensor([0, 1]))
+    torch.testing.assert_close(clip.loss(clip(some), some), clip.loss(clip(two), two))
+
+
+def test_scoring_without_classes_says_what_to_call():
+    with pytest.raises(RuntimeError, match=r"model\.set_classes"):
+        OpenCLIP("tiny")(pictures())
+
+
+def test_the_best_class_is_answered_by_name(clip):
+    best = clip(pictures()).logits.argmax(1)
+    assert clip.answer(pictures()) == [NAMES[column] for column in best]
