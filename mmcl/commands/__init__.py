@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "score kept checkpoints of a run on any task",
     "report": "write a run's report.html again",
     "compare": "one table and one figure over runs and seeds",
+    "export": "the learned model as a checkpoint that open_clip loads itself",
     "data": "list and build the streams that mmcl can make",
     "strategies": "what exists, what it remembers, what it asks of the model",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class PlannedBatches(Sampler[Request]):
     """Gives the requests of an epoch, from the position at which the run stands.
 
     Args:
-        plan: epoch -> its global batches.
+        plan: called with ``epoch=``, lays out its global batches.
         steps: global batches of an epoch.
         position: asked at every ``iter``: (epoch, micro-batches already done in it). An epoch that
             is done to its end counts as the start of the next.
@@ -37,7 +38,7 @@ class PlannedBatches(Sampler[Request]):
 
     def __init__(
         self,
-        plan: Callable[[int], EpochPlan],
+        plan: Callable[..., EpochPlan],
         steps: int,
         position: Callable[[], tuple[int, int]],
         *,
@@ -59,7 +60,7 @@ class PlannedBatches(Sampler[Request]):
     def __iter__(self) -> Iterator[Request]:
         epoch, done = self.position()
         epoch, done = epoch + done // len(self), done % len(self)
-        plan = self.plan(epoch)
+        plan = self.plan(epoch=epoch)
         parts = self.world * self.accumulation
         for number in range(done, len(self)):
             step, part = divmod(number, self.accumulation)
@@ -87,21 +88,19 @@ def train_loader(
 ) -> DataLoader[Batch]:
     """Build the loader of a task's training part, with old samples mixed in.
 
-    Its length is the micro-batches of an epoch, and every ``iter`` starts where ``position`` says.
-    The same seed gives the same global batches on any number of ranks, parts and workers.
+    Its length is the micro-batches of an epoch. The same seed gives the same global batches on
+    any number of ranks, parts and workers.
 
     Args:
         prepared: the stream.
         task: index of the task to learn.
         transform: of the model, augmenting.
         recall: which old samples come in, None = none.
-        recall_readers: task -> where its old samples lie, instead of their shards; needed for
-            ``keep="copies"``.
+        recall_readers: task -> where its old samples lie; needed for ``keep="copies"``.
         global_batch: rows of a batch over all ranks and accumulated parts, at most.
         accumulation: micro-batches that make up a rank's share of a global batch.
         seed: of the run.
-        rank: of this process.
-        world: number of processes.
+        rank: of this process among ``world``.
         workers: processes that read and decode; they stay for the next epoch.
         position: asked at every ``iter``: (epoch, micro-batches already done in it).
         max_pixels: larger pictures are bad samples.
@@ -112,18 +111,15 @@ def train_loader(
     """
     recalled = _recalled(prepared, task, recall, recall_readers)
     rows = TrainingRows(prepared, task, transform, recalled, seed=seed, max_pixels=max_pixels)
-    counts: dict[str, Any] = {
-        "recalled": len(recalled.task),
-        "share": recall.share if recall is not None else None,
-        "global_batch": global_batch,
-    }
+    share = None if recall is None else recall.share
+    counts: dict[str, Any] = {"recalled": len(recalled.task), "global_batch": global_batch}
+    counts["share"] = None if recall is None else recall.share
     _expect_rows(prepared.stream.tasks[task], counts, accumulation, world)
-    new = len(rows.reader)
+    plan = partial(epoch_plan, len(rows.reader), seed=seed, task=task, **counts)
+    steps = steps_per_epoch(len(rows.reader), **counts)
     batches = PlannedBatches(
-        lambda epoch: epoch_plan(new, seed=seed, task=task, epoch=epoch, **counts),
-        steps_per_epoch(new, **counts),
-        position, accumulation=accumulation, rank=rank, world=world,
-    )  # fmt: skip
+        plan, steps, position, accumulation=accumulation, rank=rank, world=world
+    )
     return batch_loader(rows, batches, workers, seed=seed)
 
 

@@ -22,7 +22,7 @@ from mmcl.data.source import default_cache, local_shard, sha256_of
 
 Part = Literal["train", "test"]
 Progress = Callable[[int, int], None]
-"""Called with (shards done, shards in all)."""
+"""Called with (parts done, parts in all); a part is the train or test shards of a task."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def prepare(
             $MMCL_CACHE or the user's cache folder.
         verify_hashes: read every shard that has a hash on the card and compare.
         finished: tasks whose training shards are not opened; they may be gone.
-        progress: told after every shard.
+        progress: told after every part of a task.
 
     Returns:
         The stream with exact sizes, and readers of its samples.
@@ -93,14 +93,12 @@ def prepare(
         for part in _parts(task)
         if part == "test" or task.index not in finished
     ]
-    total, done = sum(len(_shards(task, part)) for task, part in parts), 0
     readers: dict[tuple[int, Part], Reader] = {}
-    for task, part in parts:
+    for done, (task, part) in enumerate(parts, start=1):
         indexes = work.open_part(task, part)
         readers[task.index, part] = Reader(indexes, _choice(task, part, indexes, limit, seed))
-        done += len(_shards(task, part))
         if progress is not None:
-            progress(done, total)
+            progress(done, len(parts))
     work.faults.raise_all(stream.name)
     sized = copy.copy(stream)
     sized.tasks = tuple(_sized(task, readers, limit) for task in stream.tasks)

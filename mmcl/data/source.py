@@ -91,10 +91,18 @@ def _fetched(url: str, cache: Path) -> Path:
             # gopen hands over to curl, gsutil or a hub's client, each with errors of its own.
             except Exception as error:
                 raise BadShard(
-                    f"could not be fetched ({' '.join(str(error).split())}): check the address "
+                    f"could not be fetched ({_reason(error)}): check the address "
                     "and the network, or fetch it yourself and name the file"
                 ) from None
     return path
+
+
+def _reason(error: Exception) -> str:
+    # gopen's errors quote the whole command, with the user's token for a private hub.
+    status = re.search(r"exit (-?\d+)", str(error))
+    if status is not None:
+        return f"the fetching command ended with status {status[1]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _download(url: str, temporary: Path) -> None:

@@ -45,6 +45,7 @@ class ContinualCLI(LightningCLI):
         description: str = "",
     ) -> None:
         quiet()
+        self._parsers: dict[str, LightningArgumentParser] = {}
         discover()  # so that a strategy can be named by its class name alone
         super().__init__(
             ContinualModule,
@@ -121,7 +122,10 @@ class ContinualCLI(LightningCLI):
         return pl.Trainer(**{**own, **settings, "callbacks": callbacks})
 
     def _build(self, key: str, kind: type) -> Any:
-        parser = LightningArgumentParser()
-        parser.add_lightning_class_args(kind, key)
+        # A run makes two Trainers a task, and reading all of their options takes a tenth of a second.
+        parser = self._parsers.get(key)
+        if parser is None:
+            parser = self._parsers[key] = LightningArgumentParser()
+            parser.add_lightning_class_args(kind, key)
         values = parser.parse_object({key: self.config[key].as_dict()})
         return parser.instantiate_classes(values)[key]

@@ -100,6 +100,17 @@ class SequenceRun:
             record_cells(module, self.data, self._trainer([]), matrix, folder, row, columns)
         return matrix
 
+    def module_after(self, tasks: int | None = None) -> ContinualModule:
+        """Build the module as it was after so many tasks, None = all that were learned.
+
+        Raises:
+            FileNotFoundError: if the run has not come so far.
+        """
+        self.data.prepare_data()
+        state = self.folder.state()
+        done = 0 if state is None else state.done
+        return self._module_after(done if tasks is None else tasks)
+
     def _tell_start(self, state: RunState) -> None:
         total = len(self.data.stream)
         if state.last is not None:

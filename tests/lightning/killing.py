@@ -6,6 +6,7 @@ import, and no test inherits what another left in memory.
 
 import multiprocessing
 import os
+import shutil
 import signal
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
@@ -46,18 +47,19 @@ def command(words, said=None, kill=None):
         said: file for what is printed.
         kill: (moment, count): die at the count-th such moment.
     """
-    from mmcl.commands import main
+    from mmcl.commands import main, sequence
 
     torch.set_num_threads(1)
+    # The page is a function of the files that the tests compare, and takes longer than the run.
+    sequence.write_report = lambda folder: folder / "report.html"
     if kill is not None:
         arm(*kill)
     with Path(said or os.devnull).open("w") as file, redirect_stdout(file), redirect_stderr(file):
         try:
-            status = main([*words, *([] if said else ["--debug"])])
+            status = main(words)
         except BaseException:
             status = 1
-            if os.environ.get("MMCL_TEST_TRACE"):
-                print(traceback.format_exc(), file=open(os.environ["MMCL_TEST_TRACE"], "a"))
+            traceback.print_exc()
     os._exit(status)
 
 
@@ -66,17 +68,15 @@ def arm(moment, count):
     from webdataset.writer import TarWriter
 
     from mmcl.lightning.cells import ColumnScorer
-    from mmcl.lightning.running import StrategyHooks, TaskHooks
+    from mmcl.lightning.running import TaskHooks
 
     places = {
         "step": (TaskHooks, "on_train_batch_end", None),
         "write": (Path, "replace", _halve),
-        "end": (TaskHooks, "on_train_end", None),
         "ended": (TaskHooks, "_cost", None),
         "score": (ColumnScorer, "finish", None),
         "sample": (TarWriter, "write", None),
     }
-    assert StrategyHooks in TaskHooks.__mro__
     owner, name, before = places[moment]
     own = getattr(owner, name)
     met = [0]
@@ -95,3 +95,24 @@ def arm(moment, count):
 def _halve(temporary, target):
     """Leave half of a file that is about to be renamed, as a process that dies while writing."""
     os.truncate(temporary, temporary.stat().st_size // 2)
+
+
+def snapshots_of(words, run, folder):
+    """Run a command line and copy its run folder before every file that it puts in place.
+
+    What a process that is killed leaves behind is what lies on the disk, so the copies are what
+    kills at any moment leave. The file that is about to be put in place is half written.
+    """
+    own, seen = Path.replace, []
+
+    def copied(temporary, target):
+        if run in temporary.parents:
+            copy = folder / f"{len(seen):03d} {target.name}"
+            seen.append(copy)
+            shutil.copytree(run, copy)
+            half = copy / temporary.relative_to(run)
+            os.truncate(half, half.stat().st_size // 2)
+        return own(temporary, target)
+
+    Path.replace = copied
+    command(words)

@@ -96,8 +96,8 @@ def test_built_in_weights_belong_to_the_tiny_model():
 
 
 def test_timm_towers_work_without_prompts(tmp_path):
-    vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "", "image_size": 32}
-    vision["timm_proj"] = "linear"
+    vision = {"timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear"}
+    vision["image_size"] = 32
     config = {**SMALL, "vision_cfg": vision}
     file = tmp_path / "timm-clip.json"
     file.write_text(json.dumps(config))

@@ -93,7 +93,8 @@ def build(
             card_texts,
             {one.names["en"]: one.emoji for one in classes},
             cells,
-            made_by=f"mmcl data build emoji --seed {seed}",
+            made_by=f"mmcl data build emoji --seed {seed} (per_group={per_group}, "
+            f"train_per_class={train_per_class}, test_per_class={test_per_class})",
             font=emoji_font.path.name,
         ),
         recipe=recipe,
