@@ -38,12 +38,12 @@ def main(argv: Sequence[str]) -> int:
         folder,
         seed=cli.seed,
         save_every_steps=int(cli.config["save_every_steps"]),
-        say=lambda sentence: console.print(sentence, highlight=False),
+        say=lambda sentence: _say(console, sentence),
     )
     run.folder.claim(cli.plain())
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *rest, **more: console.print(
-            f"warning: {message}", style="yellow", highlight=False
+        warnings.showwarning = lambda message, *rest, **more: _say(
+            console, f"warning: {message}", style="yellow"
         )
         matrix = run.run()
     if run.is_first:
@@ -51,8 +51,13 @@ def main(argv: Sequence[str]) -> int:
         summarize(run, cli.plain(), matrix, pictures)
         page = write_report(folder)
         print(matrix_table(matrix, width=console.width))
-        console.print(f"report: {page}", highlight=False)
+        _say(console, f"report: {page}")
     return 0
+
+
+def _say(console: Console, sentence: str, style: str | None = None) -> None:
+    # As it is: a path that is cut into lines, or a [list] read as markup, is of no use.
+    console.print(sentence, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def with_progress(data: ContinualData) -> ContinualData:

@@ -100,7 +100,8 @@ def train_loader(
         global_batch: rows of a batch over all ranks and accumulated parts, at most.
         accumulation: micro-batches that make up a rank's share of a global batch.
         seed: of the run.
-        rank: of this process among ``world``.
+        rank: of this process.
+        world: number of processes.
         workers: processes that read and decode; they stay for the next epoch.
         position: asked at every ``iter``: (epoch, micro-batches already done in it).
         max_pixels: larger pictures are bad samples.
@@ -111,16 +112,13 @@ def train_loader(
     """
     recalled = _recalled(prepared, task, recall, recall_readers)
     rows = TrainingRows(prepared, task, transform, recalled, seed=seed, max_pixels=max_pixels)
-    share = None if recall is None else recall.share
     counts: dict[str, Any] = {"recalled": len(recalled.task), "global_batch": global_batch}
     counts["share"] = None if recall is None else recall.share
     _expect_rows(prepared.stream.tasks[task], counts, accumulation, world)
     plan = partial(epoch_plan, len(rows.reader), seed=seed, task=task, **counts)
     steps = steps_per_epoch(len(rows.reader), **counts)
-    batches = PlannedBatches(
-        plan, steps, position, accumulation=accumulation, rank=rank, world=world
-    )
-    return batch_loader(rows, batches, workers, seed=seed)
+    dealt = {"accumulation": accumulation, "rank": rank, "world": world}
+    return batch_loader(rows, PlannedBatches(plan, steps, position, **dealt), workers, seed=seed)
 
 
 def batch_loader(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from mmcl.lightning.data import ContinualData
+from mmcl.lightning.mistakes import Misconfigured, config_files, explain, file_faults
 from mmcl.lightning.module import ContinualModule
 from mmcl.strategies import discover
 
@@ -70,9 +72,35 @@ class ContinualCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
         parser.set_defaults(_DEFAULTS)
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make a parser that raises what is wrong, so that it can be said in sentences."""
+        return super().init_parser(**{**kwargs, "exit_on_error": False, "usage": _USAGE})
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the options given, without Lightning's remark on giving any."""
-        self.config = parser.parse_args(args)
+        """Parse the options given, without Lightning's remark on giving any.
+
+        Raises:
+            Misconfigured: a line for every fault of the configuration files, or the first one
+                of the options.
+        """
+        words = list(sys.argv[1:] if args is None else args)
+        own = self._subcommand_parsers.get(words[0], parser) if words and self._runs else parser
+        known = set(own.get_defaults(skip_validation=True).keys())
+        faults = [fault for file in config_files(words) for fault in file_faults(file, known)]
+        if not faults:
+            try:
+                self.config = parser.parse_args(words)
+            except ArgumentError as error:
+                faults.append(explain(str(error), known))
+        if len(faults) == 1:
+            raise Misconfigured(faults[0])
+        if faults:
+            listed = "\n".join(f"  - {fault}" for fault in faults)
+            raise Misconfigured(f"the configuration has {len(faults)} faults:\n{listed}")
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        # Lightning unpickles remote checkpoints unless told not to.
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
     def instantiate_classes(self) -> None:
         """Build everything for a subcommand, nothing yet for the sequence."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +92,32 @@ class ContinualData(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read and check the card and its shards, once."""
         if self._prepared is None:
-            stream = TaskStream.read(self.card, self.order)
             self._prepared = prepare(
-                stream,
+                self.on_card,
+                finished=self.given_up,
                 limit=self.limit,
                 seed=self.seed,
                 allow_pipes=self.allow_pipes,
                 verify_hashes=self.verify_hashes,
             )
+
+    @cached_property
+    def on_card(self) -> TaskStream:
+        """The stream as the card states it, before anything is counted or limited."""
+        return TaskStream.read(self.card, self.order)
+
+    @property
+    def given_up(self) -> list[int]:
+        """Tasks whose old samples were copied and whose training shards are gone."""
+        if self.memory is None:
+            return []
+        copied = [
+            t.index for t in self.on_card if (self.memory / f"task_{t.index:03d}.tar").exists()
+        ]
+        stream = self.on_card
+        return [
+            t for t in copied if not all(Path(stream.shard(n)).exists() for n in stream[t].train)
+        ]
 
     @property
     def prepared(self) -> Any:

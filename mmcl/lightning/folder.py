@@ -29,7 +29,7 @@ class RunState:
     Attributes:
         done: tasks whose training ended and whose checkpoint is written.
         task: the task in training, equal to ``done``.
-        tasks: one fingerprint for each task that was begun.
+        tasks: one mark for each task that was begun, its name last.
         seed: of the run.
         last: mid-task checkpoint to go on from, relative to the folder, or None.
         step: optimiser step of ``last`` inside its task.
@@ -140,13 +140,14 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def task_mark(stream: TaskStream, task: Task) -> str:
-    """Return the fingerprint of a task: what it trains and tests on, and how it is asked."""
+    """Return the mark of a task: a hash of its data and of how it is asked, a blank, its name."""
     shards = {name: stream.hashes.get(name, "") for name in (*task.train, *task.test)}
     facts = [
         task.name, task.kind, task.classes, task.labels, task.templates, task.text, task.size,
         task.test_size, task.epochs, shards, stream.scenario,
     ]  # fmt: skip
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return f"{digest} {task.name}"
 
 
 def check_grown(state: RunState, stream: TaskStream) -> None:
@@ -156,14 +157,16 @@ def check_grown(state: RunState, stream: TaskStream) -> None:
         ValueError: naming the first task that is another.
     """
     marks = [task_mark(stream, task) for task in stream]
-    if len(marks) < len(state.tasks):
-        raise ValueError(
-            f"the run has begun {len(state.tasks)} tasks and the card has {len(marks)}: tasks can "
-            "be appended to a card, not removed; use another --name"
-        )
     for place, mark in enumerate(state.tasks):
-        if marks[place] != mark:
+        if place < len(marks) and marks[place] == mark:
+            continue
+        learned = mark.partition(" ")[2]
+        if learned not in [task.name for task in stream]:
             raise ValueError(
-                f"task {place} ('{stream[place].name}') is not the one this run learned: its data, "
-                "classes or templates changed; append new tasks at the end, or use another --name"
+                f"task {place} ('{learned}'), which this run learned, is not on the card: tasks "
+                "can be appended to a card, not removed; put it back, or use another --name"
             )
+        raise ValueError(
+            f"task {place} ('{learned}') is not the one this run learned: its place, data, "
+            "classes or templates changed; append new tasks at the end, or use another --name"
+        )

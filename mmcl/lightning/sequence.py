@@ -70,7 +70,7 @@ class SequenceRun:
         self.data.memory = self.folder.path / "memory"
         stream = self.data.stream
         state = self.folder.state() or RunState(done=0, task=0, tasks=[], seed=self.seed)
-        check_grown(state, stream)
+        check_grown(state, self.data.on_card)
         self._tell_start(state)
         matrix = self._matrix()
         module = self._module_after(state.done)
@@ -120,7 +120,9 @@ class SequenceRun:
         elif state.done == total:
             self.say(f"all {total} tasks are learned: {self.folder.path}")
         elif state.done:
-            self.say(f"going on after task {state.done - 1}, from {self.folder.after(state.done)}")
+            name = self.data.stream[state.done - 1].name
+            where = self.folder.after(state.done)
+            self.say(f"going on after task {state.done - 1} ('{name}'), from {where}")
 
     def _matrix(self) -> AccuracyMatrix:
         file = self.folder.path / "matrix.json"
@@ -175,7 +177,7 @@ class SequenceRun:
         stream = self.data.stream
         task = stream[index]
         if len(state.tasks) == index:
-            state.tasks.append(task_mark(stream, task))
+            state.tasks.append(task_mark(self.data.on_card, self.data.on_card[index]))
         state.task = index
         self.folder.save(state)
         hooks = TaskHooks(
