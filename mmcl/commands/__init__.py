@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from mmcl.commands.words import UnknownWords, process_rank
 
 COMMANDS = {
     "sequence": "learn a stream of tasks (the default: --config X alone does this)",
-    "check": "load everything, score a few rows of every task, reckon memory and time",
+    "check": "load everything, score 8 rows of every task, reckon memory and time",
     "evaluate": "score kept checkpoints of a run on any task",
     "report": "write a run's report.html again",
     "compare": "one table and one figure over runs and seeds",
-    "export": "the learned model as a checkpoint that open_clip loads itself",
     "data": "list and build the streams that mmcl can make",
     "strategies": "what exists, what it remembers, what it asks of the model",
 }
 LIGHTNING = ("fit", "validate", "test", "predict")
+
+# Said by Lightning, torch and open_clip of their own use, which is not about the user's run.
+_NOISE = (
+    ".*does not have many workers.*",
+    ".*smaller than the logging interval.*",
+    ".*LeafSpec.*",
+    ".*in eval mode at the start of training.*",
+    ".*srun.*",
+    ".*Checkpoint directory.*exists and is not empty.*",
+    ".*dataloader is not resumable.*",
+    ".*isinstance.treespec.*",
+    ".*Trying to infer the .batch_size. from an ambiguous collection.*",
+)
+_SECONDS_TO_WAIT_FOR_RANK_0 = 3.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,24 +49,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         exit status: 0, 1 for an error (said in a sentence; its trace only with ``--debug``), 2
-        for words that cannot be parsed, 130 when interrupted.
+        for words or a configuration that cannot be understood, 130 when interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     if debug:
         words.remove("--debug")
-    _quiet()
-    name = words[0] if words and not words[0].startswith("-") else "sequence"
-    try:
-        return _dispatch(name, words)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    except Exception as error:  # the command line's last resort: a sentence, not a trace
-        if debug:
-            raise
-        print(f"error: {_sentence(error)}", file=sys.stderr)
-        return 1
+    with _plain_warnings():
+        try:
+            return _dispatch(words)
+        except SystemExit as end:  # --help and --print_config end so
+            return _status(end.code)
+        except KeyboardInterrupt:
+            _tell("interrupted: the same command goes on from the last checkpoint")
+            return 130
+        except Exception as error:  # the command line's last resort: a sentence, not a trace
+            if debug:
+                traceback.print_exc()
+            else:
+                _tell(f"error: {_sentence(error)}")
+            return int(getattr(error, "exit_status", 1))
 
 
 def script() -> None:
@@ -55,38 +76,64 @@ def script() -> None:
     sys.exit(main())
 
 
-def _dispatch(name: str, words: list[str]) -> int:
+def _dispatch(words: list[str]) -> int:
+    name = words[0] if words and not words[0].startswith("-") else "sequence"
     if name in LIGHTNING:
-        from mmcl.lightning.cli import ContinualCLI
-
-        ContinualCLI(words, subcommands=True)
-        return 0
-    if name not in COMMANDS:
+        name = "lightning"
+    elif not words or (words[0] in ("-h", "--help")):
+        name = "overview"
+    elif name in COMMANDS:
+        words = words[1:] if words[0] == name else words
+    else:
         known = ", ".join([*COMMANDS, *LIGHTNING])
-        print(f"error: there is no command '{name}': choose one of {known}", file=sys.stderr)
-        return 2
-    rest = words[1:] if words and words[0] == name else words
+        raise UnknownWords(f"there is no command '{name}': choose one of {known}")
     command = importlib.import_module(f"mmcl.commands.{name}")
-    return int(command.main(rest))
+    return int(command.main(words))
 
 
 def _sentence(error: Exception) -> str:
     text = str(error).strip()
-    if text and isinstance(error, ValueError | TypeError | RuntimeError | OSError):
+    if text and isinstance(error, ValueError | TypeError | RuntimeError | OSError | ImportError):
         return text
     last = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{os.path.basename(last.filename)}:{last.lineno}"
     return f"{type(error).__name__}: {text} ({where}; --debug shows the whole trace)"
 
 
-def _quiet() -> None:
-    # What Lightning and torch say of their own use is not about the user's run.
-    for message in (
-        ".*does not have many workers.*",
-        ".*smaller than the logging interval.*",
-        ".*LeafSpec.*",
-        ".*in eval mode at the start of training.*",
-        ".*srun.*",
-        ".*Checkpoint directory.*exists and is not empty.*",
-    ):
-        warnings.filterwarnings("ignore", message)
+def _status(code: Any) -> int:
+    return code if isinstance(code, int) else int(code is not None)
+
+
+def _tell(sentence: str) -> None:
+    """Say what ended the command.
+
+    What ends rank 0 ends the other ranks too, so they speak only when they are still there later:
+    then the fault is theirs alone.
+    """
+    rank = process_rank()
+    if rank:
+        time.sleep(_SECONDS_TO_WAIT_FOR_RANK_0)
+        sentence = f"rank {rank}: {sentence}"
+    print(sentence, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show each warning as one line, on rank 0 alone; leave out what libraries say of themselves."""
+
+    def show(message: Warning | str, *rest: Any, **more: Any) -> None:
+        if process_rank() == 0:
+            print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+    root = logging.getLogger()
+    level = root.level
+    with warnings.catch_warnings():
+        for message in _NOISE:
+            warnings.filterwarnings("ignore", message)
+        warnings.showwarning = show
+        # open_clip tells the root logger how it builds a model.
+        root.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            root.setLevel(level)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from mmcl.lightning.module import ContinualModule
 from mmcl.strategies import discover
 
 _DEFAULTS = {"trainer.logger": False, "trainer.max_epochs": 1}
+_USAGE = "%(prog)s --config X [--config OVERLAY] [--setting.name value ...]"
 
 
 def quiet() -> None:
@@ -47,6 +49,7 @@ class ContinualCLI(LightningCLI):
         description: str = "",
     ) -> None:
         quiet()
+        self._runs = subcommands
         self._parsers: dict[str, LightningArgumentParser] = {}
         discover()  # so that a strategy can be named by its class name alone
         super().__init__(

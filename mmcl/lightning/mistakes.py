@@ -23,6 +23,8 @@ _ECHOES = re.compile(
 class Misconfigured(ValueError):
     """The words of a command line, or a configuration file, cannot be used."""
 
+    exit_status = 2
+
 
 def config_files(words: Sequence[str]) -> list[Path]:
     """Return the files that a command line names with ``--config`` or ``-c``."""

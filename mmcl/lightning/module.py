@@ -122,12 +122,13 @@ class ContinualModule(pl.LightningModule):
         """Score a batch of one column."""
         self._score(batch, batch_idx, dataloader_idx)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[str]:
-        """Return the best class name for every row."""
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[tuple[str, str]]:
+        """Return key and best class name of every row."""
         names: list[str] = list(self._data().stream.classes_until(self._data().task))
         if batch_idx == 0:
             self._data().show_classes(self.model)
-        return [names[best] for best in run(self.model, self.strategy, batch).logits.argmax(1)]
+        best = run(self.model, self.strategy, batch).logits.argmax(1).tolist()
+        return [(key, names[place]) for key, place in zip(batch.keys, best, strict=True)]
 
     def on_test_epoch_start(self) -> None:
         """Score the columns of the datamodule where nobody chose any."""

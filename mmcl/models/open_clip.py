@@ -21,6 +21,19 @@ from mmcl.models.towers import cut, image_embedding, text_embedding, widths
 _MAX_SCALE = 100.0
 
 
+class _Same:
+    """Equal only to what holds the very same object."""
+
+    def __init__(self, held: object) -> None:
+        self.held = held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.held is other.held
+
+    def __hash__(self) -> int:
+        return id(self.held)
+
+
 class OpenCLIP(nn.Module):
     """A dual encoder: classifies by likeness to class texts, or matches pictures and captions.
 
@@ -75,6 +88,7 @@ class OpenCLIP(nn.Module):
         self._classes: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
         self._known: dict[tuple[str, str], Tensor] = {}
         self._cached: tuple[Any, Tensor] | None = None
+        self._forwards_with_grad = 0
 
     # Scoring runs in inference mode, whose tensors a later training step could not use.
     @torch.inference_mode(False)
@@ -106,6 +120,7 @@ class OpenCLIP(nn.Module):
         Rows with texts of their own (captions) are compared with each other's texts, (B, B);
         rows without are compared with the class texts, (B, C).
         """
+        self._forwards_with_grad += torch.is_grad_enabled()
         image = self._image(batch, prompts)
         if batch.tokens is not None:
             text = self._unit(text_embedding(self.clip, cut(batch.tokens), prompts.tokens))
@@ -220,10 +235,13 @@ class OpenCLIP(nn.Module):
 
     def _class_embeddings(self) -> Tensor:
         parameters = list(self.tower("text"))
-        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+        learns = any(parameter.requires_grad for parameter in parameters)
+        if learns and torch.is_grad_enabled():
             return self._embed_classes({})
-        # A weight that changed, or another weight in its place, is another key.
-        key = tuple((p.data_ptr(), p._version) for p in parameters)
+        # A fused optimiser changes weights without counting their version up, so what may have been
+        # trained since is asked anew. Weights are held, lest others come to lie in their place.
+        weights = [(_Same(p), p.data_ptr(), p._version) for p in parameters]
+        key = (self._forwards_with_grad if learns else 0, weights)
         if self._cached is None or self._cached[0] != key:
             # Tensors made in inference mode could not be used by a later training step.
             with torch.inference_mode(False), torch.no_grad():
