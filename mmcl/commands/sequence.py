@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
-from mmcl.commands import COMMANDS, LIGHTNING
 from mmcl.lightning.cells import sample_pictures
 from mmcl.lightning.cli import ContinualCLI
 from mmcl.lightning.data import ContinualData
@@ -20,16 +18,14 @@ from mmcl.report import matrix_table, write_report
 DESCRIPTION = (
     "Learn a stream of tasks, from one YAML file. The same command goes on with a run that was "
     "stopped, trains what was appended to its card, and shows the result of a finished one. "
-    "Commands: "
-    + "; ".join(f"{name}: {what}" for name, what in COMMANDS.items())
-    + f". Lightning's own: {', '.join(LIGHTNING)}."
+    "mmcl --help shows the commands."
 )
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the sequence of a configuration and print its table."""
-    cli = ContinualCLI(argv, program="train.py", description=DESCRIPTION)
-    console = Console()
+    cli = ContinualCLI(argv, program="mmcl", description=DESCRIPTION)
+    console = Console(highlight=False, markup=False)
     folder = cli.folder
     run = SequenceRun(
         cli.make_module,
@@ -38,31 +34,25 @@ def main(argv: Sequence[str]) -> int:
         folder,
         seed=cli.seed,
         save_every_steps=int(cli.config["save_every_steps"]),
-        say=lambda sentence: _say(console, sentence),
+        say=console.print,
     )
     run.folder.claim(cli.plain())
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *rest, **more: _say(
-            console, f"warning: {message}", style="yellow"
-        )
-        matrix = run.run()
+    matrix = run.run()
     if run.is_first:
         pictures = sample_pictures(run.data, run.folder)
         summarize(run, cli.plain(), matrix, pictures)
         page = write_report(folder)
         print(matrix_table(matrix, width=console.width))
-        _say(console, f"report: {page}")
+        print(f"report: {page}")
     return 0
 
 
-def _say(console: Console, sentence: str, style: str | None = None) -> None:
-    # As it is: a path that is cut into lines, or a [list] read as markup, is of no use.
-    console.print(sentence, style=style, highlight=False, markup=False, soft_wrap=True)
-
-
 def with_progress(data: ContinualData) -> ContinualData:
-    """Show a bar while the stream of a datamodule is built."""
-    bar = Progress(transient=True)
+    """Show a bar on a terminal while the stream of a datamodule is built."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return data
+    bar = Progress(console=console, transient=True)
     line = bar.add_task(f"building {data.stream_name}", visible=False)
 
     def show(done: int, total: int) -> None:

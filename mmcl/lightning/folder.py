@@ -101,11 +101,14 @@ class RunFolder:
     def claim(self, config: Mapping[str, Any]) -> None:
         """Keep the configuration, or check that the folder was made with the same.
 
+        A folder in which nothing was scored or learned yet takes any configuration.
+
         Raises:
             ValueError: naming up to five settings that differ.
         """
         file = self.path / "config.yaml"
-        if file.is_file():
+        has_results = any((self.path / name).exists() for name in ("run.json", "matrix.json"))
+        if file.is_file() and has_results:
             there = flat(yaml.safe_load(file.read_text()) or {})
             here = flat(json.loads(json.dumps(config, default=str)))
             keys = sorted(k for k in there.keys() | here.keys() if not _is_free(k))
@@ -118,7 +121,7 @@ class RunFolder:
                     f"{self.path} holds a run with another configuration: {named}. Give this run "
                     "another --name, or remove the folder"
                 )
-        elif self.writes and (self.path / "run.json").exists():
+        elif has_results:
             raise ValueError(f"{self.path} holds a run without its config.yaml: use another --name")
         else:
             plain = json.loads(json.dumps(config, default=str))

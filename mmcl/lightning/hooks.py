@@ -41,6 +41,8 @@ class StrategyHooks(pl.Callback):
         batch_idx: int,
     ) -> None:  # fmt: skip
         """Show the finished step to the strategy."""
+        if getattr(pl_module, "learns", True) is False:
+            return  # closed form: nothing is stepped, end_task does it all
         done = step_of(pl_module, outputs)
         strategy_of(pl_module).observe(model_of(pl_module), done.batch, done.output)
 

@@ -72,11 +72,15 @@ def _near(name: str, known: Collection[str]) -> str:
     """Return the nearest setting, or those of the same group."""
     group = name.rpartition(".")[0]
     alike = [other for other in known if other.rpartition(".")[0] == group]
-    found = get_close_matches(name, alike, n=1, cutoff=0.7) or get_close_matches(name, known, n=1)
+    found = get_close_matches(name, alike, n=1, cutoff=0.7)
+    found = found or get_close_matches(name, known, n=1, cutoff=0.75)
     if found:
         return f"did you mean '{found[0]}'?"
-    tops = dict.fromkeys(other.split(".")[0] for other in known)
-    return f"known here: {', '.join(sorted(alike or tops))}"
+    if group:
+        return f"known here: {', '.join(sorted(alike or known))}"
+    tops = sorted({other.split(".")[0] for other in known})
+    near = get_close_matches(name, tops, n=1)
+    return f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(tops)}"
 
 
 def _class_faults(raw: Any, place: str = "") -> Iterator[str]:
@@ -167,13 +171,14 @@ def explain(message: str, known: Collection[str]) -> str:
 
 def _shortened(message: str, key: str) -> str:
     """Return the lines of a message that say something, as one sentence."""
-    lines = [line.strip(" -") for line in message.splitlines()]
-    wanted = [line for line in lines if line and not _ECHOES.match(line)]
-    text = " ".join(line for line in wanted if not line.startswith(("Parser key", "Problem with")))
-    text = re.sub(r"<class '([\w.]+)'>", r"\1", text or " ".join(wanted)).replace("typing.", "")
-    given = re.search(r"Given value: (.+)", message)
-    got = f" Got value: {given[1]}" if given and "Got value" not in text else ""
     inner = re.findall(r"Parser key \"([^\"]+)\"", message)
-    name = ".".join(dict.fromkeys([key, *inner])) if key else ""
-    said = text if not name or text.startswith(name) else f"{name}: {text}"
-    return f"{said}{got}"
+    name = ".".join(dict.fromkeys([key, *inner])) or ""
+    expected = re.search(r"Expected an? (?!path)(.+?)(?:\. Got value: (.*))?$", message, re.MULTILINE)
+    given = re.search(r"Given value: (.+)", message)
+    if expected and (expected[2] or given):
+        wanted = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", expected[1])
+        return f"{name} is {expected[2] or (given[1] if given else '')!r}, expected {wanted}"
+    lines = [line.strip(" -") for line in message.splitlines()]
+    said = [line for line in lines if line and not _ECHOES.match(line)]
+    text = " ".join(line for line in said if not line.startswith(("Parser key", "Problem with")))
+    return f"{name}: {text}" if name and text else text or " ".join(said)

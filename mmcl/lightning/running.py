@@ -241,7 +241,7 @@ class TaskHooks(StrategyHooks):
             samples_new=new,
             samples_recalled=rows - new if module.learns else 0,
             flops=counts.flops_a_row * rows if module.learns else None,
-            peak_memory_bytes=_peak_memory(module.device),
+            peak_memory_bytes=peak_memory(module.device),
             trainable_parameters=sum(p.numel() for p in learning),
             parameters_added=sum(p.numel() for p in module.parameters()) - self.parameters_before,
             bytes_remembered=module.strategy.bytes_remembered(),
@@ -257,7 +257,8 @@ def _ours(pl_module: pl.LightningModule) -> ContinualModule:
     return pl_module
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
+    """Return the bytes that the device, or on a CPU this process, held at most until now."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024

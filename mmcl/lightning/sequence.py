@@ -22,6 +22,15 @@ from mmcl.metrics import AccuracyMatrix
 from mmcl.metrics.cost import Ledger
 
 SCORES = {"caption": "recall@1", "retrieve": "recall@1"}
+OWN_SETTINGS = {
+    "use_distributed_sampler": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "limit_val_batches": 0,
+}
+"""What a sequence asks of every Trainer: loaders, checkpoints and progress are its own."""
 
 
 class SequenceRun:
@@ -49,8 +58,7 @@ class SequenceRun:
         say: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self.make_module, self.make_trainer, self.data = make_module, make_trainer, data
-        # The rank is known to Lightning from the environment before any process group exists.
-        self.is_first = getattr(rank_zero_only, "rank", 0) == 0
+        self.is_first = first_process()
         self.folder = RunFolder(folder, writes=self.is_first)
         self.seed, self.save_every_steps = seed, save_every_steps
         self.say = say if self.is_first else lambda sentence: None
@@ -223,15 +231,15 @@ class SequenceRun:
     def _trainer(self, callbacks: Sequence[pl.Callback], **settings: Any) -> pl.Trainer:
         return self.make_trainer(
             callbacks=list(callbacks),
-            use_distributed_sampler=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            limit_val_batches=0,
             default_root_dir=str(self.folder.path),
+            **OWN_SETTINGS,
             **settings,
         )
+
+
+def first_process() -> bool:
+    """Tell whether this is rank 0; Lightning knows it before any process group exists."""
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
 def load_state(module: ContinualModule, file: Path) -> None:

@@ -93,7 +93,7 @@ def test_a_learned_task_that_was_removed_or_changed_is_refused_by_name(
 ):
     card = finished.card.read_text()
     tasks_on_card(finished, change)
-    status, said = finished.start("run")
+    status, said = finished.start("run", "ExperienceReplay")
     finished.card.write_text(card)
     assert status == 1
     assert re.search(sentence, said)

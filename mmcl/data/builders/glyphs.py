@@ -8,7 +8,7 @@ handwriting is used, so `digits` stays a test that a model trained on this strea
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -139,55 +139,64 @@ def build(
     """
     if min(train, test) < 1:
         raise ValueError(f"train is {train} and test is {test}: ask for at least 1 picture of each")
-    starts = range(0, train, SHARD_SIZE)
     learn = [
         plan_shard(
-            f"train-{number:03d}", min(SHARD_SIZE, train - start), partial(draw_any, FACES), seed
+            f"train-{start // SHARD_SIZE:03d}",
+            min(SHARD_SIZE, train - start),
+            partial(draw_any, FACES),
+            seed,
         )
-        for number, start in enumerate(starts)
+        for start in range(0, train, SHARD_SIZE)
     ]
     held_out = plan_shard("test-captions", test, partial(draw_any, HELD_OUT_FACES), seed)
-    probes = [
-        (plan_shard(f"test-{name}", test, draw, seed, classes), name, classes, templates)
-        for name, (classes, templates, draw) in PROBES.items()
-    ]
-    plans = [*learn, held_out, *(plan for plan, *_ in probes)]
-
-    def card_texts(hashes: Mapping[str, str]) -> dict[str, str]:
-        card = {
-            "name": "glyphs",
-            "scenario": "domain",
-            "description": (
-                "Made pictures with captions: handwritten and printed digits, printed letters, "
-                f"coloured shapes; {SIDE} x {SIDE} RGB PNG."
-            ),
-            "licence": LICENCE,
-            "source": SOURCE,
-            "kind": "caption",
-            "stage": "cpt",
-            "tasks": [card_task("glyphs", learn, [held_out])],
-            "probes": [describe_probe(*probe) for probe in probes],
-            "hashes": dict(hashes),
-        }
-        samples = sum(plan.count for plan in plans)
-        header = (
-            f"Made by: mmcl data build glyphs --seed {seed}",
-            f"Licence: {LICENCE}",
-            f"Samples: {samples} in {len(plans)} shards",
-        )
-        return {"glyphs.yaml": card_text(card, header)}
-
+    probes = {
+        name: plan_shard(f"test-{name}", test, draw, seed, classes)
+        for name, (classes, _, draw) in PROBES.items()
+    }
+    plans = [*learn, held_out, *probes.values()]
     versions = {module.__name__: module.__version__ for module in (np, PIL, matplotlib)}
     recipe = {"number": RECIPE, "seed": seed, "train": train, "test": test, **versions}
+    write_cards = partial(write_card, seed, learn, held_out, probes)
     return build_stream(
-        folder, "glyphs", plans, ["glyphs.yaml"], card_texts, recipe=recipe, progress=progress
+        folder, "glyphs", plans, ["glyphs.yaml"], write_cards, recipe=recipe, progress=progress
     )[0]
 
 
-def describe_probe(
-    plan: ShardPlan, name: str, classes: tuple[str, ...], templates: tuple[str, ...]
-) -> dict[str, object]:
-    """Write a probe as the card states it; its labels are positions in its own classes."""
+def write_card(
+    seed: int,
+    learn: Sequence[ShardPlan],
+    held_out: ShardPlan,
+    probes: Mapping[str, ShardPlan],
+    hashes: Mapping[str, str],
+) -> dict[str, str]:
+    """Write the card of finished shards: file name -> text."""
+    plans = [*learn, held_out, *probes.values()]
+    card = {
+        "name": "glyphs",
+        "scenario": "domain",
+        "description": (
+            "Made pictures with captions: handwritten and printed digits, printed letters, "
+            f"coloured shapes; {SIDE} x {SIDE} RGB PNG."
+        ),
+        "licence": LICENCE,
+        "source": SOURCE,
+        "kind": "caption",
+        "stage": "cpt",
+        "tasks": [card_task("glyphs", learn, [held_out])],
+        "probes": [describe_probe(name, plan) for name, plan in probes.items()],
+        "hashes": dict(hashes),
+    }
+    header = (
+        f"Made by: mmcl data build glyphs --seed {seed}",
+        f"Licence: {LICENCE}",
+        f"Samples: {sum(plan.count for plan in plans)} in {len(plans)} shards",
+    )
+    return {"glyphs.yaml": card_text(card, header)}
+
+
+def describe_probe(name: str, plan: ShardPlan) -> dict[str, object]:
+    """Describe a probe as the card states it; its labels are positions in its own classes."""
+    classes, templates, _ = PROBES[name]
     return {
         "name": name,
         "kind": "classify",
