@@ -20,6 +20,7 @@ COMMANDS = {
     "check": "load everything, score 8 rows of every task, reckon memory and time",
     "evaluate": "score kept checkpoints of a run on any task",
     "report": "write a run's report.html again",
+    "export": "the learned model as a file that open_clip loads itself",
     "compare": "one table and one figure over runs and seeds",
     "data": "list and build the streams that mmcl can make",
     "strategies": "what exists, what it remembers, what it asks of the model",
@@ -119,7 +120,7 @@ def _tell(sentence: str) -> None:
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Show each warning as one line, on rank 0 alone; leave out what libraries say of themselves."""
+    """Show each warning as one line, on rank 0 alone, and none that libraries say of themselves."""
 
     def show(message: Warning | str, *rest: Any, **more: Any) -> None:
         if process_rank() == 0:

@@ -76,7 +76,7 @@ def _costs(found: Check, names: str) -> Table:
     rows = {
         "stream": f"{found.stream.name}, {found.stream.scenario}-incremental, {tasks} tasks",
         "model, strategy": names,
-        "weights": f"{found.parameters:,}, of which with the strategy's {found.learning:,} learn",
+        "weights": f"{found.parameters:,}; {found.learning:,} learn, the strategy's own included",
         "device": where,
         "a step": f"{1000 * found.step_seconds:.1f} ms",
         "the run": f"about {duration(found.seconds)}: {parts}",

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmcl.commands.words import CommandParser
 from mmcl.data.builders import script
 from mmcl.data.builders.streams import STREAMS, find_stream
 
 
 def main(argv: Sequence[str]) -> int:
     """List the streams that mmcl can make, or build one."""
-    parser = argparse.ArgumentParser(prog="mmcl data", description=main.__doc__)
+    parser = CommandParser(prog="mmcl data", description=main.__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("list", help="name the streams, a line each")
     build = actions.add_parser("build", help="build one: mmcl data build digits")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from rich.console import Console
 
 from mmcl.commands.sequence import run_folder, with_progress
+from mmcl.commands.words import CommandParser
 from mmcl.lightning.cli import ContinualCLI
 from mmcl.lightning.sequence import SequenceRun
 from mmcl.report import matrix_table
@@ -15,7 +15,7 @@ from mmcl.report import matrix_table
 
 def main(argv: Sequence[str]) -> int:
     """Score kept checkpoints of a run on any task; writes evaluation/, never the run's matrix."""
-    parser = argparse.ArgumentParser(prog="mmcl evaluate", description=main.__doc__)
+    parser = CommandParser(prog="mmcl evaluate", description=main.__doc__)
     parser.add_argument("run", help="folder of a run, or its name under runs/")
     parser.add_argument("--rows", help="0 = before training, 3 = after the third task; 0-5, 1,4")
     parser.add_argument("--columns", help="tasks from 0, then probes; 0-5, 1,4")
@@ -26,7 +26,8 @@ def main(argv: Sequence[str]) -> int:
         cli.make_module, cli.make_trainer, with_progress(cli.make_data()), folder, seed=cli.seed
     )
     run.data.prepare_data()
-    rows = numbers(given.rows, (run.folder.state().done if run.folder.state() else 0) + 1, "rows")  # type: ignore[union-attr]
+    state = run.folder.state()
+    rows = numbers(given.rows, (state.done if state else 0) + 1, "rows")
     columns = numbers(given.columns, len(run.data.stream.columns), "columns")
     matrix = run.evaluate(rows, columns)
     if run.is_first:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from mmcl.commands.sequence import run_folder
+from mmcl.commands.words import CommandParser
 from mmcl.core import write_atomic
 from mmcl.lightning.cli import ContinualCLI
 from mmcl.lightning.sequence import SequenceRun
@@ -17,7 +17,7 @@ from mmcl.lightning.sequence import SequenceRun
 
 def main(argv: Sequence[str]) -> int:
     """Write the model of a run as safetensors, after its last task or an earlier one."""
-    parser = argparse.ArgumentParser(prog="mmcl export", description=main.__doc__)
+    parser = CommandParser(prog="mmcl export", description=main.__doc__)
     parser.add_argument("run", help="folder of a run, or its name under runs/")
     parser.add_argument("file", type=Path, help="where to write, ending in .safetensors")
     parser.add_argument("--after", type=int, help="tasks learned; default: all that the run has")

@@ -35,7 +35,9 @@ _LAST_WORDS = (
 def main(argv: Sequence[str]) -> int:
     """Print what can be done, and the settings of a run with a line each."""
     console = Console(highlight=False, markup=False)
-    console.print("usage: mmcl [command] --config X [--config OVERLAY] [--setting.name value ...]\n")
+    console.print(
+        "usage: mmcl [command] --config X [--config OVERLAY] [--setting.name value ...]\n"
+    )
     console.print(_FIRST_WORDS + "\n")
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
     for name, what in COMMANDS.items():
@@ -71,5 +73,3 @@ def arguments(kind: type) -> Iterator[tuple[str, str]]:
     part = re.search(r"Args:\n(.*?)(?:\n\n|\Z)", text, re.DOTALL)
     for found in re.finditer(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", part[1] if part else "", re.M):
         yield found[1], " ".join(found[2].split())
-
-

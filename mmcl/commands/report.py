@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from mmcl.commands.sequence import run_folder
+from mmcl.commands.words import CommandParser
 from mmcl.metrics import AccuracyMatrix
 from mmcl.report import matrix_csv, matrix_latex, matrix_table, write_report
 
 
 def main(argv: Sequence[str]) -> int:
     """Write report.html of a run, also of a half-done one, and print its table."""
-    parser = argparse.ArgumentParser(prog="mmcl report", description=main.__doc__)
+    parser = CommandParser(prog="mmcl report", description=main.__doc__)
     parser.add_argument("run", help="folder of a run, or its name under runs/")
     parser.add_argument("--as", dest="form", choices=("text", "csv", "latex"), default="text")
     given = parser.parse_args(argv)

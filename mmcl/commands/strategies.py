@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import re
 from collections.abc import Sequence
@@ -10,13 +9,14 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from mmcl.commands.words import CommandParser
 from mmcl.core import Strategy
 from mmcl.strategies import discover
 
 
 def main(argv: Sequence[str]) -> int:
     """List every strategy: what it does, what it remembers, what it asks of the model."""
-    parser = argparse.ArgumentParser(prog="mmcl strategies", description=main.__doc__)
+    parser = CommandParser(prog="mmcl strategies", description=main.__doc__)
     parser.add_argument("--markdown", action="store_true", help="as a table for a document")
     given = parser.parse_args(argv)
     rows = [describe(name, kind) for name, kind in discover().items()]

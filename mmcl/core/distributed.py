@@ -5,6 +5,7 @@ Rows of a global batch are dealt to ranks by stride: row i of rank r stands at p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,6 +76,23 @@ def gather_rows(tensor: Tensor) -> Tensor:
         return tensor.detach()
     counts = _counts(tensor.shape[0], tensor.device)
     return torch.cat(_gather_padded(tensor, counts))[global_order(counts, tensor.device)]
+
+
+def gather_texts(texts: Sequence[str], device: torch.device | str = "cpu") -> list[str]:
+    """Return the texts of all ranks, rank after rank, the same on every rank.
+
+    Args:
+        texts: this rank's, without line breaks in them.
+        device: where the process group wants its tensors.
+    """
+    if rank_and_world()[1] == 1:
+        return list(texts)
+    said = torch.tensor(list("\n".join(texts).encode()), dtype=torch.uint8, device=device)
+    sizes = gather_rows(torch.tensor([len(said)], device=device)).tolist()
+    padded = torch.zeros(1, max(1, *sizes), dtype=torch.uint8, device=device)
+    padded[0, : len(said)] = said
+    rows = zip(gather_rows(padded).tolist(), sizes, strict=True)
+    return [text for row, size in rows if size for text in bytes(row[:size]).decode().split("\n")]
 
 
 class _GatherWithGradient(torch.autograd.Function):

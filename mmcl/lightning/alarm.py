@@ -4,41 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from mmcl.core import Strategy
 
+_STEPS_HELD = 64
+"""Steps between two looks at the values: a look waits for the device."""
+
 
 class Alarm:
-    """Watches the penalty terms of one task.
+    """Watches the penalty terms of one task, each until it was seen alive.
 
     A term is dead if on no step it was both connected to the graph and different from zero.
     """
 
     def __init__(self) -> None:
-        self._seen: dict[str, bool] = {}
-        self._largest: dict[str, Tensor] = {}
+        self._alive: set[str] = set()
+        self._held: dict[str, list[Tensor]] = {}
 
     def see(self, terms: Mapping[str, Tensor]) -> None:
-        """Look at the terms of a step; costs no wait for the device."""
+        """Look at the terms of a step; waits for the device once in 64 steps at most."""
         if len(terms) == 1:
             return
         for name, term in terms.items():
-            if name == "task":
+            if name == "task" or name in self._alive:
                 continue
-            self._seen[name] = self._seen.get(name, False) or term.requires_grad
-            size = term.detach().abs()
-            before = self._largest.get(name)
-            self._largest[name] = size if before is None else before.maximum(size)
+            held = self._held.setdefault(name, [])
+            if term.requires_grad:
+                held.append(term.detach())
+            if len(held) == _STEPS_HELD:
+                self._judge(name)
 
     def report(self, strategy: Strategy, task: str) -> list[str]:
         """Return one sentence for each part that did nothing over the task."""
         name = type(strategy).__name__
         dead = []
-        for term, has_gradient in self._seen.items():
-            if not has_gradient:
-                dead.append(f"penalty '{term}' has no gradient")
-            elif not float(self._largest[term]) > 0:
-                dead.append(f"penalty '{term}' was 0 on every step")
+        for term in self._held:
+            has_gradient = bool(self._held[term])
+            self._judge(term)
+            if term not in self._alive:
+                why = "was 0 on every step" if has_gradient else "has no gradient"
+                dead.append(f"penalty '{term}' {why}")
         dead += [str(part) for part in strategy.idle()]
         return [f"{name} did nothing with one of its parts in task '{task}': {d}" for d in dead]
+
+    def _judge(self, name: str) -> None:
+        """Note whether one of the values held is not 0; keep no more of them than one."""
+        held = self._held[name]
+        if held and float(torch.stack(held).abs().max()) > 0:
+            self._alive.add(name)
+        del held[1:]

@@ -46,6 +46,9 @@ def record_cells(
 
     Returns:
         what could not be read, one sentence each.
+
+    Raises:
+        ValueError: if more of a test part than ``data.max_faults`` cannot be read, with the names.
     """
     if not columns:
         return []
@@ -56,6 +59,7 @@ def record_cells(
     trainer.test(module, datamodule=data_loaders, verbose=False)
     faults: list[str] = []
     for scorer, column in zip(module.scorers, columns, strict=True):
+        _expect_few(scorer, data.max_faults)
         matrix.set(row, column, scorer.value)
         faults += scorer.faults
         if folder.writes and scorer.said.get("answer") is not None:
@@ -63,6 +67,15 @@ def record_cells(
     if folder.writes:
         matrix.write(folder.path / "matrix.json")
     return faults
+
+
+def _expect_few(scorer: ColumnScorer, max_faults: float) -> None:
+    task, faults = scorer.column.task, scorer.faults
+    if len(faults) > max_faults * max(1, task.test_size):
+        raise ValueError(
+            f"{len(faults)} test samples of '{task.name}' cannot be read, more than "
+            f"data.max_faults={max_faults:g} of {task.test_size} allows: {'; '.join(faults[:5])}"
+        )
 
 
 class _Loaders(pl.LightningDataModule):

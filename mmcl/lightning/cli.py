@@ -19,6 +19,7 @@ from mmcl.lightning.module import ContinualModule
 from mmcl.strategies import discover
 
 _DEFAULTS = {"trainer.logger": False, "trainer.max_epochs": 1}
+_LINKED = ("model.seed", "data.seed")
 _USAGE = "%(prog)s --config X [--config OVERLAY] [--setting.name value ...]"
 
 
@@ -57,7 +58,7 @@ class ContinualCLI(LightningCLI):
             ContinualData,
             save_config_callback=None,
             seed_everything_default=0,
-            parser_kwargs={"prog": program, "description": description},
+            parser_kwargs={"prog": program, "description": description, **_usages(subcommands)},
             args=None if argv is None else list(argv),
             run=subcommands,
             auto_configure_optimizers=False,
@@ -77,7 +78,7 @@ class ContinualCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser that raises what is wrong, so that it can be said in sentences."""
-        return super().init_parser(**{**kwargs, "exit_on_error": False, "usage": _USAGE})
+        return super().init_parser(**{"usage": _USAGE, **kwargs, "exit_on_error": False})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the options given, without Lightning's remark on giving any.
@@ -88,7 +89,7 @@ class ContinualCLI(LightningCLI):
         """
         words = list(sys.argv[1:] if args is None else args)
         own = self._subcommand_parsers.get(words[0], parser) if words and self._runs else parser
-        known = set(own.get_defaults(skip_validation=True).keys())
+        known = {*own.get_defaults(skip_validation=True).keys(), *_LINKED}
         faults = [fault for file in config_files(words) for fault in file_faults(file, known)]
         if not faults:
             try:
@@ -153,10 +154,15 @@ class ContinualCLI(LightningCLI):
         return pl.Trainer(**{**own, **settings, "callbacks": callbacks})
 
     def _build(self, key: str, kind: type) -> Any:
-        # A run makes two Trainers a task, and reading all of their options takes a tenth of a second.
+        # A run makes two Trainers a task, and reading their options takes a tenth of a second.
         parser = self._parsers.get(key)
         if parser is None:
             parser = self._parsers[key] = LightningArgumentParser()
             parser.add_lightning_class_args(kind, key)
         values = parser.parse_object({key: self.config[key].as_dict()})
         return parser.instantiate_classes(values)[key]
+
+
+def _usages(subcommands: bool) -> dict[str, dict[str, str]]:
+    names = LightningCLI.subcommands() if subcommands else ()
+    return {name: {"usage": _USAGE.replace("%(prog)s", f"mmcl {name}")} for name in names}

@@ -241,9 +241,9 @@ class ContinualData(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return where the task stands: the epoch, and the batches done in it."""
         trainer = self._running()
-        done = int(trainer.fit_loop.epoch_loop.batch_progress.current.processed)
-        epochs, batches = divmod(done, max(1, int(trainer.num_training_batches)))
-        epoch = int(trainer.current_epoch) + epochs
+        # Lightning counts the batches of an epoch anew in a run that was resumed, these it does not.
+        done = int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+        epoch, batches = divmod(done, max(1, int(trainer.num_training_batches)))
         return {"task": self.task, "epoch": epoch, "batches": batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

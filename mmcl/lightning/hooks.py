@@ -23,12 +23,23 @@ class StrategyHooks(pl.Callback):
 
     def __init__(self, task: Task | None = None) -> None:
         self.task = task
+        self._is_closed = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Begin the task, before the optimiser is built."""
         if stage == "fit":
             strategy = strategy_of(pl_module)
             begin_task(model_of(pl_module), strategy, self._next_task(trainer, strategy))
+            learns = any(parameter.requires_grad for parameter in pl_module.parameters())
+            self._is_closed = pl_module.automatic_optimization and not learns
+            if self._is_closed:
+                # Closed form: a backward pass through nothing would be an error.
+                pl_module.automatic_optimization = False
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let the next task be stepped again, if it has something to learn."""
+        if self._is_closed:
+            pl_module.automatic_optimization, self._is_closed = True, False
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer

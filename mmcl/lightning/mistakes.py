@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in sentences: all misspelt names at once, the nearest named."""
+"""What is wrong with a configuration: every misspelt name at once, with the nearest known."""
 
 from __future__ import annotations
 
@@ -173,7 +173,9 @@ def _shortened(message: str, key: str) -> str:
     """Return the lines of a message that say something, as one sentence."""
     inner = re.findall(r"Parser key \"([^\"]+)\"", message)
     name = ".".join(dict.fromkeys([key, *inner])) or ""
-    expected = re.search(r"Expected an? (?!path)(.+?)(?:\. Got value: (.*))?$", message, re.MULTILINE)
+    expected = re.search(
+        r"Expected an? (?!path)(.+?)(?:\. Got value: (.*))?$", message, re.MULTILINE
+    )
     given = re.search(r"Given value: (.+)", message)
     if expected and (expected[2] or given):
         wanted = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", expected[1])

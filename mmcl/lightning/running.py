@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmcl.core import Task, begin_task
+from mmcl.core.distributed import gather_texts
 from mmcl.core.randomness import mix
 from mmcl.lightning.alarm import Alarm
 from mmcl.lightning.folder import RunFolder, RunState
@@ -22,6 +23,7 @@ from mmcl.lightning.hooks import StrategyHooks
 from mmcl.lightning.module import ContinualModule
 from mmcl.lightning.progress import ProgressLine
 from mmcl.lightning.schedule import rate_factor
+from mmcl.lightning.standing import stand_at
 from mmcl.metrics.cost import TaskCost
 
 
@@ -51,6 +53,9 @@ class TaskHooks(StrategyHooks):
     """
 
     task: Task
+
+    # Lightning skips a hook that is None; one that does nothing costs a profiler's context a step.
+    on_before_zero_grad = on_before_backward = on_after_backward = None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -96,7 +101,7 @@ class TaskHooks(StrategyHooks):
         for group, rate in self._group_rates:
             group["initial_lr"] = rate
         self._rate_moves = module.warmup > 0 or module.schedule != "constant"
-        self._rank = trainer.global_rank
+        self._rank, self._is_on_gpu = trainer.global_rank, module.device.type == "cuda"
         every: int = vars(trainer).get("log_every_n_steps", 50)
         self._log_every = every if trainer.loggers else 0
         title = f"task {self.task.index}: {self.task.name}"
@@ -109,7 +114,7 @@ class TaskHooks(StrategyHooks):
         """Reset torch's generator, so that a step's dropout is a function of where it stands."""
         seed = mix(self.seed, self.task.index, trainer.fit_loop.total_batch_idx, self._rank)
         torch.default_generator.manual_seed(seed)
-        if pl_module.device.type == "cuda":
+        if self._is_on_gpu:
             torch.cuda.manual_seed(seed)
         if self.step == 0 and self.counts.flops_a_row == 0 and self.folder.writes:
             self._counter = FlopCounterMode(display=False)
@@ -133,9 +138,9 @@ class TaskHooks(StrategyHooks):
         batch_idx: int,
     ) -> None:  # fmt: skip
         """Show the step to the strategy, count it, and save the task when it is time."""
-        module, counts = _ours(pl_module), self.counts
-        self._stop_counting(len(batch))
-        counts.rows += len(batch)
+        module, counts, rows = _ours(pl_module), self.counts, len(batch)
+        self._stop_counting(rows)
+        counts.rows += rows
         done = module.done
         if done is not None:
             self.alarm.see(done.terms)
@@ -167,6 +172,8 @@ class TaskHooks(StrategyHooks):
             data.keep(module.strategy.recall(), self.task.index)
         trainer.strategy.barrier("mmcl keeps copies")
         self._tick()
+        # Each rank has met its own bad samples; all of them are counted and named.
+        self._note(tuple(gather_texts(self.counts.faults, module.device)))
         self.warnings = self.alarm.report(module.strategy, self.task.name)
         self.cost = self._cost(trainer, module)
         self._write(trainer, self.folder.after(self.task.index + 1), weights_only=True)
@@ -178,6 +185,18 @@ class TaskHooks(StrategyHooks):
         self._stop_counting(0)
         if self._line is not None:
             self._line.close()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put Lightning's progress right, which a resumed run may have wrong."""
+        if "loops" in checkpoint:
+            stand_at(
+                checkpoint["loops"]["fit_loop"],
+                done=trainer.fit_loop.total_batch_idx + 1,
+                an_epoch=int(trainer.num_training_batches),
+                accumulation=trainer.accumulate_grad_batches,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the task has cost so far."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmcl.core import Batch, Output, Strategy, Task, run
-from mmcl.core.distributed import gather_rows
+from mmcl.core.distributed import gather_rows, gather_texts
 from mmcl.core.randomness import ranks_of
 from mmcl.metrics.retrieval import recall_at_k
 
@@ -80,6 +80,7 @@ class ColumnScorer:
 
     def finish(self) -> None:
         """Gather the rows of all ranks and compute the score."""
+        self.faults = gather_texts(self.faults, self._device)
         rows = self._gathered()
         if not rows or not len(rows["sample"]):
             raise ValueError(

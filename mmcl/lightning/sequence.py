@@ -88,7 +88,7 @@ class SequenceRun:
             self._learn(module, state, task.index)
             state.seconds = round(earlier + time.monotonic() - started, 3)
             self.folder.save(state)
-            self._score(matrix, module, task.index + 1)
+            self._score(matrix, module, task.index + 1, state)
         return matrix
 
     def evaluate(self, rows: Sequence[int], columns: Sequence[int]) -> AccuracyMatrix:
@@ -159,27 +159,23 @@ class SequenceRun:
         """Score the cells of finished rows that are missing: after a kill, or a grown card."""
         for row in range(state.done + 1):
             if matrix.missing([row]):
-                self._score(matrix, module if row == state.done else self._module_after(row), row)
+                then = module if row == state.done else self._module_after(row)
+                self._score(matrix, then, row, state)
 
-    def _score(self, matrix: AccuracyMatrix, module: ContinualModule, row: int) -> None:
+    def _score(
+        self, matrix: AccuracyMatrix, module: ContinualModule, row: int, state: RunState
+    ) -> None:
         columns = [column for _, column in matrix.missing([row])]
         self.data.task = max(0, row - 1)
         trainer = self._trainer([])
         faults = record_cells(module, self.data, trainer, matrix, self.folder, row, columns)
-        self._note(faults)
+        state.faults += [fault for fault in faults if fault not in state.faults]
+        if faults and state.tasks:
+            self.folder.save(state)
         measured = matrix.values[row][: row or matrix.tasks]
         mean = 100 * sum(value for value in measured if value is not None) / len(measured)
         what = f"after '{matrix.rows[row]}'" if row else "before training"
         self.say(f"{what}: mean of its tasks {mean:.1f} %")
-
-    def _note(self, faults: Sequence[str]) -> None:
-        """Remember unreadable test samples; too many of them end the run."""
-        state = self.folder.state()
-        if state is None or not self.is_first:
-            return
-        state.faults += [fault for fault in faults if fault not in state.faults]
-        if faults:
-            self.folder.save(state)
 
     def _learn(self, module: ContinualModule, state: RunState, index: int) -> None:
         stream = self.data.stream

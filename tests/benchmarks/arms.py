@@ -88,7 +88,9 @@ class Sequence:
         self.data = InMemory(TaskStream("benchmark", "class", tasks), first[:1])
         self.run = SequenceRun(
             lambda: module,
-            lambda **given: make_trainer(**{**given, "callbacks": [*given["callbacks"], *callbacks]}),
+            lambda **given: make_trainer(
+                **{**given, "callbacks": [*given["callbacks"], *callbacks]}
+            ),
             self.data,
             Path(folder),
             save_every_steps=0,

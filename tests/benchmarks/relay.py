@@ -32,7 +32,7 @@ class Relay:
         warm: turns before them.
     """
 
-    def __init__(self, batches, *, block, blocks, warm=2):
+    def __init__(self, batches, *, block, blocks, warm=1):
         self.batches, self.block, self.warm = batches, block, warm
         self.steps = block * (warm + blocks) + 1  # of the last turn only the start is seen
         self._failure = None

@@ -88,7 +88,7 @@ class SmallRuns:
         file = self.folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump(config))
         options = [f"--{key.replace('__', '.')}={value}" for key, value in changes.items()]
-        return ["--config", str(file), "--runs", str(self.folder / "runs"), *options]
+        return ["--config", str(file), "--runs", str(self.folder / "runs"), "--name", name, *options]
 
     def start(self, name, strategy="Finetune", kill=None, **changes):
         """Give the command of a run; return its exit status and what it said."""

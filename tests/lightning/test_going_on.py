@@ -31,10 +31,11 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_left_alone(runs, stra
 def test_a_run_killed_at_every_step_ends_the_same(tmp_path):
     runs = SmallRuns(tmp_path, sizes=(16, 14))
     runs.finish("alone", "ExperienceReplay", save_every_steps=0)
-    deaths = 0
-    while runs.start("killed", "ExperienceReplay", ("step", 2), save_every_steps=1)[0] == KILLED:
-        deaths += 1
-    assert deaths == 4 + 8 - 1  # every step but the very first
+    second = ("step", 2)
+    for _ in range(4 + 8 - 1):  # every step but the very first
+        status, said = runs.start("killed", "ExperienceReplay", second, save_every_steps=1)
+        assert status == KILLED, said
+    runs.finish("killed", "ExperienceReplay")
     assert runs.differences("killed", "alone") == []
 
 

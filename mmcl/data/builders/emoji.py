@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -68,22 +69,10 @@ def build(
         ValueError: if a count is below 1, or the font has no coloured emoji.
     """
     sizes = {"train": train_per_class, "test": test_per_class}
-    for part, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{part}_per_class is {size}: give 1 or more pictures per class")
+    _expect_pictures(sizes)
     emoji_font = EmojiFont(font if font is not None else find_font())
     classes = _choose_classes(emoji_font, per_group)
     cells = _plan_cells(classes, sizes, seed)
-    recipe = {
-        "number": RECIPE,
-        "seed": seed,
-        "per_group": per_group,
-        **{f"{part}_per_class": size for part, size in sizes.items()},
-        "font": {"name": emoji_font.path.name, "sha256": emoji_font.sha256()},
-        "emoji": version("emoji"),
-        "numpy": np.__version__,
-        "pillow": PIL.__version__,
-    }
     return build_stream(
         folder,
         "emoji",
@@ -97,9 +86,31 @@ def build(
             f"train_per_class={train_per_class}, test_per_class={test_per_class})",
             font=emoji_font.path.name,
         ),
-        recipe=recipe,
+        recipe=_recipe(emoji_font, seed, per_group, sizes),
         progress=progress,
     )
+
+
+def _expect_pictures(sizes: dict[str, int]) -> None:
+    for part, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{part}_per_class is {size}: give 1 or more pictures per class")
+
+
+def _recipe(
+    font: EmojiFont, seed: int, per_group: int | None, sizes: dict[str, int]
+) -> dict[str, Any]:
+    """Return all that the pictures depend on."""
+    return {
+        "number": RECIPE,
+        "seed": seed,
+        "per_group": per_group,
+        **{f"{part}_per_class": size for part, size in sizes.items()},
+        "font": {"name": font.path.name, "sha256": font.sha256()},
+        "emoji": version("emoji"),
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+    }
 
 
 def _choose_classes(font: EmojiFont, per_group: int | None) -> list[_Class]:

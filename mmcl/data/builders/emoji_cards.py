@@ -25,6 +25,13 @@ _SOURCE = (
 )
 
 
+_ABOUT = {
+    "emoji_groups": "Emoji pictures, one group of Unicode's in every task.",
+    "emoji_years": "Emoji pictures in the order in which Unicode took them up.",
+    "emoji_languages": "Emoji pictures and their names, one language in every task.",
+}
+
+
 def card_texts(
     classes: Mapping[str, Emoji], cells: Cells, hashes: Mapping[str, str], made_by: str, font: str
 ) -> dict[str, str]:
@@ -45,11 +52,6 @@ def card_texts(
         "emoji_years": ("class", "classify", _year_tasks(classes, cells)),
         "emoji_languages": ("domain", "caption", _language_tasks(cells)),
     }
-    about = {
-        "emoji_groups": "Emoji pictures, one group of Unicode's in every task.",
-        "emoji_years": "Emoji pictures in the order in which Unicode took them up.",
-        "emoji_languages": "Emoji pictures and their names, one language in every task.",
-    }
     licence = _licence_of(font)
     samples = sum(train.count + test.count for train, test in cells.values())
     header = (
@@ -63,7 +65,7 @@ def card_texts(
         card = {
             "name": name,
             "scenario": scenario,
-            "description": f"{about[name]} Each picture has its own place, size, angle and "
+            "description": f"{_ABOUT[name]} Each picture has its own place, size, angle and "
             "background; train and test pictures show the same glyphs.",
             "licence": licence,
             "source": f"{_SOURCE}{font}",
