@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from argparse import ArgumentError
@@ -127,7 +128,10 @@ class ContinualCLI(LightningCLI):
 
     def plain(self) -> dict[str, Any]:
         """Return the whole configuration as plain values."""
-        text = self.parser.dump(self.config, skip_link_targets=False, skip_none=False)
+        # Unset values stay: null may stand against a default. jsonargparse 4.49 renamed the option.
+        known = inspect.signature(self.parser.dump).parameters
+        option = "skip_unset" if "skip_unset" in known else "skip_none"
+        text = self.parser.dump(self.config, skip_link_targets=False, **{option: False})
         values: dict[str, Any] = yaml.safe_load(text)
         values.pop("config", None)
         return values
@@ -160,7 +164,9 @@ class ContinualCLI(LightningCLI):
             parser = self._parsers[key] = LightningArgumentParser()
             parser.add_lightning_class_args(kind, key)
         values = parser.parse_object({key: self.config[key].as_dict()})
-        return parser.instantiate_classes(values)[key]
+        # jsonargparse 4.49 gave the method its new name.
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+        return instantiate(values)[key]
 
 
 def _usages(subcommands: bool) -> dict[str, dict[str, str]]:

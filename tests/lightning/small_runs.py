@@ -60,13 +60,14 @@ class SmallRuns:
         folder: empty.
         sizes: training samples of every task.
         kind: of the stream.
+        test_size: test samples of every task.
         vision: changes to the image tower.
     """
 
-    def __init__(self, folder, sizes=SIZES, kind="classify", **vision):
+    def __init__(self, folder, sizes=SIZES, kind="classify", test_size=6, **vision):
         self.folder = folder
         (folder / "stream").mkdir()
-        write_stream(folder / "stream", sizes, test_size=6, kind=kind)
+        write_stream(folder / "stream", sizes, test_size=test_size, kind=kind)
         self.card = folder / "stream" / "small.yaml"
         self.model = small_model(folder, **vision)
 

@@ -1,0 +1,85 @@
+"""Runs on two processes, forked as ``torchrun`` would start them, each noting what it saw."""
+
+import os
+import signal
+import socket
+
+import torch
+
+from tests.lightning.killing import arm, command, in_process
+
+WORLD = 2
+
+
+def on_ranks(words, folder, kill=None, world=WORLD):
+    """Give a command line on several ranks; what each saw lies under ``folder``.
+
+    Args:
+        words: the command line; that there are several devices is added to it.
+        folder: gets ``said_<rank>`` and, from a run that ends, ``seen_<rank>.pt``.
+        kill: (moment, count) at which rank 0 dies; the others are killed after it.
+
+    Returns:
+        the exit status of every rank.
+    """
+    folder.mkdir(exist_ok=True)
+    if world > 1:
+        words = [*words, f"--trainer.devices={world}", "--trainer.strategy=ddp"]
+    port = _free_port()
+    started = [
+        in_process(_one_rank, rank, world, port, words, folder, kill, wait=False)
+        for rank in range(world)
+    ]
+    started[0].join()
+    if started[0].exitcode != 0:
+        for process in started[1:]:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+    for process in started:
+        process.join()
+    return [process.exitcode for process in started]
+
+
+def seen(folder, rank=0):
+    """What a rank noted: ``batches`` as (task, entries), and ``states``, one after each task."""
+    return torch.load(folder / f"seen_{rank}.pt", weights_only=True)
+
+
+def _free_port():
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        return door.getsockname()[1]
+
+
+def _one_rank(rank, world, port, words, folder, kill):
+    from pytorch_lightning.utilities import rank_zero_only
+
+    if world > 1:
+        os.environ |= {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+            "WORLD_SIZE": str(world), "NODE_RANK": "0", "LOCAL_RANK": str(rank),
+        }  # fmt: skip
+        rank_zero_only.rank = rank  # which Lightning reads from the environment at its import
+    if kill is not None and rank == 0:
+        arm(*kill)
+    _note_what_is_seen(folder / f"seen_{rank}.pt")
+    command(words, folder / f"said_{rank}")
+
+
+def _note_what_is_seen(file):
+    from mmcl.lightning.running import TaskHooks
+
+    batches, states = [], []
+    batch_end, train_end = TaskHooks.on_train_batch_end, TaskHooks.on_train_end
+
+    def note_batch(hooks, trainer, module, outputs, batch, batch_idx):
+        entries = torch.stack([batch.task, batch.sample], 1)
+        batches.append((hooks.task.index, entries))
+        batch_end(hooks, trainer, module, outputs, batch, batch_idx)
+
+    def note_state(hooks, trainer, module):
+        train_end(hooks, trainer, module)
+        states.append(module.kept_state())
+        torch.save({"batches": batches, "states": states}, file)
+
+    TaskHooks.on_train_batch_end, TaskHooks.on_train_end = note_batch, note_state

@@ -1,0 +1,89 @@
+"""Every configuration parses, builds with the tiny model, and says what it is for."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmcl.lightning.cli import ContinualCLI
+from mmcl.lightning.data import ContinualData
+from mmcl.lightning.module import ContinualModule
+
+HOUSE = Path(__file__).parent.parent
+FILES = sorted((HOUSE / "configs").rglob("*.yaml"))
+OVERLAYS = [file for file in FILES if file.parent.name == "overlay"]
+QUICKSTART = HOUSE / "configs" / "quickstart.yaml"
+TINY = ["--model.model.model=tiny", "--model.model.pretrained=built-in"]
+
+
+def title(file):
+    return str(file.relative_to(HOUSE / "configs").with_suffix(""))
+
+
+def words(file):
+    """The command line of a configuration; an overlay lies on the quickstart."""
+    if file in OVERLAYS:
+        return ["--config", str(QUICKSTART), "--config", str(file)]
+    model = yaml.safe_load(file.read_text())["model"]["model"]["init_args"]["model"]
+    return ["--config", str(file), *(TINY if model != "tiny" else [])]
+
+
+def flat(value, prefix=""):
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, part in value.items() for k, v in flat(part, f"{prefix}/{key}").items()}
+
+
+every_file = pytest.mark.parametrize("file", FILES, ids=title)
+
+
+@every_file
+def test_a_configuration_builds_module_data_and_trainer(file):
+    cli = ContinualCLI(words(file))
+    module, data = cli.make_module(), cli.make_data()
+    assert isinstance(module, ContinualModule)
+    assert isinstance(data, ContinualData)
+    assert data.card.suffix == ".yaml"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*GPU available but not used.*")
+        trainer = cli.make_trainer(callbacks=[])
+    assert trainer.max_epochs >= 1
+    asked = cli.plain()["model"]["strategy"] or {"class_path": "Finetune"}
+    assert asked["class_path"].endswith(type(module.strategy).__name__)
+
+
+@every_file
+def test_what_a_configuration_says_is_what_is_used(file):
+    used = flat(ContinualCLI(words(file)).plain())
+    stated = flat(yaml.safe_load(file.read_text()))
+    different = {
+        key for key, value in stated.items() if value is not None and used.get(key) != value
+    }
+    assert different <= {"/model/model/init_args/model", "/model/model/init_args/pretrained"}
+
+
+@every_file
+def test_a_configuration_begins_with_command_hardware_and_result(file):
+    lines = file.read_text().splitlines()
+    assert lines[0].startswith("# python train.py --config ")
+    assert lines[0].rstrip().endswith(str(file.relative_to(HOUSE)))
+    assert lines[1].startswith("# hardware: ")
+    assert lines[2].startswith("# result: ")
+    assert all(len(line) > 14 for line in lines[:3])
+
+
+@every_file
+def test_a_configuration_has_at_most_60_lines(file):
+    assert len(file.read_text().splitlines()) <= 60
+
+
+@pytest.mark.parametrize("file", OVERLAYS, ids=title)
+def test_an_overlay_changes_what_it_names_and_nothing_else(file):
+    plain = flat(ContinualCLI(["--config", str(QUICKSTART)]).plain())
+    laid = flat(ContinualCLI(words(file)).plain())
+    changed = {key for key in laid if laid[key] != plain.get(key)}
+    assert changed
+    assert changed <= set(flat(yaml.safe_load(file.read_text())))
