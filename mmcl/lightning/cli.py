@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import sys
 from argparse import ArgumentError
@@ -20,6 +19,7 @@ from mmcl.lightning.module import ContinualModule
 from mmcl.strategies import discover
 
 _DEFAULTS = {"trainer.logger": False, "trainer.max_epochs": 1}
+_IS_RENAMED = hasattr(LightningArgumentParser, "instantiate")  # by jsonargparse 4.49
 _LINKED = ("model.seed", "data.seed")
 _USAGE = "%(prog)s --config X [--config OVERLAY] [--setting.name value ...]"
 
@@ -128,10 +128,9 @@ class ContinualCLI(LightningCLI):
 
     def plain(self) -> dict[str, Any]:
         """Return the whole configuration as plain values."""
-        # Unset values stay: null may stand against a default. jsonargparse 4.49 renamed the option.
-        known = inspect.signature(self.parser.dump).parameters
-        option = "skip_unset" if "skip_unset" in known else "skip_none"
-        text = self.parser.dump(self.config, skip_link_targets=False, **{option: False})
+        # Null stays, for it may stand against a default.
+        keep_null = {"skip_unset" if _IS_RENAMED else "skip_none": False}
+        text = self.parser.dump(self.config, skip_link_targets=False, **keep_null)
         values: dict[str, Any] = yaml.safe_load(text)
         values.pop("config", None)
         return values
@@ -164,9 +163,8 @@ class ContinualCLI(LightningCLI):
             parser = self._parsers[key] = LightningArgumentParser()
             parser.add_lightning_class_args(kind, key)
         values = parser.parse_object({key: self.config[key].as_dict()})
-        # jsonargparse 4.49 gave the method its new name.
-        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-        return instantiate(values)[key]
+        made = parser.instantiate if _IS_RENAMED else parser.instantiate_classes
+        return made(values)[key]
 
 
 def _usages(subcommands: bool) -> dict[str, dict[str, str]]:
