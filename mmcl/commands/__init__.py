@@ -38,6 +38,8 @@ _NOISE = (
     ".*dataloader is not resumable.*",
     ".*isinstance.treespec.*",
     ".*Trying to infer the .batch_size. from an ambiguous collection.*",
+    r"\s*By default only one JsonargparseDeprecationWarning",
+    r"\s*.*was deprecated in v4\.\d+\.\d+ and will be removed",  # jsonargparse to Lightning
 )
 _SECONDS_TO_WAIT_FOR_RANK_0 = 3.0
 
@@ -94,6 +96,11 @@ def _dispatch(words: list[str]) -> int:
 
 def _sentence(error: Exception) -> str:
     text = str(error).strip()
+    if type(error).__name__ == "UnpicklingError":
+        return (
+            "a checkpoint holds more than tensors and plain values, or is broken; pickled objects "
+            "are never run: give a checkpoint that mmcl wrote, or a safetensors file"
+        )
     if text and isinstance(error, ValueError | TypeError | RuntimeError | OSError | ImportError):
         return text
     last = traceback.extract_tb(error.__traceback__)[-1]

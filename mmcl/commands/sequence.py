@@ -25,7 +25,8 @@ DESCRIPTION = (
 def main(argv: Sequence[str]) -> int:
     """Run the sequence of a configuration and print its table."""
     cli = ContinualCLI(argv, program="mmcl", description=DESCRIPTION)
-    console = Console(highlight=False, markup=False)
+    # Lines stay whole: a path that is cut into two cannot be copied.
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     folder = cli.folder
     run = SequenceRun(
         cli.make_module,

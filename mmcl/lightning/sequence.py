@@ -243,10 +243,16 @@ def load_state(module: ContinualModule, file: Path) -> None:
 
     Raises:
         FileNotFoundError: if the checkpoint is missing.
-        ValueError: if it belongs to another model or strategy.
+        ValueError: if it is broken, or belongs to another model or strategy.
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {file}: the run needs it to go on")
-    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file fails in as many ways as it can be broken
+        raise ValueError(
+            f"{file} cannot be read ({type(error).__name__}): it is broken or holds pickled "
+            "objects, which are never run; restore the file, or remove the run's folder"
+        ) from error
     check_state(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=False)

@@ -50,6 +50,8 @@ def command(words, said=None, kill=None):
     from mmcl.commands import main, sequence
 
     torch.set_num_threads(1)
+    # A process of a fork server would start a server of its own for its loader's workers.
+    multiprocessing.set_start_method("fork", force=True)
     # The page is a function of the files that the tests compare, and takes longer than the run.
     sequence.write_report = lambda folder: folder / "report.html"
     if kill is not None:

@@ -1,0 +1,113 @@
+"""Files from strangers: what they carry is never run."""
+
+import os
+
+import pytest
+import torch
+
+from tests.commands.test_bad_input import refused
+from tests.data.small_stream import labelled
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return os.mkdir, (self.file,)
+
+
+@pytest.fixture
+def crater(desk):
+    """What would be there if the bomb had gone off."""
+    return desk.folder / "crater"
+
+
+@pytest.fixture
+def bomb(desk, crater):
+    """A checkpoint file that runs code when it is unpickled."""
+    file = desk.folder / "bomb.ckpt"
+    torch.save({"state_dict": Bomb(crater)}, file)
+    torch.load(file, weights_only=False)
+    assert crater.exists(), "the bomb is dead, so it would prove nothing"
+    crater.rmdir()
+    return file
+
+
+@pytest.mark.parametrize("extension", ["pyd", "pkl", "pth", "pickle", "npy", "ten"])
+def test_a_pickle_in_a_shard_lies_there_unread(desk, crater, bomb, extension):
+    members = labelled(16, name="atrain")
+    desk.stream(a_train=[*members, (f"atrain015.{extension}", bomb.read_bytes())])
+    status, _, err = desk.run(command=["check"])
+    assert (status, err) == (0, "")
+    assert not crater.exists()
+
+
+@pytest.mark.parametrize("name", ["pipe:mkdir {crater}", "pipe:mkdir {crater}; cat a-train.tar"])
+def test_a_pipe_is_refused(desk, crater, name):
+    desk.rewrite_card(lambda card: card["tasks"][0].update(train=[name.format(crater=crater)]))
+    assert refused(desk.run(), "pipe:", "allow_pipes")
+    assert not crater.exists()
+
+
+def test_a_pipe_that_the_user_allows_is_run(desk, crater):
+    shard = desk.folder / "stream" / "a-train.tar"
+    pipe = f"pipe:mkdir {crater} && cat {shard}"
+    desk.rewrite_card(lambda card: card["tasks"][0].update(train=[pipe]))
+    desk.run("--data.allow_pipes", "true", command=["check"])
+    assert crater.exists()
+
+
+def test_a_kept_checkpoint_with_a_pickle_is_refused(learned, crater, bomb):
+    (learned.results / "checkpoints" / "task_01.ckpt").write_bytes(bomb.read_bytes())
+    said = learned.give("evaluate", learned.results, "--rows", "2")
+    assert refused(said, "task_01.ckpt cannot be read", "never run")
+    assert not crater.exists()
+
+
+def test_a_mid_task_checkpoint_with_a_pickle_is_refused(learned, crater, bomb):
+    state = learned.results / "run.json"
+    text = state.read_text()
+    assert '"done": 3' in text
+    assert '"last": null' in text
+    text = text.replace('"done": 3', '"done": 2').replace('"task": 3', '"task": 2')
+    state.write_text(text.replace('"last": null', '"last": "checkpoints/last.ckpt"'))
+    (learned.results / "checkpoints" / "last.ckpt").write_bytes(bomb.read_bytes())
+    assert refused(learned.run(), "pickled objects")
+    assert not crater.exists()
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_a_checkpoint_with_a_pickle_is_refused_by_lightnings_commands(desk, crater, bomb, command):
+    assert refused(desk.run("--ckpt_path", bomb, command=[command]), "pickled objects")
+    assert not crater.exists()
+
+
+def test_weights_with_a_pickle_are_refused(desk, crater, bomb):
+    weights = bomb.rename(desk.folder / "weights.pt")
+    assert refused(desk.run("--model.model.pretrained", weights), "weights.pt does not load")
+    assert not crater.exists()
+
+
+def test_a_picture_of_too_many_pixels_is_a_bad_sample(desk):
+    import zlib
+
+    def chunk(kind, data):
+        body = kind + data
+        return len(data).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+
+    head = (60_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    rows = zlib.compress(bytes(1000))
+    huge = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    members = [("huge.png", huge), ("huge.cls", b"0"), *labelled(15, name="atrain")]
+    desk.stream(a_train=members)
+    assert refused(desk.run(), "huge in a-train.tar", "pixels")
+
+
+def test_members_with_climbing_names_write_nothing(desk):
+    extra = [("../../escaped.png", b"x"), ("/tmp/escaped.cls", b"0")]
+    desk.stream(a_train=[*labelled(16, name="atrain"), *extra])
+    desk.run("--data.max_faults", "0.5", command=["check"])
+    assert list(desk.folder.parent.rglob("escaped*")) == []
