@@ -1,6 +1,7 @@
 """The house keeps its plan: who imports whom, how long things are, what nobody does."""
 
 import ast
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -222,10 +223,9 @@ def test_imports_are_absolute():
     assert short(relative) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["core", "ops", "memory", "metrics", "strategies"])
 def test_a_low_floor_is_imported_without_the_heavy_third_parties(folder):
-    import subprocess
-
     heavy = "{'pytorch_lightning', 'open_clip', 'transformers', 'webdataset', 'matplotlib'}"
     code = f"import sys, mmcl.{folder}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run(

@@ -58,19 +58,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     if debug:
         words.remove("--debug")
+    parent = os.getppid()
     with _plain_warnings():
         try:
             return _dispatch(words)
         except SystemExit as end:  # --help and --print_config end so
             return _status(end.code)
         except KeyboardInterrupt:
-            _tell("interrupted: the same command goes on from the last checkpoint")
+            _tell("interrupted: the same command goes on from the last checkpoint", parent)
             return 130
         except Exception as error:  # the command line's last resort: a sentence, not a trace
             if debug:
                 traceback.print_exc()
             else:
-                _tell(f"error: {_sentence(error)}")
+                _tell(f"error: {_sentence(error)}", parent)
             return int(getattr(error, "exit_status", 1))
 
 
@@ -112,15 +113,17 @@ def _status(code: Any) -> int:
     return code if isinstance(code, int) else int(code is not None)
 
 
-def _tell(sentence: str) -> None:
+def _tell(sentence: str, parent: int) -> None:
     """Say what ended the command.
 
-    What ends rank 0 ends the other ranks too, so they speak only when they are still there later:
-    then the fault is theirs alone.
+    Rank 0 starts the other ranks and is their parent. When both meet the same fault rank 0 says it
+    and ends, so another rank speaks only if rank 0 is still there later: the fault is its own.
     """
     rank = process_rank()
     if rank:
         time.sleep(_SECONDS_TO_WAIT_FOR_RANK_0)
+        if os.getppid() != parent:
+            return
         sentence = f"rank {rank}: {sentence}"
     print(sentence, file=sys.stderr, flush=True)
 

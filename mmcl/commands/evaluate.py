@@ -47,10 +47,11 @@ def numbers(text: str | None, count: int, name: str) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        are_digits = first.isdigit() and (not dash or last.isdigit())
+        if not are_digits or int(last or first) < int(first):
             raise ValueError(f"--{name} is {text!r}: give numbers such as 3, 0-5 or 1,4")
         found += range(int(first), int(last or first) + 1)
     wrong = [number for number in found if number >= count]
-    if wrong or not found:
+    if wrong:
         raise ValueError(f"--{name} asks for {wrong}, and the run has 0 to {count - 1}")
     return sorted(set(found))

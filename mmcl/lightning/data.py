@@ -241,7 +241,7 @@ class ContinualData(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return where the task stands: the epoch, and the batches done in it."""
         trainer = self._running()
-        # Lightning counts the batches of an epoch anew in a run that was resumed, these it does not.
+        # Of a resumed run Lightning counts the batches of an epoch anew, but not these.
         done = int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
         epoch, batches = divmod(done, max(1, int(trainer.num_training_batches)))
         return {"task": self.task, "epoch": epoch, "batches": batches}

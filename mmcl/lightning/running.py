@@ -199,13 +199,15 @@ class TaskHooks(StrategyHooks):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the task has cost so far."""
+        """Return what the task has cost so far, and what was seen of its penalties."""
         self._tick()
-        return {**vars(self.counts), "faults": list(self.counts.faults)}
+        counts = {**vars(self.counts), "faults": list(self.counts.faults)}
+        return {"counts": counts, "alarm": self.alarm.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
-        self.counts = Counts(**state_dict)
+        """Go on counting and watching."""
+        self.counts = Counts(**state_dict["counts"])
+        self.alarm.load(state_dict["alarm"])
 
     def _save(self, trainer: pl.Trainer) -> None:
         self._write(trainer, self.folder.last, weights_only=False)

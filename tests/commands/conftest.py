@@ -33,23 +33,24 @@ class Desk:
 
     def configure(self, strategy="Finetune", change=lambda config: None):
         """Write the configuration of a run over one epoch of every task."""
+        small_model(self.folder)
         config = {
             "seed_everything": 0,
             "model": {
                 "model": {
                     "class_path": "mmcl.models.OpenCLIP",
-                    "init_args": {"model": small_model(self.folder)},
+                    "init_args": {"model": "small.json"},
                 },
                 "strategy": strategy_of(strategy),
             },
-            "data": {"stream": str(self.card), "global_batch": 8},
+            "data": {"stream": "stream/small.yaml", "global_batch": 8},
             "trainer": {"max_epochs": 1, "accelerator": "cpu"},
         }
         change(config)
         self.config.write_text(yaml.safe_dump(config))
 
     def give(self, *words):
-        """Give a command; return its exit status, and what it said as one line of text each."""
+        """Give a command; return its exit status and what it said on both outputs."""
         self.capsys.readouterr()
         status = main([str(word) for word in words])
         said = self.capsys.readouterr()

@@ -6,6 +6,7 @@ import json
 import pytest
 from PIL import Image
 
+import mmcl.commands
 from tests.data.small_stream import labelled, picture, write_tar
 
 
@@ -223,3 +224,18 @@ def test_words_that_a_small_command_does_not_know(desk):
     assert refused(desk.give("compare"), "runs")
     assert refused(desk.give("report", "nowhere"), "there is no run nowhere")
     assert refused(desk.give("data", "list", "--all"), "--all")
+
+
+@pytest.mark.parametrize(
+    ("parents", "said"),
+    [((7, 7), "rank 1: error: there is no stream card"), ((7, 1), "")],
+)
+def test_another_rank_speaks_only_when_rank_0_lives_on(desk, monkeypatch, parents, said):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(mmcl.commands, "_SECONDS_TO_WAIT_FOR_RANK_0", 0.0)
+    lives = iter(parents)
+    monkeypatch.setattr(mmcl.commands.os, "getppid", lambda: next(lives))
+    status, out, err = desk.run("--data.stream", "nowhere.yaml")
+    assert (status, out) == (1, "")
+    assert err.startswith(said)
+    assert bool(err) == bool(said)

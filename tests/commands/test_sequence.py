@@ -61,7 +61,7 @@ def test_dotted_options_and_a_second_configuration_are_laid_over_the_first(desk)
     overlay.write_text("name: laid\ndata:\n  limit: 8\n")
     assert desk.run("--config", overlay, "--trainer.max_epochs", "2")[0] == 0
     ledger = json.loads((desk.folder / "runs" / "laid" / "ledger.json").read_text())
-    costs = ledger["tasks"] if "tasks" in ledger else ledger
+    costs = ledger["tasks"]
     assert [cost["samples_new"] for cost in costs] == [16, 16, 16]
 
 

@@ -9,6 +9,8 @@ import torch
 from tests.lightning.killing import arm, command, in_process
 
 WORLD = 2
+_SECONDS_TO_FOLLOW = 60
+"""Left to the other ranks when rank 0 has ended."""
 
 
 def on_ranks(words, folder, kill=None, world=WORLD):
@@ -31,10 +33,10 @@ def on_ranks(words, folder, kill=None, world=WORLD):
         for rank in range(world)
     ]
     started[0].join()
-    if started[0].exitcode != 0:
-        for process in started[1:]:
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)
+    for process in started[1:]:
+        process.join(0 if kill else _SECONDS_TO_FOLLOW)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
     for process in started:
         process.join()
     return [process.exitcode for process in started]

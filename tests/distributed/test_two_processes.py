@@ -133,6 +133,14 @@ def test_a_run_may_go_on_with_another_number_of_devices(tmp_path):
     assert far(runs.kept("run"), runs.kept("alone"), tolerance=1e-3) == []
 
 
+def test_fewer_test_samples_than_processes_are_refused_by_both(tmp_path):
+    runs = SmallRuns(tmp_path, sizes=(20,), test_size=1)
+    assert on_ranks(runs.words("run"), tmp_path / "seen") == [1, 1]
+    for rank in (0, 1):
+        said = (tmp_path / "seen" / f"said_{rank}").read_text()
+        assert "the test part of 'task-a' has 1 samples for 2 devices: use fewer" in said
+
+
 def test_lightnings_own_launch_does_what_the_forked_ranks_do(tmp_path):
     runs = SmallRuns(tmp_path)
     assert on_ranks(runs.words("forked", "DarkReplay"), tmp_path / "seen") == [0, 0]

@@ -89,7 +89,15 @@ class SmallRuns:
         file = self.folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump(config))
         options = [f"--{key.replace('__', '.')}={value}" for key, value in changes.items()]
-        return ["--config", str(file), "--runs", str(self.folder / "runs"), "--name", name, *options]
+        return [
+            "--config",
+            str(file),
+            "--runs",
+            str(self.folder / "runs"),
+            "--name",
+            name,
+            *options,
+        ]
 
     def start(self, name, strategy="Finetune", kill=None, **changes):
         """Give the command of a run; return its exit status and what it said."""
@@ -142,4 +150,3 @@ def same(left, right):
 def all_strategies():
     """The names of every strategy there is."""
     return sorted(discover())
-

@@ -88,9 +88,7 @@ def test_a_probe_that_is_added_is_scored_in_every_row_and_trains_nothing(runs):
     ],
     ids=["last removed", "first removed", "order", "templates", "data"],
 )
-def test_a_learned_task_that_was_removed_or_changed_is_refused_by_name(
-    finished, change, sentence
-):
+def test_a_learned_task_that_was_removed_or_changed_is_refused_by_name(finished, change, sentence):
     card = finished.card.read_text()
     tasks_on_card(finished, change)
     status, said = finished.start("run", "ExperienceReplay")

@@ -1,0 +1,101 @@
+"""Lists and builders, and Lightning's own commands."""
+
+import re
+
+import pytest
+
+from mmcl.data.builders.streams import STREAMS
+from mmcl.strategies import discover
+
+# Lightning speaks through rich, which asks the terminal for its width.
+LIGHTNING = ["fit", "validate", "test", "predict"]
+
+
+def test_strategies_names_every_strategy_in_a_row_of_its_own(desk):
+    status, out, err = desk.give("strategies", "--markdown")
+    assert (status, err) == (0, "")
+    rows = [row.strip("| ").split(" | ") for row in out.splitlines()[2:]]
+    assert [row[0] for row in rows] == list(discover())
+    assert all(len(row) == 4 and row[1] and row[2] != "-" and row[3] != "-" for row in rows)
+
+
+def test_strategies_as_a_table_for_the_eye(desk):
+    status, out, _ = desk.give("strategies")
+    assert status == 0
+    assert out.split()[0] == "strategy"
+    assert all(name in out for name in discover())
+
+
+def test_data_list_names_every_stream(desk):
+    status, out, err = desk.give("data", "list")
+    assert (status, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == list(STREAMS)
+
+
+@pytest.mark.slow
+def test_data_build_makes_a_stream_that_a_run_can_take(desk):
+    assert desk.give("data", "build", "digits", "--out", "data/digits")[0] == 0
+    assert (desk.folder / "data" / "digits" / "digits.yaml").is_file()
+    status, out, _ = desk.run("--data.stream", "digits", "--data.limit", "16", command=["check"])
+    assert status == 0
+    assert "digits, class-incremental, 5 tasks" in out
+
+
+def test_data_build_of_an_unknown_stream_lists_the_known(desk):
+    status, _, err = desk.give("data", "build", "digit")
+    assert status == 1
+    assert "digits_domains" in err
+
+
+@pytest.mark.parametrize("command", LIGHTNING)
+def test_lightnings_commands_work_on_a_task(desk, command):
+    status, out, err = desk.run("--data.task", "1", command=[command])
+    assert status == 0
+    assert "arning" not in err
+    for noise in ("GPU available", "TPU", "litlogger", "does not have many workers", "Tip"):
+        assert noise not in out + err
+
+
+def test_predict_prints_key_and_answer_of_every_test_row(desk):
+    _, out, _ = desk.run("--data.task", "1", command=["predict"])
+    answers = re.findall(r"^(btest\d{3})\t(\w+)$", out, re.MULTILINE)
+    assert [key for key, _ in answers] == [f"btest{number:03d}" for number in range(5)]
+    assert {name for _, name in answers} <= {"c0", "c1", "c2", "c3"}
+
+
+def test_test_scores_every_task_until_the_selected_one(desk):
+    _, out, _ = desk.run("--data.task", "1", command=["test"])
+    assert "accuracy/task-a" in out
+    assert "accuracy/task-b" in out
+    assert "accuracy/task-c" not in out
+
+
+def test_what_fit_saves_test_loads(desk):
+    assert desk.run(command=["fit"])[0] == 0
+    (saved,) = desk.folder.rglob("*.ckpt")
+    assert desk.run("--ckpt_path", saved, command=["test"])[0] == 0
+
+
+@pytest.mark.parametrize("strategy", sorted(discover()))
+def test_every_strategy_is_fitted_by_lightning_alone(desk, strategy):
+    desk.configure(strategy)
+    status, _, err = desk.run(command=["fit"])
+    assert (status, err) == (0, "")
+
+
+@pytest.mark.parametrize("command", [[], ["sequence"], ["check"], ["fit"]])
+def test_print_config_prints_and_runs_nothing(desk, command):
+    status, out, err = desk.run("--print_config", command=command)
+    assert (status, err) == (0, "")
+    assert "class_path: mmcl.models.OpenCLIP" in out
+    assert not (desk.folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["check", "compare", "data", "evaluate", "export", "fit", "report", "sequence", "strategies"],
+)
+def test_every_command_has_help(desk, command):
+    status, out, _ = desk.give(command, "--help")
+    assert status == 0
+    assert "usage" in out.lower()
