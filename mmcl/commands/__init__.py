@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if debug:
         words.remove("--debug")
     parent = os.getppid()
+    # Read when torch is loaded. Threads that spin while they wait make a step of a small model
+    # several times slower as soon as another process wants the cores; sleeping costs nothing.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with _plain_warnings():
         try:
             return _dispatch(words)

@@ -176,11 +176,6 @@ def _ordered(
     if batch < 1:
         raise ValueError(f"batch is {batch}, expected at least 1")
     task, reader = prepared.stream.column(column), prepared.reader(column, part)
-    if len(reader) < world:
-        raise ValueError(
-            f"the {part} part of '{task.name}' has {len(reader)} samples for {world} devices: "
-            "use fewer devices, or give every one of them at least one sample"
-        )
     rows = _OrderedRows(reader, task, transform, 0, max_pixels)
     strides = _Strides(len(reader), batch, rank, world)
     return Pass(

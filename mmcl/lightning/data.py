@@ -187,8 +187,19 @@ class ContinualData(pl.LightningDataModule):
         )
 
     def test_loaders(self, columns: Sequence[int]) -> list[Any]:
-        """Return one loader for each matrix column asked, this rank's part of it."""
+        """Return one loader for each matrix column asked, this rank's part of it.
+
+        Raises:
+            ValueError: if there are more devices than samples.
+        """
         trainer = self._running()
+        for task in (self.stream.column(column) for column in columns):
+            # Lightning skips the end of the test on a rank without batches, and the others wait.
+            if task.test_size < trainer.world_size:
+                raise ValueError(
+                    f"the test part of '{task.name}' has {task.test_size} samples for "
+                    f"{trainer.world_size} devices: use fewer devices"
+                )
         return [
             test_loader(
                 self.prepared,
