@@ -14,7 +14,7 @@ import yaml
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from mmcl.lightning.data import ContinualData
-from mmcl.lightning.mistakes import Misconfigured, config_files, explain, file_faults
+from mmcl.lightning.mistakes import Misconfigured, config_files, explain, file_faults, refusal
 from mmcl.lightning.module import ContinualModule
 from mmcl.strategies import discover
 
@@ -164,7 +164,10 @@ class ContinualCLI(LightningCLI):
             parser.add_lightning_class_args(kind, key)
         values = parser.parse_object({key: self.config[key].as_dict()})
         made = parser.instantiate if _IS_RENAMED else parser.instantiate_classes
-        return made(values)[key]
+        try:
+            return made(values)[key]
+        except ValueError as error:
+            raise ValueError(refusal(error)) from error
 
 
 def _usages(subcommands: bool) -> dict[str, dict[str, str]]:

@@ -53,6 +53,9 @@ class ContinualData(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        for name, rows in (("global_batch", global_batch), ("test_batch", test_batch)):
+            if rows < 1:
+                raise ValueError(f"data.{name} is {rows}, expected a number of rows, 1 or more")
         self.stream_name, self.root = stream, Path(root)
         self.global_batch, self.device_batch = global_batch, device_batch
         self.test_batch, self.workers = test_batch, workers

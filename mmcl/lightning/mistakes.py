@@ -169,6 +169,16 @@ def explain(message: str, known: Collection[str]) -> str:
     return _shortened(message, key[1] if key else "")
 
 
+def refusal(error: Exception) -> str:
+    """Return what a class said of its arguments, out of the parser's list of types it tried."""
+    text = str(error).strip()
+    if not text.startswith("Does not validate against any of the Union subtypes"):
+        return text
+    tried = re.findall(r"^\s+- (.+)$", text, re.MULTILINE)
+    said = [reason for reason in tried if not reason.startswith("Expected a <class")]
+    return "; ".join(said) or text.splitlines()[0]
+
+
 def _shortened(message: str, key: str) -> str:
     """Return the lines of a message that say something, as one sentence."""
     inner = re.findall(r"Parser key \"([^\"]+)\"", message)

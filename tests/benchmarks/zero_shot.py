@@ -15,7 +15,11 @@ from mmcl.core import Batch
 from mmcl.models import OpenCLIP
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-TEMPLATES = ("a photo of the digit {}.", "the handwritten number {}.", "a scan of a handwritten {}.")
+TEMPLATES = (
+    "a photo of the digit {}.",
+    "the handwritten number {}.",
+    "a scan of a handwritten {}.",
+)
 
 
 def scans() -> tuple[Tensor, Tensor]:

@@ -99,3 +99,17 @@ def test_every_command_has_help(desk, command):
     status, out, _ = desk.give(command, "--help")
     assert status == 0
     assert "usage" in out.lower()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("--model.strategy.init_args.share", "1.5", "share is 1.5, expected more than 0"),
+        ("--data.global_batch", "0", "data.global_batch is 0, expected a number of rows"),
+    ],
+)
+def test_a_value_that_a_class_refuses_is_one_sentence(desk, option, value, sentence):
+    status, _, err = desk.run("--model.strategy", "ExperienceReplay", option, value)
+    assert status == 1
+    assert sentence in err
+    assert err.count("\n") == 1
