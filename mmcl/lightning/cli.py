@@ -119,11 +119,16 @@ class ContinualCLI(LightningCLI):
 
     @property
     def folder(self) -> Path:
-        """Folder of the run: ``runs/<name>``, by default named after the config and the seed."""
+        """Folder of the run: ``runs/<name>``, by default named after the config and the seed.
+
+        ``configs/digits/tiny_ewc.yaml`` with seed 1 gives ``runs/digits-tiny_ewc-seed1``.
+        """
         name = self.config.get("name")
         if not name:
-            files = self.config.get("config") or ["run"]
-            name = Path(str(files[0])).stem + (f"-seed{self.seed}" if self.seed else "")
+            file = Path(str((self.config.get("config") or ["run"])[0])).absolute()
+            is_sorted = file.parent.parent.name == "configs"
+            name = f"{file.parent.name}-{file.stem}" if is_sorted else file.stem
+            name += f"-seed{self.seed}" if self.seed else ""
         return Path(str(self.config["runs"])) / str(name)
 
     def plain(self) -> dict[str, Any]:
