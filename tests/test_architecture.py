@@ -34,7 +34,10 @@ OTHERS = {
     "ops": {"torch"},
     "layers": {"torch"},
     "memory": {"torch", "numpy", "safetensors", "faiss"},
-    "models": {"torch", "open_clip", "transformers", "timm", "torchvision", "peft", "safetensors"},
+    "models": {
+        "torch", "open_clip", "transformers", "timm", "torchvision", "peft", "safetensors",
+        "huggingface_hub",
+    },
     "data": {"torch", "numpy", "webdataset", "PIL", "simplejpeg"},
     "data/builders": {"numpy", "PIL", "sklearn", "emoji", "matplotlib", "rich", "yaml"},
     "metrics": {"torch", "torchmetrics"},

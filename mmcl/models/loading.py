@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import open_clip
 import torch
+from huggingface_hub import constants
 from torch import Tensor, nn
 
 TINY = Path(__file__).parent / "tiny"
@@ -74,15 +79,39 @@ def _named(model: str, pretrained: str | None) -> tuple[nn.Module, Callable[...,
     file = Path(pretrained).expanduser() if pretrained else None
     is_file = file is not None and (file.suffix in _SUFFIXES or file.exists())
     try:
-        clip = open_clip.create_model(
-            model, pretrained=None if is_file else pretrained, precision="fp32", weights_only=True
-        )
-        tokenizer = open_clip.get_tokenizer(model)
+        with _asking_a_hub():
+            clip = open_clip.create_model(
+                model,
+                pretrained=None if is_file else pretrained,
+                precision="fp32",
+                weights_only=True,
+            )
+            tokenizer = open_clip.get_tokenizer(model)
     except Exception as error:  # hubs fail in as many ways as there are clients of them
         raise RuntimeError(_unavailable(model, pretrained, error)) from error
     if is_file and file is not None:
         _load_file(clip, file)
     return clip.float(), tokenizer
+
+
+@contextmanager
+def _asking_a_hub() -> Iterator[None]:
+    """Let a hub that cannot be reached fail at once and in silence; its cache still serves.
+
+    The client would try for a minute, with a line for every try; the one sentence comes after.
+    """
+    host = urlsplit(constants.ENDPOINT).hostname or ""
+    was_offline, was_disabled = constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
+        logging.disable(was_disabled)
 
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".npz")

@@ -55,10 +55,12 @@ def test_random_weights_are_a_function_of_the_seed(tmp_path):
     assert not same_weights(one, OpenCLIP(config, seed=2).clip)
 
 
-def test_a_hub_out_of_reach_is_one_sentence_that_names_the_local_file():
+def test_a_hub_out_of_reach_is_one_sentence_that_names_the_local_file(caplog, capfd):
     with pytest.raises(RuntimeError, match=r"pass a local file as pretrained=") as caught:
         OpenCLIP("ViT-B-32", pretrained="openai")
     assert "\n" not in str(caught.value)
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")
 
 
 def test_an_unknown_architecture_is_named():
