@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -15,11 +13,7 @@ from webdataset.gopen import gopen
 
 from mmcl.core.atomic import write_atomic
 from mmcl.data.faults import BadShard
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: there, two processes may both fetch a shard.
-    fcntl = None  # type: ignore[assignment]
+from mmcl.data.lock import exclusive
 
 _REMOTE = frozenset({"http", "https", "ftps", "sftp", "scp", "gs", "htgs", "hf", "ais"})
 
@@ -84,7 +78,7 @@ def _fetched(url: str, cache: Path) -> Path:
     path = cache / "shards" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
     if path.is_file():
         return path
-    with _one_at_a_time(path.with_name(f"{path.name}.lock")):
+    with exclusive(_lockable(path.with_name(f"{path.name}.lock"))):
         if not path.is_file():
             try:
                 write_atomic(path, lambda temporary: _download(url, temporary))
@@ -111,24 +105,14 @@ def _download(url: str, temporary: Path) -> None:
         shutil.copyfileobj(stream, file, 1 << 20)
 
 
-@contextlib.contextmanager
-def _one_at_a_time(lock: Path) -> Iterator[None]:
-    """Let one process at a time fetch a shard; a killed one lets go by itself."""
-    if fcntl is None:
-        yield
-        return
+def _lockable(lock: Path) -> Path:
+    """Make the file by which processes fetch a shard one at a time."""
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        lock.touch()
     except OSError as error:
         raise BadShard(
             f"cannot be fetched, the cache folder {lock.parent} is not writable ({error.strerror})"
             ": give cache=<a folder you can write to>"
         ) from None
-    try:
-        # Some network file systems cannot lock; two processes then only fetch twice.
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+    return lock

@@ -12,7 +12,6 @@ import pytorch_lightning as pl
 from mmcl.core import Recall, Task, TaskStream
 from mmcl.data import CopiesReader, keep_copies, pass_loader, prepare, test_loader, train_loader
 from mmcl.data.builders.streams import find_stream
-from mmcl.lightning.lock import exclusive
 from mmcl.lightning.scoring import Column
 
 
@@ -88,9 +87,8 @@ class ContinualData(pl.LightningDataModule):
         """Build the stream if it is one of mmcl's and not there yet."""
         if not self.card.is_file() and not self.stream_name.endswith((".yaml", ".yml")):
             stream, _ = find_stream(self.stream_name)
-            with exclusive(self.card.parent):
-                if not self.card.is_file():
-                    stream.builder()(self.card.parent, progress=self.on_build)
+            # Ranks start together: the builder lets one at a time in, and the next finds it done.
+            stream.builder()(self.card.parent, progress=self.on_build)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and check the card and its shards, once."""

@@ -8,10 +8,7 @@ and true is not made again, and a folder made by another recipe is made anew.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +17,8 @@ from typing import Any
 from webdataset.writer import TarWriter
 
 from mmcl.core.atomic import write_atomic
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: there, two builds of one folder only waste work.
-    fcntl = None  # type: ignore[assignment]
+from mmcl.data.lock import exclusive
+from mmcl.data.source import sha256_of
 
 Sample = Mapping[str, Any]
 """`{"__key__": "digits-0001", "png": bytes, "cls": b"3", "txt": "three"}`."""
@@ -97,15 +91,6 @@ def _to_bytes(name: str, value: str | bytes) -> str | bytes:
     return value.encode() if isinstance(value, str) and name != "__key__" else value
 
 
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file in hex, read in pieces of 1 MiB."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def build_stream(
     folder: Path,
     name: str,
@@ -137,7 +122,7 @@ def build_stream(
         RuntimeError: if a plan gives another number of samples than it said.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _one_builder(folder):
+    with exclusive(folder):
         record_path = folder / f"{name}.build.json"
         record = _open_record(record_path, cards, json.loads(json.dumps(recipe)))
         for file in (*cards, *(plan.name for plan in plans), record_path.name):
@@ -214,19 +199,3 @@ def _remove_leftovers(folder: Path, name: str) -> None:
     """Remove what a killed process left of a file under the temporary names of `write_atomic`."""
     for leftover in folder.glob(f".{name}.*.tmp"):
         leftover.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _one_builder(folder: Path) -> Iterator[None]:
-    """Let one process at a time build in a folder; a killed one lets go by itself."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        # Some network file systems refuse to lock a folder; two builds then only waste work.
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
