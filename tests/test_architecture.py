@@ -40,7 +40,7 @@ OTHERS = {
     },
     "data": {"torch", "numpy", "webdataset", "PIL", "simplejpeg"},
     "data/builders": {"numpy", "PIL", "sklearn", "emoji", "matplotlib", "rich", "yaml"},
-    "metrics": {"torch", "torchmetrics"},
+    "metrics": {"torch", "torchmetrics", "sacrebleu"},
     "report": {"torch", "matplotlib", "jinja2", "markupsafe", "rich"},
     "strategies": {"torch", "peft"},
     "lightning": {"torch", "pytorch_lightning", "jsonargparse", "yaml", "rich", "PIL"},

@@ -19,6 +19,7 @@ COMMANDS = {
     "sequence": "learn a stream of tasks (the default: --config X alone does this)",
     "check": "load everything, score 8 rows of every task, reckon memory and time",
     "evaluate": "score kept checkpoints of a run on any task",
+    "score": "score kept answers again without the model, or those of a LLaVA-style repository",
     "report": "write a run's report.html again",
     "export": "the learned model as a file that open_clip loads itself",
     "compare": "one table and one figure over runs and seeds",

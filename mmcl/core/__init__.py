@@ -6,27 +6,32 @@ from mmcl.core.chain import Chain
 from mmcl.core.model import VLM, expect_shape, require
 from mmcl.core.output import NO_PROMPTS, Modality, Output, Prompts
 from mmcl.core.recall import Recall
-from mmcl.core.sample import Row, Transform
-from mmcl.core.step import Step, begin_task, end_task, run, step
+from mmcl.core.sample import PICTURE, Dialogue, Reference, Row, Transform, Turn
+from mmcl.core.step import Step, answer, begin_task, end_task, run, step
 from mmcl.core.strategy import Strategy, device_of, trainable
 from mmcl.core.task import Task, TaskStream
 
 __all__ = [
     "NO_PROMPTS",
+    "PICTURE",
     "UNSCORED",
     "VLM",
     "Batch",
     "Chain",
+    "Dialogue",
     "Modality",
     "Output",
     "Prompts",
     "Recall",
+    "Reference",
     "Row",
     "Step",
     "Strategy",
     "Task",
     "TaskStream",
     "Transform",
+    "Turn",
+    "answer",
     "begin_task",
     "device_of",
     "end_task",

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmcl.core.sample import Reference
+
 UNSCORED = -100
 """Label of a row (or token) that the task loss leaves out, as in torch's cross entropy."""
 
@@ -18,8 +20,8 @@ class Batch:
 
     Attributes:
         images: (M, 3, H, W) uint8 as decoded and resized; the model normalises on its device.
-        labels: (B,) int64 class index (column of the class scores), -100 = not scored; for
-            generative models (B, L) token targets.
+        labels: (B,) int64 class index (column of the class scores), -100 = not scored; for rows
+            that are answered (B, L), the tokens that are scored and -100 elsewhere.
         task: (B,) int64, the task each row came from.
         owner: (M,) int64, the row each picture belongs to; None = one each, in order.
         tokens: (B, L) int64, padded; None when rows have no text of their own.
@@ -28,6 +30,7 @@ class Batch:
         sample: (B,) int64, the number of each row inside its task; (task, sample) names it.
         recalled: (B,) bool, True where the row was remembered; None = all rows are new.
         keys: sample keys, to trace a row back to its shard.
+        references: of rows that are answered: the question, and what counts as right.
         faults: what could not be read while this batch was made, one sentence each.
         weight: factor of the loss that makes the mean over ranks and accumulated parts the mean
             over the global batch: own rows * ranks * parts / rows of the global batch.
@@ -43,6 +46,7 @@ class Batch:
     sample: Tensor | None = None
     recalled: Tensor | None = None
     keys: tuple[str, ...] = ()
+    references: tuple[Reference, ...] = ()
     faults: tuple[str, ...] = ()
     weight: float = 1.0
 
@@ -72,8 +76,11 @@ class Batch:
                 taken["images"] = self.images[rows]
             else:
                 taken["images"], taken["owner"] = _take_owned(self.images, self.owner, rows)
-        keys = tuple(self.keys[int(row)] for row in rows) if self.keys else ()
-        return replace(self, **{**taken, "keys": keys})
+        places = rows.tolist()
+        taken["keys"] = tuple(self.keys[row] for row in places) if self.keys else ()
+        known = self.references
+        taken["references"] = tuple(known[row] for row in places) if known else ()
+        return replace(self, **taken)
 
     def join(self, other: Batch) -> Batch:
         """Return the rows of both, this batch first.
@@ -92,8 +99,16 @@ class Batch:
         joined["images"] = _joined("images", left.images, right.images)
         if left.owner is not None or right.owner is not None:
             joined["owner"] = torch.cat([_owners(left), _owners(right) + len(left)])
-        keys = left.keys + right.keys if len(left.keys) == len(left) else ()
-        return replace(self, keys=keys, faults=self.faults + other.faults, **joined)
+        for name in ("keys", "references"):
+            ours, theirs = getattr(left, name), getattr(right, name)
+            is_whole = len(ours) == len(left) and len(theirs) == len(right)
+            joined[name] = ours + theirs if is_whole else ()
+        return replace(self, faults=self.faults + other.faults, **joined)
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the rows' labels are tokens to be said, not classes."""
+        return self.labels.dim() == 2
 
     def _map(self, change: Any) -> Batch:
         values = [(field.name, getattr(self, field.name)) for field in fields(self)]
@@ -141,9 +156,11 @@ def _padded(batch: Batch, other: Batch) -> Batch:
     if missing <= 0:
         return batch
     pad = torch.nn.functional.pad
-    return replace(
-        batch, tokens=pad(batch.tokens, (0, missing)), mask=pad(batch.mask, (0, missing))
-    )
+    labels = batch.labels
+    if batch.is_answered:
+        labels = pad(labels, (0, missing), value=UNSCORED)
+    tokens, mask = pad(batch.tokens, (0, missing)), pad(batch.mask, (0, missing))
+    return replace(batch, tokens=tokens, mask=mask, labels=labels)
 
 
 def _joined(name: str, left: Tensor | None, right: Tensor | None) -> Tensor | None:

@@ -13,15 +13,18 @@ import yaml
 KINDS = ("caption", "classify", "retrieve", "answer", "prefer", "edit")
 STAGES = ("cpt", "dap", "cft")
 SCENARIOS = ("task", "class", "domain")
+DECODES = ("generate", "candidates")
+MAX_NEW_TOKENS = 64
 MAX_CARD_BYTES = 64 << 20
 
 _CARD_KEYS = {
     "name", "description", "scenario", "licence", "source", "citation", "classes", "templates",
-    "kind", "stage", "tasks", "probes", "hashes", "epochs", "text", "notes",
+    "kind", "stage", "tasks", "probes", "hashes", "epochs", "text", "notes", "scorer", "decode",
+    "max_new_tokens",
 }  # fmt: skip
 _TASK_KEYS = {
     "name", "description", "classes", "train", "test", "size", "test_size", "text", "kind",
-    "stage", "templates", "epochs", "labels",
+    "stage", "templates", "epochs", "labels", "scorer", "decode", "max_new_tokens",
 }  # fmt: skip
 
 
@@ -40,6 +43,9 @@ class TaskEntry:
     templates: tuple[str, ...]
     text: str
     epochs: int | None
+    scorer: str
+    decode: str
+    max_new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,12 @@ class _Reader:
         unknown = [name for name in own if stated and name not in stated and not is_probe]
         if unknown:
             self.faults.append(f"{where} has classes {unknown} that the card's 'classes' lack")
+        decode = self.choice({**card, **raw}, "decode", DECODES, "generate", where)
+        if decode == "candidates" and not (kind == "answer" and named):
+            self.faults.append(
+                f"{where} lets candidates compete (decode) but has kind {kind!r} and "
+                f"{len(named)} 'classes': they are the answers of a task of kind 'answer'"
+            )
         test = self.shards(raw, "test", where)
         train = () if is_probe else self.shards(raw, "train", where)
         both = sorted(set(train) & set(test))
@@ -158,6 +170,9 @@ class _Reader:
             templates=self.templates(raw, card, where),
             text=self.string({**card, **raw}, "text", where) or "txt",
             epochs=self.count({**card, **raw}, "epochs", where) or None,
+            scorer=self.scorer({**card, **raw}, kind, where),
+            decode=decode,
+            max_new_tokens=self.count({**card, **raw}, "max_new_tokens", where) or MAX_NEW_TOKENS,
         )
 
     def known_keys(self, raw: Mapping[str, Any], known: set[str], where: str) -> None:
@@ -187,6 +202,10 @@ class _Reader:
             self.faults.append(f"{where} has {key} {value!r}, expected a text")
             return ""
         return value
+
+    def scorer(self, raw: Mapping[str, Any], kind: str, where: str) -> str:
+        stated = self.string(raw, "scorer", where)
+        return (stated or "exact") if kind == "answer" else ""
 
     def count(self, raw: Mapping[str, Any], key: str, where: str) -> int:
         value = raw.get(key, 0)

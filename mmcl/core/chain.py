@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import tee
 
 from torch import Tensor, nn
@@ -107,6 +108,18 @@ class Chain(Strategy):
             passes = tee(batches, len(self._list))
         for member, own in zip(self._list, passes, strict=True):
             member.end_task(model, task, own)
+
+    def folded(self, model: VLM) -> AbstractContextManager[None]:
+        """Merge the adapters of every member."""
+
+        @contextmanager
+        def all_of_them() -> Iterator[None]:
+            with ExitStack() as stack:
+                for member in self._list:
+                    stack.enter_context(member.folded(model))
+                yield
+
+        return all_of_them()
 
     def uses(self, hook: str) -> bool:
         """Tell whether any member has its own version of a hook."""

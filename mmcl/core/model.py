@@ -17,6 +17,9 @@ _SIGNATURES = {
     "widths": "widths: {modality: token width}",
     "freeze": "freeze(*towers)",
     "fingerprint": "fingerprint() -> str",
+    "answer": "answer(batch, prompts, refine, candidates, max_new_tokens) -> list of B texts",
+    "linears": "linears(which) -> {name: nn.Linear of the language model}",
+    "gates": "gates: {name: (B, E) weights of installed experts}",
 }
 
 
@@ -27,7 +30,10 @@ class VLM(Protocol):
     Some strategies ask for more and say so (``require``): ``widths`` (modality -> token width
     where prompts enter), ``embed(batch, modality)`` -> (B, D) unprompted embedding without
     gradient, ``encode(batch)`` -> (B, N, D) output of the frozen vision tower,
-    ``freeze(*towers)``, ``fingerprint()`` (hash of the frozen weights).
+    ``freeze(*towers)``, ``fingerprint()`` (hash of the frozen weights). A model that generates has
+    ``answer(batch, prompts, refine=None, candidates=(), max_new_tokens=64)`` -> B texts,
+    ``linears(which)`` -> linear layers of its language model by name, and ``gates``, a dict that it
+    fills from ``prompts.gates`` at the entry of every forward pass for installed experts to read.
     """
 
     def __call__(self, batch: Batch, prompts: Prompts = NO_PROMPTS) -> Output:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from mmcl.core.batch import Batch
-from mmcl.core.model import VLM
+from mmcl.core.model import VLM, require
 from mmcl.core.output import Output
 from mmcl.core.strategy import Strategy
 from mmcl.core.task import Task
@@ -35,6 +36,29 @@ def run(model: VLM, strategy: Strategy, batch: Batch) -> Output:
     """Answer a batch: prompts, model, refine. The one path of training and inference."""
     prompts = strategy.prompts(model, batch)
     return strategy.refine(model, batch, model(batch, prompts))
+
+
+def answer(model: VLM, strategy: Strategy, batch: Batch, **how: Any) -> list[str]:
+    """Let a generative model answer a batch, through the same hooks as ``run``.
+
+    Args:
+        model: with ``answer(batch, prompts, refine=..., **how)``.
+        strategy: attached to it; its ``refine`` sees the scores of every next token, (B, V).
+        batch: rows whose tokens end before or behind the answer, which is not looked at.
+        how: ``candidates`` and ``max_new_tokens``, see the model.
+
+    Returns:
+        B texts.
+    """
+    able = require(model, "answer", by=strategy)
+    refine = None
+    if strategy.uses("refine"):
+
+        def refine(output: Output) -> Output:
+            return strategy.refine(model, batch, output)
+
+    said: list[str] = able.answer(batch, strategy.prompts(model, batch), refine=refine, **how)
+    return said
 
 
 def step(model: VLM, strategy: Strategy, batch: Batch) -> Step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -79,6 +80,14 @@ class Strategy(nn.Module):
             batches: this rank's stride of the data, unaugmented, each sample once; read lazily,
                 so a strategy that does not iterate costs nothing.
         """
+
+    def folded(self, model: VLM) -> AbstractContextManager[None]:
+        """Return a context in which the model answers alike, with adapters merged into weights.
+
+        Opened around generation, which is faster then; on leaving, the weights are as they were,
+        to the bit. A strategy without adapters, or with routed ones, leaves the model as it is.
+        """
+        return nullcontext()
 
     def holdings(self) -> Mapping[str, int]:
         """Return how many entries each store holds; 0 after a task is reported as idle."""

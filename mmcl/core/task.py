@@ -12,6 +12,7 @@ from mmcl.core.card import Card, TaskEntry, read_card
 Kind = Literal["caption", "classify", "retrieve", "answer", "prefer", "edit"]
 Stage = Literal["cpt", "dap", "cft"]
 Scenario = Literal["task", "class", "domain"]
+Decode = Literal["generate", "candidates"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Task:
         columns: card label -> column, -1 where a label does not belong to this task.
         templates: prompt templates, each with one ``{}``.
         text: which member of a sample holds its text, a webdataset extension.
+        scorer: what judges answers, by name; "" for rows that are classified or matched.
+        decode: "generate" words freely, or let the likeliest of the "candidates" win, which are
+            the classes that compete.
+        max_new_tokens: of a generated answer.
         epochs: passes over the task, None = as the trainer says.
         is_probe: True for a test-only member that is scored in every row.
     """
@@ -49,6 +54,9 @@ class Task:
     columns: tuple[int, ...] = ()
     templates: tuple[str, ...] = ()
     text: str = "txt"
+    scorer: str = ""
+    decode: Decode = "generate"
+    max_new_tokens: int = 64
     epochs: int | None = None
     is_probe: bool = False
 
@@ -165,6 +173,9 @@ def _entry(card: Card, entry: TaskEntry, index: int) -> Task:
         test_size=entry.test_size,
         templates=entry.templates,
         text=entry.text,
+        scorer=entry.scorer,
+        decode=entry.decode,  # type: ignore[arg-type]  # checked by the card reader
+        max_new_tokens=entry.max_new_tokens,
         epochs=entry.epochs,
     )
 

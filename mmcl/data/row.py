@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mmcl.core import UNSCORED, Batch, Row, Task, Transform
+from mmcl.core import PICTURE, UNSCORED, Batch, Dialogue, Reference, Row, Task, Transform, Turn
 from mmcl.data.decode import decode_image
+from mmcl.data.dialogue import read_dialogue, templated
 from mmcl.data.faults import BadSample
 from mmcl.data.index import IMAGES
 from mmcl.data.reader import Sample
 
-READ_KINDS = ("classify", "caption", "retrieve")
+READ_KINDS = ("classify", "caption", "retrieve", "answer")
 _WHOLE_NUMBER = re.compile(rb"\s*([0-9]{1,18})\s*")
 
 
@@ -30,6 +31,7 @@ class MadeRow:
         sample: its number inside that task.
         key: its name.
         is_recalled: True where the row was remembered.
+        reference: of rows that are answered.
     """
 
     row: Row
@@ -38,6 +40,7 @@ class MadeRow:
     sample: int
     key: str
     is_recalled: bool = False
+    reference: Reference | None = None
 
 
 def make_row(
@@ -55,7 +58,8 @@ def make_row(
     Args:
         sample: as it lies in its shard.
         number: of the sample inside its task.
-        task: says which members are needed: ``.cls`` to classify, else the text member.
+        task: says which members are needed: ``.cls`` to classify, ``.json`` to answer, else the
+            text member.
         transform: of the model.
         seed: of the sample's augmentation.
         max_pixels: largest picture that is decoded.
@@ -64,14 +68,20 @@ def make_row(
     Raises:
         BadSample: if a member is missing or broken, or the label is not one of the task's.
     """
+    made = MadeRow(Row(None), UNSCORED, task.index, number, sample.key, is_recalled)
+    if task.kind == "answer":
+        dialogue, pixels = _asked(sample, task, max_pixels)
+        row = transform(pixels, dialogue, seed)
+        if row.labels is not None and not bool((row.labels != UNSCORED).any()):
+            raise BadSample("its answer lies behind the model's max_length: raise it or shorten it")
+        return replace(made, row=row, reference=dialogue.reference)
     label, text = UNSCORED, None
     if task.kind == "classify":
         label = _column(sample, task)
     else:
         text = _text(sample, task.text.lower())
     pixels = decode_image(_picture(sample), max_pixels)
-    row = transform(pixels, text, seed)
-    return MadeRow(row, label, task.index, number, sample.key, is_recalled)
+    return replace(made, row=transform(pixels, text, seed), label=label)
 
 
 def collate(rows: Sequence[MadeRow], faults: Sequence[str] = (), weight: float = 1.0) -> Batch:
@@ -82,18 +92,26 @@ def collate(rows: Sequence[MadeRow], faults: Sequence[str] = (), weight: float =
         faults: what could not be read on the way.
         weight: see ``Batch.weight``.
     """
-    images = [made.row.image for made in rows if made.row.image is not None]
+    shown = [(place, made.row.image) for place, made in enumerate(rows)]
+    images = [image for _, image in shown if image is not None]
     texts = [made.row.tokens for made in rows]
     tokens, mask = _padded(texts) if any(text is not None for text in texts) else (None, None)
+    owner = None
+    if len(images) < len(rows):
+        owner = torch.tensor(
+            [place for place, image in shown if image is not None], dtype=torch.int64
+        )
     return Batch(
         images=torch.stack(images) if images else None,
-        labels=torch.tensor([made.label for made in rows]),
+        owner=owner if images else None,
+        labels=_labels(rows),
         task=torch.tensor([made.task for made in rows]),
         tokens=tokens,
         mask=mask,
         sample=torch.tensor([made.sample for made in rows]),
         recalled=torch.tensor([made.is_recalled for made in rows]),
         keys=tuple(made.key for made in rows),
+        references=tuple(made.reference for made in rows if made.reference is not None),
         faults=tuple(faults),
         weight=weight,
     )
@@ -108,6 +126,35 @@ def _padded(texts: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
             tokens[place, : len(text)] = text
             mask[place, : len(text)] = True
     return tokens, mask
+
+
+def _labels(rows: Sequence[MadeRow]) -> Tensor:
+    """Return (B,) classes, or (B, L) tokens to be said, padded with UNSCORED."""
+    said = [made.row.labels for made in rows if made.row.labels is not None]
+    if not said:
+        return torch.tensor([made.label for made in rows])
+    if len(said) < len(rows):
+        raise ValueError("rows that are answered and rows with classes met in one batch")
+    return torch.nn.utils.rnn.pad_sequence(said, batch_first=True, padding_value=UNSCORED)
+
+
+def _asked(sample: Sample, task: Task, max_pixels: int) -> tuple[Dialogue, Tensor | None]:
+    """Return the dialogue of a sample and its picture; it may have none."""
+    if "json" not in sample.members:
+        raise BadSample("it has no dialogue (.json)")
+    dialogue = templated(read_dialogue(sample.members["json"]), *task.templates[:1] or ("{}",))
+    marks = sum(turn.text.count(PICTURE) for turn in dialogue.turns)
+    if any(extension in sample.members for extension in IMAGES):
+        if marks > 1:
+            raise BadSample(f"its dialogue shows {marks} pictures and it has one")
+        if not marks:
+            first = dialogue.turns[0]
+            shown = Turn(first.speaker, f"{PICTURE}\n{first.text}")
+            dialogue = replace(dialogue, turns=(shown, *dialogue.turns[1:]))
+        return dialogue, decode_image(_picture(sample), max_pixels)
+    if marks:
+        raise BadSample(f"its dialogue shows {marks} pictures and it has none")
+    return dialogue, None
 
 
 def _picture(sample: Sample) -> bytes:

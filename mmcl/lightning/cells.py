@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 from PIL import Image
 from torch import Tensor
 
-from mmcl.core import Row, write_atomic
+from mmcl.core import Dialogue, Row, write_atomic
 from mmcl.data import BadSample
 from mmcl.data.row import make_row
+from mmcl.lightning.answering import AnswerScorer
 from mmcl.lightning.data import ContinualData
 from mmcl.lightning.folder import RunFolder
 from mmcl.lightning.module import ContinualModule
@@ -62,11 +63,26 @@ def record_cells(
         _expect_few(scorer, data.max_faults)
         matrix.set(row, column, scorer.value)
         faults += scorer.faults
-        if folder.writes and scorer.said.get("answer") is not None:
-            write_answers(answers_path(folder.path, row, column), _answers(data, scorer, column))
+        said = _answers(data, scorer, column) if folder.writes else []
+        if said:
+            write_answers(answers_path(folder.path, row, column), said)
     if folder.writes:
         matrix.write(folder.path / "matrix.json")
+        _write_lenient(data, folder, row, dict(zip(columns, module.scorers, strict=True)))
     return faults
+
+
+def _write_lenient(
+    data: ContinualData, folder: RunFolder, row: int, scorers: Mapping[int, ColumnScorer]
+) -> None:
+    """Keep the scores that forgive the form of an answer, as a second matrix."""
+    found = {column: s.lenient for column, s in scorers.items() if isinstance(s, AnswerScorer)}
+    if found:
+        file = folder.path / "lenient.json"
+        matrix = AccuracyMatrix.for_stream(data.stream).with_cells_of(file)
+        for column, value in found.items():
+            matrix.set(row, column, value)
+        matrix.write(file)
 
 
 def _expect_few(scorer: ColumnScorer, max_faults: float) -> None:
@@ -92,8 +108,12 @@ class _Loaders(pl.LightningDataModule):
 
 
 def _answers(data: ContinualData, scorer: ColumnScorer, column: int) -> list[Answer]:
-    reader = data.prepared.reader(column, "test")
+    if isinstance(scorer, AnswerScorer):
+        return scorer.answers
     names, said = scorer.column.names, scorer.said
+    if "answer" not in said:
+        return []
+    reader = data.prepared.reader(column, "test")
     rows = zip(
         *(said[name].tolist() for name in ("sample", "truth", "answer", "score")), strict=True
     )
@@ -113,11 +133,11 @@ def sample_pictures(data: ContinualData, folder: RunFolder) -> list[dict[str, st
     """Keep a few test pictures of every column for the report.
 
     Returns:
-        one mapping each: task, key, truth and the file name under ``figures/``.
+        one mapping each: task, key, truth, the file name under ``figures/``, and what was asked.
     """
     found = []
     for number, task in enumerate(data.stream.columns):
-        if task.kind != "classify":
+        if task.kind not in ("classify", "answer"):
             continue
         reader = data.prepared.reader(number, "test")
         names = data.column(number + 1, number).names
@@ -133,12 +153,14 @@ def sample_pictures(data: ContinualData, folder: RunFolder) -> list[dict[str, st
                 continue
             file = f"sample_{number:02d}_{place:05d}.png"
             write_atomic(folder.path / "figures" / file, _png(made.row.image))
-            truth = names[made.label]
-            found.append({"task": task.name, "key": made.key, "truth": truth, "picture": file})
+            asked = made.reference
+            truth = names[made.label] if asked is None else asked.answers[0]
+            shown = {"task": task.name, "key": made.key, "truth": truth, "picture": file}
+            found.append(shown if asked is None else {**shown, "question": asked.question})
     return found
 
 
-def _as_it_is(pixels: Tensor | None, text: str | None, seed: int) -> Row:
+def _as_it_is(pixels: Tensor | None, text: str | Dialogue | None, seed: int) -> Row:
     return Row(pixels)
 
 

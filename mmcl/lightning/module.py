@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mmcl.core import Batch, Step, Strategy, run, step
+from mmcl.core import UNSCORED, Batch, Step, Strategy, answer, run, step
+from mmcl.core.distributed import rank_and_world, sum_over_ranks
+from mmcl.lightning.answering import AnswerScorer, scorer_of
 from mmcl.lightning.hooks import StrategyHooks
 from mmcl.lightning.schedule import Schedule
 from mmcl.lightning.scoring import Column, ColumnScorer
@@ -63,6 +66,7 @@ class ContinualModule(pl.LightningModule):
         self.in_sequence = False
         self.scorers: list[ColumnScorer] = []
         self.done: Step | None = None
+        self._folds = ExitStack()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; two plain ones without torch's search for weights in them.
@@ -79,7 +83,7 @@ class ContinualModule(pl.LightningModule):
         if self.anchor is not None:
             return self.anchor * 0
         done = self.done = step(self.model, self.strategy, batch)
-        weight = done.batch.weight  # replay may have joined rows
+        weight = loss_weight(done.batch)  # replay may have joined rows
         return done.loss if weight == 1.0 else done.loss * weight
 
     def configure_optimizers(self) -> Optimizer:
@@ -122,7 +126,7 @@ class ContinualModule(pl.LightningModule):
 
     def score(self, columns: list[Column]) -> None:
         """Choose what the next test run scores, one column for every test loader."""
-        self.scorers = [ColumnScorer(column) for column in columns]
+        self.scorers = [scorer_of(column) for column in columns]
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score a batch of one column."""
@@ -133,7 +137,10 @@ class ContinualModule(pl.LightningModule):
         self._score(batch, batch_idx, dataloader_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[tuple[str, str]]:
-        """Return key and best class name of every row."""
+        """Return key and best class name, or answer, of every row."""
+        if batch.is_answered:
+            said = answer(self.model, self.strategy, batch)
+            return list(zip(batch.keys, said, strict=True))
         names: list[str] = list(self._data().stream.classes_until(self._data().task))
         if batch_idx == 0:
             self._data().show_classes(self.model)
@@ -167,8 +174,12 @@ class ContinualModule(pl.LightningModule):
     def _default_columns(self) -> None:
         if not self.in_sequence:
             self.score(self._data().default_columns(self.trainer.state.fn))
+        if any(isinstance(scorer, AnswerScorer) for scorer in self.scorers):
+            # Merged adapters generate faster; on leaving, weights are as they were.
+            self._folds.enter_context(self.strategy.folded(self.model))
 
     def _finish(self) -> None:
+        self._folds.close()
         for scorer in self.scorers:
             scorer.finish()
         if not self.in_sequence:
@@ -178,6 +189,22 @@ class ContinualModule(pl.LightningModule):
 
     def _data(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]
+
+
+def loss_weight(batch: Batch) -> float:
+    """Return the factor of a batch's loss that makes the mean over ranks the global one.
+
+    A loss over classes is a mean over rows, whose numbers the loader knows. A loss over answers is
+    a mean over scored tokens: over ranks their numbers are summed here; accumulated parts of a
+    batch still count by their rows.
+    """
+    if not batch.is_answered or rank_and_world()[1] == 1:
+        return batch.weight
+    own = torch.stack([(batch.labels != UNSCORED).sum(), torch.tensor(len(batch)).to(batch.labels)])
+    tokens, rows = sum_over_ranks(own.double()).tolist()
+    mine, count = own.tolist()
+    factor: float = (mine / count) * (rows / max(1.0, tokens))
+    return batch.weight * factor
 
 
 def check_state(module: ContinualModule, checkpoint: dict[str, Any]) -> None:

@@ -32,7 +32,9 @@ class Column:
 
     @property
     def score(self) -> str:
-        """Name of the score: accuracy, or recall@1 for captions."""
+        """Name of the score: accuracy, recall@1 for captions, the scorer's name for answers."""
+        if self.task.scorer:
+            return self.task.scorer
         return "recall@1" if self.task.kind in ("caption", "retrieve") else "accuracy"
 
 
@@ -63,8 +65,7 @@ class ColumnScorer:
         self.faults += batch.faults
         if not len(batch):
             return
-        if not self.column.tells_task:
-            batch = replace(batch, task=torch.full_like(batch.task, -1))
+        batch = self.told(batch)
         if self.column.task.is_probe:
             # A probe has classes of its own: heads learned for the stream's classes do not apply.
             output = model(batch, strategy.prompts(model, batch))
@@ -77,6 +78,12 @@ class ColumnScorer:
         rows["sample"] = batch.sample if batch.sample is not None else torch.arange(len(batch))
         self._device = batch.labels.device
         self._rows.append({name: tensor.detach().cpu() for name, tensor in rows.items()})
+
+    def told(self, batch: Batch) -> Batch:
+        """Return the batch with its task numbers only where the scenario lets the model know."""
+        if self.column.tells_task:
+            return batch
+        return replace(batch, task=torch.full_like(batch.task, -1))
 
     def finish(self) -> None:
         """Gather the rows of all ranks and compute the score."""

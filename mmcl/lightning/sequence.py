@@ -133,17 +133,8 @@ class SequenceRun:
             self.say(f"going on after task {state.done - 1} ('{name}'), from {where}")
 
     def _matrix(self) -> AccuracyMatrix:
-        file = self.folder.path / "matrix.json"
         fresh = AccuracyMatrix.for_stream(self.data.stream, SCORES)
-        if not file.is_file():
-            return fresh
-        old = AccuracyMatrix.read(file)
-        for row, name in enumerate(old.rows):
-            for column, title in enumerate(old.names):
-                if name in fresh.rows and title in fresh.names:
-                    place = (fresh.rows.index(name), fresh.names.index(title))
-                    fresh.set(*place, old.get(row, column))
-        return fresh
+        return fresh.with_cells_of(self.folder.path / "matrix.json")
 
     def _module_after(self, tasks: int) -> ContinualModule:
         """Build the module as it was after so many tasks."""

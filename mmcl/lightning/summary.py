@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from mmcl.core import TaskStream
 from mmcl.lightning.folder import RunState
 from mmcl.lightning.sequence import SequenceRun
 from mmcl.metrics import AccuracyMatrix, RunSummary
 from mmcl.metrics.figures import all_figures
+from mmcl.metrics.scorers import find_scorer
 
 _LIBRARIES = ("mmcl", "torch", "pytorch-lightning", "open_clip_torch", "transformers", "webdataset")
 
@@ -40,7 +42,7 @@ def summarize(
         model=model_name(config["model"].get("model")),
         seed=run.seed,
         figures=tuple(all_figures(matrix)),
-        versions=_versions(),
+        versions={**_versions(), **_scorers(stream)},
         hashes={"card": hashlib.sha256(run.data.card.read_bytes()).hexdigest(), **stream.hashes},
         faults=tuple(state.faults),
         warnings=tuple(state.warnings),
@@ -68,6 +70,12 @@ def model_name(model: Any) -> str:
     arguments = model.get("init_args") or {}
     name = str(model.get("class_path", "")).rsplit(".", 1)[-1]
     return f"{name} {arguments.get('model', '')}".strip()
+
+
+def _scorers(stream: TaskStream) -> dict[str, str]:
+    """Return the versions of the rules that judged answers."""
+    names = sorted({task.scorer for task in stream.columns if task.scorer})
+    return {f"scorer {name}": find_scorer(name).version for name in names}
 
 
 def _versions() -> dict[str, str]:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from mmcl.core.atomic import write_atomic
 from mmcl.metrics import jsontext
+from mmcl.metrics.scorers import Scored, Scorer
+
+# What counts as right where a scorer gives parts of a point.
+RIGHT_FROM = 0.5
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,10 @@ class Answer:
         answer: what the model said.
         correct: whether that counts as right.
         score: what the model gave its answer (probability, logit), None if it gives none.
+        question: what was asked, empty where the task asks the same of every sample.
+        references: every right answer, empty if ``truth`` is the only one.
+        lenient: score whatever the form of the answer, 0 to 1, None without a scorer.
+        strict: score of an answer in the form asked for, 0 to 1, None without a scorer.
     """
 
     key: str
@@ -29,9 +38,21 @@ class Answer:
     answer: str
     correct: bool
     score: float | None = None
+    question: str = ""
+    references: tuple[str, ...] = ()
+    lenient: float | None = None
+    strict: float | None = None
+
+    @property
+    def right_answers(self) -> tuple[str, ...]:
+        """Every right answer as it was given, repeats included."""
+        return self.references or (self.truth,)
 
 
-_KEYS = tuple(field.name for field in fields(Answer))
+_KEYS = ("key", "truth", "answer", "correct", "score")
+# Written only where they say something, so that answers of a classifier stay short.
+_OPTIONAL = {field.name: field.default for field in fields(Answer) if field.name not in _KEYS}
+_NUMBERS = ("score", "lenient", "strict")
 
 
 def answers_path(folder: Path, row: int, column: int) -> Path:
@@ -65,23 +86,60 @@ def accuracy(answers: Sequence[Answer]) -> float | None:
     return sum(answer.correct for answer in answers) / len(answers) if answers else None
 
 
+def grade(answers: Sequence[Answer], scorer: Scorer) -> tuple[list[Answer], Scored]:
+    """Score answers, again if they were scored before.
+
+    Returns:
+        the answers with their strict and lenient scores, right from a strict score of 0.5 on, and
+        the scores of all of them together.
+
+    Raises:
+        ValueError: if there are none, or one has an empty right answer.
+    """
+    said = [answer.answer for answer in answers]
+    found = scorer.score(said, [answer.right_answers for answer in answers])
+    rows = zip(answers, found.strict_rows, found.lenient_rows, strict=True)
+    graded = [
+        replace(answer, strict=strict, lenient=lenient, correct=strict >= RIGHT_FROM)
+        for answer, strict, lenient in rows
+    ]
+    return graded, found
+
+
 def _line(answer: Answer) -> bytes:
-    if answer.score is not None and not math.isfinite(answer.score):
-        raise ValueError(f"score of {answer.key!r} is {answer.score}: give a finite number or None")
-    return jsontext.to_bytes(asdict(answer), indent=None)
+    for name in _NUMBERS:
+        value = getattr(answer, name)
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{name} of {answer.key!r} is {value}: give a finite number or None")
+    plain = asdict(answer)
+    kept = {key: plain[key] for key in plain if key in _KEYS or plain[key] != _OPTIONAL[key]}
+    return jsontext.to_bytes(kept, indent=None)
 
 
 def _answer(line: str, place: str) -> Answer:
     raw = jsontext.parse(line, place)
-    if not isinstance(raw, dict) or set(raw) != set(_KEYS):
-        raise ValueError(f"{place} is no answer: expected an object with {', '.join(_KEYS)}")
-    for key in ("key", "truth", "answer"):
-        if not isinstance(raw[key], str):
-            raise ValueError(f"{place}: {key!r} is {json.dumps(raw[key])}, expected a string")
-    if not isinstance(raw["correct"], bool):
-        raise ValueError(f"{place}: 'correct' is {json.dumps(raw['correct'])}, expected a boolean")
-    score = raw["score"]
-    if score is not None and not jsontext.is_number(score):
-        raise ValueError(f"{place}: 'score' is {json.dumps(score)}, expected a number or null")
-    value = None if score is None else float(score)
-    return Answer(raw["key"], raw["truth"], raw["answer"], raw["correct"], value)
+    if not isinstance(raw, dict) or not set(_KEYS) <= set(raw) <= {*_KEYS, *_OPTIONAL}:
+        raise ValueError(
+            f"{place} is no answer: expected an object with {', '.join(_KEYS)}, and perhaps "
+            f"{', '.join(_OPTIONAL)}"
+        )
+    for key in raw:
+        if not _is_good(key, raw[key]):
+            given = json.dumps(raw[key])
+            raise ValueError(f"{place}: {key!r} is {given}, expected {_expected(key)}")
+    numbers = {key: float(raw[key]) for key in _NUMBERS if raw.get(key) is not None}
+    return Answer(**{**raw, **numbers, "references": tuple(raw.get("references", ()))})
+
+
+def _expected(key: str) -> str:
+    if key in _NUMBERS:
+        return "a number or null"
+    return {"correct": "a boolean", "references": "a list of strings"}.get(key, "a string")
+
+
+def _is_good(key: str, value: Any) -> bool:
+    if key in _NUMBERS:
+        return value is None or jsontext.is_number(value)
+    if key == "correct":
+        return isinstance(value, bool)
+    return jsontext.is_text_list(value) if key == "references" else isinstance(value, str)

@@ -85,14 +85,34 @@ class AccuracyMatrix:
 
         Args:
             stream: its tasks and probes become the columns.
-            scores: name of the score by kind of task, "accuracy" for a kind that is not named.
+            scores: name of the score by kind of task, "accuracy" for a kind that is not named;
+                tasks with a scorer are named after it.
         """
         columns = [
-            Column(task.name, task.kind, scores.get(task.kind, "accuracy"), task.test_size)
+            Column(
+                task.name,
+                task.kind,
+                task.scorer or scores.get(task.kind, "accuracy"),
+                task.test_size,
+            )
             for task in stream.columns
         ]
         tasks = len(stream.tasks)
         return cls(stream.name, stream.scenario, columns[:tasks], columns[tasks:])
+
+    def with_cells_of(self, file: Path) -> AccuracyMatrix:
+        """Fill the cells that a matrix on disk has measured, by names; a missing file fills none.
+
+        The stream may have grown since it was written.
+        """
+        if file.is_file():
+            old = AccuracyMatrix.read(file)
+            for row, name in enumerate(old.rows):
+                for column, title in enumerate(old.names):
+                    if name in self.rows and title in self.names:
+                        place = (self.rows.index(name), self.names.index(title))
+                        self.set(*place, old.get(row, column))
+        return self
 
     @property
     def names(self) -> tuple[str, ...]:

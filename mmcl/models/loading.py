@@ -79,7 +79,7 @@ def _named(model: str, pretrained: str | None) -> tuple[nn.Module, Callable[...,
     file = Path(pretrained).expanduser() if pretrained else None
     is_file = file is not None and (file.suffix in _SUFFIXES or file.exists())
     try:
-        with _asking_a_hub():
+        with asking_a_hub():
             clip = open_clip.create_model(
                 model,
                 pretrained=None if is_file else pretrained,
@@ -95,7 +95,7 @@ def _named(model: str, pretrained: str | None) -> tuple[nn.Module, Callable[...,
 
 
 @contextmanager
-def _asking_a_hub() -> Iterator[None]:
+def asking_a_hub() -> Iterator[None]:
     """Let a hub that cannot be reached fail at once and in silence; its cache still serves.
 
     The client would try for a minute, with a line for every try; the one sentence comes after.

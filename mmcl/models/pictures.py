@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmcl.core import Row
+from mmcl.core import Dialogue, Row
 from mmcl.core.randomness import generator
 
 
@@ -34,8 +34,13 @@ class ClipTransform:
     crop: float | None = None
     flip: bool = False
 
-    def __call__(self, pixels: Tensor | None, text: str | None, seed: int) -> Row:
+    def __call__(self, pixels: Tensor | None, text: str | Dialogue | None, seed: int) -> Row:
         """Return the row; see ``mmcl.core.Transform``."""
+        if isinstance(text, Dialogue):
+            raise TypeError(
+                "a CLIP takes classes and captions and got a dialogue: a stream of kind 'answer' "
+                "needs a model that generates, such as mmcl.models.ImageTextToText"
+            )
         image = None
         if pixels is not None:
             image = self._middle(pixels) if self.crop is None else self._crop(pixels, seed)

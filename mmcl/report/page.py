@@ -9,12 +9,17 @@ from typing import Any
 from markupsafe import Markup
 
 from mmcl.core.atomic import write_atomic
+from mmcl.metrics.answers import RIGHT_FROM, Answer
 from mmcl.metrics.cost import Ledger
 from mmcl.metrics.figures import MAIN, Figure, all_figures
 from mmcl.metrics.matrix import AccuracyMatrix
 from mmcl.report import plots
 from mmcl.report.html import inline_svg, render_template
 from mmcl.report.rundir import RunDirectory, Sample
+from mmcl.report.words import percent
+
+# Captions have several right answers, VQA ten people's.
+_MOST_RIGHT = 5
 
 _CAPTIONS = {
     "matrix": (
@@ -97,6 +102,7 @@ def _values(run: RunDirectory, drawn: dict[str, bytes]) -> dict[str, Any]:
         "costs": list(run.ledger) if run.ledger else [],
         "total": run.ledger.total() if run.ledger else None,
         "samples": [_picture(sample) for sample in run.samples],
+        "asks": any(sample.question for sample in run.samples),
         "faults": _faults(run),
         "config": run.config,
         "versions": summary.versions if summary else {},
@@ -146,4 +152,23 @@ def _plot(name: str, svg: bytes) -> dict[str, str | Markup]:
 
 def _picture(sample: Sample) -> dict[str, Any]:
     picture = base64.b64encode(sample.picture_png).decode("ascii")
-    return {"sample": sample, "source": f"data:image/png;base64,{picture}"}
+    source = f"data:image/png;base64,{picture}" if picture else ""
+    right = sample.right_answers
+    return {
+        "sample": sample,
+        "source": source,
+        "right": right[:_MOST_RIGHT],
+        "more": len(right) - _MOST_RIGHT,
+        "said": {row: {"answer": a, "mark": _mark(a)} for row, a in sample.answers.items()},
+    }
+
+
+def _mark(answer: Answer) -> dict[str, str]:
+    """Choose the sign before an answer: right, there but not in the form asked for, or wrong."""
+    share = "" if answer.strict in (None, 0.0, 1.0) else percent(answer.strict or 0.0)
+    if answer.correct:
+        return {"sign": "✓", "kind": "right", "title": "right", "share": share}
+    if (answer.lenient or 0.0) >= RIGHT_FROM:
+        title = "the right answer, not in the form asked for"
+        return {"sign": "≈", "kind": "near", "title": title, "share": share}
+    return {"sign": "✗", "kind": "wrong", "title": "wrong", "share": share}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,16 +26,25 @@ class Sample:
     """One test sample and what the model said about it over time.
 
     Args:
-        picture_png: the picture, PNG bytes.
+        picture_png: the picture, PNG bytes; empty for a sample of text alone.
         task: name of its task or probe.
-        truth: the right answer.
+        truth: the right answer, or the first of several.
         answers: row name -> answer: before training, when just learned, at the end.
+        question: what was asked, empty where the task asks the same of every sample.
     """
 
     picture_png: bytes
     task: str
     truth: str
     answers: Mapping[str, Answer]
+    question: str = ""
+
+    @property
+    def right_answers(self) -> tuple[str, ...]:
+        """Every right answer once, the most frequent first."""
+        given = [answer.right_answers for answer in self.answers.values() if answer.references]
+        counted = Counter(given[-1] if given else (self.truth,))
+        return tuple(text for text, _ in counted.most_common())
 
 
 @dataclass
@@ -93,10 +103,11 @@ class RunDirectory:
         answers: dict[tuple[int, int], dict[str, Answer]] = {}
         samples = []
         for entry in raw[:_MOST_SAMPLES]:
-            picture = self._picture(entry["picture"])
+            picture = self._picture(entry["picture"]) if "picture" in entry else b""
             if picture is not None:
                 said = self._answers_to(entry["task"], entry["key"], answers)
-                samples.append(Sample(picture, entry["task"], entry["truth"], said))
+                question = entry.get("question", "")
+                samples.append(Sample(picture, entry["task"], entry["truth"], said, question))
         return samples
 
     def _picture(self, name: str) -> bytes | None:
@@ -141,5 +152,9 @@ def _read_config(path: Path) -> str:
 
 
 def _is_entry(entry: object) -> bool:
-    keys = ("task", "key", "truth", "picture")
-    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in keys)
+    """Say whether an entry has its texts; one without a question needs a picture."""
+    if not isinstance(entry, dict):
+        return False
+    keys = {"task", "key", "truth", "question" if "question" in entry else "picture"}
+    keys |= {"picture"} & set(entry)
+    return all(isinstance(entry.get(key), str) for key in keys)

@@ -70,6 +70,20 @@ STREAMS: Mapping[str, Stream] = MappingProxyType(
             Path("data/glyphs"),
             ("glyphs.yaml",),
         ),
+        "scenes": Stream(
+            "mmcl.data.builders.scenes",
+            "build",
+            "questions on drawn scenes: eight skills, five looks of one skill, sixteen new words",
+            Path("data/scenes"),
+            ("scenes.yaml", "scenes_looks.yaml", "scenes_words.yaml"),
+        ),
+        "scenes_pretraining": Stream(
+            "mmcl.data.builders.scene_pretraining",
+            "build",
+            "captions and dialogues on drawn scenes, to pre-train a tiny LLaVA before `scenes`",
+            Path("data/scenes_pretraining"),
+            ("scenes_captions.yaml", "scenes_instructions.yaml"),
+        ),
     }
 )
 
@@ -89,10 +103,7 @@ def find_stream(name: str) -> tuple[Stream, str]:
     if name in STREAMS:
         return STREAMS[name], STREAMS[name].cards[0]
     cards = {
-        Path(card).stem: (stream, card)
-        for own_name, stream in STREAMS.items()
-        for card in stream.cards
-        if card.startswith(own_name)
+        Path(card).stem: (stream, card) for stream in STREAMS.values() for card in stream.cards
     }
     if name in cards:
         return cards[name]

@@ -1,0 +1,117 @@
+"""Vision towers of open_clip and timm in the form that a LLaVA of transformers takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from mmcl.models.loading import load_clip, picture_settings
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower.
+
+    Attributes:
+        tower: of transformers.
+        config: of it.
+        size: side of its pictures.
+        patch: side of a patch.
+        mean: (3,) of normalised colours, 0 to 1.
+        std: (3,) of normalised colours.
+    """
+
+    tower: nn.Module
+    config: Any
+    size: int
+    patch: int
+    mean: list[float]
+    std: list[float]
+
+    @property
+    def patches(self) -> int:
+        """Number of patches of a picture."""
+        return (self.size // self.patch) ** 2
+
+
+def vision_tower(name: str, weights: str | None, seed: int) -> Tower:
+    """Load a tower by name.
+
+    Args:
+        name: "tiny", an open_clip architecture with a plain ViT, or "timm:<name>".
+        weights: see ``TinyLlava``.
+        seed: of random weights.
+
+    Raises:
+        ValueError: if the architecture is no plain ViT.
+    """
+    clip: Any
+    clip, _ = load_clip(name, weights, seed)
+    size, mean, std = picture_settings(clip)
+    visual = clip.visual
+    if not hasattr(visual, "conv1") or not hasattr(visual, "class_embedding"):
+        raise ValueError(
+            f"the vision tower of '{name}' is a {type(visual).__name__}, expected a plain ViT: use "
+            "a ViT architecture of open_clip, or 'timm:<name>'"
+        )
+    config = _config(visual, size)
+    tower = CLIPVisionModel(config)
+    tower.load_state_dict(_renamed(visual.state_dict()))
+    patch = int(visual.conv1.kernel_size[0])
+    return Tower(tower, config, size, patch, mean.tolist(), std.tolist())
+
+
+def _config(visual: Any, size: int) -> CLIPVisionConfig:
+    block = visual.transformer.resblocks[0]
+    is_quick = "Quick" in type(block.mlp.gelu).__name__
+    return CLIPVisionConfig(
+        hidden_size=visual.conv1.out_channels,
+        intermediate_size=block.mlp.c_fc.out_features,
+        num_hidden_layers=len(visual.transformer.resblocks),
+        num_attention_heads=block.attn.num_heads,
+        image_size=size,
+        patch_size=int(visual.conv1.kernel_size[0]),
+        hidden_act="quick_gelu" if is_quick else "gelu",
+        projection_dim=visual.conv1.out_channels,
+    )
+
+
+_NAMES = {
+    "class_embedding": "embeddings.class_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "ln_pre": "pre_layrnorm",
+    "ln_post": "post_layernorm",
+}
+_IN_A_BLOCK = {
+    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}  # fmt: skip
+
+
+def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return open_clip's weights under transformers' names; what follows pooling is left out."""
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name.startswith("transformer.resblocks."):
+            number, _, inner = name.removeprefix("transformer.resblocks.").partition(".")
+            found.update(_of_a_block(f"encoder.layers.{number}", inner, value))
+            continue
+        stem, _, kind = name.rpartition(".")
+        new = _NAMES.get(name) or (f"{_NAMES[stem]}.{kind}" if stem in _NAMES else None)
+        if new is not None:
+            found[new] = value
+    return found
+
+
+def _of_a_block(prefix: str, name: str, value: Tensor) -> dict[str, Tensor]:
+    stem, _, kind = name.rpartition(".")
+    if stem == "attn" and kind.startswith("in_proj_"):
+        kind = kind.removeprefix("in_proj_")
+        parts = zip("qkv", torch.chunk(value, 3), strict=True)
+        return {f"{prefix}.self_attn.{letter}_proj.{kind}": part for letter, part in parts}
+    return {f"{prefix}.{_IN_A_BLOCK[stem]}.{kind}": value}

@@ -1,0 +1,194 @@
+"""LoRA learns all tasks in one low-rank correction of a frozen model; the baseline of this track.
+
+Paper: Hu et al. 2021, arXiv:2106.09685; as sequential fine-tuning in Guo et al. 2025,
+arXiv:2508.07307.
+Code followed: none; the layers are peft's, with a faster forward for their plain case.
+Differs: no dropout by default; adapters of a half-precision model are float32 and their products
+are in the model's precision, where peft widens the activations.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import fields
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from mmcl.core import VLM, Strategy, require
+from mmcl.core.randomness import mix
+
+_ROOT = "lm"
+_ADAPTER = "default"
+_OURS = ("r", "lora_alpha", "lora_dropout", "target_modules", "peft_type")
+_HARMLESS_STARTS = ("gaussian", "orthogonal")
+
+
+class LoRA(Strategy):
+    """One peft LoRA adapter that goes on learning from task to task.
+
+    ``W x + alpha / rank * B A x`` in the linear layers of the language model; everything else is
+    frozen. In a chain it comes first, so that the others (EWC, LwF) see what learns.
+
+    Args:
+        rank: r of A (r, d_in) and B (d_out, r).
+        alpha: None = 2 * rank.
+        dropout: of the adapter's input in training, 0 to 1; 0 is faster.
+        layers: which linear layers: "all", or those of "attention" or "mlp".
+        train_projector: let the projector between the towers learn as well.
+        options: more arguments of ``peft.LoraConfig``, for example ``{use_dora: true}``.
+        seed: of the start of A.
+
+    **Remembers** nothing of its own: A and B, r (d_in + d_out) numbers a layer, are the model's.
+
+    **Asks of the model** ``linears(which)``, ``freeze(*towers)``.
+    """
+
+    def __init__(
+        self,
+        rank: int = 16,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        layers: Literal["all", "attention", "mlp"] = "all",
+        train_projector: bool = False,
+        options: dict[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if rank < 1 or not 0 <= dropout < 1:
+            raise ValueError(
+                f"rank is {rank} and dropout {dropout}: give a rank of 1 or more and a dropout "
+                "from 0 to below 1"
+            )
+        self.rank, self.alpha, self.dropout = rank, 2 * rank if alpha is None else alpha, dropout
+        self.layers, self.train_projector = layers, train_projector
+        self.options, self.seed = dict(options or {}), seed
+
+    def attach(self, model: VLM) -> None:
+        """Freeze the towers and put the adapter into the language model."""
+        able = require(model, "linears", "freeze", by=self)
+        able.freeze("image", "text", *(() if self.train_projector else ("projector",)))
+        linears: dict[str, nn.Linear] = able.linears(self.layers)
+        root, prefix = _root(model)
+        names = [name.removeprefix(prefix) for name in linears]
+        if not names:
+            raise ValueError(
+                f"model.linears('{self.layers}') is empty: choose other layers, or check the model"
+            )
+        is_plain = all(type(linear) is nn.Linear for linear in linears.values())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix(self.seed))
+            _inject(root, self._config(names), is_plain)
+
+    def folded(self, model: VLM) -> AbstractContextManager[None]:
+        """Merge the adapter into the weights for the length of a block."""
+        from mmcl.layers.peft_linear import merged
+
+        return merged(cast(nn.Module, model))
+
+    def peft_config(self, model: VLM) -> dict[str, Any]:
+        """Return what ``adapter_config.json`` of a peft folder says.
+
+        It fits ``peft_state`` and the model as transformers made it.
+        """
+        root, _ = _root(model)
+        stated = cast(Any, root).peft_config[_ADAPTER].to_dict()
+        stated |= {"inference_mode": True, "target_modules": sorted(_adapted(root))}
+        stated["modules_to_save"] = sorted({name.rpartition(".")[0] for name in _others(root)})
+        stated["modules_to_save"] = stated["modules_to_save"] or None
+        path = getattr(getattr(root, "config", None), "_name_or_path", None)
+        stated["base_model_name_or_path"] = path or None
+        plain: dict[str, Any] = json.loads(json.dumps(stated, default=_plain, sort_keys=True))
+        return plain
+
+    def _config(self, names: list[str]) -> Any:
+        from peft import LoraConfig
+
+        known = {field.name for field in fields(LoraConfig)} - set(_OURS)
+        unknown = sorted(set(self.options) - known)
+        if unknown:
+            raise ValueError(
+                f"options has {', '.join(unknown)}, which peft.LoraConfig does not take here: rank, "
+                "alpha, dropout and layers are arguments of LoRA itself"
+            )
+        start = self.options.get("init_lora_weights", True)
+        if isinstance(start, str) and start not in _HARMLESS_STARTS:
+            raise ValueError(
+                f"init_lora_weights is '{start}', which needs data or rewrites the frozen weights, "
+                f"so checkpoints would not fit: use true, {' or '.join(_HARMLESS_STARTS)}"
+            )
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=cast(int, self.alpha),
+            lora_dropout=self.dropout,
+            target_modules=names,
+            **self.options,
+        )
+
+
+def peft_state(model: VLM) -> dict[str, Tensor]:
+    """Return the adapter's weights, and those of a projector that learns beside it.
+
+    Names are relative to the model as transformers made it, without peft's adapter name; in
+    ``adapter_model.safetensors`` each is written behind "base_model.model.".
+
+    Args:
+        model: with a ``LoRA`` attached.
+
+    Returns:
+        name -> contiguous tensor on the CPU.
+    """
+    from peft import get_peft_model_state_dict
+
+    root, _ = _root(model)
+    state = dict(get_peft_model_state_dict(root, save_embedding_layers=False))
+    state |= _others(root)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def _root(model: VLM) -> tuple[nn.Module, str]:
+    """The module whose names an exported adapter uses, and what stands before them in a model."""
+    inner = getattr(model, _ROOT, None)
+    return (inner, f"{_ROOT}.") if isinstance(inner, nn.Module) else (cast(nn.Module, model), "")
+
+
+def _inject(root: nn.Module, config: Any, is_plain: bool) -> None:
+    from peft import inject_adapter_in_model
+
+    from mmcl.layers.peft_linear import FusedLoraLinear
+
+    if is_plain:
+        config._register_custom_module({nn.Linear: FusedLoraLinear})
+    before = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
+    inject_adapter_in_model(config, root, _ADAPTER)
+    # peft freezes all but the adapter; what else learns was decided before.
+    for parameter, learns in before:
+        parameter.requires_grad_(learns)
+    old = {id(parameter) for parameter, _ in before}
+    for parameter in root.parameters():
+        is_narrow = parameter.is_floating_point() and parameter.element_size() < 4
+        if id(parameter) not in old and is_narrow:
+            parameter.data = parameter.data.float()
+
+
+def _adapted(root: nn.Module) -> list[str]:
+    from peft.tuners.lora import LoraLayer
+
+    return [name for name, layer in root.named_modules() if isinstance(layer, LoraLayer)]
+
+
+def _others(root: nn.Module) -> dict[str, Tensor]:
+    """What learns and is not the adapter's."""
+    adapted = tuple(f"{name}." for name in _adapted(root))
+    return {
+        name: parameter
+        for name, parameter in root.named_parameters()
+        if parameter.requires_grad and not name.startswith(adapted)
+    }
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
