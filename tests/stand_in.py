@@ -24,6 +24,7 @@ class StandIn(nn.Module):
         self.names = nn.Embedding(classes, WIDTH)
         torch.random.set_rng_state(state)
         self.widths = {"image": WIDTH}
+        self.gates = {}
 
     def _pool(self, batch, prompts=NO_PROMPTS):
         if batch.features is not None:
@@ -60,6 +61,10 @@ class StandIn(nn.Module):
             parts = [self.patch, self.mix] if tower == "image" else [self.names]
             for part in parts:
                 part.requires_grad_(False)
+
+    def linears(self, which="all"):
+        # Not those of the mixing layer: in evaluation torch reads their weights past the modules.
+        return {"patch": self.patch}
 
     def fingerprint(self):
         return "stand-in"

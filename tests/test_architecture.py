@@ -32,7 +32,7 @@ FLOORS = {
 OTHERS = {
     "core": {"torch", "yaml"},
     "ops": {"torch"},
-    "layers": {"torch"},
+    "layers": {"torch", "peft"},
     "memory": {"torch", "numpy", "safetensors", "faiss"},
     "models": {
         "torch", "open_clip", "transformers", "timm", "torchvision", "peft", "safetensors",

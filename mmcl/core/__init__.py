@@ -3,7 +3,7 @@
 from mmcl.core.atomic import write_atomic
 from mmcl.core.batch import UNSCORED, Batch
 from mmcl.core.chain import Chain
-from mmcl.core.model import VLM, expect_shape, require
+from mmcl.core.model import VLM, answers_in_words, expect_shape, require, require_classes
 from mmcl.core.output import NO_PROMPTS, Modality, Output, Prompts
 from mmcl.core.recall import Recall
 from mmcl.core.sample import PICTURE, Dialogue, Reference, Row, Transform, Turn
@@ -32,11 +32,13 @@ __all__ = [
     "Transform",
     "Turn",
     "answer",
+    "answers_in_words",
     "begin_task",
     "device_of",
     "end_task",
     "expect_shape",
     "require",
+    "require_classes",
     "run",
     "step",
     "trainable",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import tee
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -40,6 +41,11 @@ class Chain(Strategy):
         """Attach every member."""
         for member in self._list:
             member.attach(model)
+
+    def keep_in(self, folder: Path) -> None:
+        """Give every member a folder of its own."""
+        for place, member in enumerate(self._list):
+            member.keep_in(folder / f"member_{place}")
 
     def begin_task(self, model: VLM, task: Task) -> None:
         """Begin the task in every member."""

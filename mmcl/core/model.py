@@ -69,6 +69,29 @@ def require(model: object, *members: str, by: object) -> Any:
     return model
 
 
+def answers_in_words(model: object) -> bool:
+    """Tell whether a model says what it wants; one that compares given classes does not."""
+    return hasattr(model, "answer") and not hasattr(model, "set_classes")
+
+
+def require_classes(model: object, *, by: object, instead: str) -> None:
+    """Check that a model gives class scores, which a strategy lives on.
+
+    Args:
+        model: any model.
+        by: the strategy that asks; its class name goes into the error.
+        instead: strategies to use with a model that answers in words.
+
+    Raises:
+        TypeError: if the model answers.
+    """
+    if answers_in_words(model):
+        raise TypeError(
+            f"{type(by).__name__} needs class scores, and {type(model).__name__} answers in words: "
+            f"use {instead}, or a model that classifies such as mmcl.models.OpenCLIP"
+        )
+
+
 def expect_shape(name: str, tensor: Tensor, *shape: int | None) -> None:
     """Check a tensor's shape at a public door.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ class Strategy(nn.Module):
     may also write new weights (averaging) into trainable parameters. Everything remembered is a
     parameter, a buffer, or plain values and tensors in ``get_extra_state``.
 
-    Hooks run in this order: ``attach`` once; for each task ``begin_task``, ``recall``; for each
-    step ``replay``, ``prompts``, (the model), ``refine``, ``objective``, ``penalty``,
-    (backward), ``project``, (the optimiser), ``observe``; then ``end_task``. At test only
-    ``prompts`` and ``refine`` run.
+    Hooks run in this order: ``attach`` and ``keep_in`` once; for each task ``begin_task``,
+    ``recall``; for each step ``replay``, ``prompts``, (the model), ``refine``, ``objective``,
+    ``penalty``, (backward), ``project``, (the optimiser), ``observe``; then ``end_task``. At test
+    only ``prompts`` and ``refine`` run.
 
     Attributes:
         current: the task being learned, None before the first; set by ``mmcl.core.begin_task``.
@@ -37,6 +38,12 @@ class Strategy(nn.Module):
 
     def attach(self, model: VLM) -> None:
         """Freeze or rewire the model and check what it can do; before any optimiser exists."""
+
+    def keep_in(self, folder: Path) -> None:
+        """Take a folder for files of what is remembered; before anything is loaded.
+
+        A sequence gives its run's ``memory/``. It is named here and made by whoever writes to it.
+        """
 
     def begin_task(self, model: VLM, task: Task) -> None:
         """Grow or reset for a task, as a function of the task alone; before its optimiser."""

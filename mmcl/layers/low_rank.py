@@ -195,7 +195,8 @@ class LowRankSlots(nn.Module):
         chosen = self.active if slots is None else tuple(slots)
         if not chosen:
             return torch.zeros_like(self.weight, dtype=learning_dtype(self.weight))
-        A, B = self._pair(chosen, fused=slots is None and self.mode == "fused")
+        fused = slots is None and self.mode == "fused"
+        A, B = _as_one([self.slot(number) for number in chosen], fused)
         return self.scale * (B @ A)
 
     @property
@@ -237,21 +238,22 @@ class LowRankSlots(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return corrected(self.base, x, dropout, correction, *rest)
 
-    def _pair(self, numbers: tuple[int, ...], fused: bool | None = None) -> tuple[Tensor, Tensor]:
-        """The pairs of some slots as one pair, which is kept if all of them are frozen."""
-        fused = self.mode == "fused" if fused is None else fused
+    def _pair(self, numbers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The pairs of some slots as one; kept, as narrow as the base, if all are frozen."""
         slots = [self.slot(number) for number in numbers]
-        if len(slots) == 1:
-            return slots[0].A, slots[0].B
+        fused = self.mode == "fused"
         if any(slot.learns for slot in slots):
             return _as_one(slots, fused)
         # functional_call, load_state_dict and .to() each change one of these.
-        marks: list[Any] = [fused]
+        marks: list[Any] = [fused, self.weight.dtype]
         for tensor in (side for slot in slots for side in (slot.A, slot.B)):
             marks += [id(tensor), tensor.data_ptr(), tensor._version]
         if self._side_by_side is None or self._side_by_side[0] != marks:
             with torch.inference_mode(False), torch.no_grad():
-                self._side_by_side = (marks, _as_one(slots, fused))
+                A, B = _as_one(slots, fused)
+                if self.weight.is_floating_point():
+                    A, B = A.to(self.weight.dtype), B.to(self.weight.dtype)
+            self._side_by_side = (marks, (A, B))
         return self._side_by_side[1]
 
     def _refuse_while_folded(self, what: str) -> None:
@@ -260,6 +262,8 @@ class LowRankSlots(nn.Module):
 
 
 def _as_one(slots: list[Slot], fused: bool) -> tuple[Tensor, Tensor]:
+    if len(slots) == 1:
+        return slots[0].A, slots[0].B
     A: list[Tensor] = [slot.A for slot in slots]
     B: list[Tensor] = [slot.B for slot in slots]
     if fused:

@@ -23,6 +23,7 @@ from mmcl.metrics import AccuracyMatrix
 from mmcl.metrics.answers import Answer, answers_path, write_answers
 
 SAMPLES_SHOWN = 4
+PICTURE_SIDE = 128
 
 
 def record_cells(
@@ -166,7 +167,7 @@ def _as_it_is(pixels: Tensor | None, text: str | Dialogue | None, seed: int) -> 
 
 def _png(pixels: Tensor) -> bytes:
     picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    side = 96 / max(picture.size)
+    side = PICTURE_SIDE / max(picture.size)
     size = (max(1, round(picture.width * side)), max(1, round(picture.height * side)))
     stream = io.BytesIO()
     picture.resize(size, Image.Resampling.NEAREST if side > 1 else Image.Resampling.LANCZOS).save(

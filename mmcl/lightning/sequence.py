@@ -140,6 +140,7 @@ class SequenceRun:
         """Build the module as it was after so many tasks."""
         module = self.make_module()
         module.in_sequence = True
+        module.strategy.keep_in(self.folder.path / "memory")
         for task in self.data.stream.tasks[:tasks]:
             begin_task(module.model, module.strategy, task)
         if tasks:

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmcl.core.batch import Batch
 from mmcl.core.distributed import gather_rows, rank_and_world, sum_over_ranks
 from mmcl.memory.rows import Rows
+from mmcl.memory.table import padded, width_of
 
 
 def global_rows(rows: int, device: torch.device) -> int:
@@ -111,15 +112,14 @@ def fill_rows(
 
 
 def _gathered(
-    columns: Mapping[str, Tensor], ranks: Tensor, growing: Iterable[str], device: torch.device
+    columns: Mapping[str, Tensor], ranks: Tensor, growing: Mapping[str, int], device: torch.device
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the rows that all ranks chose, one table on the CPU."""
     everyone = {}
     for name in sorted(columns):
         column = columns[name].to(device)
         if name in growing:
-            widths = gather_rows(torch.tensor([column.shape[-1]], device=device))
-            missing = int(widths.max()) - column.shape[-1]
-            column = torch.nn.functional.pad(column, (0, missing))
+            widths = gather_rows(torch.tensor([width_of(column)], device=device))
+            column = padded(column, int(widths.max()), growing[name])
         everyone[name] = gather_rows(column).cpu()
     return everyone, gather_rows(ranks.to(device)).cpu()

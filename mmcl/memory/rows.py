@@ -17,6 +17,7 @@ from mmcl.memory.table import (
     padded,
     resized,
     widened,
+    width_of,
 )
 
 _MARK_BYTES = 16
@@ -38,8 +39,9 @@ class Rows(nn.Module):
             bounded by bytes. One of the two must be given; with both, both hold.
         seed: of the choice.
         balanced: share the capacity equally between groups instead of over all visits.
-        growing: columns whose last dimension may change between inserts; the table has the
-            widest, shorter rows end in zeros.
+        growing: columns whose last dimension may change between inserts, and what stands behind
+            the end of shorter rows; the table has the widest. A plain list of names means zeros.
+            A column of single numbers does not grow.
 
     **Remembers** every column at its own dtype, and 16 bytes per row (hash and group, int64).
     **Asks of the model** nothing; ``bind`` takes its fingerprint.
@@ -52,7 +54,7 @@ class Rows(nn.Module):
         capacity_bytes: int = 0,
         seed: int = 0,
         balanced: bool = False,
-        growing: Sequence[str] = (),
+        growing: Sequence[str] | Mapping[str, int] = (),
     ) -> None:
         super().__init__()
         if capacity < 0 or capacity_bytes < 0 or capacity + capacity_bytes == 0:
@@ -64,7 +66,7 @@ class Rows(nn.Module):
         self.capacity_bytes = capacity_bytes
         self.seed = seed
         self.balanced = balanced
-        self.growing = tuple(growing)
+        self.growing = dict(growing) if isinstance(growing, Mapping) else dict.fromkeys(growing, 0)
         self.fingerprint = ""
         self._table: dict[str, Tensor] = {}
         self._ranks = torch.zeros(0, dtype=torch.int64)
@@ -177,6 +179,16 @@ class Rows(nn.Module):
         """Return ``count`` rows drawn by ``choose``."""
         return self.take(self.choose(count, generator))
 
+    def put(self, name: str, values: Tensor) -> None:
+        """Write over one column of every row.
+
+        Args:
+            name: of the column.
+            values: (R, ...) in the order of ``columns``.
+        """
+        slots = torch.argsort(self._ranks, stable=True)
+        self._table[name][slots] = values.to(self._table[name].dtype).cpu()
+
     @property
     def ranks(self) -> Tensor:
         """(R,) int64 hash of every row, in the order of ``columns``."""
@@ -250,8 +262,8 @@ class Rows(nn.Module):
             table[targets] = table[moved]
             table = resized(table, size)
             rows = column[new.to(column.device)].cpu()
-            if rows.dim() > 1 and name in self.growing:
-                rows = padded(rows, table.shape[-1])
+            if name in self.growing:
+                rows = padded(rows, width_of(table), self.growing[name])
             table[fills] = rows
             self._table[name] = table
         self._ranks = moved_over(self._ranks, total, targets, moved, fills, ranks[new])

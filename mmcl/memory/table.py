@@ -39,7 +39,7 @@ def expect_columns(
             )
         held = table.get(name, column)
         cut = -1 if name in growing else None
-        is_alike = held.shape[1:][:cut] == column.shape[1:][:cut]
+        is_alike = held.shape[1:][:cut] == column.shape[1:][:cut] and held.dim() == column.dim()
         if not is_alike or held.dtype != column.dtype:
             raise ValueError(
                 f"rows of column '{name}' are {tuple(column.shape[1:])} {column.dtype} and "
@@ -49,7 +49,7 @@ def expect_columns(
 
 
 def widened(
-    table: Mapping[str, Tensor], columns: Mapping[str, Tensor], growing: Collection[str]
+    table: Mapping[str, Tensor], columns: Mapping[str, Tensor], growing: Mapping[str, int]
 ) -> dict[str, Tensor]:
     """Return the table on the CPU, as wide as the widest row; empty columns before the first."""
     wide = {}
@@ -58,7 +58,7 @@ def widened(
         if held is None:
             held = torch.empty((0, *column.shape[1:]), dtype=column.dtype)
         elif name in growing:
-            held = padded(held, column.shape[-1])
+            held = padded(held, width_of(column), growing[name])
         wide[name] = held
     return wide
 
@@ -68,10 +68,17 @@ def column_bytes(column: Tensor) -> int:
     return prod(column.shape[1:]) * column.element_size()
 
 
-def padded(column: Tensor, width: int) -> Tensor:
-    """Return a column with zeros behind, at least ``width`` wide."""
-    missing = width - column.shape[-1]
-    return torch.nn.functional.pad(column, (0, missing)) if missing > 0 else column
+def width_of(column: Tensor) -> int:
+    """Return the size of a row's last dimension, 0 for rows of single numbers."""
+    return int(column.shape[-1]) if column.dim() > 1 else 0
+
+
+def padded(column: Tensor, width: int, fill: int = 0) -> Tensor:
+    """Return a column at least ``width`` wide, with ``fill`` behind; single numbers as they are."""
+    missing = width - width_of(column)
+    if column.dim() < 2 or missing <= 0:
+        return column
+    return torch.nn.functional.pad(column, (0, missing), value=fill)
 
 
 def resized(column: Tensor, size: int) -> Tensor:

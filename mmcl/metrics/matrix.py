@@ -12,6 +12,7 @@ from mmcl.core.atomic import write_atomic
 from mmcl.core.task import TaskStream
 from mmcl.metrics import jsontext
 from mmcl.metrics.matrixcheck import SCENARIOS, faults
+from mmcl.metrics.scorers import find_scorer
 
 FIRST_ROW = "zero-shot"
 Value = float | None
@@ -86,13 +87,18 @@ class AccuracyMatrix:
         Args:
             stream: its tasks and probes become the columns.
             scores: name of the score by kind of task, "accuracy" for a kind that is not named;
-                tasks with a scorer are named after it.
+                tasks with a scorer are named after its version.
+
+        Raises:
+            ValueError: if a task names a scorer that does not exist.
         """
         columns = [
             Column(
                 task.name,
                 task.kind,
-                task.scorer or scores.get(task.kind, "accuracy"),
+                find_scorer(task.scorer).version
+                if task.scorer
+                else scores.get(task.kind, "accuracy"),
                 task.test_size,
             )
             for task in stream.columns

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +17,27 @@ from mmcl.models.generation import Refine, left_padded
 if TYPE_CHECKING:
     from mmcl.models.image_text import ImageTextToText
 
+_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Questions that a model has read.
+
+    Attributes:
+        cache: keys and values.
+        mask: (B, L) real tokens.
+        behind: (B,) position of the next token.
+        likely: (B, V) log likelihood of the next token.
+        axes: of a position; 1, or 3 in models that count time, height and width.
+    """
+
+    cache: Any
+    mask: Tensor
+    behind: Tensor
+    likely: Tensor
+    axes: int
+
 
 def likelihoods(
     model: ImageTextToText,
@@ -26,8 +49,8 @@ def likelihoods(
 ) -> Tensor:
     """Return (B, C) log likelihood of each candidate behind each question, its end included.
 
-    The prefix of a row goes through the model once and its keys and values serve all candidates;
-    models whose positions do not count up by one score every pair from the start.
+    The prefix of a row goes through the model once; its keys and values serve all candidates, in
+    groups that take a gibibyte at most.
 
     Args:
         model: an ``ImageTextToText``.
@@ -37,75 +60,105 @@ def likelihoods(
         candidates: C answers, (K_c,) tokens each.
         refine: changes (S, V) scores, or None.
     """
-    if not model.family.has_plain_positions:
-        return plain_likelihoods(model, rows, pictures, prompts, candidates, refine)
-    rows = model.prompted_rows(rows, prompts)
-    tokens, mask = left_padded(rows, model.pad)
-    places = (mask.long().cumsum(1) - 1).clamp(min=0)
+    read = _read(model, rows, pictures, prompts, refine)
+    groups = list(_groups(read, candidates))
+    found = []
+    for number, group in enumerate(groups):
+        is_last = number == len(groups) - 1
+        cache = read.cache if is_last else copy.deepcopy(read.cache)
+        found.append(_of_a_group(model, read, cache, prompts, group, refine))
+    return torch.cat(found, 1)
+
+
+def best_of(scores: Tensor, candidates: Sequence[str]) -> list[str]:
+    """Return the likeliest candidate of each row of (B, C) scores, the first of equal ones."""
+    return [candidates[place] for place in scores.argmax(1).tolist()]
+
+
+def _read(
+    model: ImageTextToText, rows: Sequence[Tensor], pictures: dict[str, Any], prompts: Prompts,
+    refine: Refine | None,
+) -> _Read:  # fmt: skip
+    tokens, mask = left_padded(model.prompted_rows(rows, prompts), model.pad)
+    places, behind = _positions(model, tokens, mask, pictures)
     with model.entering(prompts, tokens, mask):
-        read = model.lm.model(
+        out = model.lm.model(
             input_ids=tokens, attention_mask=mask.long(), position_ids=places, use_cache=True,
-            **pictures,
+            **pictures, **model.pixels.marks(tokens),
         )  # fmt: skip
-    count, answers = len(candidates), pad_sequence(list(candidates), True, model.pad)
-    cache, last = read.past_key_values, read.last_hidden_state[:, -1]
-    repeated = answers.repeat(len(rows), 1)
-    is_real = _real(candidates).to(tokens.device).repeat(len(rows), 1)
+    owner = torch.arange(len(tokens), device=tokens.device)
+    likely = _log_likely(model, out.last_hidden_state[:, -1], owner, prompts, refine)
+    axes = 1 if places.ndim == 2 else len(places)
+    return _Read(out.past_key_values, mask, behind, likely, axes)
+
+
+def _positions(
+    model: ImageTextToText, tokens: Tensor, mask: Tensor, pictures: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Return (B, L) or (3, B, L) positions, and (B,) the position behind each row."""
+    behind = mask.sum(1)
+    index = getattr(model.lm.model, "get_rope_index", None)
+    if index is None:
+        return (mask.long().cumsum(1) - 1).clamp(min=0), behind
+    grid = pictures.get("image_grid_thw")
+    marks = model.pixels.marks(tokens)
+    places, shift = index(tokens, image_grid_thw=grid, attention_mask=mask.long(), **marks)
+    return places, behind + shift[:, 0]
+
+
+def _groups(read: _Read, candidates: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """Cut the candidates into groups whose keys, values and scores are small enough."""
+    kept = sum(t.nbytes for layer in read.cache.layers for t in (layer.keys, layer.values))
+    longest = max(len(candidate) for candidate in candidates)
+    scores = 4 * read.likely.numel() * longest
+    size = max(1, _BYTES // max(1, kept + scores))
+    for start in range(0, len(candidates), size):
+        yield candidates[start : start + size]
+
+
+def _of_a_group(
+    model: ImageTextToText, read: _Read, cache: Any, prompts: Prompts,
+    candidates: Sequence[Tensor], refine: Refine | None,
+) -> Tensor:  # fmt: skip
+    """Return (B, C) for some candidates; the cache is used up."""
+    count, rows = len(candidates), len(read.mask)
+    firsts = torch.stack([candidate[0] for candidate in candidates])
+    total = read.likely[:, firsts]
+    lengths = torch.tensor([len(candidate) for candidate in candidates], device=firsts.device)
+    said = pad_sequence(list(candidates), True, model.pad)
+    if said.shape[1] == 1:
+        return total
+    # The last token of an answer is scored and never read.
+    given = said[:, :-1].repeat(rows, 1)
+    places = torch.arange(given.shape[1], device=given.device)
+    is_real = (places + 1 < lengths[:, None]).repeat(rows, 1)
+    positions = read.behind.repeat_interleave(count)[:, None] + places
+    if read.axes > 1:
+        positions = positions.expand(read.axes, -1, -1)
     cache.batch_repeat_interleave(count)
-    _repeat_gates(model, count)
-    behind = mask.sum(1).repeat_interleave(count)[:, None]
-    read_on = model.lm.model(
-        input_ids=repeated,
-        attention_mask=torch.cat([mask.repeat_interleave(count, 0), is_real], 1).long(),
-        position_ids=behind + torch.arange(repeated.shape[1], device=tokens.device),
+    model.gates.update({n: g.repeat_interleave(count, 0) for n, g in prompts.gates.items()})
+    out = model.lm.model(
+        input_ids=given,
+        attention_mask=torch.cat([read.mask.repeat_interleave(count, 0), is_real], 1).long(),
+        position_ids=positions,
         past_key_values=cache,
         use_cache=True,
     )
-    hidden = torch.cat([last.repeat_interleave(count, 0)[:, None], read_on.last_hidden_state], 1)
-    return _summed(model, hidden[:, :-1], repeated, is_real, refine).view(len(rows), count)
+    pairs, steps = torch.nonzero(is_real, as_tuple=True)
+    wanted = said[pairs % count, steps + 1]
+    hidden = out.last_hidden_state[pairs, steps]
+    likely = _log_likely(model, hidden, pairs // count, prompts, refine, wanted)
+    return total + total.new_zeros(rows * count).index_add(0, pairs, likely).view(rows, count)
 
 
-def plain_likelihoods(
-    model: ImageTextToText,
-    rows: Sequence[Tensor],
-    pictures: dict[str, Any],
-    prompts: Prompts,
-    candidates: Sequence[Tensor],
-    refine: Refine | None = None,
-) -> Tensor:
-    """Return the same, every question and candidate read together from the start."""
-    rows = model.prompted_rows(rows, prompts)
-    found = []
-    for candidate in candidates:
-        tokens, mask = left_padded([torch.cat([row, candidate]) for row in rows], model.pad)
-        with model.entering(prompts, tokens, mask):
-            read = model.lm.model(
-                input_ids=tokens, attention_mask=mask.long(), use_cache=False, **pictures,
-                **model.pixels.marks(tokens),
-            )  # fmt: skip
-        size = len(candidate)
-        hidden = read.last_hidden_state[:, -size - 1 : -1]
-        said = candidate.expand(len(rows), -1)
-        found.append(_summed(model, hidden, said, torch.ones_like(said).bool(), refine))
-    return torch.stack(found, 1)
-
-
-def _real(candidates: Sequence[Tensor]) -> Tensor:
-    return pad_sequence([torch.ones_like(c, dtype=torch.bool) for c in candidates], True)
-
-
-def _repeat_gates(model: ImageTextToText, count: int) -> None:
-    for name, gate in list(model.gates.items()):
-        model.gates[name] = gate.repeat_interleave(count, 0)
-
-
-def _summed(
-    model: ImageTextToText, hidden: Tensor, said: Tensor, is_real: Tensor, refine: Refine | None
-) -> Tensor:
-    """Return (R,) sums of log likelihoods over the real tokens of R answers, (R, K)."""
-    rows, places = torch.nonzero(is_real, as_tuple=True)
-    logits = model.lm.get_output_embeddings()(hidden[rows, places]).float()
+def _log_likely(
+    model: ImageTextToText, hidden: Tensor, owner: Tensor, prompts: Prompts,
+    refine: Refine | None, wanted: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Return (S, V) log likelihoods of next tokens, or (S,) of the wanted ones."""
+    logits = model.lm.get_output_embeddings()(hidden).float()
     if refine is not None:
-        logits = refine(Output(logits, rows=rows, targets=said[rows, places])).logits
-    likely = logits.log_softmax(-1).gather(1, said[rows, places][:, None])[:, 0]
-    return torch.zeros(len(said), device=hidden.device).index_add(0, rows, likely)
+        logits = refine(Output(logits, prompts=prompts, rows=owner)).logits
+    if wanted is None:
+        return logits.log_softmax(-1)
+    return logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(-1)

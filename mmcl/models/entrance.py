@@ -20,11 +20,11 @@ class Entrance:
     """Leaves room for prompts in rows of tokens and fills it with them.
 
     Attributes:
-        begin: token that rows start with, or None; prompts stand behind it.
+        begins: tokens that every row starts with before prompts: 1, the begin token, or 0.
         pad: token that stands where there is none.
     """
 
-    begin: int | None
+    begins: int
     pad: int
 
     def room(self, prompts: Prompts) -> int:
@@ -46,14 +46,8 @@ class Entrance:
         """Return (B, P + L) tokens with ``room`` pads behind the begin token."""
         if room == 0:
             return tokens
-        begin = self.begins(tokens[:1])
         blank = tokens.new_full((len(tokens), room), self.pad)
-        return torch.cat([tokens[:, :begin], blank, tokens[:, begin:]], 1)
-
-    def begins(self, tokens: Tensor) -> int:
-        """Return 1 if the first row starts with the begin token, else 0."""
-        is_there = self.begin is not None and tokens.numel() > 0
-        return int(is_there and int(tokens.flatten()[0]) == self.begin)
+        return torch.cat([tokens[:, : self.begins], blank, tokens[:, self.begins :]], 1)
 
     @contextmanager
     def open(
@@ -66,11 +60,15 @@ class Entrance:
             prompts: of the rows.
             tokens: (B, P + L) that the forward pass is given.
             mask: (B, P + L) bool of real tokens, or None where rows begin at their first token.
+
+        Raises:
+            ValueError: if prompts are not (B, P, D).
         """
         learned = prompts.tokens.get(_INPUT)
         if learned is None:
             yield
             return
+        _expect_rows(learned, tokens, words)
         index = self._places(tokens, mask, learned.shape[1])[:, :, None]
 
         def fill(module: nn.Module, given: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
@@ -87,9 +85,16 @@ class Entrance:
 
     def _places(self, tokens: Tensor, mask: Tensor | None, count: int) -> Tensor:
         """Return (B, P) where the room of each row lies."""
-        offsets = torch.arange(count, device=tokens.device)
+        offsets = torch.arange(count, device=tokens.device) + self.begins
         if mask is None:
-            return (offsets + self.begins(tokens[:1])).expand(len(tokens), -1)
-        first = mask.int().argmax(1)
-        start = self.begins(tokens[0, first[0] :])
-        return (first + start)[:, None] + offsets
+            return offsets.expand(len(tokens), -1)
+        return mask.int().argmax(1)[:, None] + offsets
+
+
+def _expect_rows(learned: Tensor, tokens: Tensor, words: nn.Module) -> None:
+    width = getattr(words, "embedding_dim", learned.shape[-1])
+    if learned.shape[0] != len(tokens) or learned.shape[-1] != width:
+        raise ValueError(
+            f"prompts are {tuple(learned.shape)}, expected ({len(tokens)}, P, {width}): give every "
+            "row its own prompts as wide as model.widths['text']"
+        )

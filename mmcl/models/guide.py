@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from mmcl.core import Batch, Modality
 
@@ -26,19 +27,28 @@ def guided(guide: Any, batch: Batch, modality: Modality) -> Tensor:
     """
     if modality == "text":
         return _questions(guide, batch)
-    if batch.images is None:
+    if batch.features is not None:
         raise ValueError(
             "the guide needs pictures and these rows have features in their place: route without "
             "FeatureReplay, or leave the guide out"
         )
+    if batch.images is None or not len(batch.images):
+        device = batch.labels.device
+        return torch.zeros(len(batch), int(guide.embed_width), device=device)
     images = _sized(batch.images, guide.size)
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    seen: Tensor = guide.embed(Batch(images, labels, labels), "image")
-    if batch.owner is None:
-        return seen
-    # A row without a picture has the zero vector, a row with several the mean of theirs.
-    total = seen.new_zeros(len(batch), seen.shape[1]).index_add(0, batch.owner, seen)
-    return functional.normalize(total, dim=-1)
+    return per_row(guide.embed(Batch(images, labels, labels), "image"), batch)
+
+
+def per_row(pictures: Tensor, batch: Batch) -> Tensor:
+    """Return (B, E) unit vectors of rows, of (M, E) vectors of their pictures.
+
+    A row without a picture has the zero vector, a row with several the mean of theirs.
+    """
+    if batch.owner is not None:
+        rows = pictures.new_zeros(len(batch), pictures.shape[1])
+        pictures = rows.index_add(0, batch.owner, pictures)
+    return functional.normalize(pictures, dim=-1)
 
 
 def _questions(guide: Any, batch: Batch) -> Tensor:
@@ -49,7 +59,7 @@ def _questions(guide: Any, batch: Batch) -> Tensor:
         )
     transform = guide.transform(False)
     rows = [transform(None, reference.question, 0).tokens for reference in batch.references]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(batch.labels.device)
+    tokens = pad_sequence(rows, batch_first=True).to(batch.labels.device)
     asked = replace(
         batch, images=None, owner=None, features=None, tokens=tokens, mask=tokens != 0,
         labels=batch.task,
@@ -61,4 +71,6 @@ def _questions(guide: Any, batch: Batch) -> Tensor:
 def _sized(images: Tensor, size: int) -> Tensor:
     if images.shape[-1] == size:
         return images
-    return functional.interpolate(images, (size, size), mode="bicubic", antialias=True)
+    # GPUs resize no bytes.
+    made = functional.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
+    return made.round_().clamp_(0, 255).to(torch.uint8)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -16,8 +16,9 @@ from mmcl.models.candidates import likelihoods
 from mmcl.models.chat_loading import Loaded, Precision, Style, conversation_of, load_chat
 from mmcl.models.entrance import Entrance
 from mmcl.models.families import family_of
+from mmcl.models.fingerprint import fingerprint_of
 from mmcl.models.generation import Refine, best_of, greedy, left_padded, prompt_lengths
-from mmcl.models.guide import guided
+from mmcl.models.guide import guided, one_a_row
 from mmcl.models.pixels import Pixels
 from mmcl.models.squares import Fit, SquareTransform
 
@@ -161,11 +162,17 @@ class ImageTextToText(nn.Module):
         if self.guide is not None:
             return guided(self.guide, batch, modality)
         if modality == "image":
-            return functional.normalize(self.encode(batch).float().mean(1), dim=-1)
+            return one_a_row(self.encode(batch).float().mean(1), batch)
         rows = self._questions(batch)
-        mark = self.pixels.token
-        means = [self._words()(row[row != mark]).float().mean(0) for row in rows]
+        means = [self._words()(row[row != self.pixels.token]).float().mean(0) for row in rows]
         return functional.normalize(torch.stack(means), dim=-1)
+
+    @cached_property
+    def embed_width(self) -> int:
+        """E, the width of embedded pictures."""
+        blank = self.pixels.mean.new_zeros(1, 3, self.pixels.size, self.pixels.size).byte()
+        label = torch.zeros(1, dtype=torch.int64, device=blank.device)
+        return int(self.embed(Batch(blank, label, label), "image").shape[1])
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Tensor:
@@ -218,12 +225,7 @@ class ImageTextToText(nn.Module):
         frozen = {n: p for n, p in self.named_parameters() if not p.requires_grad}
         key = (f"{self.pixels.size} {self.fit}", *frozen)
         if self._mark[0] != key:
-            digest = hashlib.sha256(key[0].encode())
-            for name, tensor in frozen.items():
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                plain = tensor.detach().cpu().contiguous()
-                digest.update(plain.view(-1).view(torch.uint8).numpy().tobytes())
-            self._mark = (key, digest.hexdigest())
+            self._mark = (key, fingerprint_of(key[0], frozen.items()))
         return self._mark[1]
 
     def transform(self, train: bool) -> Transform:

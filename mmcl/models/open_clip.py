@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from torch.nn import functional
 from mmcl.core import NO_PROMPTS, Batch, Modality, Output, Prompts, Transform
 from mmcl.core.output import Place
 from mmcl.models.contrastive import caption_loss, class_loss
+from mmcl.models.fingerprint import fingerprint_of
 from mmcl.models.loading import load_clip, picture_settings
 from mmcl.models.pictures import ClipTransform
 from mmcl.models.towers import cut, image_embedding, text_embedding, widths
@@ -187,14 +187,9 @@ class OpenCLIP(nn.Module):
 
     def fingerprint(self) -> str:
         """Return the sha256 of frozen weights, their types and the preprocessing."""
-        digest = hashlib.sha256(f"{self.size}".encode())
         state = [*self.clip.named_parameters(), ("mean", self._mean), ("std", self._std)]
-        for name, tensor in state:
-            if not tensor.requires_grad:
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                plain = tensor.detach().cpu().contiguous()
-                digest.update(plain.view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        frozen = [(name, tensor) for name, tensor in state if not tensor.requires_grad]
+        return fingerprint_of(f"{self.size}", frozen)
 
     def transform(self, train: bool) -> Transform:
         """Return what this model does to a sample, with augmentation in training."""

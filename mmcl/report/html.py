@@ -12,7 +12,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from mmcl.report.canvas import THEMED
-from mmcl.report.words import clean, duration, large, percent, points, size, unit
+from mmcl.report.words import clean, clean_lines, duration, large, percent, points, size, unit
 
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"
@@ -34,7 +34,12 @@ def render_template(template: str, values: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        clean=clean, percent=percent, size=size, duration=duration, large=large
+        clean=clean,
+        clean_lines=clean_lines,
+        percent=percent,
+        size=size,
+        duration=duration,
+        large=large,
     )
     environment.globals.update(points=points, unit=unit)
     page = environment.get_template(template).render(values)

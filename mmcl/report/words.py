@@ -23,6 +23,11 @@ def clean(name: str) -> str:
     )
 
 
+def clean_lines(text: str) -> str:
+    """Clean a text that may have several lines, such as a question."""
+    return "\n".join(map(clean, text.strip().replace("\r\n", "\n").split("\n")))
+
+
 def shorten(name: str, length: int) -> str:
     """Cut a name to so many letters, an ellipsis for what is gone."""
     shown = clean(name)

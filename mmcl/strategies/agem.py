@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmcl.core import Batch, Strategy, Task, device_of, run, trainable
+from mmcl.core import UNSCORED, Batch, Strategy, Task, device_of, run, trainable
 from mmcl.core.distributed import rank_and_world, sum_over_ranks
 from mmcl.core.model import VLM
 from mmcl.core.randomness import generator
@@ -22,6 +22,7 @@ from mmcl.memory import Rows, fill_rows, global_rows, own_stride
 from mmcl.ops.gradients import project_away
 
 _OPTIONAL = ("images", "features", "tokens", "mask")
+_GROWING = {"tokens": 0, "mask": 0, "labels": UNSCORED}
 
 
 class AGEM(Strategy):
@@ -38,7 +39,7 @@ class AGEM(Strategy):
         memory_bytes: bytes remembered, 0 = not bounded by bytes.
 
     **Remembers** per row the picture (3 H W bytes), label and task (16 bytes), 16 bytes of marks,
-    and 9 bytes per text token of captions. **Asks of the model** nothing.
+    and 9 bytes per text token of captions, 17 of answers. **Asks of the model** nothing.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class AGEM(Strategy):
         self.reference_rows = reference_rows
         self.seed = seed
         self.memory = Rows(
-            samples, capacity_bytes=memory_bytes, seed=seed, balanced=True, growing=_OPTIONAL[2:]
+            samples, capacity_bytes=memory_bytes, seed=seed, balanced=True, growing=_GROWING
         )
         self._steps = 0
 
@@ -110,7 +111,9 @@ class AGEM(Strategy):
         ]
         if world == 1:
             return gradients
-        part = len(batch) / global_rows(len(batch), device)
+        # The loss is a mean over rows, of answers over scored tokens.
+        counted = int((batch.labels != UNSCORED).sum()) if batch.is_answered else len(batch)
+        part = counted / max(1, global_rows(counted, device))
         return [sum_over_ranks(gradient * part) for gradient in gradients]
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from mmcl.core import UNSCORED, Batch, Output, Strategy
 from mmcl.core.distributed import gather_rows
-from mmcl.core.model import VLM
+from mmcl.core.model import VLM, require_classes
 from mmcl.core.randomness import generator
 from mmcl.memory import Rows, global_rows, own_stride, visit_numbers
 
@@ -50,7 +50,8 @@ class DarkReplay(Strategy):
     """Add alpha * MSE(scores now, scores then) and beta * cross entropy, each on its own draw.
 
     Joined rows are unscored for ``model.loss``. The class scores are compared as the model gives
-    them; with class texts that train they move for that reason too. For classes, not captions.
+    them; with class texts that train they move for that reason too. For classes, not captions or
+    answers: a row that is answered has as many scores as there are words, at every token.
 
     Args:
         samples: rows remembered, 0 = not bounded by rows.
@@ -61,7 +62,8 @@ class DarkReplay(Strategy):
         memory_bytes: bytes remembered, 0 = not bounded by bytes.
 
     **Remembers** per row the picture (3 H W bytes), 4 bytes per class score, and 40 bytes (label,
-    task, number of scores, marks). **Asks of the model** nothing.
+    task, number of scores, marks). **Asks of the model** class scores: one that answers in words
+    is refused.
     """
 
     def __init__(
@@ -83,6 +85,10 @@ class DarkReplay(Strategy):
         self.memory = Rows(samples, capacity_bytes=memory_bytes, seed=seed, growing=("logits",))
         self._visits = 0
         self._draws: _Draws | None = None
+
+    def attach(self, model: VLM) -> None:
+        """Refuse a model whose scores are as many as its words, at every token of every row."""
+        require_classes(model, by=self, instead="ExperienceReplay or FeatureReplay")
 
     def replay(self, model: VLM, batch: Batch) -> Batch:
         """Return the batch with two draws behind it, unscored.
@@ -197,8 +203,8 @@ def _unscored(rows: Mapping[str, Tensor], batch: Batch) -> Batch:
 def _expect_pictures(batch: Batch) -> None:
     if batch.tokens is not None or batch.labels.dim() != 1:
         raise ValueError(
-            "DarkReplay was given rows with a text of their own (captions): it compares class "
-            "scores, so use ExperienceReplay or FeatureReplay for captions"
+            "DarkReplay was given rows with a text of their own (captions or answers): it compares "
+            "class scores, so use ExperienceReplay or FeatureReplay for captions and answers"
         )
     if batch.images is None or batch.owner is not None:
         what = "features" if batch.images is None else "rows that share or lack pictures"

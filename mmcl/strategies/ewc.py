@@ -10,6 +10,7 @@ and so shrinks it by the batch size; the scale of the cosine, whose Fisher dwarf
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, cast
 
 import torch
@@ -42,13 +43,15 @@ class EWC(Strategy):
     ``F = decay * F + F_new``, with F_new the mean over samples of the squared gradient of
     log p(y|x), and theta* are the weights of that moment. p is the softmax over the class scores;
     for a row with a caption it is the softmax over the ``group`` rows it is compared with, both
-    ways round, so there F depends a little on which rows meet.
+    ways round, so there F depends a little on which rows meet. For a row that is answered log
+    p(y|x) is the sum over its scored tokens, each behind the right ones before it.
 
     Args:
         weight: of the penalty, the paper's lambda.
         decay: how much of the older Fisher is kept at each task, 0 to 1; gamma of the online form.
         samples: rows of a task that the Fisher is taken over, chosen by ``seed``; None = all.
-        fisher: "empirical" takes the true label, "model" a label drawn from the model's answer.
+        fisher: "empirical" takes the true label, "model" a label drawn from the model's answer; of
+            an answer every scored token is drawn, behind the right ones before it.
         exclude: endings of parameter names that move freely.
         group: rows that captions are compared with, 2 or more.
         seed: of the choice of samples and labels.
@@ -143,12 +146,17 @@ class EWC(Strategy):
         """Give log p(y|x) of every chosen row, and whether it is the last of its graph."""
         for batch in batches:
             rows = self._chosen(task, batch)
-            size = 1 if batch.tokens is None else self.group
+            is_compared = batch.tokens is not None and not batch.is_answered
+            size = self.group if is_compared else 1
             for start in range(0, len(rows), size):
-                part = batch.take(rows[start : start + size])
-                logits = run(model, self, part).logits
-                if batch.tokens is None:
-                    yield logits.log_softmax(1)[0, self._label(task, part, logits)], True
+                part = _trimmed(batch.take(rows[start : start + size]))
+                output = run(model, self, part)
+                logits = output.logits
+                if not is_compared:
+                    right = part.labels if output.targets is None else output.targets
+                    said = self._said(task, part, logits, right)[:, None]
+                    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                    yield wide.log_softmax(1).gather(1, said).sum(), True
                     continue
                 expect_shape("output.logits of captions", logits, len(part), len(part))
                 both = (logits.log_softmax(1) + logits.log_softmax(0)).diagonal() / 2
@@ -157,7 +165,9 @@ class EWC(Strategy):
 
     def _chosen(self, task: Task, batch: Batch) -> Tensor:
         is_chosen = torch.ones_like(batch.task, dtype=torch.bool)
-        if batch.tokens is None:
+        if batch.is_answered:
+            is_chosen = (batch.labels[:, 1:] != UNSCORED).any(1)
+        elif batch.tokens is None:
             is_chosen = batch.labels != UNSCORED
         if self.samples is not None and batch.sample is not None and self.samples < task.size:
             order = ranks_of(self.seed, task.index, torch.arange(task.size)).argsort()
@@ -165,10 +175,21 @@ class EWC(Strategy):
             is_chosen = is_chosen & torch.isin(batch.sample, wanted)
         return is_chosen.nonzero().flatten()
 
-    def _label(self, task: Task, row: Batch, logits: Tensor) -> int:
+    def _said(self, task: Task, row: Batch, logits: Tensor, right: Tensor) -> Tensor:
+        """Return (S,) labels or tokens whose likelihood counts, for (S, C) scores of one row."""
         if self.fisher == "empirical":
-            return int(row.labels[0])
+            return right
         place = 0 if row.sample is None else int(row.sample[0])
         drawn = generator(self.seed, task.index, place)
-        answer = logits[0].detach().softmax(0).double().cpu()
-        return int(torch.multinomial(answer, 1, generator=drawn))
+        answer = logits.detach().float().softmax(1).double().cpu()
+        return torch.multinomial(answer, 1, generator=drawn)[:, 0].to(logits.device)
+
+
+def _trimmed(batch: Batch) -> Batch:
+    """Return rows that are answered without the padding of longer rows they stood among."""
+    if not batch.is_answered or batch.tokens is None or batch.mask is None:
+        return batch
+    end = int(batch.mask.any(0).nonzero().max()) + 1
+    return replace(
+        batch, tokens=batch.tokens[:, :end], mask=batch.mask[:, :end], labels=batch.labels[:, :end]
+    )

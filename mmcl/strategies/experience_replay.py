@@ -97,7 +97,7 @@ def _read_pass(batches: Iterable[Batch], *, labelled: bool) -> tuple[Tensor, Ten
         if batch.labels.dim() != 1 or bool((batch.labels == UNSCORED).any()):
             raise ValueError(
                 "policy is 'balanced' and the task has samples without a class: "
-                "choose policy='reservoir' for captions"
+                "choose policy='reservoir' for captions and answers"
             )
         labels.append(batch.labels.cpu())
     return torch.cat(numbers), torch.cat(labels)

@@ -13,7 +13,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mmcl.core import VLM, Batch, Modality, Output, Prompts, Strategy, Task, device_of, require
+from mmcl.core import (
+    VLM,
+    Batch,
+    Modality,
+    Output,
+    Prompts,
+    Strategy,
+    Task,
+    answers_in_words,
+    device_of,
+    require,
+)
 from mmcl.core.distributed import sum_over_ranks
 from mmcl.core.randomness import generator
 from mmcl.ops.prompt_pool import count_choices, gather_prompts, match_keys, pull
@@ -27,14 +38,17 @@ class L2P(Strategy):
 
     Args:
         modality: the tower that prompts enter. Text prompts differ from row to row, so every row
-            encodes all class texts anew: B * C texts in a step.
+            encodes all class texts anew: B * C texts in a step. A model that answers takes "text",
+            in front of each row's own tokens.
         pool: number of prompts and keys, K.
         length: tokens of one prompt, P.
         top_k: prompts chosen for a row, 1 to ``pool``.
         pull: weight of the key term; 0.1 to 1 in published settings.
-        freeze: towers that stop learning.
+        freeze: parts that stop learning, of "image", "text" and "projector"; None = both towers,
+            and the projector of a model that answers.
         key_width: width of ``model.embed(batch, "image")``; None = ``model.embed_width`` if it
-            has one, else the image tower's token width.
+            has one, else the image tower's token width. A model that answers embeds by its guide
+            if it has one.
         seed: of the first keys and prompts, uniform in -1 to 1.
 
     **Remembers** K (P D + E) float32 weights, D the token width and E the embedding width, and K
@@ -54,7 +68,7 @@ class L2P(Strategy):
         length: int = 5,
         top_k: int = 5,
         pull: float = 0.5,
-        freeze: Sequence[Modality] = ("image", "text"),
+        freeze: Sequence[str] | None = None,
         key_width: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -66,7 +80,7 @@ class L2P(Strategy):
         if length < 1:
             raise ValueError(f"length is {length}, expected 1 or more tokens in a prompt")
         self.modality, self.size, self.length, self.top_k = modality, pool, length, top_k
-        self.pull, self.freeze, self.key_width, self.seed = pull, tuple(freeze), key_width, seed
+        self.pull, self.freeze, self.key_width, self.seed = pull, freeze, key_width, seed
         # A chain may hold one pool for each tower, so notes and terms of the text pool have names
         # of their own.
         self._prefix = "" if modality == "image" else f"{modality}_"
@@ -85,7 +99,8 @@ class L2P(Strategy):
                 f"modality is '{self.modality}', but prompts enter {type(model).__name__} only at "
                 f"{sorted(able.widths)}: choose one of these"
             )
-        able.freeze(*self.freeze)
+        projector = ("projector",) if answers_in_words(model) else ()
+        able.freeze(*(("image", "text", *projector) if self.freeze is None else self.freeze))
         width = able.widths[self.modality]
         key_width = self.key_width or getattr(model, "embed_width", None) or able.widths["image"]
         draw, device = generator(self.seed, len(self._prefix)), device_of(model)

@@ -10,7 +10,6 @@ are in the model's precision, where peft widens the activations.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import Any, Literal, cast
@@ -18,7 +17,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from mmcl.core import VLM, Strategy, require
+from mmcl.core import VLM, Strategy, require, trainable
 from mmcl.core.randomness import mix
 
 _ROOT = "lm"
@@ -70,7 +69,7 @@ class LoRA(Strategy):
     def attach(self, model: VLM) -> None:
         """Freeze the towers and put the adapter into the language model."""
         able = require(model, "linears", "freeze", by=self)
-        able.freeze("image", "text", *(() if self.train_projector else ("projector",)))
+        _freeze(able, self.train_projector)
         linears: dict[str, nn.Linear] = able.linears(self.layers)
         root, prefix = _root(model)
         names = [name.removeprefix(prefix) for name in linears]
@@ -111,8 +110,8 @@ class LoRA(Strategy):
         unknown = sorted(set(self.options) - known)
         if unknown:
             raise ValueError(
-                f"options has {', '.join(unknown)}, which peft.LoraConfig does not take here: rank, "
-                "alpha, dropout and layers are arguments of LoRA itself"
+                f"options has {', '.join(unknown)}, which peft.LoraConfig does not take here: "
+                "rank, alpha, dropout and layers are arguments of LoRA itself"
             )
         start = self.options.get("init_lora_weights", True)
         if isinstance(start, str) and start not in _HARMLESS_STARTS:
@@ -147,6 +146,18 @@ def peft_state(model: VLM) -> dict[str, Tensor]:
     state = dict(get_peft_model_state_dict(root, save_embedding_layers=False))
     state |= _others(root)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def _freeze(model: Any, but_the_projector: bool) -> None:
+    """Freeze all that there is; some models have weights that belong to no tower."""
+    model.freeze("image", "text")
+    before = trainable(model)
+    model.freeze("projector")
+    projector = [p for p in before.values() if not p.requires_grad]
+    for _, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+    for parameter in projector:
+        parameter.requires_grad_(but_the_projector)
 
 
 def _root(model: VLM) -> tuple[nn.Module, str]:

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mmcl.core import VLM, Batch, Output, Strategy, Task, require
+from mmcl.core import VLM, Batch, Output, Strategy, Task, require, require_classes
 from mmcl.core.distributed import sum_over_ranks
 from mmcl.memory.snapshot import Snapshot
 from mmcl.ops.prototypes import class_sums, cosine_scores
@@ -32,7 +32,8 @@ class NCM(Strategy):
 
     **Remembers** D float64 numbers and one count for each class, D the embedding width.
 
-    **Asks of the model** ``embed`` and ``freeze``; it freezes both towers.
+    **Asks of the model** ``embed`` and ``freeze``, and class scores: one that answers in words is
+    refused. It freezes both towers.
     """
 
     def __init__(self, scale: float = 100.0) -> None:
@@ -44,6 +45,7 @@ class NCM(Strategy):
 
     def attach(self, model: VLM) -> None:
         """Freeze both towers: old class means hold only while features stay as they are."""
+        require_classes(model, by=self, instead="LoRA or ExperienceReplay")
         require(model, "embed", "freeze", by=self).freeze("image", "text")
 
     def refine(self, model: VLM, batch: Batch, output: Output) -> Output:

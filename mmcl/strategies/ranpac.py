@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mmcl.core import VLM, Batch, Output, Strategy, Task, device_of, require
+from mmcl.core import VLM, Batch, Output, Strategy, Task, device_of, require, require_classes
 from mmcl.core.distributed import sum_over_ranks
 from mmcl.core.randomness import generator, ranks_of
 from mmcl.memory.snapshot import Snapshot
@@ -42,7 +42,8 @@ class RanPAC(Strategy):
     **Remembers** 2 M^2 + 3 M C float64 numbers for C classes (64 MB and 48 kB a class at 2,000).
     The projection is made again from the seed.
 
-    **Asks of the model** ``embed`` and ``freeze``; it freezes both towers.
+    **Asks of the model** ``embed`` and ``freeze``, and class scores: one that answers in words is
+    refused. It freezes both towers.
     """
 
     def __init__(self, width: int = 2000, ridges: Sequence[float] = _RIDGES, seed: int = 0) -> None:
@@ -58,6 +59,7 @@ class RanPAC(Strategy):
 
     def attach(self, model: VLM) -> None:
         """Freeze both towers: old sums hold only while features stay as they are."""
+        require_classes(model, by=self, instead="LoRA or ExperienceReplay")
         require(model, "embed", "freeze", by=self).freeze("image", "text")
 
     def refine(self, model: VLM, batch: Batch, output: Output) -> Output:

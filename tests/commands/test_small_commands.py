@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from mmcl.data.builders.public_sets import list_sets
 from mmcl.data.builders.streams import STREAMS
 from mmcl.strategies import discover
 
@@ -29,7 +30,7 @@ def test_strategies_as_a_table_for_the_eye(desk):
 def test_data_list_names_every_stream(desk):
     status, out, err = desk.give("data", "list")
     assert (status, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines()] == list(STREAMS)
+    assert [line.split()[0] for line in out.splitlines()] == [*STREAMS, *list_sets()]
 
 
 @pytest.mark.slow

@@ -132,3 +132,26 @@ def test_a_block_that_runs_again_in_the_backward_pass_sees_the_gates_it_had():
         return [p.grad for p in model.parameters() if p.grad is not None]
 
     torch.testing.assert_close(slopes(again=True), slopes(again=False))
+
+
+@pytest.mark.parametrize("mode", ["one", "sum", "gates"])
+def test_gradients_under_ddp_are_those_without(mode, tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
+    )
+    try:
+        slopes = []
+        for wrap in (lambda model: model, nn.parallel.DistributedDataParallel):
+            model = a_model("sum")
+            model.gates["e"] = torch.tensor([[0.3, 0.7]]).expand(3, 2)
+            for layer in installed(model, LowRankSlots).values():
+                layer.freeze_slots(1)
+                layer.activate(mode, 1 if mode == "one" else None)
+            wrapped = wrap(model)
+            for _ in range(2):
+                wrapped(torch.ones(3, 4)).square().sum().backward()
+            slopes.append([p.grad for p in model.parameters() if p.grad is not None])
+        assert len(slopes[0]) == 4
+        torch.testing.assert_close(slopes[0], slopes[1])
+    finally:
+        torch.distributed.destroy_process_group()

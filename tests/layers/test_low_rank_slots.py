@@ -131,7 +131,9 @@ def test_gates_get_a_gradient_if_they_want_one():
     layer, x = a_layer(gates=gates), rows()
     layer.activate("gates")
     layer(x).sum().backward()
-    want = [[float(correction(layer, n, x[row]).detach().sum()) for n in range(3)] for row in range(4)]
+    want = [
+        [float(correction(layer, n, x[row]).detach().sum()) for n in range(3)] for row in range(4)
+    ]
     torch.testing.assert_close(gates["expert"].grad, torch.tensor(want), rtol=1e-4, atol=1e-4)
 
 
@@ -309,6 +311,21 @@ def test_a_half_precision_base_has_wide_slots_and_answers_in_its_own_precision()
     assert answer.dtype == torch.bfloat16
     answer.sum().backward()
     assert layer.slot(0).B.grad.dtype == torch.float32
+
+
+def test_frozen_slots_of_a_half_precision_base_are_kept_as_narrow_as_it():
+    layer = LowRankSlots(a_linear().bfloat16(), gates={"": torch.ones(4, 2)})
+    for number in range(2):
+        layer.add_slot(RANK, seeded(number))
+        nn.init.normal_(layer.slot(number).B, generator=seeded(number))
+    x = rows().bfloat16()
+    for mode in ("sum", "gates", "fused"):
+        layer.freeze_slots(0)
+        layer.activate(mode)
+        learning = layer(x)
+        layer.freeze_slots(2)
+        assert torch.equal(layer(x), learning)
+    assert layer.delta_weight([0, 1]).dtype == torch.float32
 
 
 def test_somebody_who_listens_to_the_base_is_heard():

@@ -116,9 +116,9 @@ def build_task(
         progress=lambda done, total: progress(f"writing {task.name}", done, total),
     )
     _write_left_out(folder / f"{task.name}.left_out.txt", found.left_out)
-    told = {"scorer": task.scorer}
+    told: dict[str, Any] = {"scorer": task.scorer}
     if task.max_new_tokens is not None:
-        told["max_new_tokens"] = task.max_new_tokens  # type: ignore[assignment]
+        told["max_new_tokens"] = task.max_new_tokens
     return BuiltTask(card_task(task.name, found.train, found.test, **told), hashes, found.left_out)
 
 
@@ -137,16 +137,17 @@ def _expect_free(folder: Path, name: str, recipe: Mapping[str, Any]) -> None:
     if record.get("recipe") == json.loads(json.dumps(recipe)):
         return
     for card in sorted(folder.glob("*.yaml")):
-        if shards & set(load_card(card).get("hashes") or {}):
+        text = card.read_text(encoding="utf-8", errors="replace")
+        if any(shard in text for shard in shards):
             raise ValueError(
                 f"task '{name}' in {folder} was made from other files or options and card "
-                f"{card.name} uses it: choose another --name or --out, or delete {name}.build.json "
-                "to have it made anew"
+                f"{card.name} uses it: choose another --out or task name, or delete "
+                f"{name}.build.json to have it made anew"
             )
 
 
 def _write_left_out(path: Path, left_out: Sequence[LeftOut]) -> None:
     if left_out:
-        write_atomic(path, "".join(f"{fault}\n" for fault in left_out).encode("utf-8", "replace"))
+        write_atomic(path, "".join(f"{fault}\n" for fault in left_out))
     else:
         path.unlink(missing_ok=True)

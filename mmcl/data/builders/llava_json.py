@@ -15,9 +15,7 @@ from typing import Any
 from mmcl.core import PICTURE
 from mmcl.data.dialogue import read_dialogue
 from mmcl.data.faults import BadSample
-
-MAX_TEXT = 1_000_000
-"""Characters of all turns of a sample together; more is a fault of the sample."""
+from mmcl.data.reader import MAX_TEXT_BYTES
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class LlavaSample:
 
 
 def read_records(path: Path) -> list[Any]:
-    """Read an instruction file whole; several hundred megabytes take about six times their size.
+    """Read an instruction file whole; it takes about four times its size in memory.
 
     Args:
         path: a JSON list, or one JSON value in every line; UTF-8, a byte order mark is skipped.
@@ -110,11 +108,13 @@ def read_sample(raw: Any, answers: Sequence[str] = (), answer_field: str = "answ
     if right and (said is None or answers or len(right) > 1):
         member["answers"] = right
     picture = _picture(raw)
-    _expect_fit(member["conversations"], picture)
+    _expect_marks(member["conversations"], picture)
     try:
         data = json.dumps(member, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise BadSample("its text holds half of a character (a lone surrogate)") from None
+    if len(data) > MAX_TEXT_BYTES:
+        raise BadSample(f"its texts have {len(data)} bytes, more than {MAX_TEXT_BYTES}")
     read_dialogue(data)
     name = raw.get("id", raw.get("question_id"))
     return LlavaSample("" if name is None else str(name), picture, data)
@@ -161,14 +161,11 @@ def _picture(raw: Mapping[str, Any]) -> str | None:
     return stated
 
 
-def _expect_fit(said: Any, picture: str | None) -> None:
-    """Check length and pictures' marks of turns that may still be anything."""
+def _expect_marks(said: Any, picture: str | None) -> None:
+    """Check that turns, which may still be anything, show no more pictures than there are."""
     turns = said if isinstance(said, list) else []
     values = [turn.get("value") for turn in turns if isinstance(turn, dict)]
     texts = [value for value in values if isinstance(value, str)]
-    length = sum(map(len, texts))
-    if length > MAX_TEXT:
-        raise BadSample(f"its text has {length} characters, more than {MAX_TEXT}")
     marks = sum(text.count(PICTURE) for text in texts)
     if marks > (picture is not None):
         has = "one" if picture is not None else "none"

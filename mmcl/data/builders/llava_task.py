@@ -83,4 +83,6 @@ class LeftOut:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.file}, sample {self.position} (id {self.name[:60]!r}): {self.reason}"
+        # Ids and paths come from the file: nothing in them may steer a terminal or fill it.
+        line = f"{self.file}, sample {self.position} (id '{self.name[:60]}'): {self.reason[:300]}"
+        return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line)

@@ -6,7 +6,6 @@ or a number that a test part of `scenes`, `scenes_looks` or `scenes_words` shows
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from numpy.random import Generator
@@ -22,16 +21,10 @@ from mmcl.data.builders.scene_dialogues import (
     ask_caption,
     talk,
 )
+from mmcl.data.builders.scene_layouts import draw_corners, draw_crowd, draw_pair, draw_plate
 from mmcl.data.builders.scene_pages import PAGES
 from mmcl.data.builders.scene_tasks import PAIR_SIDES, Made
-from mmcl.data.builders.scene_things import (
-    Scene,
-    draw_corners,
-    draw_crowd,
-    draw_pair,
-    draw_plate,
-    pick,
-)
+from mmcl.data.builders.scene_things import Scene, pick
 from mmcl.data.builders.scene_words import COLOURS, CORNERS, OBJECT_NAMES, PLACES, SHAPES, TEXTURES
 from mmcl.data.builders.scenes import expect_sizes, plan_shards, start_card, write
 from mmcl.data.builders.shards import Progress
@@ -76,8 +69,8 @@ def build(
     )
     planned = []
     for name, stage, scorer, count, learned, scored in stages:
-        learn = plan_shards(f"{name}-train", count, partial(learned), seed)
-        score = plan_shards(f"{name}-test", test, partial(scored), seed)
+        learn = plan_shards(f"{name}-train", count, learned, seed)
+        score = plan_shards(f"{name}-test", test, scored, seed)
         text = f"The {name} on which a tiny LLaVA is trained before it meets `scenes`."
         card = start_card(f"scenes_{name}", "domain", text, stage)
         card |= {"scorer": scorer, "max_new_tokens": 64}

@@ -15,16 +15,11 @@ from types import MappingProxyType
 from numpy.random import Generator
 
 from mmcl.data.builders.scene_captions import corner_captions
-from mmcl.data.builders.scene_things import (
-    Scene,
-    draw_corners,
-    draw_crowd,
-    draw_pair,
-    draw_plate,
-    pick,
-)
+from mmcl.data.builders.scene_layouts import draw_corners, draw_crowd, draw_pair, draw_plate
+from mmcl.data.builders.scene_things import Scene, pick
 from mmcl.data.builders.scene_words import (
     COLOURS,
+    CORNERS,
     LETTERS,
     OBJECTS,
     PLACES,
@@ -178,23 +173,31 @@ def make_object(group: str, part: str, rng: Generator) -> Made:
 
 @dataclass(frozen=True)
 class Skill:
-    """One task of `scenes`: what makes its samples, how they are scored, how long answers get."""
+    """One task of `scenes`.
+
+    Args:
+        make: makes its samples.
+        scorer: what judges the answers.
+        max_new_tokens: of an answer, with room for answers of another task's form.
+        answers: how many different answers there are, to be given equally often; 0 for many.
+    """
 
     make: Make
     scorer: str
     max_new_tokens: int
+    answers: int = 0
 
 
 SKILLS: Mapping[str, Skill] = MappingProxyType(
     {
-        "colour": Skill(make_colour, "exact", 8),
+        "colour": Skill(make_colour, "exact", 8, len(COLOURS)),
         "pointing": Skill(make_pointing, "box", 40),
-        "counting": Skill(make_counting, "exact", 8),
+        "counting": Skill(make_counting, "exact", 8, MOST_COUNTED),
         "captioning": Skill(make_captioning, "caption", 64),
-        "shape": Skill(make_shape, "exact", 8),
+        "shape": Skill(make_shape, "exact", 8, len(LETTERS)),
         "digits": Skill(make_digits, "exact", 8),
-        "comparison": Skill(make_comparison, "exact", 8),
-        "position": Skill(make_position, "exact", 8),
+        "comparison": Skill(make_comparison, "exact", 8, 3),
+        "position": Skill(make_position, "exact", 8, len(CORNERS)),
     }
 )
 """Name of the task -> skill, in the order of the tasks: neighbours differ in their answers."""

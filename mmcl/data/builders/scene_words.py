@@ -1,7 +1,7 @@
 """Every word of the scene streams: names of what is drawn, and what questions are made of.
 
-The tokenizer of a small language model is made from `corpus_texts`; numbers and the places of boxes
-are written with the ten figures, so it should split those.
+The tokenizer of a small language model is made from `corpus_texts`. Numbers and the edges of boxes
+are written with the ten figures, one after the other, so it should take figures one by one.
 """
 
 from __future__ import annotations
@@ -44,6 +44,18 @@ OBJECTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Task of `scenes_words` -> its new names."""
 OBJECT_NAMES = tuple(name for names in OBJECTS.values() for name in names)
+SIZES = ("small", "big")
+PLATE_COLOURS = ("black", "white")  # besides those of shapes
+FIGURES = tuple("0123456789")
+SIGNS = tuple(",.?[]")
+_OTHER_WORDS = """
+    A Answer B C Can Count D Describe Did From Give How In Is Name Read Tell What Where Which
+    a above all an and are as at below big bigger bottom box caption colour corner count do does
+    draw equal equally everything figure figures find first form from has have here in is it large
+    larger last left letter long many me middle more nothing number of on or part pattern picture
+    place plate reach reaches right scene see sentence shape size somebody space take than the
+    there thing things this to top we what where which with word words written yes you
+"""
 
 
 def plural(shape: str) -> str:
@@ -64,3 +76,13 @@ def count_things(count: int, one: str, many: str) -> str:
 def join(parts: list[str]) -> str:
     """Join phrases as one speaks: "x", "x and y", "x, y and z"."""
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def corpus_texts() -> tuple[str, ...]:
+    """List every distinct word, figure and sign of the scene streams, sorted.
+
+    Case counts: questions begin with a capital letter, answers do not.
+    """
+    shapes = (*SHAPES, *(plural(shape) for shape in SHAPES), *OBJECT_NAMES)
+    named = (*COLOURS, *PLATE_COLOURS, *shapes, *TEXTURES, *SIZES, *COUNTS)
+    return tuple(sorted({*named, *_OTHER_WORDS.split(), *FIGURES, *SIGNS}))

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL
+from numpy.random import Generator
 
 from mmcl.data.builders.card import card_task, card_text
 from mmcl.data.builders.scene_drawing import draw_scene
@@ -28,7 +30,6 @@ WORD_TRAIN, WORD_TEST = 600, 160
 SHARD_SIZE = 2000
 LICENCE = "CC0-1.0 (made by this program)"
 SOURCE = "drawn by mmcl"
-CARDS = ("scenes.yaml", "scenes_looks.yaml", "scenes_words.yaml")
 RECIPE = 1  # counts up whenever the same seed would give other bytes
 _SPLIT = (
     "No composition of colour, shape, texture and place of a test part is in a train part, nor "
@@ -36,6 +37,8 @@ _SPLIT = (
 )
 
 Card = dict[str, Any]
+Draw = Callable[[Generator], Made]
+"""Makes the next sample."""
 
 
 def build(
@@ -102,8 +105,12 @@ def plan_skills(seed: int, train: int, test: int) -> tuple[Card, list[ShardPlan]
     card = start_card("scenes", "domain", f"Eight skills asked of generated scenes. {_SPLIT}")
     plans: list[ShardPlan] = []
     for name, skill in SKILLS.items():
-        learn = plan_shards(f"scenes-{name}-train", train, partial(skill.make, "train"), seed)
-        score = plan_shards(f"scenes-{name}-test", test, partial(skill.make, "test"), seed)
+        learn = plan_shards(
+            f"scenes-{name}-train", train, partial(skill.make, "train"), seed, skill.answers
+        )
+        score = plan_shards(
+            f"scenes-{name}-test", test, partial(skill.make, "test"), seed, skill.answers
+        )
         fields = {"scorer": skill.scorer, "max_new_tokens": skill.max_new_tokens}
         card["tasks"].append(card_task(name, learn, score, **fields))
         plans += [*learn, *score]
@@ -118,8 +125,8 @@ def plan_looks(seed: int, train: int, test: int) -> tuple[Card, list[ShardPlan]]
     plans: list[ShardPlan] = []
     for look in LOOKS:
         make = partial(make_look, look)
-        learn = plan_shards(f"looks-{look}-train", train, partial(make, "train"), seed)
-        score = plan_shards(f"looks-{look}-test", test, partial(make, "test"), seed)
+        learn = plan_shards(f"looks-{look}-train", train, partial(make, "train"), seed, len(SHAPES))
+        score = plan_shards(f"looks-{look}-test", test, partial(make, "test"), seed, len(SHAPES))
         card["tasks"].append(card_task(look, learn, score))
         plans += [*learn, *score]
     return card, plans
@@ -133,8 +140,8 @@ def plan_words(seed: int, train: int, test: int) -> tuple[Card, list[ShardPlan]]
     plans: list[ShardPlan] = []
     for group, names in OBJECTS.items():
         make = partial(make_object, group)
-        learn = plan_shards(f"words-{group}-train", train, partial(make, "train"), seed)
-        score = plan_shards(f"words-{group}-test", test, partial(make, "test"), seed)
+        learn = plan_shards(f"words-{group}-train", train, partial(make, "train"), seed, len(names))
+        score = plan_shards(f"words-{group}-test", test, partial(make, "test"), seed, len(names))
         card["tasks"].append(card_task(group, learn, score, classes=list(names)))
         plans += [*learn, *score]
     return card, plans
@@ -154,22 +161,51 @@ def start_card(name: str, scenario: str, description: str, stage: str = "cft") -
     }
 
 
-def plan_shards(name: str, count: int, make: partial[Made], seed: int) -> list[ShardPlan]:
-    """Plan ``count`` samples in shards of at most `SHARD_SIZE`, numbered if there are several."""
+def plan_shards(name: str, count: int, make: Draw, seed: int, answers: int = 0) -> list[ShardPlan]:
+    """Plan samples in shards of at most `SHARD_SIZE`, numbered if there are several.
+
+    Args:
+        name: of the shards, without number and extension.
+        count: samples in all.
+        make: makes them.
+        seed: of every choice.
+        answers: see `draw_evenly`.
+    """
     starts = range(0, count, SHARD_SIZE)
     plans = []
     for number, start in enumerate(starts):
         own = name if len(starts) == 1 else f"{name}-{number:03d}"
         size = min(SHARD_SIZE, count - start)
-        plans.append(ShardPlan(f"{own}.tar", size, partial(make_samples, own, size, make, seed)))
+        samples = partial(make_samples, own, size, make, seed, answers)
+        plans.append(ShardPlan(f"{own}.tar", size, samples))
     return plans
 
 
-def make_samples(name: str, count: int, make: partial[Made], seed: int) -> Iterator[Sample]:
+def draw_evenly(count: int, make: Draw, answers: int, rng: Generator) -> Iterator[Made]:
+    """Make samples in which every answer comes equally often, or one time more.
+
+    Args:
+        count: samples.
+        make: makes one.
+        answers: how many different answers there are; 0 takes the samples as they come.
+        rng: where all choices come from.
+    """
+    given: Counter[str] = Counter()
+    most = -(-count // answers) if answers else count
+    for _ in range(count):
+        made = make(rng)
+        while given[made.answers[0]] >= most:
+            made = make(rng)
+        given[made.answers[0]] += 1
+        yield made
+
+
+def make_samples(
+    name: str, count: int, make: Draw, seed: int, answers: int = 0
+) -> Iterator[Sample]:
     """Make the samples of a shard; its random numbers follow from ``seed`` and its name alone."""
     rng = np.random.default_rng([seed, *name.encode()])
-    for number in range(count):
-        made = make(rng)
+    for number, made in enumerate(draw_evenly(count, make, answers, rng)):
         png = io.BytesIO()
         draw_scene(made.scene, rng).save(png, "PNG", compress_level=4)
         yield {

@@ -32,10 +32,13 @@ def corpus_bleu(said: Sequence[Words], references: Sequence[Sequence[Words]]) ->
 def sentence_bleu(said: Words, references: Sequence[Words]) -> list[float]:
     """BLEU-1 to BLEU-4 of one answer, with one added to the counts of orders 2 to 4.
 
-    Lin and Och 2004; without it nearly every sentence has a BLEU-4 of 0.
+    Lin and Och 2004; without it nearly every sentence has a BLEU-4 of 0. Nothing is added to an
+    order that the answer is too short for, which would make it 1 of 1: there it is 0, unless the
+    references are too short for it too.
     """
     counted = _metric().sentence_score(" ".join(said), [" ".join(text) for text in references])
-    return _orders(counted, ORDERS, smoothing=1)
+    longest = max(map(len, references))
+    return _orders(counted, min(longest, ORDERS), smoothing=1) if longest else [0.0] * ORDERS
 
 
 def _metric() -> Any:
@@ -50,10 +53,10 @@ def _orders(counted: Any, known: int, smoothing: int) -> list[float]:
     values: list[float] = []
     logarithm = 0.0
     for order in range(1, known + 1):
-        added = smoothing if order > 1 else 0
-        right = counted.counts[order - 1] + added
-        if not right:
+        right, total = counted.counts[order - 1], counted.totals[order - 1]
+        added = smoothing if order > 1 and total else 0
+        if not right + added:
             return [*values, *[0.0] * (ORDERS - len(values))]
-        logarithm += math.log(right / (counted.totals[order - 1] + added))
+        logarithm += math.log((right + added) / (total + added))
         values.append(min(1.0, counted.bp * math.exp(logarithm / order)))
     return [*values, *[values[-1]] * (ORDERS - known)]

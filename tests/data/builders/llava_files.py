@@ -42,7 +42,7 @@ def asked(number, image=None, question="What is this?", answer=None, **more):
     return record if image is None else {**record, "image": image}
 
 
-def tested(number, image, question="What is this?", **more):
+def quizzed(number, image, question="What is this?", **more):
     """A record of the test layout."""
     named = {"question_id": f"q{number}", "image": image, "text": question}
     return {**named, "answer": f"thing {number}", **more}
@@ -63,6 +63,8 @@ def samples_of(prepared, column, part):
     """Give (key, picture bytes or None, content of the .json member) of every sample."""
     reader = prepared.reader(column, part)
     for number in range(len(reader)):
-        sample = reader[number]
-        pictures = [sample.members[kind] for kind in ("jpg", "png", "webp") if kind in sample.members]
+        sample = reader.read(number)
+        pictures = [
+            sample.members[kind] for kind in ("jpg", "png", "webp") if kind in sample.members
+        ]
         yield sample.key, (pictures or [None])[0], json.loads(sample.members["json"])

@@ -1,0 +1,92 @@
+"""Samples of answer tasks on the page: question, right answers, given answers."""
+
+import json
+
+import pytest
+
+from mmcl.metrics import Answer, answers_path, write_answers
+from mmcl.report import RunDirectory, write_report
+
+PEOPLE = ("red",) * 3 + ("dark red",) * 6 + ("wine",)
+ATTACK = "<script>alert(1)</script>"
+
+
+@pytest.fixture
+def asked(make_run, monkeypatch):
+    """A run whose first sample was asked something and answered in three ways."""
+    monkeypatch.setattr("mmcl.report.page._draw", lambda *_: {})
+    monkeypatch.setattr("mmcl.report.plots.heat_map", lambda *_: b"")
+    folder = make_run()
+    entries = json.loads((folder / "figures" / "samples.json").read_text())
+    entries[0] |= {"truth": "dark red", "question": "What colour\nis <the> ball?"}
+    (folder / "figures" / "samples.json").write_text(json.dumps(entries))
+    said = {0: ("", 0.0, 0.0), 1: ("red", 0.9, 0.9), 5: ("The ball is dark red", 0.0, 1.0)}
+    for row, (text, strict, lenient) in said.items():
+        answer = Answer("000", "dark red", text, strict >= 0.5, None, "", PEOPLE, lenient, strict)
+        write_answers(answers_path(folder, row, 0), [answer])
+    return folder
+
+
+def part_of(page):
+    """The first sample on a page."""
+    return page.split('<div class="sample">')[1]
+
+
+def test_a_sample_has_its_question_and_every_right_answer_once(asked):
+    sample = RunDirectory.read(asked).samples[0]
+    assert sample.question == "What colour\nis <the> ball?"
+    assert sample.right_answers == ("dark red", "red", "wine")
+    assert RunDirectory.read(asked).samples[1].right_answers == ("two",)
+
+
+def test_the_page_shows_question_right_answers_and_what_was_said(asked):
+    part = part_of(write_report(asked).read_text("utf-8"))
+    assert "What colour\nis &lt;the&gt; ball?" in part
+    assert "dark red<i> or </i>red<i> or </i>wine</div>" in part
+    zero, learned, last = part.split("<li>")[1:]
+    assert "✗" in zero
+    assert "no answer" in zero
+    assert "✓" in learned
+    assert "<i>90.0</i>" in learned
+    assert "≈" in last
+    assert "The ball is dark red" in last
+    assert "not in the form asked for" in last
+
+
+def test_many_right_answers_are_cut(asked):
+    people = tuple(f"answer {n}" for n in range(8))
+    write_answers(answers_path(asked, 5, 0), [Answer("000", "x", "x", True, references=people)])
+    part = part_of(write_report(asked).read_text("utf-8"))
+    assert "answer 4<i> and 3 more</i>" in part
+    assert "answer 5" not in part
+
+
+def test_a_sample_of_text_alone_needs_no_picture(asked):
+    entry = {"task": "zero-one", "key": "000", "truth": "red", "question": "What is 1 + 1?"}
+    (asked / "figures" / "samples.json").write_text(json.dumps([entry]))
+    page = write_report(asked).read_text("utf-8")
+    assert "What is 1 + 1?" in part_of(page)
+    assert "<img" not in page
+
+
+@pytest.mark.parametrize("change", [{"question": 7}, {"picture": None}, {"truth": None}])
+def test_an_entry_of_something_else_is_named_on_the_page(asked, change):
+    entries = json.loads((asked / "figures" / "samples.json").read_text())
+    entries[0] |= change
+    (asked / "figures" / "samples.json").write_text(json.dumps(entries))
+    assert "is no list of samples" in write_report(asked).read_text("utf-8")
+
+
+def test_questions_and_references_are_shown_and_never_run(asked):
+    entry = {"task": "zero-one", "key": "000", "truth": ATTACK, "question": ATTACK}
+    (asked / "figures" / "samples.json").write_text(json.dumps([entry]))
+    answer = Answer("000", ATTACK, ATTACK, True, references=(ATTACK, ATTACK + "2"))
+    write_answers(answers_path(asked, 5, 0), [answer])
+    assert "<script" not in write_report(asked).read_text("utf-8")
+
+
+def test_a_page_without_questions_says_nothing_of_them(make_run):
+    page = write_report(make_run()).read_text("utf-8")
+    assert "Test pictures with the right answer" in page
+    assert 'class="question"' not in page
+    assert 'class="samples asked"' not in page
