@@ -21,7 +21,7 @@ COMMANDS = {
     "evaluate": "score kept checkpoints of a run on any task",
     "score": "score kept answers again without the model, or those of a LLaVA-style repository",
     "report": "write a run's report.html again",
-    "export": "the learned model as a file that open_clip loads itself",
+    "export": "the learned model for open_clip, transformers or peft to load",
     "compare": "one table and one figure over runs and seeds",
     "data": "list and build the streams that mmcl can make",
     "strategies": "what exists, what it remembers, what it asks of the model",

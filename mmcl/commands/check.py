@@ -80,7 +80,7 @@ def _costs(found: Check, names: str) -> Table:
         "device": where,
         "a step": f"{1000 * found.step_seconds:.1f} ms",
         "the run": f"about {duration(found.seconds)}: {parts}",
-        "memory": f"{size(found.peak_memory_bytes)} at most until now",
+        "memory": _memory(found),
         "checkpoints": f"{tasks} x {size(found.task_bytes)}, and {size(found.last_bytes)} "
         "inside a task",
         "remembered": remembered,
@@ -88,6 +88,13 @@ def _costs(found: Check, names: str) -> Table:
     for title, text in rows.items():
         table.add_row(title, text)
     return table
+
+
+def _memory(found: Check) -> str:
+    now = f"{size(found.peak_memory_bytes)} at most until now"
+    if not found.test_bytes:
+        return now
+    return f"{now}; about {size(found.test_bytes)} to answer {found.test_batch} rows at once"
 
 
 def duration(seconds: float) -> str:

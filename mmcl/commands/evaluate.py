@@ -10,6 +10,7 @@ from mmcl.commands.sequence import run_folder, with_progress
 from mmcl.commands.words import CommandParser
 from mmcl.lightning.cli import ContinualCLI
 from mmcl.lightning.sequence import SequenceRun
+from mmcl.metrics.leniency import read_lenient
 from mmcl.report import matrix_table
 
 
@@ -31,8 +32,10 @@ def main(argv: Sequence[str]) -> int:
     columns = numbers(given.columns, len(run.data.stream.columns), "columns")
     matrix = run.evaluate(rows, columns)
     if run.is_first:
-        print(matrix_table(matrix, width=Console().width))
-        print(f"answers: {folder / 'evaluation'}")
+        kept = folder / "evaluation"
+        lenient = read_lenient(matrix, kept)
+        print(matrix_table(matrix, lenient=lenient, width=Console().width))
+        print(f"answers: {kept}")
     return 0
 
 

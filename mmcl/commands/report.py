@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from mmcl.commands.sequence import run_folder
 from mmcl.commands.words import CommandParser
 from mmcl.metrics import AccuracyMatrix
+from mmcl.metrics.leniency import read_lenient
 from mmcl.report import matrix_csv, matrix_latex, matrix_table, write_report
 
 
@@ -18,9 +19,10 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(argv)
     folder = run_folder(given.run)
     matrix = AccuracyMatrix.read(folder / "matrix.json")
-    draw = {"text": matrix_table, "csv": matrix_csv, "latex": matrix_latex}[given.form]
     page = write_report(folder)
-    print(draw(matrix))
     if given.form == "text":
+        print(matrix_table(matrix, lenient=read_lenient(matrix, folder)))
         print(f"report: {page}")
+    else:
+        print({"csv": matrix_csv, "latex": matrix_latex}[given.form](matrix))
     return 0

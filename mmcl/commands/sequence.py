@@ -13,6 +13,7 @@ from mmcl.lightning.cli import ContinualCLI
 from mmcl.lightning.data import ContinualData
 from mmcl.lightning.sequence import SequenceRun
 from mmcl.lightning.summary import summarize
+from mmcl.metrics.leniency import read_lenient
 from mmcl.report import matrix_table, write_report
 
 DESCRIPTION = (
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         pictures = sample_pictures(run.data, run.folder)
         summarize(run, cli.plain(), matrix, pictures)
         page = write_report(folder)
-        print(matrix_table(matrix, width=console.width))
+        print(matrix_table(matrix, lenient=read_lenient(matrix, folder), width=console.width))
         print(f"report: {page}")
     return 0
 

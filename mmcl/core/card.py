@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -61,8 +61,12 @@ class Card:
     hashes: dict[str, str] = field(default_factory=dict)
 
 
-def read_card(path: Path) -> Card:
+def read_card(path: Path, scorers: Sequence[str] = ()) -> Card:
     """Read and check a card.
+
+    Args:
+        path: of the card.
+        scorers: names that tasks may give theirs, none = any.
 
     Raises:
         FileNotFoundError: if the file is missing.
@@ -80,7 +84,7 @@ def read_card(path: Path) -> Card:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     faults: list[str] = []
-    card = _Reader(faults).card(raw)
+    card = _Reader(faults, scorers).card(raw)
     if faults:
         lines = "\n".join(f"  - {fault}" for fault in faults)
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
@@ -91,8 +95,8 @@ def read_card(path: Path) -> Card:
 class _Reader:
     """Reads the parts of a card and notes every fault instead of stopping at the first."""
 
-    def __init__(self, faults: list[str]) -> None:
-        self.faults = faults
+    def __init__(self, faults: list[str], scorers: Sequence[str] = ()) -> None:
+        self.faults, self.scorers = faults, scorers
 
     def card(self, raw: Any) -> Card:
         if not isinstance(raw, Mapping):
@@ -204,8 +208,15 @@ class _Reader:
         return value
 
     def scorer(self, raw: Mapping[str, Any], kind: str, where: str) -> str:
-        stated = self.string(raw, "scorer", where)
-        return (stated or "exact") if kind == "answer" else ""
+        stated = self.string(raw, "scorer", where) or "exact"
+        if kind != "answer":
+            return ""
+        # A name may be followed by the version of its rule, as in exact/1.
+        if self.scorers and stated.partition("/")[0] not in self.scorers:
+            near = get_close_matches(stated, self.scorers, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(self.scorers)}"
+            self.faults.append(f"{where} has the unknown scorer '{stated}': {hint}")
+        return stated
 
     def count(self, raw: Mapping[str, Any], key: str, where: str) -> int:
         value = raw.get(key, 0)

@@ -98,22 +98,30 @@ class TaskStream(Sequence[Task]):
         self.licence = licence
 
     @classmethod
-    def read(cls, card: Path, order: Sequence[int] | None = None) -> TaskStream:
+    def read(
+        cls, card: Path, order: Sequence[int] | None = None, scorers: Sequence[str] = ()
+    ) -> TaskStream:
         """Read a stream card.
 
         Args:
             card: YAML file beside its shards.
-            order: task positions in the order to learn them, default as on the card.
+            order: task positions in the order to learn them, default as on the card; a task that
+                is left out is not part of the stream.
+            scorers: names that tasks may give theirs, none = any.
 
         Raises:
             FileNotFoundError: if there is no card.
             ValueError: listing every fault of the card at once, or a bad order.
         """
-        read = read_card(card)
+        read = read_card(card, scorers)
         places = list(range(len(read.tasks))) if order is None else list(order)
-        if sorted(places) != list(range(len(read.tasks))):
+        if (
+            not places
+            or len(set(places)) < len(places)
+            or not set(places) <= set(range(len(read.tasks)))
+        ):
             raise ValueError(
-                f"order is {places}, expected each of 0 to {len(read.tasks) - 1} once: "
+                f"order is {places}, expected some of 0 to {len(read.tasks) - 1}, none twice: "
                 f"{card} has {len(read.tasks)} tasks"
             )
         tasks = _numbered(read, [read.tasks[place] for place in places])

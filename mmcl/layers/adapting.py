@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from torch import nn
 
-from mmcl.core import VLM, require
+from mmcl.core import VLM, require, trainable
 from mmcl.core.randomness import generator
 from mmcl.layers.install import installed
 from mmcl.layers.low_rank import LowRankSlots
@@ -46,13 +46,25 @@ def frozen_linears(
         ValueError: if there is no such layer.
     """
     able = require(model, "linears", "freeze", by=by)
-    able.freeze("image", "text", *(() if train_projector else ("projector",)))
+    _freeze(able, train_projector)
     found: dict[str, nn.Linear] = able.linears(layers)
     if not found:
         raise ValueError(
             f"model.linears('{layers}') is empty: choose other layers, or check the model"
         )
     return found
+
+
+def _freeze(model: Any, but_the_projector: bool) -> None:
+    """Freeze all that there is; some models have weights that belong to no tower."""
+    model.freeze("image", "text")
+    before = trainable(model)
+    model.freeze("projector")
+    projector = [p for p in before.values() if not p.requires_grad]
+    for _, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+    for parameter in projector:
+        parameter.requires_grad_(but_the_projector)
 
 
 def grow_slots(model: VLM, count: int, rank: int, seed: int) -> dict[str, LowRankSlots]:
@@ -72,4 +84,6 @@ def grow_slots(model: VLM, count: int, rank: int, seed: int) -> dict[str, LowRan
         while len(layer.slots) < count:
             layer.add_slot(rank, generator(seed, len(layer.slots), place))
         layer.freeze_slots(count - 1)
+        for number in range(count - 1):
+            layer.slot(number).zero_grad()  # the last task's gradients are not needed any more
     return layers

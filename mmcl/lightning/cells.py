@@ -21,6 +21,7 @@ from mmcl.lightning.module import ContinualModule
 from mmcl.lightning.scoring import ColumnScorer
 from mmcl.metrics import AccuracyMatrix
 from mmcl.metrics.answers import Answer, answers_path, write_answers
+from mmcl.metrics.leniency import lenient_beside, lenient_file
 
 SAMPLES_SHOWN = 4
 PICTURE_SIDE = 128
@@ -68,22 +69,23 @@ def record_cells(
         if said:
             write_answers(answers_path(folder.path, row, column), said)
     if folder.writes:
+        # The matrix comes last: a cell that stands in it is not measured again.
+        _write_lenient(matrix, folder, row, dict(zip(columns, module.scorers, strict=True)))
         matrix.write(folder.path / "matrix.json")
-        _write_lenient(data, folder, row, dict(zip(columns, module.scorers, strict=True)))
     return faults
 
 
 def _write_lenient(
-    data: ContinualData, folder: RunFolder, row: int, scorers: Mapping[int, ColumnScorer]
+    matrix: AccuracyMatrix, folder: RunFolder, row: int, scorers: Mapping[int, ColumnScorer]
 ) -> None:
     """Keep the scores that forgive the form of an answer, as a second matrix."""
     found = {column: s.lenient for column, s in scorers.items() if isinstance(s, AnswerScorer)}
     if found:
-        file = folder.path / "lenient.json"
-        matrix = AccuracyMatrix.for_stream(data.stream).with_cells_of(file)
+        file = lenient_file(folder.path)
+        lenient = lenient_beside(matrix, file)
         for column, value in found.items():
-            matrix.set(row, column, value)
-        matrix.write(file)
+            lenient.set(row, column, value)
+        lenient.write(file)
 
 
 def _expect_few(scorer: ColumnScorer, max_faults: float) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,14 +14,12 @@ from torch import Tensor
 
 from mmcl.core import Batch, Recall, Task, TaskStream
 from mmcl.data.order import steps_per_epoch
-from mmcl.lightning.cells import record_cells
 from mmcl.lightning.data import ContinualData
-from mmcl.lightning.folder import RunFolder
 from mmcl.lightning.hooks import StrategyHooks
 from mmcl.lightning.module import ContinualModule
+from mmcl.lightning.reckoning import score_rows, scoring_bytes, scoring_seconds, unlike_columns
 from mmcl.lightning.running import peak_memory
-from mmcl.lightning.sequence import OWN_SETTINGS, SCORES
-from mmcl.metrics import AccuracyMatrix
+from mmcl.lightning.sequence import OWN_SETTINGS
 
 ROWS, TIMED_ROWS, STEPS, PASS_BATCHES = 8, 64, 2, 4
 
@@ -49,6 +46,9 @@ class Check:
         remembered_bytes: of the strategy after a part of the first task.
         remembered_rows: rows of that part; 0 = the strategy took no pass.
         faults: what could not be read, one sentence each.
+        test_bytes: reckoned of generating for a whole test batch on a GPU, 0 where that is no more
+            than was tried.
+        test_batch: rows of such a batch.
     """
 
     stream: TaskStream
@@ -68,6 +68,8 @@ class Check:
     remembered_bytes: int
     remembered_rows: int
     faults: tuple[str, ...]
+    test_bytes: int = 0
+    test_batch: int = 0
 
     @property
     def seconds(self) -> float:
@@ -97,15 +99,13 @@ def check(
     stream = data.stream
     module = make_module()
     module.in_sequence = True
-    few = _score(module, make_trainer, make_data, ROWS)
-    more = _score(module, make_trainer, make_data, TIMED_ROWS, [0])
-    hooks = _Watch()
-    trainer, epochs = _train(module, make_trainer, data, hooks)
+    few = score_rows(module, make_trainer, make_data, ROWS)
+    more = score_rows(module, make_trainer, make_data, TIMED_ROWS, unlike_columns(stream))
+    trainer, epochs, hooks = _train(module, make_trainer, data)
     recall = module.strategy.recall()
     steps = tuple(_steps(module, data, task, recall, epochs) for task in stream)
     passed = sum(task.size for task in stream) / max(1, hooks.rows_passed)
     kept = size_of(module.kept_state())
-    learning = [p for p in module.parameters() if p.requires_grad] if module.learns else []
     return Check(
         stream=stream,
         scores=tuple(few.matrix.values[0]),
@@ -113,18 +113,24 @@ def check(
         step_seconds=hooks.step_seconds,
         train_seconds=hooks.step_seconds * sum(steps),
         pass_seconds=hooks.pass_seconds * passed if hooks.rows_passed else 0.0,
-        test_seconds=_test_seconds(few, more, stream),
+        test_seconds=scoring_seconds(few, more, stream),
         device=hooks.device,
         world=trainer.world_size,
         parameters=sum(p.numel() for p in module.model.parameters()),
-        learning=sum(p.numel() for p in learning),
+        learning=_learning(module),
         peak_memory_bytes=hooks.peak_memory_bytes,
         task_bytes=kept,
         last_bytes=kept + sum(size_of(optimizer.state) for optimizer in trainer.optimizers),
         remembered_bytes=module.strategy.bytes_remembered(),
         remembered_rows=hooks.rows_passed,
         faults=tuple(dict.fromkeys([*few.faults, *hooks.faults])),
+        test_bytes=scoring_bytes(few, more, stream, data.test_batch),
+        test_batch=data.test_batch,
     )
+
+
+def _learning(module: ContinualModule) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad) if module.learns else 0
 
 
 def size_of(state: Any) -> int:
@@ -134,18 +140,6 @@ def size_of(state: Any) -> int:
     if isinstance(state, Mapping):
         return sum(size_of(value) for value in state.values())
     return sum(size_of(value) for value in state) if isinstance(state, list | tuple) else 0
-
-
-class _Clock(pl.Callback):
-    """Times the scoring, without the making of the Trainer."""
-
-    seconds = 0.0
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.seconds = -time.monotonic()
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.seconds += time.monotonic()
 
 
 class _Watch(StrategyHooks):
@@ -205,48 +199,11 @@ class _FirstBatches:
         return min(PASS_BATCHES, len(self.batches))  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """Some rows of some columns: their scores, and what it took."""
-
-    matrix: AccuracyMatrix
-    seconds: float
-    rows: int
-    columns: int
-    faults: list[str]
-
-
-def _score(
-    module: ContinualModule, make_trainer: Callable[..., pl.Trainer],
-    make_data: Callable[[], ContinualData], rows: int, columns: Sequence[int] | None = None,
-) -> _Scored:  # fmt: skip
-    data = make_data()
-    data.limit = rows if data.limit is None or data.limit < 1 else min(rows, int(data.limit))
-    data.max_faults = 1.0  # one of so few is a large share; they are named in the result
-    data.setup()
-    chosen = range(len(data.stream.columns)) if columns is None else columns
-    matrix = AccuracyMatrix.for_stream(data.stream, SCORES)
-    clock = _Clock()
-    trainer = make_trainer(callbacks=[clock], logger=False, **OWN_SETTINGS)
-    nowhere = RunFolder(Path(), writes=False)
-    faults = record_cells(module, data, trainer, matrix, nowhere, 0, chosen)
-    count = sum(data.stream.column(column).test_size for column in chosen)
-    return _Scored(matrix, clock.seconds, count, len(chosen), faults)
-
-
-def _test_seconds(few: _Scored, more: _Scored, stream: TaskStream) -> float:
-    """Reckon the whole matrix: a row costs what it did among more, a cell what few took beside."""
-    row = more.seconds / more.rows
-    cell = max(0.0, (few.seconds - few.rows * row) / few.columns)
-    size = sum(task.test_size for task in stream.columns)
-    return (len(stream) + 1) * (len(stream.columns) * cell + row * size)
-
-
 def _train(
-    module: ContinualModule, make_trainer: Callable[..., pl.Trainer], data: ContinualData,
-    hooks: _Watch,
-) -> tuple[pl.Trainer, int]:  # fmt: skip
+    module: ContinualModule, make_trainer: Callable[..., pl.Trainer], data: ContinualData
+) -> tuple[pl.Trainer, int, _Watch]:
     """Take the two steps; also return how many epochs the configuration asks for."""
+    hooks = _Watch()
     data.select(0)
     trainer = make_trainer(callbacks=[hooks], logger=False, **OWN_SETTINGS)
     epochs = max(1, trainer.max_epochs or 1)
@@ -257,7 +214,7 @@ def _train(
     trainer.fit(module, datamodule=data, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    return trainer, epochs
+    return trainer, epochs, hooks
 
 
 def _steps(

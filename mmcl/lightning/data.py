@@ -13,6 +13,8 @@ from mmcl.core import Recall, Task, TaskStream
 from mmcl.data import CopiesReader, keep_copies, pass_loader, prepare, test_loader, train_loader
 from mmcl.data.builders.streams import find_stream
 from mmcl.lightning.scoring import Column
+from mmcl.lightning.suited import expect_suited
+from mmcl.metrics.scorers import SCORERS
 
 
 class ContinualData(pl.LightningDataModule):
@@ -26,7 +28,8 @@ class ContinualData(pl.LightningDataModule):
         device_batch: most rows a device takes at once; more are accumulated. None = all at once.
         test_batch: rows at once in evaluation.
         workers: processes that read and decode, 0 = none.
-        order: task positions in the order to learn them; None = as on the card.
+        order: task positions in the order to learn them, those left out are not learned; None = as
+            on the card.
         limit: 200 = at most so many samples of every part of a task, 0.02 = such a share.
         max_faults: share of a task's samples that may be unreadable before the run ends.
         allow_pipes: let a card run ``pipe:`` commands to open shards.
@@ -105,7 +108,7 @@ class ContinualData(pl.LightningDataModule):
     @cached_property
     def on_card(self) -> TaskStream:
         """The stream as the card states it, before anything is counted or limited."""
-        return TaskStream.read(self.card, self.order)
+        return TaskStream.read(self.card, self.order, tuple(SCORERS))
 
     @property
     def given_up(self) -> list[int]:
@@ -158,6 +161,7 @@ class ContinualData(pl.LightningDataModule):
     def train_dataloader(self) -> Any:
         """Return the loader of the selected task, from where it was left."""
         trainer = self._running()
+        expect_suited(self.stream, trainer.lightning_module.model)
         recall = trainer.lightning_module.strategy.recall()
         return train_loader(
             self.prepared,
@@ -191,9 +195,11 @@ class ContinualData(pl.LightningDataModule):
         """Return one loader for each matrix column asked, this rank's part of it.
 
         Raises:
-            ValueError: if there are more devices than samples.
+            ValueError: if there are more devices than samples, or the stream does not suit the
+                model.
         """
         trainer = self._running()
+        expect_suited(self.stream, trainer.lightning_module.model)
         for task in (self.stream.column(column) for column in columns):
             # Lightning skips the end of the test on a rank without batches, and the others wait.
             if task.test_size < trainer.world_size:

@@ -30,6 +30,9 @@ class StrategyHooks(pl.Callback):
         if stage == "fit":
             strategy = strategy_of(pl_module)
             begin_task(model_of(pl_module), strategy, self._next_task(trainer, strategy))
+            look = getattr(pl_module, "look_what_learns", None)
+            if callable(look):
+                look()
             learns = any(parameter.requires_grad for parameter in pl_module.parameters())
             self._is_closed = pl_module.automatic_optimization and not learns
             if self._is_closed:

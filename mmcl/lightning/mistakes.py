@@ -130,7 +130,8 @@ def find_class(path: str) -> type[Any] | str | None:
     except AttributeError:
         if module == "mmcl.strategies":
             return unknown_strategy(name)
-        names = [n for n in dir(importlib.import_module(module)) if not n.startswith("_")]
+        home = importlib.import_module(module)
+        names = getattr(home, "__all__", [n for n in dir(home) if not n.startswith("_")])
         hint = _near(name, names)
         return f"'{module}' has no '{name}': {hint}"
     return found if isinstance(found, type) else None
@@ -139,8 +140,9 @@ def find_class(path: str) -> type[Any] | str | None:
 def unknown_strategy(name: str) -> str:
     """Return the sentence for a strategy that does not exist."""
     known = discover()
-    near = get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    small = {each.casefold(): each for each in known}
+    near = get_close_matches(name.casefold(), small, n=1)
+    hint = f"did you mean {small[near[0]]}? " if near else ""
     return f"there is no strategy {name}: {hint}Known are {', '.join(known)}"
 
 

@@ -80,11 +80,17 @@ class ContinualModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one step, weighted so that ranks and parts average exactly."""
-        if self.anchor is not None:
+        if self.anchor is not None and not self.learns:
             return self.anchor * 0
         done = self.done = step(self.model, self.strategy, batch)
         weight = loss_weight(done.batch)  # replay may have joined rows
         return done.loss if weight == 1.0 else done.loss * weight
+
+    def look_what_learns(self) -> None:
+        """Note whether anything learns in the task just begun, which may have brought weights."""
+        self.learns = any(p.requires_grad for p in self.parameters() if p is not self.anchor)
+        if self.anchor is not None:
+            self.anchor.requires_grad_(not self.learns)
 
     def configure_optimizers(self) -> Optimizer:
         """Build a new optimiser over everything that learns now."""
@@ -99,7 +105,11 @@ class ContinualModule(pl.LightningModule):
             {"params": plain, "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, fused=True)
+        # Lightning refuses to clip in mixed precision if the optimiser is fused, in bf16 too.
+        trainer = self._trainer
+        clips = trainer is not None and bool(trainer.gradient_clip_val)
+        fused = not (clips and "mixed" in str(trainer.precision))
+        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, fused=fused)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Add the strategy's hooks where Lightning runs alone; the sequence brings its own."""

@@ -83,6 +83,10 @@ class TaskHooks(StrategyHooks):
             module = _ours(pl_module)
             self.parameters_before = sum(p.numel() for p in module.parameters())
             begin_task(module.model, module.strategy, self.task)
+            module.look_what_learns()
+            if not module.learns:
+                # Closed form: end_task does it all, and a fit without a step is none to Lightning.
+                trainer.fit_loop.max_epochs, trainer.limit_train_batches = 1, 1
             data = trainer.datamodule  # type: ignore[attr-defined]
             data.show_classes(module.model)
             self._uses = {hook: module.strategy.uses(hook) for hook in ("project", "observe")}

@@ -185,9 +185,8 @@ class SequenceRun:
             max_faults=self.data.max_faults,
         )
         self.data.select(index)
-        closed = {} if module.learns else {"max_epochs": 1, "limit_train_batches": 1}
         epochs = {} if task.epochs is None else {"max_epochs": task.epochs}
-        trainer = self._trainer([hooks], **{**epochs, **closed})
+        trainer = self._trainer([hooks], **epochs)
         trainer.accumulate_grad_batches = self.data.accumulation(trainer.world_size)
         last = None if state.last is None else self.folder.path / state.last
         with warnings.catch_warnings():

@@ -13,6 +13,7 @@ from mmcl.lightning.folder import RunState
 from mmcl.lightning.sequence import SequenceRun
 from mmcl.metrics import AccuracyMatrix, RunSummary
 from mmcl.metrics.figures import all_figures
+from mmcl.metrics.leniency import lenient_figures, read_lenient
 from mmcl.metrics.scorers import find_scorer
 
 _LIBRARIES = ("mmcl", "torch", "pytorch-lightning", "open_clip_torch", "transformers", "webdataset")
@@ -34,6 +35,9 @@ def summarize(
     """
     folder, stream = run.folder, run.data.stream
     state = folder.state() or RunState(0, 0, [], run.seed)
+    lenient = read_lenient(matrix, folder.path)
+    figures = all_figures(matrix)
+    figures += lenient_figures(matrix, lenient) if lenient is not None else []
     summary = RunSummary(
         name=folder.path.name,
         stream=stream.name,
@@ -41,7 +45,7 @@ def summarize(
         strategy=name_of(config["model"].get("strategy")),
         model=model_name(config["model"].get("model")),
         seed=run.seed,
-        figures=tuple(all_figures(matrix)),
+        figures=tuple(figures),
         versions={**_versions(), **_scorers(stream)},
         hashes={"card": hashlib.sha256(run.data.card.read_bytes()).hexdigest(), **stream.hashes},
         faults=tuple(state.faults),

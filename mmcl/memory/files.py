@@ -1,9 +1,11 @@
-"""RowFiles: rows of bytes that lie in files, one file a task, named by what is in them."""
+"""RowFiles: rows of bytes that lie in files, one for each filling, named by what is in them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,17 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from mmcl.core.atomic import write_atomic
+from mmcl.core.distributed import gather_texts, rank_and_world
 
-_PIECE = 1 << 22
+_NAME = re.compile(r"rows_\d{3,}_[0-9a-f]{64}\.bin")
+_PIECE_BYTES = 1 << 22
 
 
 class RowFiles(nn.Module):
     """Rows of equal length in files that are mapped, not read: a row costs memory while in use.
 
-    Files are written whole and never changed. What is remembered names them by their sha256, so a
-    file that was damaged or is another run's is refused at its first use. ``let_go`` puts a file
-    on a list, ``sweep`` removes those of the list: a file stays at least until the next state was
-    saved, if ``sweep`` is called only after that.
+    Files are written whole and never changed, by rank 0; all ranks must see the folder. They are
+    named by their sha256, so a file that was damaged or is another run's is refused at its first
+    use. ``let_go`` puts a file on a list and ``sweep`` removes those on the list; to be able to go
+    on from a saved state, sweep only after a later one was saved.
 
     **Remembers** the name and the number of rows of each file, and the length of a row.
     **Asks of the model** nothing.
@@ -32,8 +36,8 @@ class RowFiles(nn.Module):
         self.folder: Path | None = None
         self.row_bytes = 0
         self._files: dict[int, tuple[str, int]] = {}
-        self._old: list[str] = []
-        self._open: dict[str, Tensor] = {}
+        self._let_go: list[str] = []
+        self._mapped: dict[str, Tensor] = {}
 
     @property
     def groups(self) -> list[int]:
@@ -48,54 +52,53 @@ class RowFiles(nn.Module):
         """
         if self.folder is None:
             raise RuntimeError(
-                "there is no folder for remembered rows: give folder='...' to the strategy, or "
-                "call strategy.keep_in(Path('...')) before anything is loaded"
+                "place is 'disk' and there is no folder: give folder='...', or call "
+                "strategy.keep_in(Path('...')) before anything is loaded; a sequence does"
             )
         return self.folder
 
-    def write(self, group: int, write: Callable[[BinaryIO], object]) -> str:
-        """Write a file and return its name; ``name`` it on all ranks to let it be used.
+    @contextmanager
+    def spool(self) -> Iterator[Spool]:
+        """Open a file of this rank for rows of which some will stay; it is gone afterwards."""
+        path = self._spool_path(rank_and_world()[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("wb") as file:
+                yield Spool(self, file)
+        finally:
+            path.unlink(missing_ok=True)
+
+    def settle(self, group: int, slots: Tensor, device: torch.device) -> None:
+        """Write spooled rows of all ranks into the file of a group; inside ``spool``.
 
         Args:
-            group: a number for all its rows.
-            write: is given a file open for writing, and writes rows one behind the other.
+            group: of all these rows, a number that no row held has.
+            slots: (R,) int64 as ``Spool.add`` gave them, the same on every rank; row i of the file
+                is ``slots[i]``.
+            device: where ranks can talk.
         """
-        digest = hashlib.sha256()
-        folder = self.place()
-        whole = folder / f"features_{group:03d}.whole"
-
-        def fill(path: Path) -> None:
-            with path.open("wb") as file:
-                write(file)
-            _read(path, digest)
-
-        write_atomic(whole, fill)
-        name = f"features_{group:03d}_{digest.hexdigest()}.bin"
-        whole.replace(folder / name)
-        return name
-
-    def name(self, group: int, name: str, rows: int) -> None:
-        """Say which file holds the rows of a group from now on."""
+        own = []
+        if len(slots) and rank_and_world()[0] == 0:
+            own = [self._write(group, lambda: self._spooled(slots))]
+        # Also keeps the other ranks from removing their spools too early.
+        names = gather_texts(own, device)
         self.let_go(group)
-        self._files[group] = (name, rows)
-        self._old = [old for old in self._old if old != name]
+        for name in names:
+            self._files[group] = (name, len(slots))
+            self._let_go = [old for old in self._let_go if old != name]
 
     def let_go(self, group: int) -> None:
         """Put a group's file, if there is one, on the list of those that nobody needs."""
         if group in self._files:
-            self._old.append(self._files.pop(group)[0])
+            self._let_go.append(self._files.pop(group)[0])
 
-    def sweep(self, *, removes: bool = True) -> None:
-        """Remove the files of the list.
-
-        Args:
-            removes: False on ranks that leave files to another.
-        """
-        for name in self._old:
-            self._open.pop(name, None)
-            if removes:
+    def sweep(self) -> None:
+        """Remove the files on the list."""
+        for name in self._let_go:
+            self._mapped.pop(name, None)
+            if rank_and_world()[0] == 0:
                 (self.place() / name).unlink(missing_ok=True)
-        self._old = []
+        self._let_go = []
 
     def take(self, groups: Tensor, slots: Tensor) -> Tensor:
         """Return rows as bytes.
@@ -112,26 +115,63 @@ class RowFiles(nn.Module):
             ValueError: if it is not what was written.
         """
         rows = torch.empty(len(groups), self.row_bytes, dtype=torch.uint8)
-        for group in groups.unique().tolist():
+        for group in sorted(set(groups.tolist())):
             is_there = groups == group
-            rows[is_there] = self._mapped(group)[slots[is_there]]
+            rows[is_there] = self._rows_of(group)[slots[is_there]]
         return rows
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the names of the files."""
         files = [[group, name, rows] for group, (name, rows) in self._files.items()]
-        return {"files": files, "old": list(self._old), "row_bytes": self.row_bytes}
+        return {"files": files, "let_go": list(self._let_go), "row_bytes": self.row_bytes}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Take the names of a checkpoint; a file is looked at when its rows are asked for."""
-        self._files = {int(group): (str(name), int(rows)) for group, name, rows in state["files"]}
-        self._old = [str(name) for name in state["old"]]
-        self.row_bytes = int(state["row_bytes"])
-        self._open = {}
+        """Take the names of a checkpoint; a file is looked at when its rows are asked for.
 
-    def _mapped(self, group: int) -> Tensor:
+        Raises:
+            ValueError: if a name is not one of ours.
+        """
+        names = [*(name for _, name, _ in state["files"]), *state["let_go"]]
+        wrong = [name for name in names if not _NAME.fullmatch(name)]
+        if wrong:
+            raise ValueError(f"the checkpoint names {wrong[0]!r}, which is no file of rows")
+        self._files = {int(group): (name, int(rows)) for group, name, rows in state["files"]}
+        self._let_go, self._mapped = list(state["let_go"]), {}
+        self.row_bytes = int(state["row_bytes"])
+
+    def _write(self, group: int, pieces: Callable[[], Iterable[bytes]]) -> str:
+        for left in self.place().glob(".rows_*.tmp"):  # by a process that was killed
+            left.unlink()
+        digest = hashlib.sha256()
+        for piece in pieces():
+            digest.update(piece)
+        name = f"rows_{group:03d}_{digest.hexdigest()}.bin"
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:
+                file.writelines(pieces())
+
+        write_atomic(self.place() / name, write)
+        return name
+
+    def _spooled(self, slots: Tensor) -> Iterator[bytes]:
+        world = rank_and_world()[1]
+        spools = []
+        for rank in range(world):
+            path = self._spool_path(rank)
+            count = path.stat().st_size // self.row_bytes
+            spools.append(_map(path, count, self.row_bytes))
+        rows = [spools[slot % world][slot // world] for slot in slots.tolist()]
+        together = max(1, _PIECE_BYTES // self.row_bytes)
+        for start in range(0, len(rows), together):
+            yield torch.stack(rows[start : start + together]).numpy().tobytes()
+
+    def _spool_path(self, rank: int) -> Path:
+        return self.place() / f".spool_{rank}"
+
+    def _rows_of(self, group: int) -> Tensor:
         name, rows = self._files[group]
-        if name not in self._open:
+        if name not in self._mapped:
             path = self.place() / name
             if not path.is_file():
                 raise FileNotFoundError(
@@ -139,21 +179,51 @@ class RowFiles(nn.Module):
                     "run anew under another name"
                 )
             digest = hashlib.sha256()
-            _read(path, digest)
+            with path.open("rb") as file:
+                while piece := file.read(_PIECE_BYTES):
+                    digest.update(piece)
             stated = name.removesuffix(".bin").rpartition("_")[2]
-            if digest.hexdigest() != stated:
+            if digest.hexdigest() != stated or path.stat().st_size != rows * self.row_bytes:
                 raise ValueError(
                     f"remembered rows were changed: {path} has the sha256 {digest.hexdigest()}, "
                     f"expected {stated}; restore it, or begin the run anew under another name"
                 )
-            whole = torch.from_file(
-                str(path), shared=False, size=rows * self.row_bytes, dtype=torch.uint8
-            )
-            self._open[name] = whole.view(rows, self.row_bytes)
-        return self._open[name]
+            self._mapped[name] = _map(path, rows, self.row_bytes)
+        return self._mapped[name]
 
 
-def _read(path: Path, digest: Any) -> None:
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
+class Spool:
+    """Rows of one rank on their way into a file.
+
+    Args:
+        files: which they are for.
+        file: open for writing.
+    """
+
+    def __init__(self, files: RowFiles, file: BinaryIO) -> None:
+        self._files, self._file, self._count = files, file, 0
+
+    def add(self, rows: Tensor) -> Tensor:
+        """Write rows.
+
+        Args:
+            rows: (R, row_bytes) uint8.
+
+        Returns:
+            (R,) int64, a number for each row that no other rank gives away.
+        """
+        rank, world = rank_and_world()
+        self._files.row_bytes = int(rows.shape[1])
+        self._file.write(rows.cpu().contiguous().numpy().tobytes())
+        self._file.flush()
+        slots = (self._count + torch.arange(len(rows))) * world + rank
+        self._count += len(rows)
+        return slots.to(rows.device)
+
+
+def _map(path: Path, rows: int, row_bytes: int) -> Tensor:
+    if rows * row_bytes == 0:
+        return torch.empty(0, row_bytes, dtype=torch.uint8)
+    size = rows * row_bytes
+    whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    return whole.view(rows, row_bytes)

@@ -139,9 +139,9 @@ class Rows(nn.Module):
     def insert_ranked(self, columns: Mapping[str, Tensor], ranks: Tensor, group: int = 0) -> None:
         """Offer rows that come with their hashes, from another table of the same seed."""
         columns = {name: column.detach() for name, column in columns.items()}
-        expect_columns(columns, self._table, rows=len(ranks), growing=self.growing)
         if len(ranks) == 0:
             return
+        expect_columns(columns, self._table, rows=len(ranks), growing=self.growing)
         self._table = widened(self._table, columns, self.growing)
         if self.capacity_bytes and self.row_bytes > self.capacity_bytes:
             raise ValueError(

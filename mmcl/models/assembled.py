@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from mmcl.models.chat_loading import TINY_LLAVA, Loaded
+from mmcl.models.chat_saving import save_chat
 from mmcl.models.image_text import ImageTextToText, Part
 from mmcl.models.squares import Fit
 from mmcl.models.vision_towers import Tower, vision_tower
@@ -35,7 +36,9 @@ class TinyLlava(ImageTextToText):
     """A LLaVA made here: a given vision tower, a new projector and a new small language model.
 
     It is an ordinary ``LlavaForConditionalGeneration``; ``save`` writes a folder that transformers
-    and ``ImageTextToText`` load. Its language model and projector begin with random weights.
+    and ``ImageTextToText`` load. Its language model and projector begin with random weights, or
+    with those of ``start``. Attention is computed plainly: at this size and on a CPU, the fused
+    kernels of torch take half as long again in training.
 
     Args:
         tower: "tiny" (the built-in CLIP's), an open_clip architecture with a plain ViT such as
@@ -48,6 +51,8 @@ class TinyLlava(ImageTextToText):
         mlp: width of the language model's inner layers.
         tokenizer: folder with a tokenizer.json; None = that of the built-in tiny LLaVA.
         feature_layer: hidden layer of the tower that the projector sees, -2 as in LLaVA.
+        start: folder of an earlier stage, as ``save`` or ``mmcl export`` writes it, whose weights
+            it begins with; None = the tower's and random ones.
         frozen: parts that do not learn.
         guide: as in ``ImageTextToText``.
         fit: as in ``ImageTextToText``.
@@ -59,12 +64,13 @@ class TinyLlava(ImageTextToText):
         self,
         tower: str = "tiny",
         tower_weights: str | None = "built-in",
-        width: int = 160,
-        layers: int = 4,
-        heads: int = 4,
-        mlp: int = 432,
+        width: int = 192,
+        layers: int = 3,
+        heads: int = 3,
+        mlp: int = 512,
         tokenizer: str | None = None,
         feature_layer: int = -2,
+        start: str | None = None,
         frozen: Sequence[Part] = ("image",),
         guide: nn.Module | None = None,
         fit: Fit = "pad",
@@ -84,14 +90,15 @@ class TinyLlava(ImageTextToText):
                 pad_token_id=words.pad_token_id,
             )  # fmt: skip
             lm = _assembled(seen, text, words, feature_layer)
+        if start is not None:
+            _begin_with(lm, Path(start).expanduser())
         processor = _processor(seen, words)
         self._take(Loaded(lm, processor), guide, "model", fit, None, max_length)
         self.freeze(*frozen)
 
     def save(self, folder: Path) -> None:
         """Write config, weights and processor as transformers does."""
-        self.lm.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+        save_chat(self.lm, self.processor, folder)
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -117,7 +124,36 @@ def _assembled(seen: Tower, text: LlamaConfig, words: Any, feature_layer: int) -
     inner.model.vision_tower.load_state_dict(seen.tower.state_dict())
     inner.generation_config.eos_token_id = words.eos_token_id
     inner.generation_config.pad_token_id = words.pad_token_id
+    inner.set_attn_implementation("eager")
     return lm.float().eval().requires_grad_(True)
+
+
+def _begin_with(lm: Any, folder: Path) -> None:
+    """Load the weights of an earlier stage.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if its weights are of another model.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"start is {folder} and there is no config.json in it: give the folder of an earlier "
+            "stage as model.save or 'mmcl export' writes it"
+        )
+    found = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    own, given = lm.state_dict(), found.state_dict()
+    other = [name for name, tensor in own.items() if _shape(given, name) != tensor.shape]
+    if other:
+        raise ValueError(
+            f"the weights in {folder} are of another model ({other[0]} is "
+            f"{_shape(given, other[0])}, expected {tuple(own[other[0]].shape)}): give the tower, "
+            "width, layers, heads, mlp and tokenizer of the earlier stage"
+        )
+    lm.load_state_dict(given)
+
+
+def _shape(state: Mapping[str, torch.Tensor], name: str) -> torch.Size | None:
+    return state[name].shape if name in state else None
 
 
 def _processor(seen: Tower, words: Any) -> LlavaProcessor:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mmcl.core import Output, Prompts
-from mmcl.models.generation import Refine, left_padded
-
-if TYPE_CHECKING:
-    from mmcl.models.image_text import ImageTextToText
+from mmcl.models.generation import Refine, Speaker, left_padded
 
 _BYTES = 2**30
 
@@ -40,7 +37,7 @@ class _Read:
 
 
 def likelihoods(
-    model: ImageTextToText,
+    model: Speaker,
     rows: Sequence[Tensor],
     pictures: dict[str, Any],
     prompts: Prompts,
@@ -76,7 +73,7 @@ def best_of(scores: Tensor, candidates: Sequence[str]) -> list[str]:
 
 
 def _read(
-    model: ImageTextToText, rows: Sequence[Tensor], pictures: dict[str, Any], prompts: Prompts,
+    model: Speaker, rows: Sequence[Tensor], pictures: dict[str, Any], prompts: Prompts,
     refine: Refine | None,
 ) -> _Read:  # fmt: skip
     tokens, mask = left_padded(model.prompted_rows(rows, prompts), model.pad)
@@ -93,7 +90,7 @@ def _read(
 
 
 def _positions(
-    model: ImageTextToText, tokens: Tensor, mask: Tensor, pictures: dict[str, Any]
+    model: Speaker, tokens: Tensor, mask: Tensor, pictures: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """Return (B, L) or (3, B, L) positions, and (B,) the position behind each row."""
     behind = mask.sum(1)
@@ -117,7 +114,7 @@ def _groups(read: _Read, candidates: Sequence[Tensor]) -> Iterator[Sequence[Tens
 
 
 def _of_a_group(
-    model: ImageTextToText, read: _Read, cache: Any, prompts: Prompts,
+    model: Speaker, read: _Read, cache: Any, prompts: Prompts,
     candidates: Sequence[Tensor], refine: Refine | None,
 ) -> Tensor:  # fmt: skip
     """Return (B, C) for some candidates; the cache is used up."""
@@ -152,13 +149,13 @@ def _of_a_group(
 
 
 def _log_likely(
-    model: ImageTextToText, hidden: Tensor, owner: Tensor, prompts: Prompts,
+    model: Speaker, hidden: Tensor, owner: Tensor, prompts: Prompts,
     refine: Refine | None, wanted: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return (S, V) log likelihoods of next tokens, or (S,) of the wanted ones."""
-    logits = model.lm.get_output_embeddings()(hidden).float()
+    logits: Tensor = model.lm.get_output_embeddings()(hidden).float()
     if refine is not None:
         logits = refine(Output(logits, prompts=prompts, rows=owner)).logits
     if wanted is None:
-        return logits.log_softmax(-1)
-    return logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(-1)
+        return torch.log_softmax(logits, -1)
+    return torch.gather(logits, 1, wanted[:, None])[:, 0] - torch.logsumexp(logits, -1)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
 
+from mmcl.core import Dialogue, Turn
 from mmcl.models.conversation import Conversation, pieces_of, vicuna
-from mmcl.models.families import family_of
+from mmcl.models.families import FAMILIES, family_of
 from mmcl.models.loading import asking_a_hub
+from mmcl.models.precision import Precision, weight_options
 
 TINY_LLAVA = Path(__file__).parent / "tiny_llava"
-Precision = Literal["fp32", "bf16", "8bit", "4bit"]
 Style = Literal["model", "vicuna_v1"]
 
 
@@ -38,24 +44,27 @@ def load_chat(model: str, pretrained: bool, precision: Precision, seed: int) -> 
         seed: of random weights.
 
     Raises:
-        FileNotFoundError: if a local folder does not exist.
+        FileNotFoundError: if a local folder or its config.json does not exist.
+        ValueError: if precision is unknown, or the model is of another kind.
         RuntimeError: if weights cannot be had, or quantisation has no GPU.
     """
     place = _place(model)
-    options = _precision(precision)
+    options = weight_options(precision, pretrained)
     try:
-        with asking_a_hub():
+        with asking_a_hub(), _no_bars():
             processor = AutoProcessor.from_pretrained(place)
             if pretrained:
                 lm = AutoModelForImageTextToText.from_pretrained(place, **options)
             else:
                 lm = _random(place, options, seed)
     except Exception as error:  # hubs fail in as many ways as there are clients of them
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise RuntimeError(
-            f"cannot get {model} ({reason}): without a network give a local folder with "
-            "config.json, weights and processor files as transformers writes them"
-        ) from error
+        raise RuntimeError(_unavailable(model, place, error)) from error
+    missing = [n for n in ("tokenizer", "image_processor") if not hasattr(processor, n)]
+    if missing:
+        raise ValueError(
+            f"the processor of {model} is a {type(processor).__name__} without {missing[0]}: give "
+            "a model of transformers that takes pictures and answers in text"
+        )
     return Loaded(lm, processor)
 
 
@@ -64,8 +73,13 @@ def _place(model: str) -> str:
         return str(TINY_LLAVA)
     path = Path(model).expanduser()
     if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"the folder {model} has no config.json: give one that save_pretrained of a model "
+                "and of its processor has written"
+            )
         return str(path)
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+    if model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") != 1:
         raise FileNotFoundError(
             f"there is no folder {model}: give a local folder as transformers writes them, "
             "'tiny-llava', or a name on the hub such as 'llava-hf/llava-1.5-7b-hf'"
@@ -73,47 +87,45 @@ def _place(model: str) -> str:
     return model
 
 
+def _unavailable(model: str, place: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if "Unrecognized configuration class" in reason:
+        kind = re.search(r"\.(\w+)Config'", reason)
+        return (
+            f"{model} is {f'a {kind[1]}' if kind else 'another model'}, which takes no pictures "
+            f"or gives no text: use one of type {', '.join(FAMILIES)}"
+        )
+    if isinstance(error, ImportError):
+        return f"cannot load {model} ({reason}): install what is missing"
+    if Path(place).is_dir():
+        return (
+            f"cannot load {model} ({reason}): the folder must hold config.json, weights, "
+            "tokenizer.json and processor files as save_pretrained writes them"
+        )
+    return (
+        f"cannot get {model} ({reason}): check the name on the hub; without a network give a local "
+        "folder with config.json, weights and processor files as transformers writes them"
+    )
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep transformers from drawing progress bars."""
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
 def _random(place: str, options: dict[str, Any], seed: int) -> nn.Module:
-    if "quantization_config" in options:
-        raise ValueError("random weights cannot be quantised: use base_precision fp32 or bf16")
     config = AutoConfig.from_pretrained(place)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         lm: nn.Module = AutoModelForImageTextToText.from_config(config, **options)
-    return lm
-
-
-def _precision(precision: Precision) -> dict[str, Any]:
-    if precision in ("fp32", "bf16"):
-        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        return {"dtype": dtype, "attn_implementation": "sdpa"}
-    if precision not in ("8bit", "4bit"):
-        raise ValueError(
-            f"base_precision is {precision!r}, expected 'fp32', 'bf16', '8bit' or '4bit'"
-        )
-    if not torch.cuda.is_available():
-        raise RuntimeError(
-            f"base_precision is '{precision}' and this machine has no GPU that torch can use: "
-            "quantised weights are computed on a GPU; use 'bf16' or 'fp32' here"
-        )
-    return {"quantization_config": _quantised(precision), "device_map": {"": "cuda"}}
-
-
-def _quantised(precision: Precision) -> Any:
-    from transformers import BitsAndBytesConfig
-    from transformers.utils import is_bitsandbytes_available
-
-    if not is_bitsandbytes_available():
-        raise RuntimeError(
-            f"base_precision is '{precision}' and bitsandbytes is not installed: "
-            "pip install bitsandbytes"
-        )
-    if precision == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )  # fmt: skip
+    return lm.eval()
 
 
 def conversation_of(loaded: Loaded, size: int, style: Style, max_length: int) -> Conversation:
@@ -126,21 +138,53 @@ def conversation_of(loaded: Loaded, size: int, style: Style, max_length: int) ->
         max_length: tokens of a row at most.
 
     Raises:
-        ValueError: if the tokenizer is a slow one, or the template cannot be taken apart.
+        ValueError: if the tokenizer is a slow one, the template cannot be taken apart, or a picture
+            takes more than ``max_length``.
     """
     processor, tokenizer = loaded.processor, loaded.processor.tokenizer
+    if style not in ("model", "vicuna_v1"):
+        raise ValueError(f"style is {style!r}, expected 'model' or 'vicuna_v1'")
     if not tokenizer.is_fast:
         raise ValueError(
-            "the tokenizer is a slow one, which does not tell where tokens lie in a text: give a "
-            "folder with tokenizer.json"
+            f"the tokenizer is a {type(tokenizer).__name__}, a slow one, which does not tell where "
+            "tokens lie in a text: give a folder with tokenizer.json"
         )
     picture = str(processor.image_token)
-    end = str(tokenizer.eos_token)
+    ends = tokenizer.convert_ids_to_tokens(ends_of(loaded))
+    if not ends:
+        raise ValueError(
+            "neither the tokenizer nor generation_config.json names a token that ends an answer: "
+            "set eos_token in tokenizer_config.json"
+        )
     has_template = style == "model" and getattr(processor, "chat_template", None)
-    pieces = pieces_of(processor, picture, end) if has_template else vicuna(picture, end)
+    pieces = pieces_of(processor, picture, ends) if has_template else vicuna(picture, ends[0])
     expanded = _expanded(loaded, picture, size)
-    specials = tuple(tokenizer.all_special_tokens)
-    return Conversation(tokenizer, pieces, picture, expanded, specials, max_length)
+    added = tokenizer.added_tokens_decoder.values()
+    named = [str(token) for token in added if token.special]
+    specials = tuple(dict.fromkeys([*tokenizer.all_special_tokens, *named]))
+    found = Conversation(tokenizer, pieces, picture, expanded, specials, max_length)
+    _expect_room(found)
+    return found
+
+
+def ends_of(loaded: Loaded) -> list[int]:
+    """Return the tokens that end an answer, the tokenizer's own first."""
+    stated = loaded.lm.generation_config.eos_token_id
+    listed = stated if isinstance(stated, list) else [stated]
+    found = [loaded.processor.tokenizer.eos_token_id, *listed]
+    return list(dict.fromkeys(int(token) for token in found if token is not None))
+
+
+def _expect_room(conversation: Conversation) -> None:
+    """Refuse a length that leaves no room for a picture and a few words."""
+    turns = (Turn("human", "?"), Turn("assistant", "!"))
+    whole = replace(conversation, max_length=sys.maxsize)
+    needed = len(whole.encode(Dialogue(turns, ("!",)), shows=True)[0])
+    if needed > conversation.max_length:
+        raise ValueError(
+            f"max_length is {conversation.max_length} and a picture with one word takes {needed} "
+            "tokens: give more"
+        )
 
 
 def _expanded(loaded: Loaded, picture: str, size: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,14 +47,14 @@ def vicuna(picture: str, end: str) -> Pieces:
     )  # fmt: skip
 
 
-def pieces_of(processor: Any, picture: str, end: str) -> Pieces:
+def pieces_of(processor: Any, picture: str, ends: Sequence[str]) -> Pieces:
     """Find the fixed texts of a processor's chat template by rendering dialogues of known words.
 
     Args:
         processor: with ``apply_chat_template``.
         picture: text of its picture token.
-        end: text of the token that ends a generation; added to answers where the template leaves
-            it out, as otherwise a model would never learn to stop.
+        ends: texts of the tokens that end a generation. Where the template puts none behind an
+            answer, as LLaVA-1.5's, the first is added: else a model would never learn to stop.
 
     Raises:
         ValueError: if the template does more than put texts around questions and answers.
@@ -79,9 +79,9 @@ def pieces_of(processor: Any, picture: str, end: str) -> Pieces:
             "the model's chat template does more than put texts around questions and answers: "
             "give style='vicuna_v1', or a template that does no more"
         )
-    ending, found, between = gap.partition(end)
-    if not found:
-        ending, between = "", gap.lstrip()
+    found = sorted((gap.find(end), end) for end in ends if end in gap)
+    end = found[0][1] if found else ends[0]
+    ending, _, between = gap.partition(end) if found else ("", "", gap.lstrip())
     return Pieces(head, shown_head, middle, lead, ending + end, between)
 
 
@@ -155,6 +155,12 @@ class Conversation:
         tokens, labels = replace(self, max_length=1 << 30).encode(Dialogue(turns, (text,)), False)
         return tokens[labels != UNSCORED]
 
+    @property
+    def first_token(self) -> int:
+        """The token that every row begins with."""
+        turns = (Turn("human", "?"), Turn("assistant", "!"))
+        return int(self.encode(Dialogue(turns, ("!",)), False)[0][0])
+
     def _parts(self, dialogue: Dialogue, shows: bool) -> Iterator[tuple[str, bool]]:
         """Give texts in order, and whether each is scored."""
         pieces = self.pieces
@@ -173,10 +179,10 @@ class Conversation:
 
         A text of a dataset must not be able to end an answer or to show a picture.
         """
-        text = text.replace(PICTURE, "")
-        for token in self.specials:
-            if token in text:
-                text = text.replace(token, "")
+        marks = (PICTURE, *self.specials)
+        while found := [mark for mark in marks if mark in text]:
+            for mark in found:  # what is left around one may make another
+                text = text.replace(mark, "")
         return text.strip()
 
     def _begins(self, text: str) -> bool:

@@ -9,6 +9,17 @@ from typing import Any
 from torch import Tensor
 
 
+class Gates(dict[str, Tensor]):
+    """The gates of the pass that runs now; a copied model starts without any.
+
+    In training gates may belong to a graph, and such tensors cannot be copied.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gates:
+        """Return empty gates, which the copied layers share."""
+        return Gates()
+
+
 class KeptGates:
     """A ``context_fn`` of ``torch.utils.checkpoint``: layers run twice read the same gates twice.
 
@@ -36,3 +47,11 @@ class KeptGates:
         finally:
             self.gates.clear()
             self.gates.update(later)
+
+
+def compute_twice(lm: Any, gates: MutableMapping[str, Tensor]) -> None:
+    """Let a model of transformers compute its layers twice, to save memory."""
+    # transformers 5 gave this a new name and warns of the old one.
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next(getattr(lm, name) for name in names if hasattr(lm, name))
+    enable({"use_reentrant": False, "context_fn": KeptGates(gates)})

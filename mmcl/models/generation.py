@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from mmcl.core import NO_PROMPTS, UNSCORED, Batch, Output, Prompts
+from mmcl.models.pixels import Pixels
 
 Refine = Callable[[Output], Output]
+
+
+class Speaker(Protocol):
+    """What answering asks of an ``ImageTextToText``; see there."""
+
+    lm: Any
+    processor: Any
+    pixels: Pixels
+    gates: dict[str, Tensor]
+    pad: int
+    ends: list[int]
+
+    def prompted_rows(self, rows: Sequence[Tensor], prompts: Prompts) -> list[Tensor]:
+        """Return token rows with room for the prompts."""
+        ...
+
+    def entering(
+        self, prompts: Prompts, tokens: Tensor, mask: Tensor | None
+    ) -> AbstractContextManager[None]:
+        """Let prompts and gates enter the forward passes of a context."""
+        ...
 
 
 class Refined(LogitsProcessor):  # type: ignore[misc]  # not typed
@@ -25,6 +48,19 @@ class Refined(LogitsProcessor):  # type: ignore[misc]  # not typed
         """Return (B, V) scores."""
         rows = torch.arange(len(scores), device=scores.device)
         return self.refine(Output(scores, prompts=self.prompts, rows=rows)).logits
+
+
+@contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """Let nothing be dropped inside the context, also where a model is training."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def prompt_lengths(batch: Batch) -> Tensor:
@@ -57,26 +93,38 @@ def left_padded(rows: Sequence[Tensor], pad: int) -> tuple[Tensor, Tensor]:
     return tokens, places >= (tokens.shape[1] - lengths)[:, None]
 
 
-def greedy(
-    lm: Any, inputs: dict[str, Any], *, pad: int, ends: Sequence[int], max_new_tokens: int,
-    refined: Refined | None = None,
-) -> Tensor:  # fmt: skip
-    """Return (B, up to max_new_tokens) new tokens, the likeliest at each step, with a cache.
+def generated(
+    model: Speaker,
+    rows: Sequence[Tensor],
+    pictures: dict[str, Any],
+    prompts: Prompts,
+    max_new_tokens: int,
+    refine: Refine | None = None,
+) -> list[str]:
+    """Return B answers, the likeliest word at each step, without end tokens.
 
     Args:
-        lm: of transformers.
-        inputs: of its ``generate``, tokens padded on the left.
-        pad: token behind the end of shorter answers.
-        ends: tokens that end an answer.
+        model: an ``ImageTextToText``.
+        rows: B questions, (L_b,) tokens each.
+        pictures: of the rows.
+        prompts: of the rows.
         max_new_tokens: of an answer at most.
-        refined: changes the scores of every next token, or None.
+        refine: changes the (B, V) scores of every next token, or None.
     """
     # What is not stated here would come from the model's own settings: Qwen's punish repetition.
     settings = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=pad,
-        eos_token_id=list(ends), use_cache=True, repetition_penalty=1.0, no_repeat_ngram_size=0,
-        temperature=1.0, top_p=1.0, top_k=50, return_dict_in_generate=False,
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=model.pad,
+        eos_token_id=list(model.ends), use_cache=True, repetition_penalty=1.0,
+        no_repeat_ngram_size=0, temperature=1.0, top_p=1.0, top_k=50,
+        return_dict_in_generate=False,
     )  # fmt: skip
-    changes = LogitsProcessorList([] if refined is None else [refined])
-    said = lm.generate(**inputs, generation_config=settings, logits_processor=changes)
-    return said[:, inputs["input_ids"].shape[1] :]  # type: ignore[no-any-return]
+    tokens, mask = left_padded(model.prompted_rows(rows, prompts), model.pad)
+    changes = LogitsProcessorList([] if refine is None else [Refined(refine, prompts)])
+    with model.entering(prompts, tokens, mask):
+        said = model.lm.generate(
+            input_ids=tokens, attention_mask=mask.long(), **pictures,
+            **model.pixels.marks(tokens), generation_config=settings, logits_processor=changes,
+        )  # fmt: skip
+    new = said[:, tokens.shape[1] :]
+    texts: list[str] = model.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [text.strip() for text in texts]

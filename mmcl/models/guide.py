@@ -37,10 +37,10 @@ def guided(guide: Any, batch: Batch, modality: Modality) -> Tensor:
         return torch.zeros(len(batch), int(guide.embed_width), device=device)
     images = _sized(batch.images, guide.size)
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    return per_row(guide.embed(Batch(images, labels, labels), "image"), batch)
+    return one_a_row(guide.embed(Batch(images, labels, labels), "image"), batch)
 
 
-def per_row(pictures: Tensor, batch: Batch) -> Tensor:
+def one_a_row(pictures: Tensor, batch: Batch) -> Tensor:
     """Return (B, E) unit vectors of rows, of (M, E) vectors of their pictures.
 
     A row without a picture has the zero vector, a row with several the mean of theirs.

@@ -5,26 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mmcl.core import NO_PROMPTS, UNSCORED, Batch, Modality, Output, Prompts, Transform
-from mmcl.models.candidates import likelihoods
-from mmcl.models.chat_loading import Loaded, Precision, Style, conversation_of, load_chat
+from mmcl.models.candidates import best_of, likelihoods
+from mmcl.models.chat_loading import Loaded, Style, conversation_of, ends_of, load_chat
 from mmcl.models.entrance import Entrance
 from mmcl.models.families import family_of
-from mmcl.models.fingerprint import fingerprint_of
-from mmcl.models.generation import Refine, best_of, greedy, left_padded, prompt_lengths
+from mmcl.models.fingerprint import Fingerprint, frozen_own
+from mmcl.models.gates import Gates, compute_twice
+from mmcl.models.generation import Refine, generated, prompt_lengths, still
 from mmcl.models.guide import guided, one_a_row
+from mmcl.models.parts import Kind, linears_of, parameters_of, touching
+from mmcl.models.parts import Part as Part
 from mmcl.models.pixels import Pixels
+from mmcl.models.precision import Precision
 from mmcl.models.squares import Fit, SquareTransform
-
-Part = Literal["image", "text", "projector"]
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 class ImageTextToText(nn.Module):
@@ -38,7 +38,8 @@ class ImageTextToText(nn.Module):
             on the hub such as "llava-hf/llava-1.5-7b-hf".
         pretrained: False takes the configuration and random weights from ``seed``.
         base_precision: of the weights: "fp32", "bf16", or "8bit" and "4bit" (a GPU and
-            bitsandbytes; only adapters can learn on these).
+            bitsandbytes): then the language model is quantised, which only adapters can learn on,
+            and the rest is bf16.
         frozen: parts that do not learn, of "image" (vision tower), "projector" and "text"
             (language model).
         guide: a CLIP such as ``OpenCLIP`` whose embeddings route and compare; None = pooled
@@ -70,7 +71,7 @@ class ImageTextToText(nn.Module):
         self._take(loaded, guide, style, fit, size, max_length)
         self.freeze(*frozen)
         if gradient_checkpointing:
-            self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+            compute_twice(self.lm, self.gates)
 
     def _take(
         self, loaded: Loaded, guide: nn.Module | None, style: Style, fit: Fit, size: int | None,
@@ -81,16 +82,22 @@ class ImageTextToText(nn.Module):
         self.fit: Fit = fit
         self.pixels = Pixels(self.lm, self.processor, self.family, size)
         self.conversation = conversation_of(loaded, self.pixels.size, style, max_length)
+        self.ends = ends_of(loaded)
         tokenizer = self.processor.tokenizer
-        pad, begin = tokenizer.pad_token_id, tokenizer.bos_token_id
-        self.entrance = Entrance(begin, tokenizer.eos_token_id if pad is None else pad)
+        pad = tokenizer.pad_token_id
+        self.pad = self.ends[0] if pad is None else int(pad)
+        begins = self.conversation.first_token == tokenizer.bos_token_id
+        self.entrance = Entrance(int(begins), self.pad)
         self.widths: Mapping[Modality, int] = {"text": self._words().embedding_dim}
-        self.gates: dict[str, Tensor] = {}
+        self.gates: dict[str, Tensor] = Gates()
         self.guide = guide
         if guide is not None:
             guide.requires_grad_(False)
         self._candidates: dict[str, Tensor] = {}
-        self._mark: tuple[tuple[str, ...], str] = ((), "")
+        self._own = frozenset(name for name, _ in self.named_parameters())
+        self._fingerprint = Fingerprint()
+        # Walking through a tower takes as long as a layer of a small model.
+        self._looking = (list(self.tower("image")), list(self.tower("projector")))
 
     def forward(self, batch: Batch, prompts: Prompts = NO_PROMPTS) -> Output:
         """Score the words of the answers.
@@ -104,12 +111,20 @@ class ImageTextToText(nn.Module):
                 f"labels are {tuple(labels.shape)}, expected (B, L): a model that answers learns "
                 "from tasks of kind 'answer'"
             )
+        pictures = self.pixels.inputs(self.lm, batch)
+        room = self.entrance.room(prompts)
+        given = self.entrance.with_room(tokens, room)
         # Right padding under causal attention changes no real position, so there is no mask.
-        hidden, shift = self._hidden(tokens, self.pixels.inputs(self.lm, batch), prompts)
+        with self.entering(prompts, given, None):
+            out = self.lm.model(
+                input_ids=given, use_cache=False, **pictures, **self.pixels.marks(given)
+            )
         rows, places = torch.nonzero(labels[:, 1:] != UNSCORED, as_tuple=True)
-        begin = self.entrance.begins(tokens[:1])
-        moved = torch.where(places >= begin, places + shift, places)
-        logits = self.lm.get_output_embeddings()(hidden[rows, moved])
+        moved = places + room * (places >= self.entrance.begins) if room else places
+        hidden = out.last_hidden_state.flatten(0, 1)
+        scored = hidden.index_select(0, rows * given.shape[1] + moved)
+        logits = self.lm.get_output_embeddings()(scored)
+        logits = touching(logits, *(self._looking[:1] if pictures else self._looking))
         return Output(logits, None, None, prompts, rows, labels[rows, places + 1])
 
     def loss(self, output: Output, batch: Batch) -> Tensor:
@@ -140,29 +155,24 @@ class ImageTextToText(nn.Module):
         """
         rows = self._questions(batch)
         pictures = self.pixels.inputs(self.lm, batch)
-        if candidates:
-            known = [self._candidate(text).to(rows[0].device) for text in candidates]
-            return best_of(likelihoods(self, rows, pictures, prompts, known, refine), candidates)
-        tokens, mask = left_padded(self.prompted_rows(rows, prompts), self.pad)
-        inputs = {"input_ids": tokens, "attention_mask": mask.long(), **pictures}
-        with self.entering(prompts, tokens, mask):
-            said = greedy(
-                self.lm, {**inputs, **self.pixels.marks(tokens)}, pad=self.pad, ends=self.ends,
-                max_new_tokens=max_new_tokens, refine=refine,
-            )  # fmt: skip
-        texts = self.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        with still(self):
+            if not candidates:
+                return generated(self, rows, pictures, prompts, max_new_tokens, refine)
+            known = [self._candidate(text).to(batch.labels.device) for text in candidates]
+            scores = likelihoods(self, rows, pictures, prompts, known, refine)
+        return best_of(scores, candidates)
 
     @torch.no_grad()
     def embed(self, batch: Batch, modality: Modality) -> Tensor:
         """Return (B, E) unit embeddings of pictures or questions, without prompts.
 
-        Of the guide where there is one; else the mean of the tower's features or of the words.
+        Of the guide where there is one; else the mean of the tower's features or of the words. A
+        row without a picture has the zero vector.
         """
         if self.guide is not None:
             return guided(self.guide, batch, modality)
         if modality == "image":
-            return one_a_row(self.encode(batch).float().mean(1), batch)
+            return self._seen(batch)
         rows = self._questions(batch)
         means = [self._words()(row[row != self.pixels.token]).float().mean(0) for row in rows]
         return functional.normalize(torch.stack(means), dim=-1)
@@ -170,32 +180,36 @@ class ImageTextToText(nn.Module):
     @cached_property
     def embed_width(self) -> int:
         """E, the width of embedded pictures."""
-        blank = self.pixels.mean.new_zeros(1, 3, self.pixels.size, self.pixels.size).byte()
-        label = torch.zeros(1, dtype=torch.int64, device=blank.device)
-        return int(self.embed(Batch(blank, label, label), "image").shape[1])
+        if self.guide is not None:
+            return int(self.guide.embed_width)  # type: ignore[arg-type]
+        return int(self.pixels.blank(self.lm).shape[-1])
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Tensor:
-        """Return (B, N, D), what enters the projector, or the features that stand in."""
-        return self.pixels.features(self.lm, batch) if batch.features is None else batch.features
+        """Return (B, N, D), what enters the projector, or the features that stand in.
 
-    def linears(self, which: Literal["all", "attention", "mlp"] = "all") -> dict[str, nn.Linear]:
+        Raises:
+            ValueError: if features cannot stand in for pictures in this kind of model, or some row
+                has not exactly one picture.
+        """
+        if batch.features is not None:
+            return batch.features
+        self.pixels.expect_replay(self.lm.config.model_type)
+        pictures = 0 if batch.images is None else len(batch.images)
+        if pictures != len(batch):
+            raise ValueError(
+                f"{len(batch)} rows have {pictures} pictures: features stand in for one picture a "
+                "row; encode the rows that have one, or use raw replay (ExperienceReplay)"
+            )
+        return self.pixels.features(self.lm, batch)
+
+    def linears(self, which: Kind = "all") -> dict[str, nn.Linear]:
         """Return the language model's linear layers by their name in this module, no head.
 
         Args:
             which: "all", those of "attention" (q, k, v, o) or of the "mlp" (gate, up, down).
         """
-        wanted = {"all": None, "attention": _ATTENTION, "mlp": _MLP}
-        if which not in wanted:
-            raise ValueError(f"layers is {which!r}, expected 'all', 'attention' or 'mlp'")
-        ends = wanted[which]
-        prefix = f"lm.model.{self.family.language}."
-        return {
-            name: module
-            for name, module in self.named_modules()
-            if isinstance(module, nn.Linear) and name.startswith(prefix)
-            if ends is None or name.rpartition(".")[2] in ends
-        }
+        return linears_of(self, f"lm.model.{self.family.language}.", which)
 
     def freeze(self, *parts: Part) -> None:
         """Stop whole parts from learning: "image", "projector" or "text"."""
@@ -204,17 +218,8 @@ class ImageTextToText(nn.Module):
                 parameter.requires_grad_(False)
 
     def tower(self, part: Part) -> Iterable[nn.Parameter]:
-        """Iterate over the parameters of one part; a projector inside a tower is not the tower."""
-        inner = self.lm.model
-        projector = list(inner.get_submodule(self.family.projector).parameters())
-        if part == "projector":
-            return projector
-        own = {id(parameter) for parameter in projector}
-        if part == "image":
-            found = inner.get_submodule(self.family.tower).parameters()
-            return [parameter for parameter in found if id(parameter) not in own]
-        language = list(inner.get_submodule(self.family.language).parameters())
-        return [*language, *self.lm.get_output_embeddings().parameters()]
+        """Return the parameters of one part; "projector" is all between picture and language."""
+        return parameters_of(self.lm, self.family, part)
 
     def is_frozen(self, part: Part) -> bool:
         """Tell whether nothing in a part learns."""
@@ -222,30 +227,13 @@ class ImageTextToText(nn.Module):
 
     def fingerprint(self) -> str:
         """Return the sha256 of frozen weights, their types, sizes and the preprocessing."""
-        frozen = {n: p for n, p in self.named_parameters() if not p.requires_grad}
-        key = (f"{self.pixels.size} {self.fit}", *frozen)
-        if self._mark[0] != key:
-            self._mark = (key, fingerprint_of(key[0], frozen.items()))
-        return self._mark[1]
+        frozen = frozen_own(self, self._own)
+        return self._fingerprint.of(f"{self.pixels.facts} {self.fit}", frozen.items())
 
     def transform(self, train: bool) -> Transform:
         """Return what this model does to a sample; the same in training and at test."""
-        mean = tuple(int(value) for value in self.pixels.mean.flatten().tolist())
-        fill = (mean[0], mean[1], mean[2])
-        return SquareTransform(self.conversation, self.pixels.size, self.fit, fill)
-
-    @property
-    def pad(self) -> int:
-        """Token that stands where there is none."""
-        return self.entrance.pad
-
-    @property
-    def ends(self) -> list[int]:
-        """Tokens that end an answer."""
-        stated = self.lm.generation_config.eos_token_id
-        listed = stated if isinstance(stated, list) else [stated]
-        found = [*listed, self.processor.tokenizer.eos_token_id]
-        return sorted({int(token) for token in found if token is not None})
+        red, green, blue = (int(value) for value in self.pixels.mean)
+        return SquareTransform(self.conversation, self.pixels.size, self.fit, (red, green, blue))
 
     def prompted_rows(self, rows: Sequence[Tensor], prompts: Prompts) -> list[Tensor]:
         """Return token rows with room for the prompts, behind a begin token."""
@@ -257,7 +245,7 @@ class ImageTextToText(nn.Module):
         """Let prompts and gates enter the forward passes of this context.
 
         Prompts take the place of the embeddings of the room that was left for them; installed
-        layers read the gates, which stay until the next pass for layers that are computed twice.
+        layers read the gates, which stay until the next pass.
 
         Args:
             prompts: of the rows.
@@ -269,21 +257,20 @@ class ImageTextToText(nn.Module):
         with self.entrance.open(self._words(), prompts, tokens, mask):
             yield
 
-    def _hidden(
-        self, tokens: Tensor, pictures: dict[str, Any], prompts: Prompts
-    ) -> tuple[Tensor, int]:
-        """Return (B, P + L, D) last hidden states and P, the prompt tokens in front."""
-        room = self.entrance.room(prompts)
-        tokens = self.entrance.with_room(tokens, room)
-        with self.entering(prompts, tokens, None):
-            out = self.lm.model(
-                input_ids=tokens, use_cache=False, **pictures, **self.pixels.marks(tokens)
-            )
-        return out.last_hidden_state, room
+    def _seen(self, batch: Batch) -> Tensor:
+        """Return (B, D) unit means of what enters the projector, zero for rows without picture."""
+        if batch.features is not None:
+            return functional.normalize(batch.features.float().mean(1), dim=-1)
+        if batch.images is None or not len(batch.images):
+            return torch.zeros(len(batch), self.embed_width, device=batch.labels.device)
+        return one_a_row(self.pixels.features(self.lm, batch).float().mean(1), batch)
 
     def _tokens(self, batch: Batch) -> Tensor:
         if batch.tokens is None or batch.mask is None:
-            raise ValueError("rows have no tokens: a model that answers takes tasks of 'answer'")
+            raise ValueError(
+                "rows have no tokens: a model that answers takes tasks of kind 'answer'; use "
+                "OpenCLIP for classes and captions"
+            )
         return batch.tokens.masked_fill(~batch.mask, self.pad)
 
     def _questions(self, batch: Batch) -> list[Tensor]:

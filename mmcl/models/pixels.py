@@ -61,7 +61,12 @@ class Pixels:
     def inputs(self, lm: Any, batch: Batch) -> dict[str, Any]:
         """Return the arguments of a forward pass that bring pictures or features."""
         if batch.features is not None:
-            return {"mm_encoder_outputs": {"image": self._projected(lm, batch.features)}}
+            features = batch.features
+            if batch.tokens is not None:  # a row of text alone has features of zeros
+                features = features[(batch.tokens == self.token).any(1)]
+            if not len(features):
+                return {}
+            return {"mm_encoder_outputs": {"image": self._projected(lm, features)}}
         images = batch.images
         if images is None or not len(images):
             return {}
@@ -91,6 +96,14 @@ class Pixels:
         finally:
             hook.remove()
         return seen[0].reshape(len(batch.images), -1, seen[0].shape[-1])
+
+    def blank(self, lm: Any) -> Tensor:
+        """Return (1, N, D), what enters the projector for a black picture."""
+        device = next(lm.parameters()).device
+        images = torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=device)
+        label = torch.zeros(1, dtype=torch.int64, device=device)
+        with torch.no_grad():
+            return self.features(lm, Batch(images, label, label))
 
     def expect_replay(self, kind: str) -> None:
         """Refuse stored features where they cannot enter.

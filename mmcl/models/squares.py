@@ -34,6 +34,11 @@ class SquareTransform:
     fit: Fit = "pad"
     fill: tuple[int, int, int] = (122, 116, 104)
 
+    def __post_init__(self) -> None:
+        """Check the fit."""
+        if self.fit not in ("pad", "crop", "stretch"):
+            raise ValueError(f"fit is {self.fit!r}, expected 'pad', 'crop' or 'stretch'")
+
     def __call__(self, pixels: Tensor | None, text: str | Dialogue | None, seed: int) -> Row:
         """Return the row; see ``mmcl.core.Transform``."""
         if not isinstance(text, Dialogue):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from mmcl.models.loading import load_clip, picture_settings
+from mmcl.models.timm_towers import timm_tower
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,12 @@ def vision_tower(name: str, weights: str | None, seed: int) -> Tower:
 
     Raises:
         ValueError: if the architecture is no plain ViT.
+        RuntimeError: if weights cannot be had.
     """
+    if name.startswith("timm:"):
+        tower, config, facts = timm_tower(name.removeprefix("timm:"), weights, seed)
+        colours = list(facts["mean"]), list(facts["std"])
+        return Tower(tower, config, config.image_size, config.patch_size, *colours)
     clip: Any
     clip, _ = load_clip(name, weights, seed)
     size, mean, std = picture_settings(clip)
@@ -59,10 +65,20 @@ def vision_tower(name: str, weights: str | None, seed: int) -> Tower:
             "a ViT architecture of open_clip, or 'timm:<name>'"
         )
     config = _config(visual, size)
-    tower = CLIPVisionModel(config)
-    tower.load_state_dict(_renamed(visual.state_dict()))
-    patch = int(visual.conv1.kernel_size[0])
-    return Tower(tower, config, size, patch, mean.tolist(), std.tolist())
+    tower = CLIPVisionModel(config).eval()
+    state = _renamed(name, visual.state_dict())
+    missing = sorted(tower.state_dict().keys() - state.keys())
+    if missing:
+        raise _unlike(name, f"has no '{missing[0]}'")
+    tower.load_state_dict(state)
+    return Tower(tower, config, size, config.patch_size, mean.tolist(), std.tolist())
+
+
+def _unlike(name: str, how: str) -> ValueError:
+    return ValueError(
+        f"the vision tower of '{name}' {how}, unlike CLIP's: use a plain ViT of open_clip such as "
+        "'ViT-B-16', or 'timm:<name>'"
+    )
 
 
 def _config(visual: Any, size: int) -> CLIPVisionConfig:
@@ -93,12 +109,14 @@ _IN_A_BLOCK = {
 }  # fmt: skip
 
 
-def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(tower: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return open_clip's weights under transformers' names; what follows pooling is left out."""
     found: dict[str, Tensor] = {}
     for name, value in state.items():
         if name.startswith("transformer.resblocks."):
             number, _, inner = name.removeprefix("transformer.resblocks.").partition(".")
+            if inner.rpartition(".")[0] not in {"attn", *_IN_A_BLOCK}:
+                raise _unlike(tower, f"has '{inner}' in its layers")
             found.update(_of_a_block(f"encoder.layers.{number}", inner, value))
             continue
         stem, _, kind = name.rpartition(".")

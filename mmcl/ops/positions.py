@@ -76,7 +76,7 @@ def mean_size_at(A: Tensor, B: Tensor, packed: Tensor) -> Tensor:
     Returns:
         A scalar with gradient to A and B; that of an entry that is zero is zero.
     """
-    value: Tensor = _MeanSize.apply(A, B, packed)  # type: ignore[no-untyped-call]
+    value: Tensor = _MeanSize.apply(A, B, packed)
     return value
 
 
@@ -92,7 +92,7 @@ class _MeanSize(torch.autograd.Function):
             count = torch.zeros((), dtype=torch.int64, device=A.device)
             slope_A, slopes_B = torch.zeros_like(down), []
             rows = max(1, _BLOCK // A.shape[1])
-            for part, bits in zip(up.split(rows), packed.split(rows), strict=True):
+            for part, bits in zip(torch.split(up, rows), torch.split(packed, rows), strict=True):
                 marks = unpack_bits(bits, A.shape[1])
                 product = (part @ down) * marks
                 total += product.abs().sum()

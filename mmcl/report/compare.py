@@ -16,6 +16,7 @@ from rich.text import Text
 
 from mmcl.core.atomic import write_atomic
 from mmcl.metrics.figures import MAIN, average_accuracy
+from mmcl.metrics.leniency import LENIENT_MAIN
 from mmcl.metrics.matrix import AccuracyMatrix
 from mmcl.metrics.summary import RunSummary
 from mmcl.report.html import render_template
@@ -67,7 +68,7 @@ class Group:
     Args:
         label: strategy and the runs' name without the seed.
         seeds: of the runs, ascending.
-        spreads: one per main figure.
+        spreads: one per figure that is compared.
         curve: per row from 1, average accuracy of each seed; rows that a seed lacks are empty.
     """
 
@@ -95,26 +96,32 @@ class Comparison:
     rows: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the figures: the main ones, and the lenient average where answers have one."""
+        return tuple(spread.name for spread in self.groups[0].spreads)
+
     def text(self, width: int = 100, *, is_coloured: bool = False) -> str:
-        """Draw the table for a terminal of at least 100 characters."""
+        """Draw the table for a terminal of at least 100 characters, 112 with a lenient average."""
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
         table.add_column(
             f"{clean(self.stream)} ({self.scenario})", overflow="fold", vertical="bottom"
         )
         table.add_column("seeds", justify="right")
-        for name in MAIN:
+        for name in self.names:
             head = f"{name}, {unit(name)}".replace(" ", "\n")
             table.add_column(head, justify="right", no_wrap=True, vertical="bottom")
         for group in self.groups:
             words = [Text(spread.words) for spread in group.spreads]
             table.add_row(Text(clean(group.label)), str(len(group.seeds)), *words)
-        return "\n".join([render(table, max(width, 100), is_coloured), *map(clean, self.notes)])
+        least = 100 + 12 * (len(self.names) - len(MAIN))
+        return "\n".join([render(table, max(width, least), is_coloured), *map(clean, self.notes)])
 
     def csv(self) -> str:
         """Write mean, deviation and number of seeds of every figure, all digits, as CSV."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        heads = [f"{name} {what}" for name in MAIN for what in ("mean", "deviation")]
+        heads = [f"{name} {what}" for name in self.names for what in ("mean", "deviation")]
         writer.writerow(["run", "seeds", *heads])
         for group in self.groups:
             numbers = [n for spread in group.spreads for n in (spread.mean, spread.deviation)]
@@ -124,8 +131,8 @@ class Comparison:
 
     def latex(self) -> str:
         """Write the table as a LaTeX ``tabular`` (needs booktabs)."""
-        lines = [rf"\begin{{tabular}}{{l{'r' * len(MAIN)}}}", r"\toprule"]
-        lines += [f"Run & {' & '.join(MAIN)} \\\\", r"\midrule"]
+        lines = [rf"\begin{{tabular}}{{l{'r' * len(self.names)}}}", r"\toprule"]
+        lines += [f"Run & {' & '.join(self.names)} \\\\", r"\midrule"]
         for group in self.groups:
             cells = [
                 "--" if spread.mean is None else f"${spread.words.replace('±', chr(92) + 'pm')}$"
@@ -139,7 +146,7 @@ class Comparison:
         curves = [(group.label, group.curve) for group in self.groups]
         bars = {
             name: [group.spreads[place].values for group in self.groups]
-            for place, name in enumerate(MAIN)
+            for place, name in enumerate(self.names)
         }
         return spread_figure(curves, bars, self.rows)
 
@@ -151,7 +158,7 @@ class Comparison:
         """
         picture = self.figure()
         source = f"data:image/png;base64,{base64.b64encode(picture).decode('ascii')}"
-        values = {"comparison": self, "names": MAIN, "source": source}
+        values = {"comparison": self, "names": self.names, "source": source}
         write_atomic(folder / "comparison.png", picture)
         write_atomic(folder / "comparison.csv", self.csv().encode("utf-8", "replace"))
         write_atomic(folder / "comparison.tex", self.latex().encode("utf-8", "replace"))
@@ -192,8 +199,11 @@ def compare(runs: Sequence[Path]) -> Comparison:
         key = (run.summary.strategy, run.summary.model, _stem(run.summary))
         together.setdefault(key, []).append(run)
     labels = _labels(list(together))
+    has_forms = any(run.summary.figure(LENIENT_MAIN) for run in finished)
+    names = (*MAIN, LENIENT_MAIN) if has_forms else MAIN
     groups = [
-        _group(label, members) for label, members in zip(labels, together.values(), strict=True)
+        _group(label, members, names)
+        for label, members in zip(labels, together.values(), strict=True)
     ]
     groups.sort(key=lambda group: -(group.spreads[0].mean or 0.0))
     first = finished[0].matrix
@@ -239,7 +249,7 @@ def _labels(keys: list[tuple[str, str, str]]) -> list[str]:
     return [" · ".join(key[place] for place in shown) for key in keys]
 
 
-def _group(label: str, members: list[_Run]) -> Group:
+def _group(label: str, members: list[_Run], names: Sequence[str]) -> Group:
     members.sort(key=lambda run: run.summary.seed)
     for one, two in zip(members, members[1:], strict=False):
         if one.summary.seed == two.summary.seed:
@@ -248,7 +258,7 @@ def _group(label: str, members: list[_Run]) -> Group:
                 f"give one of them, or runs of other seeds"
             )
     seeds = tuple(run.summary.seed for run in members)
-    spreads = tuple(_spread(name, members) for name in MAIN)
+    spreads = tuple(_spread(name, members) for name in names)
     return Group(label, seeds, spreads, _curve(members))
 
 

@@ -11,12 +11,15 @@ from markupsafe import Markup
 from mmcl.core.atomic import write_atomic
 from mmcl.metrics.answers import RIGHT_FROM, Answer
 from mmcl.metrics.cost import Ledger
-from mmcl.metrics.figures import MAIN, Figure, all_figures
+from mmcl.metrics.figures import MAIN, Figure, all_figures, average_accuracy, forgetting
+from mmcl.metrics.leniency import lenient_figures
 from mmcl.metrics.matrix import AccuracyMatrix
 from mmcl.report import plots
+from mmcl.report.formplot import form_bars
 from mmcl.report.html import inline_svg, render_template
 from mmcl.report.rundir import RunDirectory, Sample
-from mmcl.report.words import percent
+from mmcl.report.tables import UNMEASURED
+from mmcl.report.words import percent, points
 
 # Captions have several right answers, VQA ten people's.
 _MOST_RIGHT = 5
@@ -39,6 +42,11 @@ _CAPTIONS = {
         "Forgetting per task",
         "How far each task is below its best earlier score. A negative value is a gain.",
     ),
+    "form": (
+        "Format lost, knowledge kept",
+        "Answers after the last task: right in the form that was asked for, and right only if the "
+        "form is forgiven (a sentence in place of a word, words in place of a letter).",
+    ),
     "cost": ("Time and memory", "Training time and what the strategy keeps after each task."),
 }
 
@@ -46,7 +54,8 @@ _CAPTIONS = {
 def write_report(folder: Path) -> Path:
     """Write ``report.html`` and ``figures/`` of a run from what it has left so far.
 
-    Reads matrix.json, summary.json, ledger.json, config.yaml, figures/samples.json and answers/.
+    Reads matrix.json, lenient.json, summary.json, ledger.json, config.yaml, figures/samples.json
+    and answers/.
     A part that is missing leaves its section out; one that cannot be read is named on the page.
 
     Args:
@@ -59,7 +68,7 @@ def write_report(folder: Path) -> Path:
         FileNotFoundError: if there is no such folder.
     """
     run = RunDirectory.read(folder)
-    drawn = _draw(run.matrix, run.ledger)
+    drawn = _draw(run.matrix, run.ledger) | _draw_form(run)
     for name, svg in drawn.items():
         write_atomic(folder / "figures" / f"{name}.svg", svg)
     if run.matrix is not None:
@@ -85,6 +94,13 @@ def _draw(matrix: AccuracyMatrix | None, ledger: Ledger | None) -> dict[str, byt
     return drawn
 
 
+def _draw_form(run: RunDirectory) -> dict[str, bytes]:
+    matrix, after = run.matrix, run.matrix.last_complete_row if run.matrix else None
+    if matrix is None or run.lenient is None or not after:
+        return {}
+    return {"form": form_bars(matrix, run.lenient, after)}
+
+
 def _values(run: RunDirectory, drawn: dict[str, bytes]) -> dict[str, Any]:
     summary, matrix = run.summary, run.matrix
     figures = _figures(run)
@@ -99,6 +115,8 @@ def _values(run: RunDirectory, drawn: dict[str, bytes]) -> dict[str, Any]:
         "figures": figures,
         "plots": {name: _plot(name, svg) for name, svg in drawn.items()},
         "scores": sorted({column.score for column in matrix.columns}) if matrix else [],
+        "forms": _forms(run),
+        "after": matrix.last_complete_row or 0 if matrix else 0,
         "costs": list(run.ledger) if run.ledger else [],
         "total": run.ledger.total() if run.ledger else None,
         "samples": [_picture(sample) for sample in run.samples],
@@ -115,7 +133,36 @@ def _figures(run: RunDirectory) -> list[Figure]:
         return list(run.summary.figures)
     if run.matrix is None or run.matrix.last_row is None:
         return []
-    return all_figures(run.matrix, run.matrix.last_complete_row or 0)
+    after = run.matrix.last_complete_row or 0
+    lenient = [] if run.lenient is None else lenient_figures(run.matrix, run.lenient, after)
+    return all_figures(run.matrix, after) + lenient
+
+
+def _forms(run: RunDirectory) -> list[tuple[str, str, str, str]]:
+    """Give lines of name, strict, lenient and difference: tasks, then their mean and forgetting."""
+    matrix, lenient = run.matrix, run.lenient
+    after = matrix.last_complete_row if matrix is not None else None
+    if matrix is None or lenient is None or not after:
+        return []
+    cells = [(matrix.get(after, task), lenient.get(after, task)) for task in range(after)]
+    lines = [
+        _form(name, *pair, "accuracy") for name, pair in zip(matrix.names, cells, strict=False)
+    ]
+    known, lost, _ = lenient_figures(matrix, lenient, after)
+    lines.append(_form("average", average_accuracy(matrix, after).value, known.value, "accuracy"))
+    if lost.value is not None:
+        lines.append(_form("forgetting", forgetting(matrix, after).value, lost.value, "forgetting"))
+    return lines
+
+
+def _form(
+    name: str, strict: float | None, lenient: float | None, kind: str
+) -> tuple[str, str, str, str]:
+    shown = [UNMEASURED if value is None else points(kind, value) for value in (strict, lenient)]
+    if strict is None or lenient is None:
+        return name, shown[0], shown[1], UNMEASURED
+    change = strict - lenient if kind == "forgetting" else lenient - strict
+    return name, shown[0], shown[1], f"{100 * change:+.1f}"
 
 
 def _facts(run: RunDirectory) -> list[tuple[str, str]]:

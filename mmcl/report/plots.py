@@ -49,7 +49,8 @@ def heat_map(matrix: AccuracyMatrix, format: Format = "svg") -> bytes:
     """Draw the matrix: one cell per row and column, its value in it, a frame where just learned.
 
     Probes stand apart on the right; a dot means not measured. A wide matrix shows whole percent.
-    Scores above 1 (not shares) are drawn on a scale that ends at the highest.
+    Where columns have different scores, each is named with its own. Scores above 1 (not shares)
+    are drawn on a scale that ends at the highest.
     """
     rows, columns = len(matrix.rows), len(matrix.columns)
     is_wide = columns > _WIDE
@@ -64,7 +65,7 @@ def heat_map(matrix: AccuracyMatrix, format: Format = "svg") -> bytes:
     axes.xaxis.tick_top()
     centres = [_left(matrix, column) + 0.5 for column in range(columns)]
     slant = {"rotation": 40, "ha": "left", "rotation_mode": "anchor"}
-    name_ticks(axes.xaxis, centres, [shorten(name, 18) for name in matrix.names], **slant)
+    name_ticks(axes.xaxis, centres, _column_names(matrix), **slant)
     middles = [row + 0.5 for row in range(rows)]
     name_ticks(axes.yaxis, middles, [shorten(name, 18) for name in matrix.rows])
     axes.tick_params(length=0, pad=5)
@@ -186,6 +187,14 @@ def _draw_cell(axes: Axes, matrix: AccuracyMatrix, row: int, column: int, highes
     colour = PAPER if share > 0.6 else INK
     words = f"{100 * value:.0f}" if is_wide else percent(value)
     axes.text(*middle, words, color=colour, ha="center", va="center", fontsize=small)
+
+
+def _column_names(matrix: AccuracyMatrix) -> list[str]:
+    names = [shorten(name, 18) for name in matrix.names]
+    scores = [column.score for column in matrix.columns]
+    if len(set(scores)) == 1:
+        return names
+    return [f"{name} · {shorten(score, 12)}" for name, score in zip(names, scores, strict=True)]
 
 
 def _left(matrix: AccuracyMatrix, column: int) -> float:

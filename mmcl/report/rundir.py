@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from mmcl.metrics import jsontext
 from mmcl.metrics.answers import Answer, answers_path, read_answers
 from mmcl.metrics.cost import Ledger
+from mmcl.metrics.leniency import lenient_beside
 from mmcl.metrics.matrix import AccuracyMatrix
 from mmcl.metrics.summary import RunSummary
 
@@ -54,6 +56,7 @@ class RunDirectory:
     Args:
         folder: the run's.
         matrix: from matrix.json.
+        lenient: from lenient.json, of the matrix's shape.
         summary: from summary.json, written when a run ends.
         ledger: from ledger.json.
         config: text of config.yaml.
@@ -63,6 +66,7 @@ class RunDirectory:
 
     folder: Path
     matrix: AccuracyMatrix | None = None
+    lenient: AccuracyMatrix | None = None
     summary: RunSummary | None = None
     ledger: Ledger | None = None
     config: str | None = None
@@ -80,6 +84,8 @@ class RunDirectory:
             raise FileNotFoundError(f"no folder {folder}: give the folder of a run")
         run = cls(folder)
         run.matrix = run._part("matrix.json", AccuracyMatrix.read)
+        if run.matrix is not None:
+            run.lenient = run._part("lenient.json", partial(lenient_beside, run.matrix))
         run.summary = run._part("summary.json", RunSummary.read)
         run.ledger = run._part("ledger.json", Ledger.read)
         run.config = run._part("config.yaml", _read_config)

@@ -51,7 +51,9 @@ def spread_figure(
         lower.set_facecolor("none")
         _draw_curves(upper.subplots(1, 1), curves, rows)
         across = (len(bars) + 1) // 2
-        panels = lower.subplots(2, across, squeeze=False).flat
+        panels = list(lower.subplots(2, across, squeeze=False).flat)
+        for unused in panels[len(bars) :]:
+            unused.remove()
         for place, (axes, name) in enumerate(zip(panels, bars, strict=False)):
             labels = [label for label, _ in curves] if place % across == 0 else []
             _draw_bars(axes, name, bars[name], labels)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmcl.metrics.figures import MAIN, Figure, all_figures
+from mmcl.metrics.leniency import lenient_figures
 from mmcl.metrics.matrix import AccuracyMatrix
 from mmcl.report.words import clean, percent, points
 
@@ -35,17 +36,19 @@ def matrix_table(
     matrix: AccuracyMatrix,
     figures: Sequence[Figure] | None = None,
     *,
+    lenient: AccuracyMatrix | None = None,
     width: int = 100,
     is_coloured: bool = False,
 ) -> str:
     """Draw the matrix in percent, the task just learned in brackets, the main figures below.
 
-    Columns are numbered; the row names say which task has which number, probes are listed. A matrix
-    that is wider than ``width`` is drawn in several blocks.
+    Columns are numbered; the row names say which task has which number, probes are listed, and so
+    are scores other than accuracy. A matrix wider than ``width`` is drawn in several blocks.
 
     Args:
         matrix: the scores.
         figures: what the last line shows, default the main figures of the matrix.
+        lenient: scores in any form; what they come to is shown below the figures.
         width: characters of a line, at least 40.
         is_coloured: add terminal colours.
 
@@ -61,8 +64,11 @@ def matrix_table(
     ]
     probes = enumerate(matrix.names[matrix.tasks :], 1)
     notes = [f"probe p{number} = {clean(name)}" for number, name in probes]
-    line = figure_line(_main(all_figures(matrix) if figures is None else figures))
-    return _render([*blocks, *map(Text, notes), Text(line, style="bold")], width, is_coloured)
+    notes += _score_notes(matrix)
+    lines = [Text(figure_line(_main(all_figures(matrix) if figures is None else figures)), "bold")]
+    if lenient is not None:
+        lines.append(Text(figure_line(lenient_figures(matrix, lenient))))
+    return _render([*blocks, *map(Text, notes), *lines], width, is_coloured)
 
 
 def figure_line(figures: Iterable[Figure]) -> str:
@@ -117,12 +123,28 @@ def _block(matrix: AccuracyMatrix, columns: range) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("after, %", no_wrap=True, overflow="ellipsis")
     for column in columns:
-        probe = column - matrix.tasks + 1
-        table.add_column(str(column + 1) if probe < 1 else f"p{probe}", justify="right")
+        table.add_column(_column_title(matrix, column), justify="right")
     for row in range(len(matrix.rows)):
         cells = [_cell(matrix, row, column) for column in columns]
         table.add_row(Text(_row_title(matrix, row)), *cells)
     return table
+
+
+def _score_notes(matrix: AccuracyMatrix) -> list[str]:
+    """Say what the columns measure where that is not the accuracy of classes alone."""
+    columns: dict[str, list[str]] = {}
+    for place, column in enumerate(matrix.columns):
+        columns.setdefault(column.score, []).append(_column_title(matrix, place))
+    if columns.keys() == {"accuracy"}:
+        return []
+    if len(columns) == 1:
+        return [f"score {clean(matrix.columns[0].score)}"]
+    return [f"score {clean(name)}: column {', '.join(own)}" for name, own in columns.items()]
+
+
+def _column_title(matrix: AccuracyMatrix, column: int) -> str:
+    probe = column - matrix.tasks + 1
+    return str(column + 1) if probe < 1 else f"p{probe}"
 
 
 def _row_title(matrix: AccuracyMatrix, row: int) -> str:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 from contextlib import AbstractContextManager
 from dataclasses import fields
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mmcl.core import VLM, Strategy, require, trainable
+from mmcl.core import VLM, Strategy
 from mmcl.core.randomness import mix
+from mmcl.layers.adapting import Which, check_sizes, frozen_linears
 
 _ROOT = "lm"
 _ADAPTER = "default"
@@ -51,32 +52,22 @@ class LoRA(Strategy):
         rank: int = 16,
         alpha: float | None = None,
         dropout: float = 0.0,
-        layers: Literal["all", "attention", "mlp"] = "all",
+        layers: Which = "all",
         train_projector: bool = False,
         options: dict[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if rank < 1 or not 0 <= dropout < 1:
-            raise ValueError(
-                f"rank is {rank} and dropout {dropout}: give a rank of 1 or more and a dropout "
-                "from 0 to below 1"
-            )
+        check_sizes(rank, dropout)
         self.rank, self.alpha, self.dropout = rank, 2 * rank if alpha is None else alpha, dropout
         self.layers, self.train_projector = layers, train_projector
         self.options, self.seed = dict(options or {}), seed
 
     def attach(self, model: VLM) -> None:
         """Freeze the towers and put the adapter into the language model."""
-        able = require(model, "linears", "freeze", by=self)
-        _freeze(able, self.train_projector)
-        linears: dict[str, nn.Linear] = able.linears(self.layers)
+        linears = frozen_linears(model, self.layers, self.train_projector, by=self)
         root, prefix = _root(model)
         names = [name.removeprefix(prefix) for name in linears]
-        if not names:
-            raise ValueError(
-                f"model.linears('{self.layers}') is empty: choose other layers, or check the model"
-            )
         is_plain = all(type(linear) is nn.Linear for linear in linears.values())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mix(self.seed))
@@ -146,18 +137,6 @@ def peft_state(model: VLM) -> dict[str, Tensor]:
     state = dict(get_peft_model_state_dict(root, save_embedding_layers=False))
     state |= _others(root)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-
-
-def _freeze(model: Any, but_the_projector: bool) -> None:
-    """Freeze all that there is; some models have weights that belong to no tower."""
-    model.freeze("image", "text")
-    before = trainable(model)
-    model.freeze("projector")
-    projector = [p for p in before.values() if not p.requires_grad]
-    for _, parameter in model.named_parameters():
-        parameter.requires_grad_(False)
-    for parameter in projector:
-        parameter.requires_grad_(but_the_projector)
 
 
 def _root(model: VLM) -> tuple[nn.Module, str]:

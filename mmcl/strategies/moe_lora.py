@@ -8,7 +8,7 @@ experts that do nothing are named.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from typing import Any, cast
@@ -122,8 +122,8 @@ class MoELoRA(Strategy):
 @contextmanager
 def _watched(layers: list[MoELoRALinear], batch: Batch, sums: Tensor) -> Iterator[None]:
     """Add up routers' weights inside the block: E sums and the number of tokens, layer by layer."""
-    hooks = [layer.register_forward_pre_hook(_adder(batch, row)) for layer, row in
-             zip(layers, sums, strict=True)]  # fmt: skip
+    pairs = zip(layers, sums, strict=True)
+    hooks = [layer.register_forward_pre_hook(_adder(batch, row)) for layer, row in pairs]
     try:
         yield
     finally:

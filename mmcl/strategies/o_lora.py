@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from mmcl.core import VLM, Batch, Output, Prompts, Strategy, Task
 from mmcl.core.output import NO_PROMPTS
-from mmcl.layers import LowRankSlots, folded, install, installed
+from mmcl.layers import LowRankSlots, Slot, folded, install, installed
 from mmcl.layers.adapting import Which, check_sizes, frozen_linears, grow_slots
 from mmcl.ops.orthogonality import Measure, mean_of, overlap
 
@@ -100,11 +101,10 @@ class OLoRA(Strategy):
         terms = {}
         if self.weight and len(layers[0].slots) > 1:
             terms["overlap"] = self.weight * mean_of(
-                overlap(layer.past_A, layer.slot(len(layer.slots) - 1).A, self.measure)
-                for layer in layers
+                overlap(_past(layer), _newest(layer).A, self.measure) for layer in layers
             )
         if self.decay:
-            newest = [layer.slot(len(layer.slots) - 1) for layer in layers]
+            newest = [_newest(layer) for layer in layers]
             norms = mean_of(slot.A.norm() + slot.B.norm() for slot in newest)
             terms["decay"] = self.decay * norms
         return terms
@@ -123,3 +123,11 @@ class OLoRA(Strategy):
             own = tuple(range(count - 1 if is_training and not self.past_in_forward else 0, count))
             if layer.active != own:
                 layer.activate("sum", own)
+
+
+def _newest(layer: LowRankSlots) -> Slot:
+    return layer.slot(len(layer.slots) - 1)
+
+
+def _past(layer: LowRankSlots) -> Tensor:
+    return torch.cat([layer.slot(number).A for number in range(len(layer.slots) - 1)])

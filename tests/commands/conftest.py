@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from mmcl.commands import main, sequence
+from tests.commands.asking import settings, write_asked, write_chat
 from tests.data.small_stream import write_stream
 from tests.lightning.small_runs import small_model, strategy_of
 
@@ -46,6 +47,14 @@ class Desk:
             "data": {"stream": "stream/small.yaml", "global_batch": 8},
             "trainer": {"max_epochs": 1, "accelerator": "cpu"},
         }
+        change(config)
+        self.config.write_text(yaml.safe_dump(config))
+
+    def ask(self, strategy="LoRA", change=lambda config: None):
+        """Take a model that answers, and a stream of questions, in place of a CLIP and classes."""
+        self.card = write_asked(self.folder / "stream")
+        write_chat(self.folder / "chat")
+        config = settings(strategy_of(strategy, "answer"))
         change(config)
         self.config.write_text(yaml.safe_dump(config))
 
@@ -93,3 +102,27 @@ def learned(desk, finished):
     else:
         shutil.copytree(finished / "runs", desk.folder / "runs")
     return desk
+
+
+@pytest.fixture(scope="session")
+def finished_answers(tmp_path_factory):
+    """The folder of a desk at which a run of a model that answers was finished."""
+    return tmp_path_factory.mktemp("answers")
+
+
+@pytest.fixture
+def asking(desk):
+    """A desk with a model that answers and a stream of questions."""
+    desk.ask()
+    return desk
+
+
+@pytest.fixture
+def answered(asking, finished_answers):
+    """A desk with a finished run of a model that answers."""
+    if not (finished_answers / "runs").exists():
+        assert asking.run()[0] == 0
+        shutil.copytree(asking.folder / "runs", finished_answers / "runs")
+    else:
+        shutil.copytree(finished_answers / "runs", asking.folder / "runs")
+    return asking

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from mmcl.commands.strategies import describe
 from mmcl.data.builders.public_sets import list_sets
 from mmcl.data.builders.streams import STREAMS
 from mmcl.strategies import discover
@@ -17,14 +18,39 @@ def test_strategies_names_every_strategy_in_a_row_of_its_own(desk):
     assert (status, err) == (0, "")
     rows = [row.strip("| ").split(" | ") for row in out.splitlines()[2:]]
     assert [row[0] for row in rows] == list(discover())
-    assert all(len(row) == 4 and row[1] and row[2] != "-" and row[3] != "-" for row in rows)
+    assert all(len(row) == 5 and row[2] and row[3] != "-" and row[4] != "-" for row in rows)
 
 
-def test_strategies_as_a_table_for_the_eye(desk):
+def test_strategies_as_a_list_for_the_eye_has_a_line_for_each(desk):
     status, out, _ = desk.give("strategies")
     assert status == 0
-    assert out.split()[0] == "strategy"
-    assert all(name in out for name in discover())
+    lines = [line.split(maxsplit=1) for line in out.splitlines() if line.startswith("  ")]
+    assert sorted(name for name, _ in lines) == sorted(discover())
+    assert all(what.endswith(".") for _, what in lines)
+
+
+def test_strategies_stand_under_the_kind_of_model_that_they_need(desk):
+    lines = desk.give("strategies", "--markdown")[1].splitlines()[2:]
+    needs = dict(line.strip("| ").split(" | ")[:2] for line in lines)
+    assert {needs[name] for name in ("LoRA", "OLoRA", "MoELoRA")} == {"answers"}
+    assert {needs[name] for name in ("NCM", "RanPAC", "DarkReplay")} == {"classes"}
+    assert {needs[name] for name in ("EWC", "Joint", "ExperienceReplay", "Chain")} == {"any"}
+    out = desk.give("strategies")[1]
+    any_model, answering, classifying = out.split("with a")[1:]
+    assert "  EWC " in any_model
+    assert "  LoRA " in answering
+    assert "  NCM " in classifying
+
+
+def test_strategies_shows_everything_about_one(desk):
+    status, out, err = desk.give("strategies", "EWC")
+    assert (status, err) == (0, "")
+    assert out.startswith("mmcl.strategies.ewc.EWC\n")
+    for part in ("Args:", "Remembers", "Asks of the model"):
+        assert part in out
+    status, _, err = desk.give("strategies", "ewcc")
+    assert status == 2
+    assert "did you mean EWC?" in err
 
 
 def test_data_list_names_every_stream(desk):
@@ -80,6 +106,8 @@ def test_what_fit_saves_test_loads(desk):
 @pytest.mark.parametrize("strategy", sorted(discover()))
 def test_every_strategy_is_fitted_by_lightning_alone(desk, strategy):
     desk.configure(strategy)
+    if describe(strategy, discover()[strategy]).model == "answers":
+        desk.ask(strategy)
     status, _, err = desk.run(command=["fit"])
     assert (status, err) == (0, "")
 

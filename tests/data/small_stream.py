@@ -1,6 +1,7 @@
 """Small shards and streams for the tests of mmcl.data."""
 
 import io
+import json
 import tarfile
 import zlib
 
@@ -63,6 +64,56 @@ def write_stream(folder, sizes=(10, 7, 5), test_size=5, kind="classify", **chang
         lines += [
             f"  - name: task-{letter}",
             f"    classes: [{', '.join(classes[label] for label in own)}]",
+            f"    train: {letter}-train.tar",
+            f"    test: {letter}-test.tar",
+        ]
+    (folder / "small.yaml").write_text("\n".join(lines) + "\n")
+    return TaskStream.read(folder / "small.yaml")
+
+
+COLOURS = ("red", "green", "blue", "yellow")
+ASKED = ("What colour is it?", "Name the colour of the thing.", "Colour?")
+
+
+def dialogue(asked, said, **more):
+    """The bytes of a ``.json`` member."""
+    turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
+    return json.dumps({"conversations": turns, **more}).encode()
+
+
+def coloured(count, task=0, name="s"):
+    """Members of ``count`` samples to be answered: a square of a colour on noise."""
+    shown = {"red": (0,), "green": (1,), "blue": (2,), "yellow": (0, 1)}
+    members = []
+    for number in range(count):
+        key, colour = f"{name}{number:03d}", COLOURS[number % 4]
+        pixels = np.random.default_rng(number + zlib.crc32(name.encode()) % 1000).integers(
+            0, 60, (16, 16, 3), dtype=np.uint8
+        )
+        for channel in shown[colour]:
+            pixels[4:12, 4:12, channel] = 250
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        said = (colour, f"it is {colour}", colour[0].upper())[task % 3]
+        content = dialogue(f"<image>\n{ASKED[task % 3]}", said, answers=[said, said.upper()])
+        members += [(f"{key}.png", file.getvalue()), (f"{key}.json", content)]
+    return members
+
+
+def write_answer_stream(folder, sizes=(10, 7, 5), test_size=5, **changes):
+    """Write a stream of tasks of one question each, and read its card; ``changes`` as above."""
+    lines = [
+        "name: small", "scenario: domain", "kind: answer", "scorer: exact", "max_new_tokens: 6",
+        "tasks:",
+    ]  # fmt: skip
+    for place, size in enumerate(sizes):
+        letter = "abcdef"[place]
+        for part, count in (("train", size), ("test", test_size)):
+            members = coloured(count, place, name=f"{letter}{part}")
+            members = changes.get(f"{letter}_{part}", members)
+            write_tar(folder / f"{letter}-{part}.tar", members)
+        lines += [
+            f"  - name: task-{letter}",
             f"    train: {letter}-train.tar",
             f"    test: {letter}-test.tar",
         ]

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmcl.metrics.answers import answers_path, read_answers
+from tests.data.small_stream import coloured, dialogue
 from tests.distributed.ranks import on_ranks, seen
 from tests.lightning.killing import KILLED
 from tests.lightning.small_runs import SmallRuns, all_strategies, same
@@ -102,6 +104,68 @@ def test_captions_are_compared_with_those_of_all_ranks(tmp_path, strategy):
     one, two = seen(tmp_path / "one"), seen(tmp_path / "two")
     assert same(one["batches"], global_batches(tmp_path / "two"))
     assert far(two["states"][-1], one["states"][-1], tolerance=1e-3) == []
+
+
+@pytest.mark.parametrize("strategy", all_strategies("answer"))
+def test_two_processes_learn_to_answer_as_one(tmp_path, strategy):
+    runs = both(tmp_path, strategy, kind="answer", **PLAIN)
+    one, two = seen(tmp_path / "one"), [seen(tmp_path / "two", rank) for rank in (0, 1)]
+    assert len(two[0]["states"]) == 3
+    for first, second in zip(two[0]["states"], two[1]["states"], strict=True):
+        assert same(dict(first), dict(second))
+    assert same(one["batches"], global_batches(tmp_path / "two"))
+    left, right = (comparable(noted["states"][-1]) for noted in (two[0], one))
+    assert far(left, right, tolerance=1e-3) == []
+    for left, right in zip(runs.matrix("one").values, runs.matrix("two").values, strict=True):
+        assert left == pytest.approx(right, abs=1.01 / 7)
+    for row in range(4):
+        keys = [
+            [answer.key for answer in read_answers(answers_path(runs.path(name), row, 0))]
+            for name in ("one", "two")
+        ]
+        assert keys[0] == keys[1]
+        assert len(keys[0]) == 7
+
+
+def comparable(state):
+    """A state without what rounding may turn into something else.
+
+    Files are named by what is in them, and singular vectors have a sign that nothing hangs on.
+    """
+    kept = {name: value for name, value in state.items() if "files._extra_state" not in name}
+    signless = ("U_low", "V_low")
+    return {n: v.abs() if any(word in n for word in signless) else v for n, v in kept.items()}
+
+
+def test_answers_of_uneven_lengths_are_averaged_over_the_tokens_of_both_ranks(tmp_path):
+    members = coloured(16, name="atrain")
+    long = dialogue("<image>\nWhat do you see?", "a small square that is red all over")
+    members = [
+        (name, long if name in ("atrain001.json", "atrain006.json") else content)
+        for name, content in members
+    ]
+    runs = SmallRuns(tmp_path, sizes=(16,), kind="answer", changes={"a_train": members})
+    for name, world in (("one", 1), ("two", 2)):
+        words = runs.words(name, **PLAIN)
+        assert on_ranks(words, tmp_path / name, world=world) == [0] * world
+    one, two = seen(tmp_path / "one"), seen(tmp_path / "two")
+    assert far(two["states"][-1], one["states"][-1], tolerance=1e-4) == []
+
+
+def test_features_on_disk_are_written_once_and_outlive_a_kill_of_both_ranks(tmp_path):
+    runs = SmallRuns(tmp_path, kind="answer")
+    assert on_ranks(runs.words("alone", "FeatureReplay"), tmp_path / "seen") == [0, 0]
+    words = runs.words("killed", "FeatureReplay")
+    for moment in (("ended", 1), ("write", 2), ("step", 7), ("ended", 1)):
+        assert on_ranks(words, tmp_path / "seen", kill=moment)[0] == KILLED
+    assert on_ranks(words, tmp_path / "seen") == [0, 0]
+    assert runs.differences("killed", "alone") == []
+    kept = [
+        sorted(file.name for file in (runs.path(name) / "memory" / "features").iterdir())
+        for name in ("killed", "alone")
+    ]
+    assert kept[0] == kept[1]
+    assert all(name.startswith("rows_") for name in kept[0])
 
 
 @pytest.mark.parametrize("strategy", ["DarkReplay", "AGEM"])

@@ -20,6 +20,7 @@ PRELOADED = [
     "mmcl.commands.evaluate",
     "mmcl.data.builders.digits",
     "mmcl.models",
+    "mmcl.models.assembled",
 ]
 KILLED = -signal.SIGKILL
 _FORKS = multiprocessing.get_context("forkserver")
@@ -69,6 +70,7 @@ def arm(moment, count):
     """Make this process kill itself when something happens for the count-th time."""
     from webdataset.writer import TarWriter
 
+    from mmcl.lightning.answering import AnswerScorer
     from mmcl.lightning.cells import ColumnScorer
     from mmcl.lightning.running import TaskHooks
 
@@ -77,6 +79,7 @@ def arm(moment, count):
         "write": (Path, "replace", _halve),
         "ended": (TaskHooks, "_cost", None),
         "score": (ColumnScorer, "finish", None),
+        "answers": (AnswerScorer, "finish", None),
         "sample": (TarWriter, "write", None),
     }
     owner, name, before = places[moment]

@@ -1,6 +1,12 @@
-"""Runs that take a second: a random CLIP of 25,000 weights on three tasks of noise."""
+"""Runs that take a second: a random CLIP of 25,000 weights on three tasks of noise.
 
+Or a random LLaVA of as many on three tasks of coloured squares, where the kind is "answer".
+"""
+
+import copy
+import inspect
 import json
+from functools import cache
 
 import torch
 import yaml
@@ -9,8 +15,10 @@ from torch import Tensor
 from mmcl.metrics import AccuracyMatrix
 from mmcl.models.loading import TINY
 from mmcl.strategies import discover
-from tests.data.small_stream import write_stream
+from tests.data.small_stream import write_answer_stream, write_stream
 from tests.lightning.killing import command, in_process
+from tests.stand_in import StandIn
+from tests.stand_in_llava import a_llava
 
 SIZES = (20, 17, 16)
 ARGUMENTS = {
@@ -22,13 +30,25 @@ ARGUMENTS = {
         ]
     },
     "DarkReplay": {"samples": 12},
+    "Chain answer": {
+        "strategies": [
+            {"class_path": "mmcl.strategies.LoRA", "init_args": {"rank": 2}},
+            {"class_path": "mmcl.strategies.EWC", "init_args": {"weight": 10.0, "samples": 12}},
+            {"class_path": "mmcl.strategies.LwF", "init_args": {"teacher": "base"}},
+            {"class_path": "mmcl.strategies.ExperienceReplay", "init_args": {"samples": 12}},
+        ]
+    },
     "EWC": {"weight": 10.0, "samples": 12},
     "ExperienceReplay": {"samples": 12, "keep": "copies"},
     "FeatureReplay": {"samples": 12},
+    "FeatureReplay answer": {"samples": 12, "store": "int8", "place": "disk"},
     "L2P": {"pool": 4, "length": 2, "top_k": 2},
+    "L2P answer": {"modality": "text", "pool": 4, "length": 2, "top_k": 2},
     "RanPAC": {"width": 40},
 }
-"""Of strategies that are not made without; sizes that fit the small stream."""
+"""Of strategies that are not made without, or of one kind of stream; sizes that fit it."""
+SMALL = {"rank": 2}
+"""Of every strategy that takes it."""
 
 
 def small_model(folder, **vision):
@@ -48,9 +68,32 @@ def small_model(folder, **vision):
     return str(file)
 
 
-def strategy_of(name):
+def small_llava(folder):
+    """Write the architecture of a tower; return a LLaVA with it as a configuration names it."""
+    architecture = {
+        "embed_dim": 8,
+        "vision_cfg": {
+            "image_size": 16, "layers": 2, "width": 16, "patch_size": 8, "head_width": 8,
+        },
+        "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 8, "heads": 2, "layers": 1},
+    }  # fmt: skip
+    file = folder / "small.json"
+    file.write_text(json.dumps(architecture))
+    small = {"width": 16, "layers": 1, "heads": 2, "mlp": 32, "max_length": 64}
+    options = {"tower": str(file), "tower_weights": None, **small}
+    return {"class_path": "mmcl.models.TinyLlava", "init_args": options}
+
+
+def arguments_of(name, kind="classify"):
+    """The arguments of a strategy for a kind of stream."""
+    taken = inspect.signature(discover()[name]).parameters
+    small = {word: value for word, value in SMALL.items() if word in taken}
+    return {**small, **ARGUMENTS.get(f"{name} {kind}", ARGUMENTS.get(name, {}))}
+
+
+def strategy_of(name, kind="classify"):
     """A strategy as a configuration names it."""
-    return {"class_path": f"mmcl.strategies.{name}", "init_args": ARGUMENTS.get(name, {})}
+    return {"class_path": f"mmcl.strategies.{name}", "init_args": arguments_of(name, kind)}
 
 
 class SmallRuns:
@@ -61,23 +104,32 @@ class SmallRuns:
         sizes: training samples of every task.
         kind: of the stream.
         test_size: test samples of every task.
-        vision: changes to the image tower.
+        vision: changes to the image tower of a CLIP.
+        changes: members of shards, see ``write_stream``.
     """
 
-    def __init__(self, folder, sizes=SIZES, kind="classify", test_size=6, **vision):
-        self.folder = folder
+    def __init__(self, folder, sizes=SIZES, kind="classify", test_size=6, changes=None, **vision):
+        self.folder, self.kind = folder, kind
         (folder / "stream").mkdir()
-        write_stream(folder / "stream", sizes, test_size=test_size, kind=kind)
+        changes = changes or {}
+        if kind == "answer":
+            write_answer_stream(folder / "stream", sizes, test_size=test_size, **changes)
+            self.model = small_llava(folder)
+        else:
+            write_stream(folder / "stream", sizes, test_size=test_size, kind=kind, **changes)
+            init_args = {"model": small_model(folder, **vision)}
+            self.model = {"class_path": "mmcl.models.OpenCLIP", "init_args": init_args}
         self.card = folder / "stream" / "small.yaml"
-        self.model = small_model(folder, **vision)
 
     def words(self, name, strategy="Finetune", **changes):
         """The command line of a run; ``changes`` are dotted options with ``__`` for the dot."""
         config = {
             "seed_everything": 0,
             "model": {
-                "model": {"class_path": "mmcl.models.OpenCLIP", "init_args": {"model": self.model}},
-                "strategy": strategy if isinstance(strategy, dict) else strategy_of(strategy),
+                "model": self.model,
+                "strategy": strategy
+                if isinstance(strategy, dict)
+                else strategy_of(strategy, self.kind),
                 "learning_rate": 3e-3,
                 "warmup": 2,
                 "schedule": "cosine",
@@ -126,13 +178,17 @@ class SmallRuns:
 
     def differences(self, name, other):
         """What differs between the ends of two runs, empty if they are equal to the bit."""
-        found = [] if self._bytes(name) == self._bytes(other) else ["matrix.json"]
+        left, right = self._texts(name), self._texts(other)
+        found = [file for file in {**left, **right} if left.get(file) != right.get(file)]
         first, second = self.kept(name), self.kept(other)
         keys = {**first, **second}
         return found + [k for k in keys if not same(first.get(k), second.get(k))]
 
-    def _bytes(self, name):
-        return (self.path(name) / "matrix.json").read_bytes()
+    def _texts(self, name):
+        folder = self.path(name)
+        matrices = [folder / "matrix.json", *folder.glob("lenient.json")]
+        files = [*matrices, *(folder / "answers").rglob("*.jsonl")]
+        return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def same(left, right):
@@ -147,6 +203,38 @@ def same(left, right):
     return left == right
 
 
-def all_strategies():
-    """The names of every strategy there is."""
-    return sorted(discover())
+def all_strategies(kind="classify"):
+    """The names of every strategy that takes a CLIP, or a LLaVA where the kind is "answer"."""
+    return [name for name in sorted(discover()) if _is_taken(name, kind)]
+
+
+class _Clip(StandIn):
+    """Has what OpenCLIP has, and nothing more."""
+
+    @property
+    def linears(self):
+        raise AttributeError("linears")
+
+
+@cache
+def _stand_in(kind):
+    if kind == "answer":
+        return a_llava()
+    model = _Clip()
+    del model.gates
+    return model
+
+
+def _is_taken(name, kind):
+    model = copy.deepcopy(_stand_in(kind))
+    known, arguments = discover(), arguments_of(name, kind)
+    if "strategies" in arguments:
+        arguments["strategies"] = [
+            known[member["class_path"].rpartition(".")[2]](**member["init_args"])
+            for member in arguments["strategies"]
+        ]
+    try:
+        known[name](**arguments).attach(model)
+    except TypeError:
+        return False
+    return True

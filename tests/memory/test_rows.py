@@ -98,6 +98,37 @@ def test_wider_rows_widen_the_table_with_zeros():
         assert not logits[width:].any()
 
 
+def test_a_growing_column_may_say_what_stands_behind_shorter_rows():
+    rows = Rows(8, growing={"logits": -7})
+    rows.insert(some([0], width=2), torch.tensor([0]))
+    rows.insert(some([1], width=4), torch.tensor([1]))
+    rows.insert(some([2], width=3), torch.tensor([2]))
+    for label, logits in zip(labels(rows), rows.columns["logits"], strict=True):
+        assert logits[{0: 2, 1: 4, 2: 3}[label] :].tolist() == [-7.0] * {0: 2, 1: 0, 2: 1}[label]
+    assert rows.empty_copy().growing == {"logits": -7}
+
+
+def test_a_growing_column_of_single_numbers_stays_one():
+    rows = Rows(8, growing=("labels",))
+    rows.insert(some([0, 1, 2]), torch.arange(3))
+    rows.insert(some([3, 4, 5, 6]), torch.arange(3, 7))
+    assert sorted(labels(rows)) == list(range(7))
+    wide = {**some([7]), "labels": torch.zeros(1, 3, dtype=torch.int64)}
+    with pytest.raises(ValueError, match="rows of column 'labels' are"):
+        rows.insert(wide, torch.tensor([7]))
+
+
+def test_a_column_is_written_over_in_the_order_of_hash():
+    rows = Rows(6)
+    for visit in range(30):
+        rows.insert(some([visit]), torch.tensor([visit]))
+    held = labels(rows)
+    rows.put("labels", torch.tensor(held) + 100)
+    assert labels(rows) == [label + 100 for label in held]
+    rows.insert(some([]), torch.zeros(0, dtype=torch.int64))
+    assert labels(rows) == [label + 100 for label in held]
+
+
 def test_rows_that_grow_under_a_byte_limit_make_others_leave():
     rows = Rows(capacity_bytes=10 * (4 + 8 + 8 + 16), growing=("logits",))
     rows.insert(some(range(40), width=2), torch.arange(40))

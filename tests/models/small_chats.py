@@ -54,7 +54,7 @@ _SEEN = {
 
 
 def a_tokenizer(specials, begin=None, pad="<pad>", **named):
-    """A tokenizer of letters: of bytes as GPT-2's, or with spaces as Llama's where rows begin."""
+    """A tokenizer of single letters: GPT-2's way, or Llama's where rows begin with a token."""
     if begin:
         marks = [pad, begin, *specials]
         letters = sorted({"▁" if letter == " " else letter for letter in LETTERS})
@@ -67,25 +67,17 @@ def a_tokenizer(specials, begin=None, pad="<pad>", **named):
         )
     else:
         marks = [pad, *specials]
-        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        letters = sorted({{" ": "Ġ", "\n": "Ċ"}.get(letter, letter) for letter in LETTERS})
         made = Tokenizer(
             models.BPE({token: place for place, token in enumerate([*marks, *letters])}, [])
         )
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(marks)
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=made, bos_token=begin, eos_token=specials[0], pad_token=pad,
         additional_special_tokens=list(specials[1:]), clean_up_tokenization_spaces=False, **named,
     )  # fmt: skip
-
-
-def _llava(words, **text):
-    config = hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**_SEEN, image_size=16, patch_size=8, projection_dim=16),
-        text_config=hf.LlamaConfig(**_TEXT, **text), image_token_index=text.pop("image"),
-        image_seq_length=4,
-    )  # fmt: skip
-    return config
 
 
 def llava():
@@ -183,9 +175,7 @@ def internvl():
         "start_image_token": "<img>", "end_image_token": "</img>",
         "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>",
     }  # fmt: skip
-    words = a_tokenizer(
-        ["<|im_end|>", "<|im_start|>", *named.values()], extra_special_tokens=named
-    )
+    words = a_tokenizer(["<|im_end|>", "<|im_start|>", *named.values()], extra_special_tokens=named)
     config = hf.InternVLConfig(
         vision_config=hf.InternVLVisionConfig(**_SEEN, image_size=16, patch_size=4),
         text_config=hf.Qwen2Config(**_TEXT, **_ids(words)),
@@ -210,7 +200,7 @@ def _ids(words, *names):
     return found if names else {"vocab_size": len(words), **found}
 
 
-def write_model(folder, family, seed=0):
+def write_model(folder, family, seed=4):
     """Write a family's model with random weights of a size that makes answers differ."""
     kind, config, processor = FAMILIES[family]()
     torch.manual_seed(seed)
@@ -218,7 +208,7 @@ def write_model(folder, family, seed=0):
     with torch.no_grad():
         for parameter in lm.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(8)
+                parameter.mul_(12)
     lm.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     lm.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     lm.save_pretrained(folder)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mmcl.core import begin_task, end_task, step
+from mmcl.core import begin_task, end_task, step, trainable
 from mmcl.core.randomness import generator, ranks_of
 from mmcl.strategies.agem import AGEM
 from tests.stand_in import StandIn, a_batch, a_task, task_batches
+from tests.stand_in_llava import a_llava, an_answer_task, dialogue_batches
 
 
 def through_a_file(state):
@@ -155,3 +156,30 @@ def test_wrong_arguments_say_what_to_do():
     shared = replace(a_batch(4), owner=torch.tensor([0, 0, 1, 2]))
     with pytest.raises(ValueError, match="AGEM was given rows that share or lack pictures"):
         end_task(StandIn(), AGEM(), a_task(), [shared])
+
+
+def test_rows_that_are_answered_are_remembered_with_labels_for_every_token():
+    model, strategy = a_llava(), AGEM(samples=20, reference_rows=6, seed=3)
+    for task in (0, 1):
+        begin_task(model, strategy, an_answer_task(task))
+        end_task(model, strategy, an_answer_task(task), dialogue_batches(model, task))
+    columns = strategy.memory.columns
+    assert bool((columns["labels"][~columns["mask"]] == -100).all())
+    rows = [
+        batch.take(torch.tensor([row]))
+        for task in (0, 1)
+        for batch in dialogue_batches(model, task)
+        for row in range(8)
+    ]
+    places = torch.randperm(20, generator=generator(3, 0))[:6]
+    own = [
+        next(row for row in rows if torch.equal(row.images[0], columns["images"][place]))
+        for place in places.tolist()
+    ]
+    weights = list(trainable(model).values())
+    words = [int((row.labels != -100).sum()) for row in own]
+    losses = [model.loss(model(row), row) * count for row, count in zip(own, words, strict=True)]
+    expected = torch.autograd.grad(sum(losses) / sum(words), weights)
+    found = strategy._reference(model, weights)
+    for left, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)

@@ -1,10 +1,15 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from mmcl.core import Batch, Output, begin_task, end_task, step
+from mmcl.core import Batch, Output, begin_task, end_task, step, trainable
+from mmcl.core.randomness import generator
 from mmcl.strategies.ewc import EWC
+from mmcl.strategies.lora import LoRA
 from tests.stand_in import StandIn, a_task, task_batches
+from tests.stand_in_llava import a_dialogue_batch, a_llava, an_answer_task
 from tests.strategies.bare_loop import learn
 
 
@@ -225,3 +230,96 @@ def test_wrong_arguments_are_named():
         EWC(decay=2)
     with pytest.raises(ValueError, match="fisher is 'exact'"):
         EWC(fisher="exact")
+
+
+def likelihood_of(model, row, said=None):
+    """Sum of log p of the scored tokens of one row, by transformers' own forward pass."""
+    length = int(row.mask.sum())
+    tokens, labels = row.tokens[:, :length], row.labels[0, :length]
+    logits = model.lm(
+        input_ids=tokens, pixel_values=model.pixels.inputs(model.lm, row)["pixel_values"]
+    ).logits[0]
+    scored = [place for place in range(1, length) if int(labels[place]) != -100]
+    said = [int(labels[place]) for place in scored] if said is None else said
+    return sum(
+        logits[place - 1].log_softmax(0)[word] for place, word in zip(scored, said, strict=True)
+    )
+
+
+def by_hand(model, batch, said=None):
+    """Mean over rows of the squared gradient of each row's log p, by name of what learns."""
+    weights = trainable(model)
+    totals = {name: torch.zeros_like(weight).double() for name, weight in weights.items()}
+    for row in range(len(batch)):
+        one = batch.take(torch.tensor([row]))
+        likelihood = likelihood_of(model, one, None if said is None else said[row])
+        slopes = torch.autograd.grad(likelihood, list(weights.values()), allow_unused=True)
+        for name, slope in zip(weights, slopes, strict=True):
+            if slope is not None:
+                totals[name] += slope.double() ** 2
+    return {name: total / len(batch) for name, total in totals.items()}
+
+
+def expect_fisher(strategy, expected):
+    assert set(strategy.importance.tensors) == set(expected)
+    for name, value in expected.items():
+        found = strategy.importance.get(name).double()
+        torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-6 * float(value.max()) + 1e-12)
+
+
+def test_the_fisher_of_an_answer_is_that_of_the_sum_over_its_scored_tokens():
+    model = a_llava()
+    batch = a_dialogue_batch(model, rows=6, task=1)
+    strategy = EWC()
+    strategy.end_task(model, an_answer_task(1, size=6), [batch])
+    expect_fisher(strategy, by_hand(model, batch))
+
+
+def test_under_an_adapter_only_what_learns_counts():
+    model = a_llava()
+    LoRA(rank=2).attach(model)
+    for name, parameter in trainable(model).items():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    batch = a_dialogue_batch(model, rows=4)
+    strategy = EWC()
+    strategy.end_task(model, an_answer_task(0, size=4), [batch])
+    assert all("lora_" in name for name in strategy.importance.tensors)
+    expect_fisher(strategy, by_hand(model, batch))
+
+
+def test_the_models_own_words_are_drawn_at_every_scored_token_behind_the_right_ones():
+    model = a_llava()
+    batch = a_dialogue_batch(model, rows=3, task=1)
+    strategy = EWC(fisher="model", seed=5)
+    strategy.end_task(model, an_answer_task(1, size=3), [batch])
+    said = []
+    for row in range(3):
+        logits = model(batch.take(torch.tensor([row]))).logits.detach()
+        drawn = generator(5, 1, row)
+        answer = logits.softmax(1).double()
+        said.append(torch.multinomial(answer, 1, generator=drawn).flatten().tolist())
+    right = [batch.labels[row][batch.labels[row] != -100].tolist() for row in range(3)]
+    assert said != right
+    expect_fisher(strategy, by_hand(model, batch, said))
+
+
+def test_the_fisher_of_answers_does_not_depend_on_how_rows_are_batched():
+    model = a_llava()
+    short, long = a_dialogue_batch(model, rows=4), a_dialogue_batch(model, rows=4, task=1)
+    one, many = EWC(), EWC()
+    one.end_task(model, an_answer_task(0, size=8), [short.join(long)])
+    rows = [batch.take(torch.tensor([row])) for batch in (long, short) for row in range(4)]
+    many.end_task(model, an_answer_task(0, size=8), rows)
+    for name, value in one.importance.tensors.items():
+        torch.testing.assert_close(value, many.importance.get(name), rtol=1e-5, atol=1e-12)
+
+
+def test_rows_whose_answer_is_not_scored_do_not_count():
+    model = a_llava()
+    batch = a_dialogue_batch(model, rows=4)
+    labels = batch.labels.clone()
+    labels[2:] = -100
+    strategy = EWC()
+    strategy.end_task(model, an_answer_task(0, size=4), [replace(batch, labels=labels)])
+    expect_fisher(strategy, by_hand(model, batch.take(torch.arange(2))))

@@ -6,6 +6,7 @@ from torch.nn import functional
 from mmcl.core import NO_PROMPTS, Chain, Output, begin_task, run, step, trainable
 from mmcl.strategies.l2p import L2P
 from tests.stand_in import StandIn, a_batch, a_task
+from tests.stand_in_llava import a_dialogue_batch, a_llava, an_answer_task
 from tests.strategies.bare_loop import learn, lesson, whole
 
 
@@ -177,3 +178,29 @@ def test_what_is_missing_is_named():
         L2P(pool=4, top_k=5)
     with pytest.raises(ValueError, match="length is 0"):
         L2P(length=0)
+
+
+def test_prompts_of_text_enter_a_model_that_answers_and_nothing_else_learns():
+    model, strategy = attached(a_llava(), modality="text", pool=4, length=2, top_k=2)
+    assert list(trainable(model)) == []
+    assert strategy.keys.shape == (4, 16)
+    assert strategy.pool.shape == (4, 2, 16)
+    batch = a_dialogue_batch(model)
+    begin_task(model, strategy, an_answer_task(0))
+    done = step(model, strategy, batch)
+    done.loss.backward()
+    assert bool(strategy.pool.grad.any())
+    assert not torch.allclose(done.output.logits, model(batch).logits)
+    with pytest.raises(ValueError, match=r"modality is 'image', but prompts enter .* \['text'\]"):
+        attached(a_llava())
+
+
+def test_keys_are_as_wide_as_the_guide_sees():
+    guide = StandIn()
+    guide.size, guide.embed_width = 8, 16
+    model, strategy = attached(a_llava(guide=guide), modality="text", top_k=1)
+    batch = a_dialogue_batch(model)
+    assert strategy.keys.shape[1] == model.embed(batch, "image").shape[1]
+    assert run(model, strategy, batch).prompts.tokens["text", 0].shape == (8, 5, 16)
+    learned, _ = attached(a_llava(), modality="text", freeze=("image", "text"))
+    assert all("projector" in name for name in trainable(learned))

@@ -1,13 +1,16 @@
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from mmcl.core import Batch, Output, begin_task, end_task, step
+from mmcl.core import Batch, Chain, Output, begin_task, end_task, step, trainable
+from mmcl.strategies.lora import LoRA
 from mmcl.strategies.lwf import LwF
 from tests.stand_in import StandIn, a_batch, a_task, task_batches
+from tests.stand_in_llava import a_dialogue_batch, a_llava, an_answer_task, dialogue_batches
 from tests.strategies.bare_loop import learn
 
 
@@ -137,3 +140,121 @@ def test_the_teacher_stays_while_the_model_learns():
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="temperature 0"):
         LwF(temperature=0)
+    with pytest.raises(ValueError, match="teacher is 'first', expected 'previous' or 'base'"):
+        LwF(teacher="first")
+
+
+def moved(model, seed=0):
+    """Move what learns."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+
+
+def answering(*members, tasks=1):
+    """A LLaVA and a chain that learned tasks, and the model as it was after each."""
+    model, chain = a_llava(), Chain(members)
+    chain.attach(model)
+    olds = [copy.deepcopy(model)]
+    for index in range(tasks):
+        begin_task(model, chain, an_answer_task(index))
+        moved(model, index)
+        end_task(model, chain, an_answer_task(index), dialogue_batches(model, index))
+        olds.append(copy.deepcopy(model))
+    begin_task(model, chain, an_answer_task(tasks))
+    moved(model, 9)
+    return model, chain, olds
+
+
+def test_answers_are_distilled_over_the_vocabulary_at_every_scored_token():
+    model, chain, olds = answering(LwF(alpha=0.5, temperature=3.0))
+    batch = a_dialogue_batch(model, task=1)
+    done = step(model, chain, batch)
+    teacher, student = olds[-1](batch).logits.detach(), done.output.logits.detach()
+    expected = 0.5 * divergence(teacher.double(), student.double(), 3.0)
+    assert float(done.terms["lwf"].detach()) == pytest.approx(expected, rel=1e-3)
+
+
+def test_scored_tokens_of_recalled_rows_are_left_out():
+    model, chain, _ = answering(LwF())
+    new, old = a_dialogue_batch(model, task=1), a_dialogue_batch(model, rows=3)
+    old = replace(old, recalled=torch.ones(3, dtype=torch.bool))
+    alone = step(model, chain, new).terms["lwf"]
+    torch.testing.assert_close(alone, step(model, chain, old.join(new)).terms["lwf"])
+    assert "lwf" not in step(model, chain, old).terms
+    unscored = replace(new, labels=torch.full_like(new.labels, -100))
+    assert "lwf" not in step(model, chain, unscored).terms
+
+
+def test_a_teacher_under_lora_costs_its_adapter_and_answers_as_the_previous_model():
+    model, chain, olds = answering(LoRA(rank=2), LwF(), tasks=2)
+    batch = a_dialogue_batch(model, task=2)
+    lwf = chain.members[1]
+    assert set(lwf.teacher.tensors) == set(trainable(model))
+    taught = lwf._ask_teacher(model, batch)
+    torch.testing.assert_close(taught, olds[-1](batch).logits.detach())
+    assert not torch.equal(taught, model(batch).logits)
+
+
+def test_the_base_teaches_from_the_first_step_and_remembers_nothing_of_adapters():
+    base = a_llava()
+    model, chain, _ = answering(LoRA(rank=2), LwF(teacher="base"), tasks=2)
+    lwf = chain.members[1]
+    assert lwf.bytes_remembered() < 50
+    batch = a_dialogue_batch(model, task=2)
+    done = step(model, chain, batch)
+    taught = lwf._ask_teacher(model, batch)
+    torch.testing.assert_close(taught, base(batch).logits.detach())
+    expected = divergence(taught.double(), done.output.logits.detach().double(), 2.0)
+    assert float(done.terms["lwf"].detach()) == pytest.approx(expected, rel=1e-3)
+    first = LwF(teacher="base")
+    begin_task(model, first, an_answer_task(0))
+    assert "lwf" in step(model, first, batch).terms
+
+
+def test_the_base_is_copied_where_weights_outside_of_adapters_learn():
+    base = a_llava()
+    model, chain, _ = answering(LoRA(rank=2, train_projector=True), LwF(teacher="base"))
+    lwf = chain.members[1]
+    assert lwf.teacher.tensors
+    assert all("projector" in name for name in lwf.teacher.tensors)
+    batch = a_dialogue_batch(model, task=1)
+    torch.testing.assert_close(lwf._ask_teacher(model, batch), base(batch).logits.detach())
+
+
+def test_the_base_teaches_over_all_classes_of_a_model_that_classifies():
+    model, strategy = StandIn(), LwF(teacher="base")
+    old = copy.deepcopy(model)
+    begin_task(model, strategy, a_task(0))
+    moved(model)
+    batch = a_batch()
+    done = step(model, strategy, batch)
+    teacher, student = old(batch).logits.detach(), done.output.logits.detach()
+    expected = divergence(teacher.double(), student.double(), 2.0)
+    assert float(done.terms["lwf"].detach()) == pytest.approx(expected, rel=1e-4)
+
+
+class Grows(LwF):
+    """Brings a weight of its own into the model in each task, as methods with a slot a task do."""
+
+    def begin_task(self, model, task):
+        if not hasattr(model, f"added_{task.index}"):
+            setattr(model, f"added_{task.index}", nn.Parameter(torch.zeros(6)))
+        super().begin_task(model, task)
+
+
+class Added(StandIn):
+    def forward(self, batch, prompts=None):
+        output = super().forward(batch)
+        shift = sum(p for name, p in self.named_parameters() if name.startswith("added_"))
+        return replace(output, logits=output.logits + shift)
+
+
+def test_what_a_task_adds_to_a_model_is_not_taught_as_it_moves():
+    model, strategy = learn(Added(), Grows(), [a_task(0)])
+    old = copy.deepcopy(model)
+    begin_task(model, strategy, a_task(1))
+    moved(model)
+    taught = strategy._ask_teacher(model, a_batch(task=1))
+    torch.testing.assert_close(taught, old(a_batch(task=1)).logits.detach())

@@ -53,7 +53,9 @@ def learn_merges(texts: Sequence[str]) -> list[tuple[str, str]]:
     splits: list[Symbols] = [tuple(table[byte] for byte in text.encode()) for text in texts]
     merges: list[tuple[str, str]] = []
     while any(len(symbols) > 1 for symbols in splits):
-        counts = Counter(pair for symbols in splits for pair in zip(symbols, symbols[1:], strict=False))
+        counts = Counter(
+            pair for symbols in splits for pair in zip(symbols, symbols[1:], strict=False)
+        )
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         merges.append(best)
         splits = [_merged(symbols, best) for symbols in splits]

@@ -1,0 +1,111 @@
+"""peft's layer of orthogonal subspace fine-tuning, made fit to be copied, saved and renewed.
+
+Nothing imports this file before a strategy needs peft, because peft imports transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from peft import OSFConfig
+from peft.tuners.osf import Linear as PeftLinear
+from torch import Tensor, nn
+
+from mmcl.layers.frozen import learning_dtype
+
+_ADAPTER = "default"
+_KEPT = ("_osf_U_low_init", "_osf_S_low_init", "_osf_V_low_init", "_osf_U_high", "_osf_V_high")
+
+
+class OSFLinear(PeftLinear):  # type: ignore[misc]
+    """``W x + (U S V - U_0 S_0 V_0) x``, where U_0 S_0 V_0 is the weak part of W's decomposition.
+
+    Forward, decomposition and the hooks that project gradients are peft's. On top of them:
+
+    - W is a buffer, because from the second task on it is no longer the pretrained weight: it
+      belongs into a checkpoint and not among the frozen parameters, which are left out of one;
+    - so do U_0, S_0 and V_0, which peft does not save and decomposes again, with other rounding;
+    - a deep copy projects its gradients (with peft's own it silently does not: torch copies
+      parameters without their hooks);
+    - the parts learn in float32, or float64 for float64, also beside narrower weights.
+
+    Args:
+        base: a linear layer with floating weights.
+        preserved: directions that may not change, 1 to min(d_out, d_in) - 1.
+
+    **Remembers** W (d_out, d_in), and U (d_out, k), S (k,), V (k, d_in) twice, now and as they
+    began; and the preserved directions of the longer side. k is min(d_out, d_in) - ``preserved``.
+    """
+
+    def __init__(self, base: nn.Linear, preserved: int) -> None:
+        weight = base.weight.detach()
+        del base.weight
+        base.register_buffer("weight", weight)
+        super().__init__(base, _ADAPTER, OSFConfig(), effective_rank=preserved)
+        for name in _KEPT:
+            kept = getattr(self, name)
+            kept.persistent = True
+            for adapter, tensor in list(kept.items()):
+                kept[adapter] = tensor
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Wake the hooks of a copy."""
+        super().__setstate__({**state, "hook_handles": []})
+        self._attach_hooks(_ADAPTER)
+
+    @property
+    def weight(self) -> Tensor:
+        """W as it was when the task began, where other code expects a weight."""
+        return cast(Tensor, self.base_layer.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias, where other code expects one."""
+        return cast("Tensor | None", self.base_layer.bias)
+
+    def update_layer(self, adapter_name: str, effective_rank: int, **how: Any) -> None:
+        """Decompose W as peft does, in a dtype that small updates survive."""
+        self._detach_hooks()
+        narrow = self.base_layer.weight.data
+        self.base_layer.weight.data = narrow.to(learning_dtype(narrow))
+        try:
+            super().update_layer(adapter_name, effective_rank, **how)
+        finally:
+            self.base_layer.weight.data = narrow
+
+    @torch.no_grad()
+    def renew(self, preserved: int) -> None:
+        """Merge what was learned into W, in W's precision, and decompose it anew.
+
+        Args:
+            preserved: directions that may not change from now on.
+        """
+        self.merge()
+        self.merged_adapters.clear()
+        self.update_layer(_ADAPTER, preserved, config=OSFConfig())
+
+
+@contextmanager
+def folded_osf(model: nn.Module) -> Iterator[None]:
+    """Merge what was learned inside the block; W after it is the same bits as before it.
+
+    peft itself cannot unmerge these layers.
+
+    Args:
+        model: with ``OSFLinear`` installed.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, OSFLinear)]
+    kept = [layer.weight.data for layer in layers]
+    try:
+        # Outside inference mode, because tensors made in it may not become weights.
+        with torch.inference_mode(False), torch.no_grad():
+            for layer in layers:
+                layer.merge()
+        yield
+    finally:
+        for layer, weight in zip(layers, kept, strict=True):
+            layer.weight.data = weight.to(layer.weight.device)
+            layer.merged_adapters.clear()
