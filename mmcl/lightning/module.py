@@ -108,7 +108,7 @@ class ContinualModule(pl.LightningModule):
         # Lightning refuses to clip in mixed precision if the optimiser is fused, in bf16 too.
         trainer = self._trainer
         clips = trainer is not None and bool(trainer.gradient_clip_val)
-        fused = not (clips and "mixed" in str(trainer.precision))
+        fused = not (clips and "mixed" in str(getattr(trainer, "precision", "")))
         return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, fused=fused)
 
     def configure_callbacks(self) -> list[pl.Callback]:

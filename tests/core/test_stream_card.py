@@ -87,6 +87,14 @@ def test_yaml_tags_make_no_objects(tmp_path):
         TaskStream.read(card)
 
 
-def test_an_order_must_name_every_task_once(tmp_path):
-    with pytest.raises(ValueError, match="each of 0 to 1 once"):
-        TaskStream.read(write(tmp_path), order=[0, 0])
+@pytest.mark.parametrize("order", [[0, 0], [2], [-1], []])
+def test_an_order_names_tasks_of_the_card_none_twice(tmp_path, order):
+    with pytest.raises(ValueError, match="some of 0 to 1, none twice"):
+        TaskStream.read(write(tmp_path), order=order)
+
+
+def test_a_task_that_the_order_leaves_out_is_not_part_of_the_stream(tmp_path):
+    stream = TaskStream.read(write(tmp_path), order=[1])
+    assert [task.index for task in stream] == [0]
+    assert stream[0].name == TaskStream.read(write(tmp_path))[1].name
+    assert set(stream.classes_until(0)) == set(stream[0].classes)

@@ -1,0 +1,127 @@
+"""What the built-in tiny LLaVA sees: its greedy answers to questions on pictures it never met.
+
+    python -m tests.benchmarks.tiny_llava [folder of a model] [--rows 150] [--stream data/scenes]
+
+First come questions of its pre-training's kind on newly drawn scenes: a share of whole answers that
+are right word for word, by kind of question, and beside it what the answer given most often would
+get. With ``--stream`` its answers on the stream `scenes`, which asks for other forms, follow:
+strict, and lenient about the form.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mmcl.core import PICTURE, Dialogue, Task, TaskStream, Turn
+from mmcl.data import prepare
+from mmcl.data.builders.scene_drawing import draw_scene
+from mmcl.data.builders.scene_pretraining import draw_any
+from mmcl.data.row import MadeRow, collate, make_row
+from mmcl.metrics.scorers import find_scorer
+from mmcl.models import ImageTextToText
+
+SEED, ROWS, BATCH = 20_261, 150, 128
+TASK = Task(0, "questions", kind="answer", size=1, test_size=1, scorer="exact")
+
+
+def questions(rows: int = ROWS, seed: int = SEED) -> dict[str, list[tuple[torch.Tensor, Dialogue]]]:
+    """Draw scenes and ask about them until every kind of question has its rows.
+
+    Captions are left out: they name things in any order, so many are right.
+
+    Returns:
+        kind of question -> pictures (3, 64, 64) uint8 with one question and answer each.
+    """
+    rng = np.random.default_rng(seed)
+    found: dict[str, list[tuple[torch.Tensor, Dialogue]]] = {}
+    while not found or min(len(kind) for kind in found.values()) < rows:
+        scene, asks = draw_any(rng)
+        ask = asks[int(rng.integers(len(asks)))]
+        kind = found.setdefault(ask.__name__.removeprefix("ask_"), [])
+        if len(kind) == rows:
+            continue
+        question, answer = ask(scene, rng)
+        pixels = torch.from_numpy(np.array(draw_scene(scene, rng))).permute(2, 0, 1)
+        turns = (Turn("human", f"{PICTURE}\n{question}"), Turn("assistant", answer))
+        kind.append((pixels, Dialogue(turns, (answer,))))
+    found.pop("caption", None)
+    return dict(sorted(found.items()))
+
+
+def answers(
+    model: ImageTextToText, asked: list[tuple[torch.Tensor, Dialogue]], max_new_tokens: int = 64
+) -> list[str]:
+    """Return the model's greedy answer to each question."""
+    transform = model.transform(False)
+    made = [
+        MadeRow(transform(pixels, dialogue, 0), -100, 0, number, "", False, dialogue.reference)
+        for number, (pixels, dialogue) in enumerate(asked)
+    ]
+    said: list[str] = []
+    for start in range(0, len(made), BATCH):
+        batch = collate(made[start : start + BATCH])
+        said += model.answer(batch, max_new_tokens=max_new_tokens)
+    return said
+
+
+def skills(model: ImageTextToText, rows: int = ROWS) -> dict[str, tuple[float, float]]:
+    """Return kind of question -> share answered rightly, and that of the most frequent answer."""
+    found = {}
+    for kind, asked in questions(rows).items():
+        right = [dialogue.answers[0] for _, dialogue in asked]
+        said = answers(model, asked)
+        share = sum(a == b for a, b in zip(said, right, strict=True)) / len(right)
+        found[kind] = (share, Counter(right).most_common(1)[0][1] / len(right))
+    return found
+
+
+def on_stream(model: ImageTextToText, card: Path) -> dict[str, tuple[float, float]]:
+    """Return task -> strict and lenient score on its test part, 0 to 1."""
+    stream = TaskStream.read(card)
+    prepared = prepare(stream)
+    found = {}
+    for number, task in enumerate(stream.tasks):
+        reader = prepared.reader(number, "test")
+        made = [
+            make_row(
+                reader.read(row), row, task, model.transform(False), seed=0, max_pixels=1 << 24
+            )
+            for row in range(len(reader))
+        ]
+        said: list[str] = []
+        for start in range(0, len(made), BATCH):
+            batch = collate(made[start : start + BATCH])
+            said += model.answer(batch, max_new_tokens=task.max_new_tokens)
+        right = [made_row.reference.answers for made_row in made if made_row.reference]
+        scored = find_scorer(task.scorer).score(said, right)
+        found[task.name] = (scored.strict, scored.lenient)
+    return found
+
+
+def main() -> None:
+    """Print the figures of the model card."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", default="tiny-llava")
+    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--stream", type=Path)
+    given = parser.parse_args()
+    model = ImageTextToText(given.model).eval()
+    measured = skills(model, given.rows)
+    print(f"{'questions, in percent':28}{'right':>8}{'commonest answer':>19}")
+    for kind, (share, chance) in measured.items():
+        print(f"{kind:28}{100 * share:8.1f}{100 * chance:19.1f}")
+    mean = sum(share for share, _ in measured.values()) / len(measured)
+    print(f"{'mean':28}{100 * mean:8.1f}")
+    if given.stream is not None:
+        print(f"\n{'stream scenes, untrained':28}{'strict':>8}{'lenient':>19}")
+        for name, (strict, lenient) in on_stream(model, given.stream / "scenes.yaml").items():
+            print(f"{name:28}{100 * strict:8.1f}{100 * lenient:19.1f}")
+
+
+if __name__ == "__main__":
+    main()
