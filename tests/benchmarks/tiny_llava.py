@@ -2,16 +2,15 @@
 
     python -m tests.benchmarks.tiny_llava [folder of a model] [--rows 150] [--stream data/scenes]
 
-First come questions of its pre-training's kind on newly drawn scenes: a share of whole answers that
-are right word for word, by kind of question, and beside it what the answer given most often would
-get. With ``--stream`` its answers on the stream `scenes`, which asks for other forms, follow:
-strict, and lenient about the form.
+First come questions of its pre-training's kind on newly drawn scenes: the share of whole answers
+that are right word for word, by kind of question, and beside it the share that stays right if the
+picture of another question is shown, which is what can be guessed. With ``--stream`` its answers on
+the stream `scenes`, which asks for other forms, follow: strict, and lenient about the form.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -70,14 +69,20 @@ def answers(
 
 
 def skills(model: ImageTextToText, rows: int = ROWS) -> dict[str, tuple[float, float]]:
-    """Return kind of question -> share answered rightly, and that of the most frequent answer."""
+    """Return kind of question -> share answered rightly with its own and with another picture."""
     found = {}
     for kind, asked in questions(rows).items():
-        right = [dialogue.answers[0] for _, dialogue in asked]
-        said = answers(model, asked)
-        share = sum(a == b for a, b in zip(said, right, strict=True)) / len(right)
-        found[kind] = (share, Counter(right).most_common(1)[0][1] / len(right))
+        others = [(asked[number - 1][0], dialogue) for number, (_, dialogue) in enumerate(asked)]
+        found[kind] = (share_right(model, asked), share_right(model, others))
     return found
+
+
+def share_right(model: ImageTextToText, asked: list[tuple[torch.Tensor, Dialogue]]) -> float:
+    """Return the share of questions that are answered word for word, 0 to 1."""
+    said = answers(model, asked)
+    return sum(
+        one == dialogue.answers[0] for one, (_, dialogue) in zip(said, asked, strict=True)
+    ) / len(asked)
 
 
 def on_stream(model: ImageTextToText, card: Path) -> dict[str, tuple[float, float]]:
@@ -112,11 +117,10 @@ def main() -> None:
     given = parser.parse_args()
     model = ImageTextToText(given.model).eval()
     measured = skills(model, given.rows)
-    print(f"{'questions, in percent':28}{'right':>8}{'commonest answer':>19}")
-    for kind, (share, chance) in measured.items():
-        print(f"{kind:28}{100 * share:8.1f}{100 * chance:19.1f}")
-    mean = sum(share for share, _ in measured.values()) / len(measured)
-    print(f"{'mean':28}{100 * mean:8.1f}")
+    means = [sum(column) / len(measured) for column in zip(*measured.values(), strict=True)]
+    print(f"{'questions, in percent':28}{'right':>8}{'other picture':>19}")
+    for kind, (seen, guessed) in [*measured.items(), ("mean", means)]:
+        print(f"{kind:28}{100 * seen:8.1f}{100 * guessed:19.1f}")
     if given.stream is not None:
         print(f"\n{'stream scenes, untrained':28}{'strict':>8}{'lenient':>19}")
         for name, (strict, lenient) in on_stream(model, given.stream / "scenes.yaml").items():
