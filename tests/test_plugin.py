@@ -12,7 +12,8 @@ from mmcl.core import Strategy, begin_task, end_task, run, step
 from mmcl.lightning import StrategyHooks
 from mmcl.strategies import discover
 from tests.stand_in import StandIn, a_task, task_batches
-from tests.strategies.bare_loop import loader, whole
+from tests.stand_in_llava import a_llava, an_answer_task
+from tests.strategies.bare_loop import batches_of, loader, whole
 
 KNOWN = discover()
 ARGUMENTS = {
@@ -21,15 +22,17 @@ ARGUMENTS = {
     "RanPAC": lambda: {"width": 40},
 }
 TASKS = [a_task(index) for index in range(2)]
+QUESTIONS = [an_answer_task(index) for index in range(2)]
+NEED_ANSWERS = {"CLMoE", "HiDe", "LoRARouter", "ModalPrompt"}
 RATE = 0.05
 
 
 class Foreign(pl.LightningModule):
     """A user's own module: it calls ``step`` and has nothing else of mmcl."""
 
-    def __init__(self, strategy):
+    def __init__(self, strategy, model=None):
         super().__init__()
-        self.model = StandIn()
+        self.model = StandIn() if model is None else model
         self.strategy = strategy
         self.strategy.attach(self.model)
         self.steps = 0
@@ -46,7 +49,16 @@ class Foreign(pl.LightningModule):
 
 
 def make(name):
-    return KNOWN[name](**ARGUMENTS.get(name, dict)())
+    small = {"rank": 4} if name in NEED_ANSWERS - {"ModalPrompt"} else {}
+    return KNOWN[name](**{**ARGUMENTS.get(name, dict)(), **small})
+
+
+def a_model(name):
+    return a_llava() if name in NEED_ANSWERS else StandIn()
+
+
+def tasks_of(name):
+    return QUESTIONS if name in NEED_ANSWERS else TASKS
 
 
 def as_it_is(batch):
@@ -71,13 +83,14 @@ def fit(module, batches, hooks):
         trainer.fit(module, data(batches))
 
 
-def learn_by_hand(model, strategy):
+def learn_by_hand(model, strategy, tasks):
     """The bare loop of the README."""
-    for task in TASKS:
+    for task in tasks:
         begin_task(model, strategy, task)
         learning = [p for p in (*model.parameters(), *strategy.parameters()) if p.requires_grad]
         optimizer = torch.optim.SGD(learning, lr=RATE) if learning else None
-        for batch in loader(task.index, strategy.recall()):
+        model.train(), strategy.train()
+        for batch in loader(task.index, strategy.recall(), model):
             done = step(model, strategy, batch)
             if optimizer is not None:
                 done.loss.backward()
@@ -85,38 +98,41 @@ def learn_by_hand(model, strategy):
                 optimizer.step()
                 optimizer.zero_grad()
             strategy.observe(model, done.batch, done.output)
-        end_task(model, strategy, task, task_batches(task.index))
+        end_task(model, strategy, task, batches_of(model)(task.index))
 
 
 @torch.no_grad()
 def answers(model, strategy):
-    return run(model.eval(), strategy.eval(), whole(0).join(whole(1))).logits
+    rows = whole(0, model).join(whole(1, model))
+    return run(model.eval(), strategy.eval(), rows).logits
 
 
 class Passing(StrategyHooks):
     """A loader that recalls would show old rows in the pass: give the task's own data."""
 
     def _pass(self, trainer):
-        return task_batches(self.task.index)
+        return batches_of(trainer.lightning_module.model)(self.task.index)
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))
 def test_a_foreign_module_learns_two_tasks_as_the_bare_loop_does(name):
-    module = Foreign(make(name))
-    for task in TASKS:
-        fit(module, loader(task.index, module.strategy.recall()), [Passing(task)])
-    model, strategy = StandIn(), make(name)
+    module = Foreign(make(name), a_model(name))
+    for task in tasks_of(name):
+        module.train()
+        batches = loader(task.index, module.strategy.recall(), module.model)
+        fit(module, batches, [Passing(task)])
+    model, strategy = a_model(name), make(name)
     strategy.attach(model)
-    learn_by_hand(model, strategy)
-    assert module.strategy.current == strategy.current == TASKS[1]
+    learn_by_hand(model, strategy, tasks_of(name))
+    assert module.strategy.current == strategy.current == tasks_of(name)[1]
     torch.testing.assert_close(answers(module.model, module.strategy), answers(model, strategy))
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))
 def test_a_forgotten_callback_is_caught_on_the_first_step_by_name(name):
-    module = Foreign(make(name))
+    module = Foreign(make(name), a_model(name)).train()
     with pytest.raises(RuntimeError, match=r"callbacks=\[StrategyHooks\(\)\]"):
-        fit(module, task_batches(0), [])
+        fit(module, batches_of(module.model)(0), [])
     assert module.steps == 0
 
 
