@@ -11,9 +11,9 @@ import time
 
 import torch
 
-from mmcl.core import NO_PROMPTS, begin_task
+from mmcl.core import NO_PROMPTS, UNSCORED, Batch, begin_task
 from mmcl.core.step import step
-from mmcl.models.candidates import likelihoods, plain_likelihoods
+from mmcl.models.candidates import likelihoods
 from mmcl.strategies import LoRA, MoELoRA
 from tests.benchmarks.arms import Sequence, continual
 from tests.benchmarks.captions import Losses
@@ -91,6 +91,21 @@ def alternating(first, second, rounds):
     return float(torch.tensor(spans[1:]).median())
 
 
+def anew(batch, rows, words):
+    """Return a batch for each candidate, with the question before it in every row."""
+    made = []
+    for word in words:
+        tokens = torch.nn.utils.rnn.pad_sequence([torch.cat([row, word]) for row in rows], True)
+        labels = torch.full_like(tokens, UNSCORED)
+        for place, row in enumerate(rows):
+            labels[place, len(row) : len(row) + len(word)] = word
+        mask = torch.arange(tokens.shape[1]) < torch.tensor(
+            [[len(row) + len(word)] for row in rows]
+        )
+        made.append(Batch(batch.images, labels, batch.task, tokens=tokens, mask=mask))
+    return made
+
+
 def answering(vocabulary, rounds, folder):
     """Print the ratios of ways to answer."""
     model = small_llava(folder, vocabulary)
@@ -115,7 +130,11 @@ def answering(vocabulary, rounds, folder):
         draw = torch.Generator().manual_seed(1)
         words = [torch.randint(10, vocabulary, (2,), generator=draw) for _ in range(8)]
         given = (model, rows, pictures, NO_PROMPTS, words)
-        again = alternating(lambda: plain_likelihoods(*given), lambda: likelihoods(*given), rounds)
+        again = alternating(
+            lambda: [model(read) for read in anew(batch, rows, words)],
+            lambda: likelihoods(*given),
+            rounds,
+        )
         print(f"  8 candidates, read anew / prefix read once: {again:.2f}")
 
 
