@@ -55,7 +55,7 @@ def training(vocabulary, wanted, blocks, folder):
     arms = {"trainer": rival}
     for name, strategy in {
         "lora": LoRA(rank=RANK),
-        "moe": MoELoRA(rank=RANK, experts=EXPERTS),
+        "moe": MoELoRA(rank=RANK // EXPERTS, experts=EXPERTS),
     }.items():
         module = continual(copy.deepcopy(base), strategy, optimizer)
         looking = [losses] if name == "lora" else []
@@ -142,10 +142,15 @@ def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=15, help="timed turns (%(default)s)")
+    parser.add_argument(
+        "--vocabulary", type=int, choices=VOCABULARIES, help="one of the two; default: both"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         for vocabulary, wanted in VOCABULARIES.items():
+            if given.vocabulary not in (None, vocabulary):
+                continue
             training(vocabulary, wanted, given.blocks, folder)
         answering(4096, max(3, given.blocks // 3), folder)
 
