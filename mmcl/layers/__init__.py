@@ -1,7 +1,7 @@
 """Layers that a strategy puts in the place of a model's linear ones, in ``attach``."""
 
 from mmcl.layers.experts import MoELoRALinear
-from mmcl.layers.install import folded, install, installed, same_gates_again
+from mmcl.layers.install import folded, install, installed
 from mmcl.layers.low_rank import LowRankSlots, Slot
 
 __all__ = [
@@ -11,5 +11,4 @@ __all__ = [
     "folded",
     "install",
     "installed",
-    "same_gates_again",
 ]

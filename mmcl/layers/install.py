@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from mmcl.layers.low_rank import LowRankSlots
 
@@ -62,36 +62,6 @@ def folded(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.unfold()
-
-
-def same_gates_again(
-    gates: MutableMapping[str, Tensor],
-) -> Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]:
-    """Return a ``context_fn`` for ``torch.utils.checkpoint`` that keeps gates as they were.
-
-    With gradient checkpointing a block runs a second time during the backward pass, when another
-    forward pass (a teacher's) may have changed the gates.
-
-    Args:
-        gates: the model's dict.
-    """
-
-    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        return nullcontext(), _replaced(gates, dict(gates))
-
-    return contexts
-
-
-@contextmanager
-def _replaced(gates: MutableMapping[str, Tensor], then: Mapping[str, Tensor]) -> Iterator[None]:
-    now = dict(gates)
-    gates.clear()
-    gates.update(then)
-    try:
-        yield
-    finally:
-        gates.clear()
-        gates.update(now)
 
 
 def _linear_at(known: Mapping[str, nn.Module], name: str) -> nn.Linear:

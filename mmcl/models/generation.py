@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
@@ -48,19 +48,6 @@ class Refined(LogitsProcessor):  # type: ignore[misc]  # not typed
         """Return (B, V) scores."""
         rows = torch.arange(len(scores), device=scores.device)
         return self.refine(Output(scores, prompts=self.prompts, rows=rows)).logits
-
-
-@contextmanager
-def still(model: nn.Module) -> Iterator[None]:
-    """Let nothing be dropped inside the context, also where a model is training."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def prompt_lengths(batch: Batch) -> Tensor:

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmcl.core import NO_PROMPTS, UNSCORED, Batch, Modality, Output, Prompts, Transform
+from mmcl.core.gates import Gates
+from mmcl.core.rest import evaluating
 from mmcl.models.candidates import best_of, likelihoods
 from mmcl.models.chat_loading import Loaded, Style, conversation_of, ends_of, load_chat
+from mmcl.models.checkpointing import compute_twice
 from mmcl.models.entrance import Entrance
 from mmcl.models.families import family_of
 from mmcl.models.fingerprint import Fingerprint, frozen_own
-from mmcl.models.gates import Gates, compute_twice
-from mmcl.models.generation import Refine, generated, prompt_lengths, still
+from mmcl.models.generation import Refine, generated, prompt_lengths
 from mmcl.models.guide import guided, one_a_row
 from mmcl.models.parts import Kind, linears_of, parameters_of, touching
 from mmcl.models.parts import Part as Part
@@ -155,7 +157,7 @@ class ImageTextToText(nn.Module):
         """
         rows = self._questions(batch)
         pictures = self.pixels.inputs(self.lm, batch)
-        with still(self):
+        with evaluating(self):
             if not candidates:
                 return generated(self, rows, pictures, prompts, max_new_tokens, refine)
             known = [self._candidate(text).to(batch.labels.device) for text in candidates]

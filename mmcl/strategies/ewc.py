@@ -31,8 +31,8 @@ from mmcl.core import (
 )
 from mmcl.core.distributed import sum_over_ranks
 from mmcl.core.randomness import generator, ranks_of
+from mmcl.core.rest import evaluating
 from mmcl.memory.snapshot import Snapshot
-from mmcl.ops.evaluation import evaluating
 from mmcl.ops.importance import add_squares, decayed, pull_back
 
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmcl.core import VLM, Batch, Output, Strategy, Task, trainable
+from mmcl.core.rest import evaluating
 from mmcl.layers.bypass import adapted, bypassed
 from mmcl.memory.snapshot import Snapshot
 from mmcl.ops.distillation import distil, distil_pairs
-from mmcl.ops.evaluation import evaluating
 
 
 class LwF(Strategy):

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from mmcl.core import VLM, Batch, Strategy, Task, device_of, run
 from mmcl.core.distributed import rank_and_world, sum_over_ranks
 from mmcl.core.randomness import generator
+from mmcl.core.rest import evaluating
 from mmcl.layers import MoELoRALinear, install, installed
 from mmcl.layers.adapting import Which, check_sizes, frozen_linears
-from mmcl.ops.evaluation import evaluating
 
 
 class MoELoRA(Strategy):

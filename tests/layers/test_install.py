@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from mmcl.core.gates import KeptGates
 from mmcl.layers import (
     LowRankSlots,
     MoELoRALinear,
     folded,
     install,
     installed,
-    same_gates_again,
 )
 
 
@@ -122,7 +122,7 @@ def test_a_block_that_runs_again_in_the_backward_pass_sees_the_gates_it_had():
         x = torch.ones(3, 4, requires_grad=True)
         model.gates["e"] = torch.tensor([[1.0, 0.0]]).expand(3, 2)
         if again:
-            contexts = same_gates_again(model.gates)
+            contexts = KeptGates(model.gates)
             answer = checkpoint(model.lm, x, use_reentrant=False, context_fn=contexts)
         else:
             answer = model(x)

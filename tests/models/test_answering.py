@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mmcl.core import Batch, Prompts
+from mmcl.core.gates import KeptGates
 from mmcl.models import ImageTextToText
-from mmcl.models.gates import KeptGates
 from mmcl.models.generation import left_padded, prompt_lengths
 from tests.models import native_chats as native
 from tests.models.small_chats import write_model

@@ -47,11 +47,3 @@ class KeptGates:
         finally:
             self.gates.clear()
             self.gates.update(later)
-
-
-def compute_twice(lm: Any, gates: MutableMapping[str, Tensor]) -> None:
-    """Let a model of transformers compute its layers twice, to save memory."""
-    # transformers 5 gave this a new name and warns of the old one.
-    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-    enable = next(getattr(lm, name) for name in names if hasattr(lm, name))
-    enable({"use_reentrant": False, "context_fn": KeptGates(gates)})
