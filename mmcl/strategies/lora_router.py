@@ -117,7 +117,7 @@ class LoRARouter(Strategy):
         slots = len(layers[0].slots) if layers else 0
         if not slots:
             return NO_PROMPTS
-        if self.training and batch.recalled is None:
+        if self.training and (batch.recalled is None or not bool(batch.recalled.any())):
             choose_slots(layers, "one", (self._task,))
             return NO_PROMPTS
         choice = self._learned_by(batch) if self.training else self._asked(model, batch, slots)
