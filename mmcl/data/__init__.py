@@ -6,7 +6,8 @@ from mmcl.data.keep import CopiesReader, keep_copies, prune_copies
 from mmcl.data.loader import train_loader
 from mmcl.data.passes import Pass, pass_loader, test_loader
 from mmcl.data.prepare import PreparedStream, prepare
-from mmcl.data.reader import Reader, Sample, SampleReader
+from mmcl.data.reader import Reader, SampleReader
+from mmcl.data.shard import Sample
 
 __all__ = [
     "MAX_PIXELS",

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmcl.core.atomic import write_atomic
+from mmcl.data.shard import Numbers
 from mmcl.data.tar import members
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -34,8 +35,6 @@ _DTYPES = {
     "length": np.int64, "kind": np.int32, "key_ends": np.int64, "keys": np.uint8,
     "key_hash": np.uint64, "extensions": np.uint8,
 }  # fmt: skip
-
-Numbers = npt.NDArray[np.int64]
 
 
 def is_read(extension: str) -> bool:

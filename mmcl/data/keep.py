@@ -18,9 +18,10 @@ from webdataset.writer import TarWriter
 
 from mmcl.core import Recall, write_atomic
 from mmcl.data.faults import BadSample
-from mmcl.data.index import Numbers, scan
+from mmcl.data.index import scan
 from mmcl.data.prepare import PreparedStream
-from mmcl.data.reader import Reader, Sample, SampleReader
+from mmcl.data.reader import Reader, SampleReader
+from mmcl.data.shard import Numbers, Sample
 from mmcl.data.source import sha256_of
 
 _KEY = "mmcl-key.txt"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mmcl.core.randomness import mix, ranks_of
-from mmcl.data.index import Numbers
+from mmcl.data.shard import Numbers
 
 _NEW, _RECALLED = 1, 2
 """What a permutation is for; keeps the two kinds of draws apart."""

@@ -12,11 +12,11 @@ from mmcl.core import Batch, Task, Transform
 from mmcl.core.randomness import mix
 from mmcl.data.decode import MAX_PIXELS
 from mmcl.data.faults import BadSample
-from mmcl.data.index import Numbers
 from mmcl.data.loader import batch_loader
 from mmcl.data.prepare import Part, PreparedStream
 from mmcl.data.reader import Reader
 from mmcl.data.row import MadeRow, collate, make_row
+from mmcl.data.shard import Numbers
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ import torch
 from mmcl.core import Task, TaskStream
 from mmcl.core.randomness import ranks_of
 from mmcl.data.faults import BadShard, Faults
-from mmcl.data.index import Numbers, ShardIndex, is_read, open_index
+from mmcl.data.index import ShardIndex, is_read, open_index
 from mmcl.data.reader import Reader
 from mmcl.data.row import READ_KINDS
+from mmcl.data.shard import Numbers
 from mmcl.data.source import default_cache, local_shard, sha256_of
 
 Part = Literal["train", "test"]

@@ -5,34 +5,19 @@ from __future__ import annotations
 import bisect
 import mmap
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from mmcl.data.faults import BadSample
-from mmcl.data.index import IMAGES, Numbers, ShardIndex
+from mmcl.data.index import IMAGES, ShardIndex
+from mmcl.data.shard import Numbers, Sample
 
 MAX_PICTURE_BYTES = 1 << 28
 MAX_TEXT_BYTES = 1 << 20
 _OPEN_SHARDS = 128
 """Maps kept open at a time; each holds a file descriptor."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A sample as it lies in its shard.
-
-    Attributes:
-        key: its name; bytes that are not UTF-8 are written in hex.
-        shard: name of its shard.
-        members: extension in lower case -> content.
-    """
-
-    key: str
-    shard: str
-    members: Mapping[str, bytes]
 
 
 class SampleReader(Protocol):

@@ -14,7 +14,7 @@ from mmcl.data.decode import decode_image
 from mmcl.data.dialogue import read_dialogue, templated
 from mmcl.data.faults import BadSample
 from mmcl.data.index import IMAGES
-from mmcl.data.reader import Sample
+from mmcl.data.shard import Sample
 
 READ_KINDS = ("classify", "caption", "retrieve", "answer")
 _WHOLE_NUMBER = re.compile(rb"\s*([0-9]{1,18})\s*")

@@ -10,10 +10,10 @@ from torch.utils.data import Dataset
 from mmcl.core import Batch, Task, Transform
 from mmcl.core.randomness import mix
 from mmcl.data.faults import BadSample
-from mmcl.data.index import Numbers
 from mmcl.data.prepare import PreparedStream
 from mmcl.data.reader import SampleReader
 from mmcl.data.row import MadeRow, collate, make_row
+from mmcl.data.shard import Numbers
 
 MAX_STAND_INS = 100
 """Bad samples met in a row, in place of one, before the run ends."""
