@@ -13,6 +13,11 @@ from mmcl.core.sample import Reference
 UNSCORED = -100
 """Label of a row (or token) that the task loss leaves out, as in torch's cross entropy."""
 
+_ROW_FIELDS = (
+    "labels", "task", "tokens", "mask", "features", "sample", "recalled", "source", "scored",
+    "bytes",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -28,7 +33,12 @@ class Batch:
         mask: (B, L) bool, True on real tokens.
         features: (B, N, D) frozen-encoder output that stands in for images.
         sample: (B,) int64, the number of each row inside its task; (task, sample) names it.
-        recalled: (B,) bool, True where the row was remembered; None = all rows are new.
+        recalled: (B,) bool, True where the row is not of the task that is learned: remembered, or
+            of another source; None = all rows are new.
+        source: (B,) int64, 0 for rows of the task and of memory, n for rows of the stream's n-th
+            source (their ``task`` is -1); None = all 0.
+        scored: (B,) bool, False where a source's row has no part in the task loss; None = all have.
+        bytes: (B,) int64, what the row's sample takes in its shard; None = not known.
         keys: sample keys, to trace a row back to its shard.
         references: of rows that are answered: the question, and what counts as right.
         faults: what could not be read while this batch was made, one sentence each.
@@ -45,6 +55,9 @@ class Batch:
     features: Tensor | None = None
     sample: Tensor | None = None
     recalled: Tensor | None = None
+    source: Tensor | None = None
+    scored: Tensor | None = None
+    bytes: Tensor | None = None
     keys: tuple[str, ...] = ()
     references: tuple[Reference, ...] = ()
     faults: tuple[str, ...] = ()
@@ -86,15 +99,16 @@ class Batch:
         """Return the rows of both, this batch first.
 
         Texts are padded to the longer of the two. A field that one side lacks must be lacking in
-        the other, except ``recalled`` (None counts as all new) and ``sample`` (None as -1).
+        the other, except ``recalled`` (None counts as all new), ``sample`` (None as -1),
+        ``source`` (as 0), ``scored`` (as all) and ``bytes`` (as -1).
 
         Raises:
             ValueError: if one side has pictures, tokens or features that the other has not.
         """
         joined: dict[str, Any] = {}
-        left, right = _with_marks(self), _with_marks(other)
+        left, right = _with_marks(self, other), _with_marks(other, self)
         left, right = _padded(left, right), _padded(right, left)
-        for name in ("labels", "task", "tokens", "mask", "features", "sample", "recalled"):
+        for name in _ROW_FIELDS:
             joined[name] = _joined(name, getattr(left, name), getattr(right, name))
         joined["images"] = _joined("images", left.images, right.images)
         if left.owner is not None or right.owner is not None:
@@ -116,8 +130,7 @@ class Batch:
         return replace(self, **changed)
 
     def _row_tensors(self) -> dict[str, Tensor]:
-        names = ("labels", "task", "tokens", "mask", "features", "sample", "recalled")
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in _ROW_FIELDS}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -135,18 +148,23 @@ def _take_owned(images: Tensor, owner: Tensor, rows: Tensor) -> tuple[Tensor, Te
     return images[torch.cat(pictures)], torch.cat(new_owner)
 
 
-def _with_marks(batch: Batch) -> Batch:
-    device, rows = batch.labels.device, len(batch)
-    recalled = batch.recalled
-    if recalled is None:
-        recalled = torch.zeros(rows, dtype=torch.bool, device=device)
-    sample = batch.sample
-    if sample is None:
-        sample = torch.full((rows,), -1, dtype=torch.int64, device=device)
-    mask = batch.mask
-    if mask is None and batch.tokens is not None:
-        mask = torch.ones_like(batch.tokens, dtype=torch.bool)
-    return replace(batch, recalled=recalled, sample=sample, mask=mask)
+def _with_marks(batch: Batch, other: Batch) -> Batch:
+    """Fill in the marks that this batch lacks, and those that the other has."""
+    labels, rows = batch.labels, len(batch)
+    marks = {
+        "recalled": labels.new_zeros(rows, dtype=torch.bool),
+        "sample": labels.new_full((rows,), -1),
+    }
+    absent = {
+        "source": labels.new_zeros(rows),
+        "scored": labels.new_ones(rows, dtype=torch.bool),
+        "bytes": labels.new_full((rows,), -1),
+    }
+    marks |= {name: mark for name, mark in absent.items() if getattr(other, name) is not None}
+    if batch.tokens is not None:
+        marks["mask"] = torch.ones_like(batch.tokens, dtype=torch.bool)
+    lacking = {name: mark for name, mark in marks.items() if getattr(batch, name) is None}
+    return replace(batch, **lacking)
 
 
 def _padded(batch: Batch, other: Batch) -> Batch:

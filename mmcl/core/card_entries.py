@@ -1,0 +1,38 @@
+"""What a stream card says, every field of it checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """A task as the card states it; see ``Task`` for the meaning of each field."""
+
+    name: str
+    kind: str
+    stage: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    size: int
+    test_size: int
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+    text: str
+    epochs: int | None
+    scorer: str
+    decode: str
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card whose every field was checked."""
+
+    name: str
+    scenario: str
+    classes: tuple[str, ...]
+    tasks: tuple[TaskEntry, ...]
+    probes: tuple[TaskEntry, ...]
+    licence: str = ""
+    hashes: dict[str, str] = field(default_factory=dict)
