@@ -9,7 +9,7 @@ from mmcl.core.recall import Recall
 from mmcl.core.sample import PICTURE, Dialogue, Reference, Row, Transform, Turn
 from mmcl.core.step import Step, answer, begin_task, end_task, run, step
 from mmcl.core.strategy import Strategy, device_of, trainable
-from mmcl.core.task import Task, TaskStream
+from mmcl.core.task import Source, Task, TaskStream
 
 __all__ = [
     "NO_PROMPTS",
@@ -25,6 +25,7 @@ __all__ = [
     "Recall",
     "Reference",
     "Row",
+    "Source",
     "Step",
     "Strategy",
     "Task",

@@ -8,7 +8,8 @@ from pathlib import Path
 import yaml
 
 from mmcl.core.card_entries import Card, TaskEntry
-from mmcl.core.card_reader import CardReader, expand
+from mmcl.core.card_fields import expand
+from mmcl.core.card_reader import CardReader
 
 __all__ = ["Card", "TaskEntry", "expand", "read_card"]
 

@@ -23,6 +23,22 @@ class TaskEntry:
     scorer: str
     decode: str
     max_new_tokens: int
+    share: float | None = None
+    mix: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class SourceEntry:
+    """A general or reference set as the card states it; see ``Source``."""
+
+    name: str
+    kind: str
+    shards: tuple[str, ...]
+    size: int
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+    text: str
+    is_scored: bool
 
 
 @dataclass(frozen=True)
@@ -34,5 +50,7 @@ class Card:
     classes: tuple[str, ...]
     tasks: tuple[TaskEntry, ...]
     probes: tuple[TaskEntry, ...]
+    sources: tuple[SourceEntry, ...] = ()
     licence: str = ""
     hashes: dict[str, str] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)

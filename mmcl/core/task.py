@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, overload
 
-from mmcl.core.card import Card, TaskEntry, read_card
+from mmcl.core.card import read_card
+from mmcl.core.card_entries import Card, SourceEntry, TaskEntry
 
-Kind = Literal["caption", "classify", "retrieve", "answer", "prefer", "edit"]
+Kind = Literal["caption", "classify", "retrieve", "answer", "prefer", "edit", "picture"]
 Stage = Literal["cpt", "dap", "cft"]
 Scenario = Literal["task", "class", "domain"]
 Decode = Literal["generate", "candidates"]
@@ -22,7 +23,7 @@ class Task:
     Attributes:
         index: position in the learned order, from 0; probes go on counting after the tasks.
         name: of the task.
-        kind: what its rows are, which decides loss and score.
+        kind: what its rows are, which decides loss and score; "picture" of sources only.
         stage: continual pre-training, domain adaptation or fine-tuning.
         train: shard files or urls of the training part.
         test: shard files or urls of the test part.
@@ -38,6 +39,8 @@ class Task:
             the classes that compete.
         max_new_tokens: of a generated answer.
         epochs: passes over the task, None = as the trainer says.
+        share: part of every batch that recalled samples take, None = as the strategy says.
+        mix: (number of a source, its part of every batch).
         is_probe: True for a test-only member that is scored in every row.
     """
 
@@ -58,7 +61,26 @@ class Task:
     decode: Decode = "generate"
     max_new_tokens: int = 64
     epochs: int | None = None
+    share: float | None = None
+    mix: tuple[tuple[int, float], ...] = ()
     is_probe: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that come beside those of tasks: a general set, or one to compare with a teacher on.
+
+    Attributes:
+        number: from 1; what ``Batch.source`` says of its rows.
+        name: of the source.
+        rows: kind, shards (``train``), size, text, columns; its index is -1.
+        is_scored: whether its rows have a part in the task loss.
+    """
+
+    number: int
+    name: str
+    rows: Task
+    is_scored: bool
 
 
 class TaskStream(Sequence[Task]):
@@ -76,6 +98,8 @@ class TaskStream(Sequence[Task]):
         folder: where relative shard names start.
         hashes: shard name -> sha256, where the card states it.
         licence: of the data.
+        sources: general and reference sets that tasks mix in.
+        counts: shard name -> samples, where the card states it.
     """
 
     def __init__(
@@ -88,6 +112,8 @@ class TaskStream(Sequence[Task]):
         folder: Path = Path(),
         hashes: dict[str, str] | None = None,
         licence: str = "",
+        sources: Sequence[Source] = (),
+        counts: dict[str, int] | None = None,
     ) -> None:
         self.name = name
         self.scenario = scenario
@@ -96,6 +122,8 @@ class TaskStream(Sequence[Task]):
         self.folder = folder
         self.hashes = dict(hashes or {})
         self.licence = licence
+        self.sources = tuple(sources)
+        self.counts = dict(counts or {})
 
     @classmethod
     def read(
@@ -136,6 +164,8 @@ class TaskStream(Sequence[Task]):
             folder=card.parent,
             hashes=read.hashes,
             licence=read.licence,
+            sources=_sources(read, tasks),
+            counts=read.counts,
         )
 
     def classes_until(self, index: int) -> tuple[str, ...]:
@@ -170,6 +200,7 @@ class TaskStream(Sequence[Task]):
 
 
 def _entry(card: Card, entry: TaskEntry, index: int) -> Task:
+    names = [source.name for source in card.sources]
     return Task(
         index=index,
         name=entry.name,
@@ -185,6 +216,8 @@ def _entry(card: Card, entry: TaskEntry, index: int) -> Task:
         decode=entry.decode,  # type: ignore[arg-type]  # checked by the card reader
         max_new_tokens=entry.max_new_tokens,
         epochs=entry.epochs,
+        share=entry.share,
+        mix=tuple((1 + names.index(name), share) for name, share in entry.mix),
     )
 
 
@@ -211,3 +244,25 @@ def _probe(card: Card, entry: TaskEntry, index: int) -> Task:
     task = _entry(card, entry, index)
     labels = tuple(range(len(names)))
     return replace(task, classes=names, labels=labels, columns=columns, is_probe=True)
+
+
+def _sources(card: Card, tasks: Sequence[Task]) -> list[Source]:
+    place = {name: n for n, name in enumerate(name for task in tasks for name in task.classes)}
+    return [_source(card, entry, 1 + n, place) for n, entry in enumerate(card.sources)]
+
+
+def _source(card: Card, entry: SourceEntry, number: int, place: dict[str, int]) -> Source:
+    own = set(entry.classes)
+    # Of a class that no task of this order has, the rows are shown and not scored.
+    columns = tuple(place.get(name, len(place)) if name in own else -1 for name in card.classes)
+    rows = Task(
+        index=-1,
+        name=entry.name,
+        kind=entry.kind,  # type: ignore[arg-type]  # checked by the card reader
+        train=entry.shards,
+        size=entry.size,
+        columns=columns if entry.kind == "classify" else (),
+        templates=entry.templates,
+        text=entry.text,
+    )
+    return Source(number, entry.name, rows, entry.is_scored)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -14,6 +15,7 @@ from webdataset.gopen import gopen
 from mmcl.core.atomic import write_atomic
 from mmcl.data.faults import BadShard
 from mmcl.data.lock import exclusive
+from mmcl.data.shard import Origin
 
 _REMOTE = frozenset({"http", "https", "ftps", "sftp", "scp", "gs", "htgs", "hf", "ais"})
 
@@ -24,6 +26,95 @@ def default_cache() -> Path:
     if stated:
         return Path(stated)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmcl"
+
+
+@dataclass(frozen=True, slots=True)
+class LocalOrigin:
+    """A shard that lies on this machine; implements ``Origin``.
+
+    Args:
+        file: its path.
+    """
+
+    file: str | Path
+
+    @property
+    def url(self) -> str:
+        """Return the path."""
+        return str(self.file)
+
+    @property
+    def is_remote(self) -> bool:
+        """Tell that nothing has to be fetched."""
+        return False
+
+    def path(self) -> Path:
+        """Return the path.
+
+        Raises:
+            BadShard: if there is no such file.
+        """
+        return _existing(Path(self.file))
+
+
+@dataclass(frozen=True, slots=True)
+class CachedOrigin:
+    """A shard that is fetched whole into a cache folder; implements ``Origin``."""
+
+    url: str
+    cache: Path
+    allow_pipes: bool = False
+
+    @property
+    def is_remote(self) -> bool:
+        """Tell that it may have to be fetched."""
+        return True
+
+    def path(self) -> Path:
+        """Return the fetched copy.
+
+        Raises:
+            BadShard: if it cannot be fetched.
+        """
+        return local_shard(self.url, self.cache, self.allow_pipes)
+
+
+def origin_of(
+    url: str,
+    cache: Path,
+    *,
+    allow_pipes: bool = False,
+    limit_bytes: int | None = None,
+    sha256: str = "",
+) -> Origin:
+    """Return where a shard comes from.
+
+    Args:
+        url: a path, a ``file://`` url, or the url of a remote shard.
+        cache: folder for remote shards.
+        allow_pipes: run ``pipe:`` urls, which are shell commands.
+        limit_bytes: room that remote shards may take in ``cache``; None = any.
+        sha256: what the card says about the shard in hex, "" = nothing.
+
+    Raises:
+        BadShard: if the url is refused.
+    """
+    scheme = urlparse(url).scheme.lower()
+    if scheme == "file":
+        return LocalOrigin(unquote(urlparse(url).path))
+    if scheme == "pipe":
+        if not allow_pipes or not url.startswith("pipe:"):
+            raise BadShard(
+                "is a 'pipe:' url, which runs a command of whoever wrote the card: read the "
+                "command, then give allow_pipes=True if you trust it, or name a file"
+            )
+    elif "://" not in url:
+        return LocalOrigin(url)
+    elif scheme not in _REMOTE:
+        raise BadShard(
+            f"has the scheme '{scheme}', expected one of {', '.join(sorted(_REMOTE))} or a path"
+        )
+    return CachedOrigin(url, cache, allow_pipes)
 
 
 def local_shard(url: str, cache: Path, allow_pipes: bool = False) -> Path:
