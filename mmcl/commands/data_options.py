@@ -1,4 +1,4 @@
-"""What the actions of ``mmcl data`` that write something have in common: a bar, words at the end."""
+"""What the makers of instruction data share on the command line: options, a bar, the last words."""
 
 from __future__ import annotations
 

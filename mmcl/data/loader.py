@@ -6,16 +6,22 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmcl.core import Batch, Recall, Task, Transform
-from mmcl.core.randomness import generator
+from mmcl.core.randomness import generator, mix
 from mmcl.data.decode import MAX_PIXELS
-from mmcl.data.order import EpochPlan, epoch_plan, smallest_batch, steps_per_epoch
+from mmcl.data.order import EpochPlan, Mixture
 from mmcl.data.prepare import PreparedStream
 from mmcl.data.reader import SampleReader
+from mmcl.data.shard import Numbers
+from mmcl.data.shuffle import InWindows
 from mmcl.data.training import Recalled, Request, TrainingRows
+
+WINDOW = 16
+"""Remote shards whose samples are shuffled together."""
 
 
 def at_start() -> tuple[int, int]:
@@ -67,7 +73,7 @@ class PlannedBatches(Sampler[Request]):
             entries = plan.micro_batch(
                 step, part=part, accumulation=self.accumulation, rank=self.rank, world=self.world
             )
-            yield Request(epoch, entries, len(entries) * parts / len(plan.batch(step)))
+            yield Request(epoch, entries, len(entries) * parts / plan.rows(step))
 
 
 def train_loader(
@@ -85,8 +91,10 @@ def train_loader(
     workers: int = 0,
     position: Callable[[], tuple[int, int]] = at_start,
     max_pixels: int = MAX_PIXELS,
+    window: int = WINDOW,
+    group: int = 0,
 ) -> DataLoader[Batch]:
-    """Build the loader of a task's training part, with old samples mixed in.
+    """Build the loader of a task's training part, with old samples and other sources mixed in.
 
     Its length is the micro-batches of an epoch. The same seed gives the same global batches on
     any number of ranks, parts and workers.
@@ -105,6 +113,10 @@ def train_loader(
         workers: processes that read and decode; they stay for the next epoch.
         position: asked at every ``iter``: (epoch, micro-batches already done in it).
         max_pixels: larger pictures are bad samples.
+        window: shards whose samples are shuffled together where any of them is remote; local ones
+            are shuffled all together.
+        group: batches over which rows are sorted by the bytes of their text, so that rows of like
+            length stand together; 0 = not. Needs the index of every shard.
 
     Raises:
         ValueError: if a rank would go without rows, or the recall names what cannot be read.
@@ -112,13 +124,43 @@ def train_loader(
     """
     recalled = _recalled(prepared, task, recall, recall_readers)
     rows = TrainingRows(prepared, task, transform, recalled, seed=seed, max_pixels=max_pixels)
-    counts: dict[str, Any] = {"recalled": len(recalled.task), "global_batch": global_batch}
-    counts["share"] = None if recall is None else recall.share
-    _expect_rows(prepared.stream.tasks[task], counts, accumulation, world)
-    plan = partial(epoch_plan, len(rows.reader), seed=seed, task=task, **counts)
-    steps = steps_per_epoch(len(rows.reader), **counts)
+    new, old, *others = rows.counts
+    shares = [share for _, share in prepared.stream.tasks[task].mix]
+    share = None if recall is None else recall.share
+    mixture = Mixture(new, global_batch, old, share, tuple(zip(others, shares, strict=True)))
+    _expect_rows(prepared.stream.tasks[task], mixture, accumulation, world)
+    lengths = _lengths(rows) if group > 1 else None
+    plan = partial(_plan, rows, mixture, lengths=lengths, window=window, group=group)
     dealt = {"accumulation": accumulation, "rank": rank, "world": world}
-    return batch_loader(rows, PlannedBatches(plan, steps, position, **dealt), workers, seed=seed)
+    batches = PlannedBatches(plan, mixture.steps, position, **dealt)
+    return batch_loader(rows, batches, workers, seed=seed)
+
+
+def _plan(
+    rows: TrainingRows, mixture: Mixture, *, epoch: int, window: int, **how: Any
+) -> EpochPlan:
+    order = None
+    if getattr(rows.reader, "is_remote", False) and mixture.once == mixture.new:
+        order = InWindows(mix(rows.seed, rows.task, epoch), rows.reader.sizes, window)
+    return EpochPlan(mixture, seed=rows.seed, task=rows.task, epoch=epoch, order=order, **how)
+
+
+def _lengths(rows: TrainingRows) -> Numbers:
+    """Return the bytes of text of everything that can come, in the order of entries."""
+    lengths = [_text_lengths(rows.reader, rows.tasks[rows.task])]
+    old = np.zeros(len(rows.recalled.task), dtype=np.int64)
+    for task, reader in rows.recalled.readers.items():
+        own = rows.recalled.task == task
+        old[own] = _text_lengths(reader, rows.tasks[task], rows.recalled.sample[own])
+    lengths.append(old)
+    for source, reader in zip(rows.sources, rows.source_readers, strict=True):
+        lengths.append(_text_lengths(reader, source.rows))
+    return np.concatenate(lengths).astype(np.int32)
+
+
+def _text_lengths(reader: SampleReader, task: Task, numbers: Numbers | None = None) -> Numbers:
+    own = reader.lengths("json" if task.kind == "answer" else task.text.lower())
+    return own if numbers is None else own[numbers]
 
 
 def batch_loader(
@@ -183,14 +225,13 @@ def _recalled(
     return Recalled(tasks, samples, found)
 
 
-def _expect_rows(task: Task, counts: Mapping[str, Any], accumulation: int, world: int) -> None:
-    for name, value in (("global_batch", counts["global_batch"]), ("accumulation", accumulation)):
+def _expect_rows(task: Task, mixture: Mixture, accumulation: int, world: int) -> None:
+    for name, value in (("global_batch", mixture.global_batch), ("accumulation", accumulation)):
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
-    smallest = smallest_batch(task.size, **counts)
-    if smallest < world * accumulation:
+    if mixture.smallest < world * accumulation:
         raise ValueError(
-            f"global_batch {counts['global_batch']} gives task '{task.name}' ({task.size} samples) "
-            f"a batch of {smallest} rows for {world} devices x {accumulation} accumulated parts: "
-            "use fewer devices, less accumulation or a larger global_batch"
+            f"global_batch {mixture.global_batch} gives task '{task.name}' ({task.size} samples) "
+            f"a batch of {mixture.smallest} rows for {world} devices x {accumulation} accumulated "
+            "parts: use fewer devices, less accumulation or a larger global_batch"
         )

@@ -1,7 +1,7 @@
 """Which samples make up which batch: a function of (seed, task, epoch, position), never a state.
 
-A permutation sorts sample numbers by a hash of (seed, task, epoch, number), so it is the same on
-every rank, in every process and with every version of torch.
+A global batch holds new samples of the task and, each in an exact number of slots, recalled samples
+and samples of other sources. Any batch of any epoch is computed from its number alone.
 
 Dealing: with W ranks and A accumulated parts, micro-batch a of rank r takes the rows
 ``a * W + r, a * W + r + W * A, ...`` of the global batch. So rank r sees rows r, r + W, ... of it,
@@ -10,40 +10,134 @@ and the ranks' micro-batches a together, row i of rank r at place i * W + r, kee
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 
 from mmcl.core.randomness import mix, ranks_of
 from mmcl.data.shard import Numbers
+from mmcl.data.shuffle import SORTED, Order, shuffled
 
-_NEW, _RECALLED = 1, 2
-"""What a permutation is for; keeps the two kinds of draws apart."""
+_NEW, _RECALLED, _SOURCE, _GROUPED = 1, 2, 3, 4
+"""What a permutation is for; keeps the kinds of draws apart."""
 
 
 @dataclass(frozen=True)
-class EpochPlan:
-    """All global batches of an epoch.
+class Mixture:
+    """What the global batches of a task are put together from.
 
     Attributes:
-        entries: (R,) rows of all batches, one batch after the other: a new sample's number, or
-            ``new`` + the place of a recalled sample in its list.
-        starts: (steps + 1,) where each batch begins in ``entries``.
-        new: new samples of the task.
+        new: samples of the task.
+        global_batch: rows of a batch over all ranks and accumulated parts, at most.
+        recalled: samples in the recalled list.
+        share: part of every batch that they take; None = they are shuffled among the new ones.
+        sources: (samples, part of every batch) of each other source.
     """
 
-    entries: Numbers
-    starts: Numbers
     new: int
+    global_batch: int
+    recalled: int = 0
+    share: float | None = None
+    sources: tuple[tuple[int, float], ...] = ()
+
+    @cached_property
+    def slots(self) -> tuple[int, ...]:
+        """Rows of every global batch that recalled samples and each source take.
+
+        Raises:
+            ValueError: if no row is left for new samples.
+        """
+        shares = [(self.recalled, self.share or 0.0), *self.sources]
+        slots = tuple(
+            max(1, round(share * self.global_batch)) if count and share else 0
+            for count, share in shares
+        )
+        if sum(slots) >= self.global_batch:
+            stated = ", ".join(f"{share:g}" for _, share in shares if share)
+            raise ValueError(
+                f"recalled samples and sources take {sum(slots)} of the {self.global_batch} rows "
+                f"of a global batch (shares {stated}) and leave none for new samples: use smaller "
+                "shares or a larger global_batch"
+            )
+        return slots
+
+    @property
+    def once(self) -> int:
+        """Samples that come exactly once in an epoch."""
+        return self.new + (self.recalled if self.share is None else 0)
+
+    @property
+    def steps(self) -> int:
+        """Global batches of an epoch."""
+        return -(-self.once // (self.global_batch - sum(self.slots)))
+
+    @property
+    def smallest(self) -> int:
+        """Rows of the smallest global batch of an epoch."""
+        return self.once // self.steps + sum(self.slots) if self.steps else 0
+
+    def edge(self, number: int) -> int:
+        """Return how many of the samples that come once stand before a batch."""
+        return number * self.once // max(1, self.steps)
+
+
+class EpochPlan:
+    """The global batches of an epoch.
+
+    Every new sample comes exactly once, spread so that batches differ by one row at most. Recalled
+    samples and those of a source come in consecutive pieces of an endless row of permutations of
+    their list, which goes on from epoch to epoch.
+
+    An *entry* of a batch is a new sample's number; ``new`` + the place of a recalled sample in its
+    list; behind these the samples of the first source, and so on.
+
+    Args:
+        mixture: what a batch is put together from.
+        seed: of the run.
+        task: index of the task.
+        epoch: from 0.
+        order: of what comes once; None = shuffled.
+        lengths: (entries,) of all that can come, see ``group``; None = rows are not grouped.
+        group: batches over which rows are sorted by their length before they are cut into
+            batches, which then come in random order.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        *,
+        seed: int,
+        task: int,
+        epoch: int,
+        order: Order | None = None,
+        lengths: Numbers | None = None,
+        group: int = 0,
+    ) -> None:
+        self.mixture, self.lengths, self.group = mixture, lengths, group
+        self._order = order or shuffled(mix(seed, task, _NEW, epoch), mixture.once)
+        self._seed, self._task, self._epoch = seed, task, epoch
+        self._window: tuple[int, list[Numbers]] | None = None
 
     def __len__(self) -> int:
         """Return the number of global batches."""
-        return len(self.starts) - 1
+        return self.mixture.steps
 
     def batch(self, number: int) -> Numbers:
-        """Return the entries of a global batch, new rows first."""
-        return self.entries[self.starts[number] : self.starts[number + 1]]
+        """Return the entries of a global batch: new rows, recalled ones, sources in order."""
+        if self.lengths is None or self.group < 2:
+            return self._joined([kind(number, number + 1) for kind in self._kinds])
+        window, place = divmod(number, self.group)
+        if self._window is None or self._window[0] != window:
+            self._window = (window, self._like_lengths(window, self.lengths))
+        return self._window[1][place]
+
+    def rows(self, number: int) -> int:
+        """Return the rows of a global batch."""
+        own = self.mixture.edge(number + 1) - self.mixture.edge(number)
+        return own + sum(self.mixture.slots)
 
     def micro_batch(
         self, number: int, *, part: int = 0, accumulation: int = 1, rank: int = 0, world: int = 1
@@ -51,93 +145,86 @@ class EpochPlan:
         """Return the entries that one rank takes in one accumulated part of a global batch."""
         return self.batch(number)[part * world + rank :: world * accumulation]
 
+    @cached_property
+    def _kinds(self) -> list[Callable[[int, int], Numbers]]:
+        """What fills the slots: each maps batches ``start`` to ``stop`` to their entries."""
+        kinds: list[Callable[[int, int], Numbers]] = [self._once]
+        first, counts = self.mixture.new, [self.mixture.recalled]
+        counts += [count for count, _ in self.mixture.sources]
+        for place, (count, slots) in enumerate(zip(counts, self.mixture.slots, strict=True)):
+            if slots:
+                draw = (_SOURCE, place) if place else (_RECALLED,)
+                seed = mix(self._seed, self._task, *draw)
+                kinds.append(self._endless(seed, count, slots, first))
+            first += count
+        return kinds
 
-def replay_slots(recalled: int, share: float | None, global_batch: int) -> int:
-    """Return how many rows of every global batch are recalled ones, 0 if none have a set place.
+    def _once(self, start: int, stop: int) -> Numbers:
+        return self._order.take(self.mixture.edge(start), self.mixture.edge(stop))
 
-    Args:
-        recalled: samples in the list.
-        share: part of the batch; None = recalled samples are shuffled among the new ones.
-        global_batch: rows of a batch over all ranks and accumulated parts.
+    def _endless(
+        self, seed: int, count: int, slots: int, first: int
+    ) -> Callable[[int, int], Numbers]:
+        before = self._epoch * self.mixture.steps
 
-    Raises:
-        ValueError: if no row would be left for new samples.
-    """
-    if recalled == 0 or share is None:
-        return 0
-    slots = max(1, round(share * global_batch))
-    if slots >= global_batch:
-        raise ValueError(
-            f"share {share} takes {slots} of the {global_batch} rows of a global batch and leaves "
-            "none for new samples: use a smaller share or a larger global_batch"
-        )
-    return slots
+        def drawn(start: int, stop: int) -> Numbers:
+            rows = _endless(seed, count, (before + start) * slots, (stop - start) * slots)
+            return rows + first
 
+        return drawn
 
-def steps_per_epoch(new: int, recalled: int, share: float | None, global_batch: int) -> int:
-    """Return the number of global batches that visit every new sample once."""
-    slots = replay_slots(recalled, share, global_batch)
-    once = new + (recalled if share is None else 0)
-    return -(-once // (global_batch - slots))
+    def _like_lengths(self, window: int, lengths: Numbers) -> list[Numbers]:
+        """Return the batches of a window, rows of like length together."""
+        start = window * self.group
+        stop = min(start + self.group, len(self))
+        draw = mix(self._seed, self._task, _GROUPED, self._epoch, window)
+        turns = shuffled(draw, stop - start).take(0, stop - start)
+        batches: list[list[Numbers]] = [[] for _ in range(start, stop)]
+        for kind in self._kinds:
+            rows = kind(start, stop)
+            rows = rows[np.argsort(lengths[rows], kind="stable")]
+            sizes = [len(kind(start + turn, start + turn + 1)) for turn in turns.tolist()]
+            pieces = np.split(rows, np.cumsum(sizes)[:-1])
+            for turn, piece in zip(turns.tolist(), pieces, strict=True):
+                batches[turn].append(piece)
+        return [self._joined(pieces) for pieces in batches]
 
-
-def epoch_plan(
-    new: int,
-    *,
-    global_batch: int,
-    seed: int,
-    task: int,
-    epoch: int,
-    recalled: int = 0,
-    share: float | None = None,
-) -> EpochPlan:
-    """Lay out the global batches of an epoch.
-
-    Every new sample comes exactly once, spread so that batches differ by one row at most. With a
-    share, every batch ends with the same number of recalled rows, consecutive pieces of an endless
-    row of permutations of the recalled list that goes on from epoch to epoch; without, the
-    recalled samples are shuffled among the new ones and come once as well.
-
-    Args:
-        new: new samples of the task.
-        global_batch: rows of a batch over all ranks and accumulated parts, at most.
-        seed: of the run.
-        task: index of the task.
-        epoch: from 0.
-        recalled: samples in the recalled list.
-        share: part of every batch that recalled rows take, see ``Recall.share``.
-    """
-    slots = replay_slots(recalled, share, global_batch)
-    steps = steps_per_epoch(new, recalled, share, global_batch)
-    once = new + (recalled if share is None else 0)
-    order = _permutation(mix(seed, task, _NEW, epoch), once)
-    edges = np.arange(steps + 1, dtype=np.int64) * once // max(1, steps)
-    batch_of = np.repeat(np.arange(steps, dtype=np.int64), np.diff(edges))
-    if slots:
-        drawn = _endless(seed, task, recalled, epoch * steps * slots, steps * slots) + new
-        order = np.concatenate([order, drawn])
-        batch_of = np.concatenate([batch_of, np.repeat(np.arange(steps), slots)])
-        edges = edges + np.arange(steps + 1, dtype=np.int64) * slots
-    # Stable, so that inside a batch each kind keeps its drawn order, new rows first.
-    place = np.argsort(batch_of * 2 + (order >= new), kind="stable")
-    return EpochPlan(order[place], edges, new)
+    def _joined(self, pieces: list[Numbers]) -> Numbers:
+        rows = np.concatenate(pieces)
+        if self.mixture.share is None and self.mixture.recalled:
+            is_old = rows >= self.mixture.new
+            rows = rows[np.argsort(is_old, kind="stable")]
+        return rows
 
 
-def smallest_batch(new: int, recalled: int, share: float | None, global_batch: int) -> int:
-    """Return the rows of the smallest global batch of an epoch."""
-    steps = steps_per_epoch(new, recalled, share, global_batch)
-    once = new + (recalled if share is None else 0)
-    return once // steps + replay_slots(recalled, share, global_batch)
-
-
-def _permutation(seed: int, count: int) -> Numbers:
-    order: Numbers = ranks_of(seed, 0, torch.arange(count)).argsort(stable=True).numpy()
-    return order
-
-
-def _endless(seed: int, task: int, count: int, start: int, rows: int) -> Numbers:
+def _endless(seed: int, count: int, start: int, rows: int) -> Numbers:
     """Return places ``start`` to ``start + rows`` of the permutations of a list, put end to end."""
-    first, last = start // count, -(-(start + rows) // count)
-    keys = ranks_of(mix(seed, task, _RECALLED), 0, torch.arange(first * count, last * count))
-    laid: Numbers = keys.view(-1, count).argsort(dim=1, stable=True).flatten().numpy()
-    return laid[start - first * count :][:rows]
+    pieces = []
+    while rows:
+        turn, place = divmod(start, count)
+        taken = _turn(seed, count, turn).take(place, min(count, place + rows))
+        pieces.append(taken)
+        start, rows = start + len(taken), rows - len(taken)
+    return np.concatenate(pieces)
+
+
+@lru_cache(maxsize=8)
+def _turn(seed: int, count: int, turn: int) -> Order:
+    """Return one of the permutations of a list."""
+    if count > SORTED:
+        return shuffled(mix(seed, turn), count)
+    return _Listed(seed, count, turn)
+
+
+class _Listed:
+    """A list sorted by hashes that go on from turn to turn."""
+
+    def __init__(self, seed: int, count: int, turn: int) -> None:
+        keys = ranks_of(seed, 0, torch.arange(turn * count, (turn + 1) * count))
+        self._numbers: Numbers = keys.argsort(stable=True).numpy()
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def take(self, start: int, stop: int) -> Numbers:
+        return self._numbers[start:stop]

@@ -33,10 +33,16 @@ class PreparedStream:
     Attributes:
         stream: the same stream with exact sizes (after the limit).
         readers: (column, part) -> reader of its samples.
+        sources: number of a source -> reader of its samples.
     """
 
     stream: TaskStream
     readers: Mapping[tuple[int, Part], Reader]
+    sources: Mapping[int, Reader] = field(default_factory=dict)
+
+    def source_reader(self, number: int) -> Reader:
+        """Return the reader of a source."""
+        return self.sources[number]
 
     def reader(self, column: int, part: Part) -> Reader:
         """Return the reader of one part of a task or probe.

@@ -30,7 +30,10 @@ class MadeRow:
         task: it belongs to.
         sample: its number inside that task.
         key: its name.
-        is_recalled: True where the row was remembered.
+        is_recalled: True where the row is not of the task that is learned.
+        source: see ``Batch.source``.
+        is_scored: False where it has no part in the task loss.
+        bytes: of the sample's members.
         reference: of rows that are answered.
     """
 
@@ -40,6 +43,9 @@ class MadeRow:
     sample: int
     key: str
     is_recalled: bool = False
+    source: int = 0
+    is_scored: bool = True
+    bytes: int = 0
     reference: Reference | None = None
 
 
@@ -58,8 +64,8 @@ def make_row(
     Args:
         sample: as it lies in its shard.
         number: of the sample inside its task.
-        task: says which members are needed: ``.cls`` to classify, ``.json`` to answer, else the
-            text member.
+        task: says which members are needed: ``.cls`` to classify, ``.json`` to answer, none
+            besides the picture for "picture", else the text member.
         transform: of the model.
         seed: of the sample's augmentation.
         max_pixels: largest picture that is decoded.
@@ -68,7 +74,8 @@ def make_row(
     Raises:
         BadSample: if a member is missing or broken, or the label is not one of the task's.
     """
-    made = MadeRow(Row(None), UNSCORED, task.index, number, sample.key, is_recalled)
+    taken = sum(map(len, sample.members.values()))
+    made = MadeRow(Row(None), UNSCORED, task.index, number, sample.key, is_recalled, bytes=taken)
     if task.kind == "answer":
         dialogue, pixels = _asked(sample, task, max_pixels)
         row = transform(pixels, dialogue, seed)
@@ -78,7 +85,7 @@ def make_row(
     label, text = UNSCORED, None
     if task.kind == "classify":
         label = _column(sample, task)
-    else:
+    elif task.kind != "picture":
         text = _text(sample, task.text.lower())
     pixels = decode_image(_picture(sample), max_pixels)
     return replace(made, row=transform(pixels, text, seed), label=label)
@@ -110,6 +117,11 @@ def collate(rows: Sequence[MadeRow], faults: Sequence[str] = (), weight: float =
         mask=mask,
         sample=torch.tensor([made.sample for made in rows]),
         recalled=torch.tensor([made.is_recalled for made in rows]),
+        source=torch.tensor([made.source for made in rows])
+        if any(m.source for m in rows)
+        else None,
+        scored=_scored(rows),
+        bytes=torch.tensor([made.bytes for made in rows]),
         keys=tuple(made.key for made in rows),
         references=tuple(made.reference for made in rows if made.reference is not None),
         faults=tuple(faults),
@@ -126,6 +138,11 @@ def _padded(texts: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
             tokens[place, : len(text)] = text
             mask[place, : len(text)] = True
     return tokens, mask
+
+
+def _scored(rows: Sequence[MadeRow]) -> Tensor | None:
+    scored = [made.is_scored for made in rows]
+    return None if all(scored) else torch.tensor(scored)
 
 
 def _labels(rows: Sequence[MadeRow]) -> Tensor:

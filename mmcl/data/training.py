@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch.utils.data import Dataset
 
-from mmcl.core import Batch, Task, Transform
+from mmcl.core import UNSCORED, Batch, Source, Task, Transform
 from mmcl.core.randomness import mix
 from mmcl.data.faults import BadSample
 from mmcl.data.prepare import PreparedStream
@@ -21,7 +22,7 @@ MAX_STAND_INS = 100
 
 @dataclass(frozen=True)
 class Request:
-    """What a worker is asked for: the entries of one micro-batch, see ``EpochPlan.entries``."""
+    """What a worker is asked for: the entries of one micro-batch, see ``EpochPlan``."""
 
     epoch: int
     entries: Numbers
@@ -35,6 +36,25 @@ class Recalled:
     task: Numbers
     sample: Numbers
     readers: Mapping[int, SampleReader]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an entry is found.
+
+    Attributes:
+        rows: task or source, for what its members mean.
+        number: of the sample inside it.
+        reader: of its samples.
+        source: 0 = the task or memory.
+        is_recalled: whether it is remembered.
+    """
+
+    rows: Task
+    number: int
+    reader: SampleReader
+    source: int = 0
+    is_recalled: bool = False
 
 
 class TrainingRows(Dataset[Batch]):
@@ -59,14 +79,25 @@ class TrainingRows(Dataset[Batch]):
         seed: int,
         max_pixels: int,
     ) -> None:
+        stream = prepared.stream
         old = {int(place) for place in recalled.task}
-        self.tasks: dict[int, Task] = {j: prepared.stream.tasks[j] for j in {*old, task}}
+        self.tasks: dict[int, Task] = {j: stream.tasks[j] for j in {*old, task}}
         self.reader = prepared.reader(task, "train")
         self.task = task
         self.transform = transform
         self.recalled = recalled
         self.seed = seed
         self.max_pixels = max_pixels
+        self.sources: list[Source] = [stream.sources[n - 1] for n, _ in stream.tasks[task].mix]
+        self.source_readers = [prepared.source_reader(source.number) for source in self.sources]
+        counts = [len(self.reader), len(recalled.task), *map(len, self.source_readers)]
+        self._starts = [sum(counts[:place]) for place in range(len(counts) + 1)]
+        self._known = 1 + max((c for t in stream.tasks[: task + 1] for c in t.labels), default=-1)
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """Samples of the task, recalled ones, and those of each source."""
+        return [end - start for start, end in zip(self._starts, self._starts[1:], strict=False)]
 
     def __getitems__(self, request: Request) -> Batch:
         """Read, decode and put together one micro-batch."""
@@ -77,41 +108,67 @@ class TrainingRows(Dataset[Batch]):
     def _row(self, entry: int, epoch: int, faults: list[str]) -> MadeRow:
         """Make the row of an entry, or of the first of its stand-ins that can be read."""
         first = entry
-        task, number, _ = self._found(first)
+        place = self._found(first)
         own: list[str] = []
         for attempt in range(1, MAX_STAND_INS + 1):
             try:
                 made = self._made(entry, epoch)
             except BadSample as bad:
-                _, sample, reader = self._found(entry)
-                own.append(f"{reader.where(sample)}: {bad}")
-                entry = self._stand_in(first, mix(self.seed, task, number, attempt))
+                there = self._found(entry)
+                own.append(f"{there.reader.where(there.number)}: {bad}")
+                draw = mix(self.seed, place.rows.index - place.source, place.number, attempt)
+                entry = self._stand_in(first, draw)
             else:
                 faults.extend(dict.fromkeys(own))
                 return made
         raise ValueError(
-            f"{MAX_STAND_INS} samples in a row could not be read in task "
-            f"'{self.tasks[task].name}', the last is {own[-1]}; repair its shards"
+            f"{MAX_STAND_INS} samples in a row could not be read in "
+            f"{'source' if place.source else 'task'} '{place.rows.name}', the last is {own[-1]}; "
+            "repair its shards"
         )
 
-    def _found(self, entry: int) -> tuple[int, int, SampleReader]:
-        """Return the task and number of an entry, and where to read it."""
-        if entry < len(self.reader):
-            return self.task, entry, self.reader
-        place = entry - len(self.reader)
-        task = int(self.recalled.task[place])
-        return task, int(self.recalled.sample[place]), self.recalled.readers[task]
+    def _kind(self, entry: int) -> int:
+        """Return 0 for a new sample, 1 for a recalled one, 1 + n for one of the n-th source."""
+        if entry < self._starts[1]:
+            return 0
+        return next(k for k in range(1, len(self._starts)) if entry < self._starts[k + 1])
+
+    def _found(self, entry: int) -> Place:
+        kind = self._kind(entry)
+        number = entry - self._starts[kind]
+        if kind == 0:
+            return Place(self.tasks[self.task], number, self.reader)
+        if kind == 1:
+            task = int(self.recalled.task[number])
+            reader = self.recalled.readers[task]
+            sample = int(self.recalled.sample[number])
+            return Place(self.tasks[task], sample, reader, is_recalled=True)
+        source = self.sources[kind - 2]
+        return Place(source.rows, number, self.source_readers[kind - 2], source.number)
 
     def _made(self, entry: int, epoch: int) -> MadeRow:
-        task, sample, reader = self._found(entry)
-        is_recalled = entry >= len(self.reader)
-        seed = mix(self.seed, task, sample, epoch, *([self.task] if is_recalled else []))
-        return make_row(
-            reader.read(sample), sample, self.tasks[task], self.transform,
-            seed=seed, max_pixels=self.max_pixels, is_recalled=is_recalled,
+        place = self._found(entry)
+        own = place.rows.index - place.source
+        is_new = not (place.is_recalled or place.source)
+        seed = mix(self.seed, own, place.number, epoch, *([] if is_new else [self.task]))
+        made = make_row(
+            place.reader.read(place.number), place.number, place.rows, self.transform,
+            seed=seed, max_pixels=self.max_pixels, is_recalled=not is_new,
         )  # fmt: skip
+        return self._of_source(made, place.source) if place.source else made
+
+    def _of_source(self, made: MadeRow, number: int) -> MadeRow:
+        """Mark a row of a source; what is not scored, or of a class not met yet, has no label."""
+        is_scored = self.sources[[s.number for s in self.sources].index(number)].is_scored
+        made = replace(made, source=number, is_scored=is_scored)
+        if not is_scored and made.row.labels is not None:
+            labels = torch.full_like(made.row.labels, UNSCORED)
+            made = replace(made, row=replace(made.row, labels=labels))
+        if not is_scored or made.label >= self._known:
+            made = replace(made, label=UNSCORED)
+        return made
 
     def _stand_in(self, entry: int, draw: int) -> int:
-        """Return another entry: a new one for a new one, a recalled one for a recalled one."""
-        new = len(self.reader)
-        return draw % new if entry < new else new + draw % len(self.recalled.task)
+        """Return another entry of the same kind."""
+        kind = self._kind(entry)
+        return self._starts[kind] + draw % self.counts[kind]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmcl.core import Batch, Recall, Task, TaskStream
-from mmcl.data.order import steps_per_epoch
+from mmcl.data.order import Mixture
 from mmcl.lightning.data import ContinualData
 from mmcl.lightning.hooks import StrategyHooks
 from mmcl.lightning.module import ContinualModule
@@ -228,4 +228,7 @@ def _steps(
         share = recall.share
         earlier = sum(old.size for old in data.stream.tasks[: task.index])
         recalled = min(earlier, len(recall)) if share is not None else earlier
-    return (task.epochs or epochs) * steps_per_epoch(task.size, recalled, share, data.global_batch)
+    sources = [(data.stream.sources[number - 1].rows.size, part) for number, part in task.mix]
+    share = share and (task.share or share)
+    mixture = Mixture(task.size, data.global_batch, recalled, share, tuple(sources))
+    return (task.epochs or epochs) * mixture.steps

@@ -12,6 +12,7 @@ from torch import Tensor
 from mmcl.core.model import expect_shape
 from mmcl.core.randomness import generator, ranks_of
 
+_PIECE = 1 << 20
 
 def lowest(ranks: Tensor, capacity: int, groups: Tensor | None = None) -> Tensor:
     """Choose the entries of smallest rank, in all or evenly over groups.
@@ -42,6 +43,39 @@ def _places_in_groups(groups: Tensor) -> Tensor:
     places = torch.empty_like(by_group)
     places[by_group] = torch.arange(len(groups)) - starts
     return places
+
+
+def lowest_of_range(
+    size: int, capacity: int, seed: int, group: int, *, bound: int | None = None
+) -> Tensor:
+    """Choose among the items 0 to size - 1 those of smallest hash, without a list of them all.
+
+    A piece of the range is hashed at a time, and of it only what lies below the largest hash kept
+    so far is looked at again; at most twice the capacity is held, and a piece.
+
+    Args:
+        size: number of items.
+        capacity: items to choose at most, 0 = all.
+        seed: of the hash.
+        group: what the items belong to, for example a task.
+        bound: items of this hash and above are not wanted.
+
+    Returns:
+        (at most capacity,) int64 item numbers, rising.
+    """
+    largest = torch.iinfo(torch.int64).max if bound is None else bound
+    ranks, items = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    for start in range(0, size, _PIECE):
+        piece = torch.arange(start, min(size, start + _PIECE))
+        hashes = ranks_of(seed, group, piece)
+        is_low = torch.nonzero(hashes < largest).flatten()
+        ranks = torch.cat([ranks, hashes[is_low]])
+        items = torch.cat([items, piece[is_low]])
+        is_full = bool(capacity) and len(ranks) > max(2 * capacity, _PIECE // 64)
+        if is_full or (capacity and start + _PIECE >= size and len(ranks) > capacity):
+            ranks, order = torch.topk(ranks, capacity, largest=False, sorted=False)
+            items, largest = items[order], int(ranks.max())
+    return items.sort().values
 
 
 def reservoir(items: Tensor, capacity: int, seed: int) -> Tensor:
@@ -101,14 +135,14 @@ def herding(features: Tensor, capacity: int) -> Tensor:
     _expect_capacity(capacity)
     unit = torch.nn.functional.normalize(features.detach().double(), dim=1)
     mean = unit.mean(0) if len(unit) else unit.sum(0)
+    # |count * mean - total - unit|^2, the part that differs between candidates: no (R, D) is made.
+    penalties = unit.square().sum(1)
     total = torch.zeros_like(mean)
-    is_free = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
     chosen: list[int] = []
     for count in range(1, min(len(unit), capacity) + 1):
-        distances = (mean - (total + unit) / count).square().sum(1)
-        best = int(torch.where(is_free, distances, torch.inf).argmin())
+        best = int((penalties - 2 * (unit @ (count * mean - total))).argmin())
         total += unit[best]
-        is_free[best] = False
+        penalties[best] = torch.inf
         chosen.append(best)
     return torch.tensor(chosen, dtype=torch.int64)
 
@@ -135,13 +169,18 @@ def k_centre(features: Tensor, capacity: int, seed: int) -> Tensor:
     if not len(features):
         return torch.zeros(0, dtype=torch.int64)
     points = features.detach().double()
+    lengths = points.square().sum(1)
+
+    def squares_from(place: int) -> Tensor:
+        return (lengths + lengths[place] - 2 * (points @ points[place])).clamp(min=0)
+
     chosen = [int(torch.randint(len(points), (1,), generator=generator(seed)))]
-    nearest = (points - points[chosen[0]]).square().sum(1)
+    nearest = squares_from(chosen[0])
     while len(chosen) < min(len(points), capacity):
         # A chosen point stands at -1, below every distance: copies of it are still chosen once.
         nearest[chosen[-1]] = -1.0
         chosen.append(int(nearest.argmax()))
-        nearest = torch.minimum(nearest, (points - points[chosen[-1]]).square().sum(1))
+        nearest = torch.minimum(nearest, squares_from(chosen[-1]))
     return torch.tensor(chosen, dtype=torch.int64)
 
 

@@ -3,134 +3,153 @@ import pytest
 import torch
 
 from mmcl.core.randomness import mix, ranks_of
-from mmcl.data.order import epoch_plan, replay_slots, smallest_batch, steps_per_epoch
+from mmcl.data.order import EpochPlan, Mixture
 
-CASES = [  # new, recalled, share, global_batch
-    (23, 0, None, 4),
-    (23, 0, 0.25, 4),
-    (23, 5, 0.25, 8),
-    (23, 5, 0.01, 8),
-    (100, 3, 0.5, 10),
-    (7, 50, 0.3, 64),
-    (40, 13, None, 8),
-    (1, 1, 0.5, 2),
+CASES = [  # new, recalled, share, global_batch, sources
+    (23, 0, None, 4, ()),
+    (23, 0, 0.25, 4, ()),
+    (23, 5, 0.25, 8, ()),
+    (23, 5, 0.01, 8, ()),
+    (100, 3, 0.5, 10, ()),
+    (7, 50, 0.3, 64, ()),
+    (40, 13, None, 8, ()),
+    (1, 1, 0.5, 2, ()),
+    (23, 5, 0.25, 8, ((11, 0.25),)),
+    (23, 0, None, 8, ((3, 0.25), (40, 0.1))),
+    (40, 13, None, 8, ((9, 0.2),)),
 ]
 
 
-def plans(new, recalled, share, global_batch, epochs=3, seed=7, task=2):
-    return [
-        epoch_plan(
-            new, recalled=recalled, share=share, global_batch=global_batch,
-            seed=seed, task=task, epoch=epoch,
-        )
-        for epoch in range(epochs)
-    ]  # fmt: skip
+def mixture(case):
+    new, recalled, share, global_batch, sources = case
+    return Mixture(new, global_batch, recalled, share, sources)
 
 
+def plans(case, epochs=3, **settings):
+    settings = {"seed": 7, "task": 2, **settings}
+    return [EpochPlan(mixture(case), epoch=epoch, **settings) for epoch in range(epochs)]
+
+
+def entries(plan):
+    return np.concatenate([plan.batch(number) for number in range(len(plan))])
+
+
+def lengths(case, seed=0):
+    total = case[0] + case[1] + sum(count for count, _ in case[4])
+    return np.random.default_rng(seed).integers(1, 500, total)
+
+
+@pytest.mark.parametrize("group", [0, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_every_new_sample_comes_exactly_once_in_every_epoch(case):
-    for plan in plans(*case):
-        new = plan.entries[plan.entries < case[0]]
-        assert sorted(new.tolist()) == list(range(case[0]))
+def test_every_new_sample_comes_exactly_once_in_every_epoch(case, group):
+    for plan in plans(case, group=group, lengths=lengths(case)):
+        new = entries(plan)
+        assert sorted(new[new < case[0]].tolist()) == list(range(case[0]))
 
 
+@pytest.mark.parametrize("group", [0, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_every_global_batch_holds_exactly_the_slots_and_the_new_rows_come_first(case):
-    new, recalled, share, global_batch = case
-    if share is None or recalled == 0:
-        return
-    slots = max(1, round(share * global_batch))
-    for plan in plans(*case):
+def test_every_global_batch_holds_exactly_the_slots_of_every_kind_in_order(case, group):
+    new, recalled, share, global_batch, sources = case
+    firsts = np.cumsum([0, new, recalled, *(count for count, _ in sources)])
+    wanted = [round(share * global_batch) if share and recalled else None]
+    wanted += [round(share * global_batch) for _, share in sources]
+    for plan in plans(case, group=group, lengths=lengths(case)):
         for number in range(len(plan)):
-            is_old = plan.batch(number) >= new
-            assert is_old.sum() == slots
-            assert is_old[-slots:].all()
+            kind = np.searchsorted(firsts, plan.batch(number), side="right") - 1
+            assert (np.diff(kind) >= 0).all()
+            for place, slots in enumerate(wanted, start=1):
+                if slots is not None:
+                    assert (kind == place).sum() == max(1, slots)
+            assert len(kind) == plan.rows(number)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_batches_differ_by_one_row_at_most_and_never_exceed_the_global_batch(case):
-    for plan in plans(*case):
-        rows = np.diff(plan.starts)
-        assert len(rows) == steps_per_epoch(*case)
+    for plan in plans(case):
+        rows = np.array([len(plan.batch(number)) for number in range(len(plan))])
         assert rows.max() - rows.min() <= 1
         assert rows.max() <= case[3]
-        assert rows.min() == smallest_batch(*case)
+        assert rows.min() == plan.mixture.smallest
 
 
-def test_recalled_samples_come_equally_often_over_epochs():
-    new, recalled, share, global_batch = 23, 5, 0.25, 8
-    epochs = plans(new, recalled, share, global_batch, epochs=10)
-    drawn = np.concatenate([plan.entries[plan.entries >= new] for plan in epochs]) - new
-    counts = np.bincount(drawn, minlength=recalled)
-    assert counts.max() - counts.min() <= 1
-    in_order = [plan.batch(n)[plan.batch(n) >= new] - new for plan in epochs for n in range(4)]
-    pieces = np.concatenate(in_order)
-    for start in range(0, len(pieces) - recalled, recalled):
-        assert sorted(pieces[start : start + recalled].tolist()) == list(range(recalled))
+@pytest.mark.parametrize("group", [0, 3])
+def test_recalled_samples_and_sources_come_equally_often_over_epochs(group):
+    case = (23, 5, 0.25, 8, ((7, 0.25),))
+    drawn = np.concatenate(
+        [entries(plan) for plan in plans(case, epochs=10, group=group, lengths=lengths(case))]
+    )
+    for first, count in ((23, 5), (28, 7)):
+        own = drawn[(drawn >= first) & (drawn < first + count)] - first
+        counts = np.bincount(own, minlength=count)
+        assert counts.max() - counts.min() <= 1
 
 
 def test_recalled_rows_follow_the_permutations_written_out_as_loops():
     new, recalled, slots, steps = 6, 4, 3, 3
-    plan = epoch_plan(new, recalled=recalled, share=0.6, global_batch=5, seed=1, task=3, epoch=2)
+    plan = EpochPlan(Mixture(new, 5, recalled, 0.6), seed=1, task=3, epoch=2)
     endless = []
     for cycle in range(20):
         numbers = torch.arange(recalled) + cycle * recalled
         keys = ranks_of(mix(1, 3, 2), 0, numbers).tolist()
         endless += sorted(range(recalled), key=keys.__getitem__)
     start = 2 * steps * slots
-    found = [row - new for n in range(steps) for row in plan.batch(n).tolist() if row >= new]
-    assert found == endless[start : start + steps * slots]
+    for number in range(steps):
+        got = plan.batch(number)[-slots:] - new
+        assert got.tolist() == endless[start + number * slots :][:slots]
 
 
-def test_joint_visits_the_union_once_and_spreads_the_old_samples():
-    plan = plans(40, 40, None, 8, epochs=1)[0]
-    assert sorted(plan.entries.tolist()) == list(range(80))
-    mixed = [(plan.batch(n) >= 40).any() and (plan.batch(n) < 40).any() for n in range(len(plan))]
-    assert sum(mixed) == len(plan)
-    for number in range(len(plan)):
-        is_old = plan.batch(number) >= 40
-        assert (np.sort(is_old) == is_old).all()
-
-
-@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2)])
-def test_ranks_and_parts_put_together_are_the_global_batch(world, accumulation):
-    plan = plans(23, 5, 0.25, 8, epochs=1)[0]
-    for number in range(len(plan)):
-        batch = plan.batch(number)
-        put_together = np.full(len(batch), -1)
-        for rank in range(world):
-            own = []
+@pytest.mark.parametrize("parts", [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)])
+def test_ranks_and_parts_together_hold_the_global_batch_in_order(parts):
+    world, accumulation = parts
+    case = (61, 5, 0.25, 16, ((9, 0.2),))
+    for plan in plans(case, group=2, lengths=lengths(case)):
+        for number in range(len(plan)):
+            whole = plan.batch(number)
+            laid = np.full(len(whole), -1)
             for part in range(accumulation):
-                micro = plan.micro_batch(
-                    number, part=part, accumulation=accumulation, rank=rank, world=world
-                )
-                for row, entry in enumerate(micro):
-                    gathered = row * world + rank  # place among all ranks' rows of this part
-                    step, lane = divmod(gathered, world)
-                    put_together[(step * accumulation + part) * world + lane] = entry
-                own += micro.tolist()
-            assert sorted(own) == sorted(batch[rank::world].tolist())
-        assert put_together.tolist() == batch.tolist()
+                for rank in range(world):
+                    own = plan.micro_batch(
+                        number, part=part, accumulation=accumulation, rank=rank, world=world
+                    )
+                    laid[part * world + rank :: world * accumulation] = own
+            assert (laid == whole).all()
 
 
-def test_order_depends_on_seed_task_and_epoch_and_on_nothing_else():
-    first = epoch_plan(50, global_batch=8, seed=1, task=0, epoch=0).entries
-    torch.manual_seed(99)
-    assert (epoch_plan(50, global_batch=8, seed=1, task=0, epoch=0).entries == first).all()
+def test_the_order_depends_on_seed_task_and_epoch_and_on_nothing_else():
+    def first(**changes):
+        settings = {"seed": 1, "task": 0, "epoch": 0, **changes}
+        return entries(EpochPlan(Mixture(50, 8), **settings)).tolist()
+
+    assert first() == first()
     for other in ({"seed": 2}, {"task": 1}, {"epoch": 1}):
-        changed = epoch_plan(50, global_batch=8, **{"seed": 1, "task": 0, "epoch": 0, **other})
-        assert (changed.entries != first).any()
+        assert first(**other) != first()
 
 
-def test_first_places_are_uniform_over_epochs():
-    firsts = [
-        int(epoch_plan(4, global_batch=4, seed=0, task=0, epoch=epoch).entries[0])
-        for epoch in range(800)
-    ]
-    counts = np.bincount(firsts, minlength=4)
-    assert abs(counts - 200).max() < 5 * np.sqrt(800 * 0.25 * 0.75)
+def test_every_sample_is_equally_likely_to_come_first():
+    counts = np.bincount(
+        [int(EpochPlan(Mixture(4, 4), seed=0, task=0, epoch=e).batch(0)[0]) for e in range(2000)]
+    )
+    assert (abs(counts - 500) < 5 * np.sqrt(2000 * 0.25 * 0.75)).all()
 
 
-def test_a_share_that_leaves_no_new_rows_is_refused():
-    with pytest.raises(ValueError, match=r"takes 2 of the 2 rows .* leaves none for new samples"):
-        replay_slots(5, 0.9, 2)
+def test_rows_of_like_length_come_together_and_the_batches_in_random_order():
+    case = (4096, 512, 0.25, 32, ())
+    sizes = lengths(case)
+    grouped, plain = (plans(case, epochs=1, group=group, lengths=sizes)[0] for group in (64, 0))
+
+    def padded(plan):
+        return sum(sizes[plan.batch(n)].max() * plan.rows(n) for n in range(len(plan)))
+
+    real = sizes[entries(grouped)].sum()
+    assert padded(grouped) < 1.05 * real
+    assert padded(plain) > 1.8 * real
+    longest = np.array([sizes[grouped.batch(n)].max() for n in range(64)])
+    assert abs(np.corrcoef(longest, np.arange(64))[0, 1]) < 0.4
+
+
+def test_a_share_that_leaves_nothing_for_new_samples_is_refused():
+    with pytest.raises(ValueError, match="leave none for new samples"):
+        _ = Mixture(10, 2, 5, 0.9).slots
+    with pytest.raises(ValueError, match="take 8 of the 8 rows"):
+        _ = Mixture(10, 8, 5, 0.5, ((3, 0.5),)).slots

@@ -1,0 +1,151 @@
+"""Puts together what was found in the shards of a stream; told of them in the card's order."""
+
+from __future__ import annotations
+
+from mmcl.core import Task, TaskStream
+from mmcl.data.faults import Faults
+from mmcl.data.findings import PartFindings, StreamFindings, TaskFindings, class_names
+from mmcl.data.overlap import tell_overlap
+from mmcl.data.part_check import PartSoFar
+from mmcl.data.prepare import Part
+from mmcl.data.shard_check import NAMED, ShardFindings, ShardWork, unreadable
+from mmcl.data.twins import joined, repeats_of
+
+
+class Gathering:
+    """Faults and counts of a stream, growing shard by shard.
+
+    Args:
+        stream: that is checked.
+        looked_at_all: whether every sample is looked into, so that what is absent is absent.
+    """
+
+    def __init__(self, stream: TaskStream, looked_at_all: bool) -> None:
+        self.stream, self.looked_at_all = stream, looked_at_all
+        self.faults = Faults()
+        self.remarks: list[str] = []
+        self.parts: dict[tuple[int, Part], PartSoFar] = {}
+        self.current: tuple[Task, Part] | None = None
+        self.unusable: set[str] = set()
+
+    def add(self, work: ShardWork, found: ShardFindings) -> None:
+        """Take in what was found in the next shard."""
+        here = work.task, work.part
+        if self.current is None or self.current[0].index != work.task.index:
+            fault = unreadable(work.task)
+            if fault:
+                self.faults.add(fault)
+        if self.current != here:
+            self.end_part()
+            self.current = here
+        part = self.parts.setdefault((work.task.index, work.part), PartSoFar())
+        if not found.fault:
+            part.add(work, found)
+            return
+        part.is_whole = False
+        if work.name not in self.unusable:
+            self.unusable.add(work.name)
+            self.faults.add(f"task '{work.task.name}': shard {work.name} {found.fault}")
+
+    def end_part(self) -> None:
+        """Judge a part all of whose shards were added, and free what is needed no longer."""
+        if self.current is None:
+            return
+        task, name = self.current
+        part = self.parts[task.index, name]
+        where = f"task '{task.name}' ({name})"
+        if part.is_whole:
+            self.check_count(task, name, sum(part.samples))
+        self.check_keys(where, part)
+        for sort, (count, lines) in part.bad.items():
+            for line in lines:
+                self.faults.add(f"{where}: {line}")
+            if count > len(lines):
+                self.faults.add(f"and {count - len(lines)} more in {where} of this sort: {sort}")
+        contents = joined([each[:, None] for each in part.contents], 1)[:, 0]
+        twice = len(repeats_of(contents[contents != 0])[0])
+        if twice:
+            samples = "1 sample" if twice == 1 else f"{twice:,} samples"
+            self.remarks.append(f"{where} holds {samples} that it had before")
+        part.keys, part.contents, self.current = [], [], None
+
+    def check_count(self, task: Task, part: Part, counted: int) -> None:
+        """Compare the number of samples with the card."""
+        stated = task.size if part == "train" else task.test_size
+        name = "size" if part == "train" else "test_size"
+        if stated not in (0, counted):
+            self.faults.add(
+                f"task '{task.name}' has {name} {stated} on the card and its {part} shards "
+                f"hold {counted} samples: correct the card or fetch the shards again"
+            )
+
+    def check_keys(self, where: str, part: PartSoFar) -> None:
+        """Note the keys that come more than once in a part."""
+        keys = joined([each[:, None] for each in part.keys], 1)[:, 0]
+        later, first = repeats_of(keys)
+        for again, before in zip(later[:NAMED].tolist(), first[:NAMED].tolist(), strict=True):
+            key, _, shard = part.sample_name(again, of_all=True).rpartition(" in ")
+            other = part.sample_name(before, of_all=True).rpartition(" in ")[2]
+            self.faults.add(
+                f"{where}: key '{key}' comes twice, in {other} and in {shard}: "
+                "give every sample its own key"
+            )
+        if len(later) > NAMED:
+            self.faults.add(f"and {len(later) - NAMED} more repeated keys in {where}")
+
+    def findings(self) -> StreamFindings:
+        """Judge what only all shards together show, and return everything."""
+        self.end_part()
+        tell_overlap(self.stream, self.parts, self.faults, self.remarks)
+        tasks = tuple(self.task_findings(task) for task in self.stream.columns)
+        if self.looked_at_all:
+            self.remark_absent(tasks)
+        self.remark_hashes()
+        return StreamFindings(
+            self.stream.name, self.stream, tuple(self.faults.lines), tuple(self.remarks), tasks
+        )
+
+    def task_findings(self, task: Task) -> TaskFindings:
+        """Sum up a task or probe."""
+        train = self.part_findings(task, "train")
+        test = self.part_findings(task, "test")
+        return TaskFindings(task, class_names(self.stream, task), train, test or PartFindings())
+
+    def part_findings(self, task: Task, part: Part) -> PartFindings | None:
+        """Sum up a part of a task, None if it has no such part."""
+        found = self.parts.get((task.index, part))
+        return None if found is None else found.part_findings()
+
+    def remark_absent(self, tasks: tuple[TaskFindings, ...]) -> None:
+        """Note the classes of a task that have no sample in one of its parts."""
+        for each in tasks:
+            parts = (("training", each.train), ("test", each.test))
+            for word, part in parts:
+                if part is None or each.task.kind != "classify" or not part.looked:
+                    continue
+                absent = [
+                    f"'{name}'"
+                    for name, count in zip(each.classes, part.labels, strict=True)
+                    if count == 0
+                ]
+                if absent:
+                    more = f" and {len(absent) - NAMED} more" if len(absent) > NAMED else ""
+                    self.remarks.append(
+                        f"task '{each.task.name}' has no {word} sample of {len(absent)} of its "
+                        f"{len(each.classes)} classes: {', '.join(absent[:NAMED])}{more}"
+                    )
+
+    def remark_hashes(self) -> None:
+        """Note shards whose content the card cannot vouch for, and hashes of none."""
+        used = {name for task in self.stream.columns for name in (*task.train, *task.test)}
+        without, unused = used - self.stream.hashes.keys(), self.stream.hashes.keys() - used
+        if without:
+            self.remarks.append(
+                f"{len(without)} of {len(used)} shards have no hash on the card: that they are the "
+                "ones it was written for cannot be told"
+            )
+        if unused:
+            self.remarks.append(
+                f"the card has hashes of {len(unused)} shards that no task lists, such as "
+                f"{min(unused)}"
+            )
