@@ -92,7 +92,8 @@ def with_shard_bar(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, transient=True, console=console, disable=not console.is_terminal) as bar:
         line = bar.add_task("", total=None)
         return work(lambda done, total: bar.update(line, completed=done, total=total))
 
@@ -137,7 +138,7 @@ def _tell(found: StreamFindings) -> None:
 
 
 def _last_words(found: StreamFindings) -> str:
-    parts = [part for each in found.tasks for part in (each.train, each.test) if part is not None]
+    parts = [part for each in found.tasks for part in each.parts]
     looked, samples = sum(part.looked for part in parts), sum(part.samples for part in parts)
     held = f"{samples:,} samples in {size(sum(part.size_bytes for part in parts))}"
     name = clean(found.name)
@@ -163,14 +164,14 @@ def _table(tasks: Sequence[TaskFindings]) -> Table:
 
 def _line(found: TaskFindings) -> dict[str, str]:
     train, test = found.train, found.test
-    main_part = test if train is None else train
+    main_part = found.parts[0]
     smallest, largest = _extremes(found, main_part)
     return {
         "task": shorten(found.task.name, 24),
-        "kind": "probe" if found.task.is_probe else found.task.kind,
+        "kind": found.task.kind if found.role == "task" else found.role,
         "train": "-" if train is None else f"{train.samples:,}",
-        "test": f"{test.samples:,}",
-        "bytes": size(test.size_bytes + (0 if train is None else train.size_bytes)),
+        "test": "-" if test is None else f"{test.samples:,}",
+        "bytes": size(sum(part.size_bytes for part in found.parts)),
         "classes": f"{len(found.classes):,}" if main_part.labels else "-",
         "smallest": smallest,
         "largest": largest,

@@ -52,5 +52,8 @@ class Card:
     probes: tuple[TaskEntry, ...]
     sources: tuple[SourceEntry, ...] = ()
     licence: str = ""
+    description: str = ""
+    source: str = ""
+    citation: str = ""
     hashes: dict[str, str] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)

@@ -71,6 +71,9 @@ class CardReader(CardFields):
             probes=tuple(scored),
             sources=tuple(sources),
             licence=self.string(raw, "licence", "the card"),
+            description=self.string(raw, "description", "the card"),
+            source=self.string(raw, "source", "the card"),
+            citation=self.string(raw, "citation", "the card"),
             hashes=self.hashes(raw),
             counts=self.counts(raw),
         )

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from mmcl.core import TaskStream
+from mmcl.core import Task, TaskStream
 from mmcl.data.decode import MAX_PIXELS
-from mmcl.data.findings import StreamFindings
+from mmcl.data.findings import StreamFindings, everything_in
 from mmcl.data.gathering import Gathering
+from mmcl.data.part_check import PARTS
 from mmcl.data.prepare import Part, Progress
-from mmcl.data.shard_check import ShardFindings, ShardWork, check_shard
+from mmcl.data.shard_check import ShardFindings, ShardWork, check_shard, places_looked_at
 from mmcl.data.source import default_cache
 
 _SMALL_STREAM_BYTES = 32 << 20
@@ -36,6 +37,7 @@ def check_stream(
     progress: Progress | None = None,
     pixels: bool = False,
     limit: float | int | None = None,
+    shards: int | None = None,
     max_pixels: int = MAX_PIXELS,
     scorers: Sequence[str] = (),
 ) -> StreamFindings:
@@ -54,6 +56,8 @@ def check_stream(
         pixels: compare pictures by their pixels, so that the same picture in another file is found.
         limit: 200 = look into about 200 samples of every part of every task, 0.02 = into that share
             of them, spread evenly; shards, counts, keys and hashes are verified in whole.
+        shards: for a glance: open at most so many shards of every part, spread evenly, and verify
+            neither hashes nor counts.
         max_pixels: of the largest picture that is no fault.
         scorers: names that tasks may give theirs, none = any.
 
@@ -69,8 +73,8 @@ def check_stream(
         stream = TaskStream.read(card, scorers=scorers)
     except ValueError as error:
         return _bad_card(card, str(error))
-    works = _Works(stream, cache or default_cache(), allow_pipes, pixels, limit, max_pixels)
-    gathering = Gathering(stream, looked_at_all=limit is None)
+    works = _Works(stream, cache or default_cache(), allow_pipes, pixels, limit, shards, max_pixels)
+    gathering = Gathering(stream, looked_at_all=limit is None and shards is None)
     count = workers if workers is not None else _fitting(works)
     for done, (work, found) in enumerate(_results(iter(works), count), start=1):
         gathering.add(work, found)
@@ -88,6 +92,7 @@ class _Works:
         allow_pipes: as there.
         by_pixels: as there.
         limit: of ``check_stream``.
+        shards: of ``check_stream``.
         max_pixels: as there.
     """
 
@@ -98,35 +103,45 @@ class _Works:
         allow_pipes: bool,
         by_pixels: bool,
         limit: float | int | None,
+        shards: int | None,
         max_pixels: int,
     ) -> None:
         self.stream, self.cache, self.allow_pipes = stream, cache, allow_pipes
         self.by_pixels, self.limit, self.max_pixels = by_pixels, limit, max_pixels
+        self.shards, self.tasks = shards, everything_in(stream)
 
     def __len__(self) -> int:
-        return sum(len(task.train) + len(task.test) for task in self.stream.columns)
+        return sum(len(self.names(task, part)) for task in self.tasks for part in PARTS)
 
     def __iter__(self) -> Iterator[ShardWork]:
-        parts: tuple[Part, Part] = ("train", "test")
-        for task in self.stream.columns:
-            for part in parts:
-                names = task.train if part == "train" else task.test
+        for task in self.tasks:
+            for part in PARTS:
+                names = self.names(task, part)
                 look = self.limit
                 if look is not None and not _is_share(look):
                     look = -(-int(look) // max(1, len(names)))
                 for name in names:
-                    yield ShardWork(
-                        task,
-                        part,
-                        name,
-                        self.stream.shard(name),
-                        self.stream.hashes.get(name, ""),
-                        self.cache,
-                        self.allow_pipes,
-                        look,
-                        self.max_pixels,
-                        self.by_pixels,
-                    )
+                    yield self.work(task, part, name, look)
+
+    def names(self, task: Task, part: Part) -> Sequence[str]:
+        names = task.train if part == "train" else task.test
+        return [names[place] for place in places_looked_at(len(names), self.shards)]
+
+    def work(self, task: Task, part: Part, name: str, look: float | int | None) -> ShardWork:
+        stream, is_glance = self.stream, self.shards is not None
+        return ShardWork(
+            task=task,
+            part=part,
+            name=name,
+            url=stream.shard(name),
+            sha256="" if is_glance else stream.hashes.get(name, ""),
+            count=0 if is_glance else stream.counts.get(name, 0),
+            cache=self.cache,
+            allow_pipes=self.allow_pipes,
+            look=look,
+            max_pixels=self.max_pixels,
+            by_pixels=self.by_pixels,
+        )
 
 
 def _results(works: Iterator[ShardWork], workers: int) -> Iterator[tuple[ShardWork, ShardFindings]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from mmcl.core import Task, TaskStream
@@ -18,16 +18,20 @@ class PartFindings:
     """What the training or the test part of a task holds.
 
     Attributes:
-        samples: counted in its shards.
+        shards: that it has.
+        counted: shards in which its samples were counted.
+        samples: in them.
         looked: samples that were looked into; all the rest is about these.
         bad: of them cannot be read.
-        size_bytes: of its shards, in all.
+        size_bytes: of the counted shards, in all.
         labels: samples of each of the task's classes, in the order of ``TaskFindings.classes``.
         sizes: smallest, median and largest picture as (width, height); None without pictures.
         lengths: median and largest number of letters of a text; None without texts.
         answers: the most frequent right answers and how often each comes.
     """
 
+    shards: int = 0
+    counted: int = 0
     samples: int = 0
     looked: int = 0
     bad: int = 0
@@ -46,13 +50,23 @@ class TaskFindings:
         task: as on the card.
         classes: names of all its classes, new or not.
         train: its training part; None for a probe.
-        test: its test part.
+        test: its test part; None for a source.
     """
 
     task: Task
     classes: tuple[str, ...]
     train: PartFindings | None
-    test: PartFindings
+    test: PartFindings | None
+
+    @property
+    def role(self) -> str:
+        """Say whether it is a task, a probe or a source."""
+        return "source" if self.task.index < 0 else "probe" if self.task.is_probe else "task"
+
+    @property
+    def parts(self) -> tuple[PartFindings, ...]:
+        """Those that it has."""
+        return tuple(part for part in (self.train, self.test) if part is not None)
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,7 @@ class StreamFindings:
         stream: as its card says; None if the card itself has faults.
         faults: what keeps the stream from being used, a line each; few of a sort in full.
         remarks: what is worth knowing and no fault.
-        tasks: every task, then every probe.
+        tasks: every task, then every probe and every source.
     """
 
     name: str
@@ -84,18 +98,29 @@ class StreamFindings:
                 {
                     "name": each.task.name,
                     "kind": each.task.kind,
-                    "is_probe": each.task.is_probe,
+                    "role": each.role,
                     "train": None if each.train is None else _plain(each.train, each.classes),
-                    "test": _plain(each.test, each.classes),
+                    "test": None if each.test is None else _plain(each.test, each.classes),
                 }
                 for each in self.tasks
             ],
         }
 
 
+def everything_in(stream: TaskStream) -> tuple[Task, ...]:
+    """Return tasks, probes, and the rows of sources as tasks of index -1, -2 and so on."""
+    sources = (replace(each.rows, index=-each.number) for each in stream.sources)
+    return (*stream.columns, *sources)
+
+
+def called(task: Task) -> str:
+    """Name a task, probe or source as messages do."""
+    return f"source '{task.name}'" if task.index < 0 else f"task '{task.name}'"
+
+
 def class_names(stream: TaskStream, task: Task) -> tuple[str, ...]:
     """Return the names of all classes of a task, in the order of its ``labels``."""
-    names = task.classes if task.is_probe else stream.classes_until(task.index)
+    names = task.classes if task.is_probe else stream.classes_until(max(0, task.index))
     return tuple(names[column] for column in task.labels)
 
 
@@ -120,6 +145,7 @@ def spread_of(
 def _plain(part: PartFindings, classes: tuple[str, ...]) -> dict[str, Any]:
     names = ("smallest", "median", "largest")
     return {
+        "shards": part.shards,
         "samples": part.samples,
         "looked_into": part.looked,
         "bad": part.bad,

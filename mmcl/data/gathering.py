@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from mmcl.core import Task, TaskStream
 from mmcl.data.faults import Faults
-from mmcl.data.findings import PartFindings, StreamFindings, TaskFindings, class_names
+from mmcl.data.findings import (
+    PartFindings,
+    StreamFindings,
+    TaskFindings,
+    called,
+    class_names,
+    everything_in,
+)
 from mmcl.data.overlap import tell_overlap
-from mmcl.data.part_check import PartSoFar
+from mmcl.data.part_check import PARTS, PartSoFar
 from mmcl.data.prepare import Part
 from mmcl.data.shard_check import NAMED, ShardFindings, ShardWork, unreadable
 from mmcl.data.twins import joined, repeats_of
@@ -38,14 +45,13 @@ class Gathering:
         if self.current != here:
             self.end_part()
             self.current = here
-        part = self.parts.setdefault((work.task.index, work.part), PartSoFar())
+        names = work.task.train if work.part == "train" else work.task.test
+        part = self.parts.setdefault((work.task.index, work.part), PartSoFar(names))
         if not found.fault:
             part.add(work, found)
-            return
-        part.is_whole = False
-        if work.name not in self.unusable:
+        elif work.name not in self.unusable:
             self.unusable.add(work.name)
-            self.faults.add(f"task '{work.task.name}': shard {work.name} {found.fault}")
+            self.faults.add(f"{called(work.task)}: shard {work.name} {found.fault}")
 
     def end_part(self) -> None:
         """Judge a part all of whose shards were added, and free what is needed no longer."""
@@ -53,7 +59,7 @@ class Gathering:
             return
         task, name = self.current
         part = self.parts[task.index, name]
-        where = f"task '{task.name}' ({name})"
+        where = called(task) if task.index < 0 else f"{called(task)} ({name})"
         if part.is_whole:
             self.check_count(task, name, sum(part.samples))
         self.check_keys(where, part)
@@ -75,7 +81,7 @@ class Gathering:
         name = "size" if part == "train" else "test_size"
         if stated not in (0, counted):
             self.faults.add(
-                f"task '{task.name}' has {name} {stated} on the card and its {part} shards "
+                f"{called(task)} has {name} {stated} on the card and its {part} shards "
                 f"hold {counted} samples: correct the card or fetch the shards again"
             )
 
@@ -97,7 +103,7 @@ class Gathering:
         """Judge what only all shards together show, and return everything."""
         self.end_part()
         tell_overlap(self.stream, self.parts, self.faults, self.remarks)
-        tasks = tuple(self.task_findings(task) for task in self.stream.columns)
+        tasks = tuple(self.task_findings(task) for task in everything_in(self.stream))
         if self.looked_at_all:
             self.remark_absent(tasks)
         self.remark_hashes()
@@ -106,10 +112,9 @@ class Gathering:
         )
 
     def task_findings(self, task: Task) -> TaskFindings:
-        """Sum up a task or probe."""
-        train = self.part_findings(task, "train")
-        test = self.part_findings(task, "test")
-        return TaskFindings(task, class_names(self.stream, task), train, test or PartFindings())
+        """Sum up a task, probe or source."""
+        train, test = (self.part_findings(task, part) for part in PARTS)
+        return TaskFindings(task, class_names(self.stream, task), train, test)
 
     def part_findings(self, task: Task, part: Part) -> PartFindings | None:
         """Sum up a part of a task, None if it has no such part."""
@@ -137,7 +142,8 @@ class Gathering:
 
     def remark_hashes(self) -> None:
         """Note shards whose content the card cannot vouch for, and hashes of none."""
-        used = {name for task in self.stream.columns for name in (*task.train, *task.test)}
+        tasks = everything_in(self.stream)
+        used = {name for task in tasks for name in (*task.train, *task.test)}
         without, unused = used - self.stream.hashes.keys(), self.stream.hashes.keys() - used
         if without:
             self.remarks.append(
@@ -146,6 +152,6 @@ class Gathering:
             )
         if unused:
             self.remarks.append(
-                f"the card has hashes of {len(unused)} shards that no task lists, such as "
+                f"the card has hashes of {len(unused)} shards that it lists nowhere, such as "
                 f"{min(unused)}"
             )

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mmcl.core import Batch, Recall, Task, Transform
 from mmcl.core.randomness import generator, mix
 from mmcl.data.decode import MAX_PIXELS
-from mmcl.data.order import EpochPlan, Mixture
+from mmcl.data.order import EpochPlan, Mixture, dealt
 from mmcl.data.prepare import PreparedStream
 from mmcl.data.reader import SampleReader
 from mmcl.data.shard import Numbers
@@ -37,6 +37,7 @@ class PlannedBatches(Sampler[Request]):
         steps: global batches of an epoch.
         position: asked at every ``iter``: (epoch, micro-batches already done in it). An epoch that
             is done to its end counts as the start of the next.
+        scored: tells how many of some entries have a part in the task loss.
         accumulation: micro-batches of a global batch on every rank.
         rank: of this process.
         world: number of processes.
@@ -47,6 +48,7 @@ class PlannedBatches(Sampler[Request]):
         plan: Callable[..., EpochPlan],
         steps: int,
         position: Callable[[], tuple[int, int]],
+        scored: Callable[[Numbers], int] = len,
         *,
         accumulation: int,
         rank: int,
@@ -55,6 +57,7 @@ class PlannedBatches(Sampler[Request]):
         self.plan = plan
         self.steps = steps
         self.position = position
+        self.scored = scored
         self.accumulation = accumulation
         self.rank = rank
         self.world = world
@@ -70,10 +73,10 @@ class PlannedBatches(Sampler[Request]):
         parts = self.world * self.accumulation
         for number in range(done, len(self)):
             step, part = divmod(number, self.accumulation)
-            entries = plan.micro_batch(
-                step, part=part, accumulation=self.accumulation, rank=self.rank, world=self.world
-            )
-            yield Request(epoch, entries, len(entries) * parts / plan.rows(step))
+            whole = plan.batch(step)
+            entries = dealt(whole, part, self.accumulation, self.rank, self.world)
+            weight = self.scored(entries) * parts / self.scored(whole)
+            yield Request(epoch, entries, weight)
 
 
 def train_loader(
@@ -132,7 +135,7 @@ def train_loader(
     lengths = _lengths(rows) if group > 1 else None
     plan = partial(_plan, rows, mixture, lengths=lengths, window=window, group=group)
     dealt = {"accumulation": accumulation, "rank": rank, "world": world}
-    batches = PlannedBatches(plan, mixture.steps, position, **dealt)
+    batches = PlannedBatches(plan, mixture.steps, position, rows.scored, **dealt)
     return batch_loader(rows, batches, workers, seed=seed)
 
 

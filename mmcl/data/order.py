@@ -143,7 +143,7 @@ class EpochPlan:
         self, number: int, *, part: int = 0, accumulation: int = 1, rank: int = 0, world: int = 1
     ) -> Numbers:
         """Return the entries that one rank takes in one accumulated part of a global batch."""
-        return self.batch(number)[part * world + rank :: world * accumulation]
+        return dealt(self.batch(number), part, accumulation, rank, world)
 
     @cached_property
     def _kinds(self) -> list[Callable[[int, int], Numbers]]:
@@ -195,6 +195,11 @@ class EpochPlan:
             is_old = rows >= self.mixture.new
             rows = rows[np.argsort(is_old, kind="stable")]
         return rows
+
+
+def dealt(batch: Numbers, part: int, accumulation: int, rank: int, world: int) -> Numbers:
+    """Return the entries of a global batch that one rank takes in one accumulated part."""
+    return batch[part * world + rank :: world * accumulation]
 
 
 def _endless(seed: int, count: int, start: int, rows: int) -> Numbers:

@@ -9,6 +9,7 @@ import numpy as np
 
 from mmcl.core import Task, TaskStream
 from mmcl.data.faults import Faults
+from mmcl.data.findings import called, everything_in
 from mmcl.data.part_check import PartSoFar
 from mmcl.data.prepare import Part
 from mmcl.data.shard import Numbers
@@ -62,7 +63,7 @@ class _Learned:
 
     @classmethod
     def of(cls, stream: TaskStream, parts: Parts) -> _Learned:
-        tasks = [task for task in stream.columns if (task.index, "train") in parts]
+        tasks = [task for task in everything_in(stream) if (task.index, "train") in parts]
         own = [parts[task.index, "train"] for task in tasks]
         sizes = [sum(map(len, part.prints)) for part in own]
         starts = np.cumsum([0, *sizes], dtype=np.int64)
@@ -71,7 +72,7 @@ class _Learned:
     def sample_name(self, place: int) -> str:
         number = int(np.searchsorted(self.starts, place, side="right")) - 1
         own = self.parts[number].sample_name(place - int(self.starts[number]))
-        return f"{own} of task '{self.tasks[number].name}'"
+        return f"{own} of {called(self.tasks[number])}"
 
 
 def _tell_twins(
@@ -81,7 +82,7 @@ def _tell_twins(
     same = "picture and question" if task.kind == "answer" else "picture"
     for row in rows[:NAMED].tolist():
         faults.add(
-            f"task '{task.name}' (test): {part.sample_name(row)} is trained on, it has the {same} "
+            f"{called(task)} (test): {part.sample_name(row)} is trained on, it has the {same} "
             f"of {learned.sample_name(int(places[row]))}: take it out of one of them"
         )
     if len(rows) > NAMED:
@@ -95,7 +96,7 @@ def _tell_pictures(
     if len(rows):
         first = int(rows[0])
         remarks.append(
-            f"{len(rows):,} test samples of task '{task.name}' ask something else of a picture "
+            f"{len(rows):,} test samples of {called(task)} ask something else of a picture "
             f"that is trained on, such as {part.sample_name(first)} and "
             f"{learned.sample_name(int(places[first]))}"
         )

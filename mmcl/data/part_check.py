@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mmcl.data.findings import PartFindings, spread_of
+from mmcl.data.prepare import Part
 from mmcl.data.shard import Numbers
 from mmcl.data.shard_check import NAMED, ShardFindings, ShardWork, open_shard, places_looked_at
 from mmcl.data.twins import Prints
 
+PARTS: tuple[Part, Part] = ("train", "test")
 _ANSWERS_KEPT, _ANSWERS_SHOWN = 20_000, 20
 
 
@@ -20,6 +22,7 @@ class PartSoFar:
     """What is known of a part of a task while its shards come in.
 
     Attributes:
+        names: of all its shards.
         works: of the shards that can be used, in order.
         samples: in each of them.
         prints: of the samples that were looked into, an array for each shard; kept to the end.
@@ -31,8 +34,9 @@ class PartSoFar:
         labels: see there.
         size_bytes: see there.
         bad: see there.
-        is_whole: False once a shard cannot be used.
     """
+
+    names: tuple[str, ...]
 
     works: list[ShardWork] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)
@@ -45,7 +49,11 @@ class PartSoFar:
     labels: Numbers | None = None
     size_bytes: int = 0
     bad: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
-    is_whole: bool = True
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every shard was counted."""
+        return len(self.works) == len(self.names)
 
     def add(self, work: ShardWork, found: ShardFindings) -> None:
         """Take in what was found in the next shard."""
@@ -81,6 +89,8 @@ class PartSoFar:
         """Sum up what was found."""
         middle = spread_of(self.lengths, lambda length: length)
         return PartFindings(
+            shards=len(self.names),
+            counted=len(self.works),
             samples=sum(self.samples),
             looked=sum(map(len, self.prints)),
             bad=sum(count for count, _ in self.bad.values()),

@@ -68,6 +68,7 @@ def prepare(
     seed: int = 0,
     allow_pipes: bool = False,
     cache: Path | None = None,
+    cache_limit: int | None = None,
     verify_hashes: bool = False,
     finished: Collection[int] = (),
     progress: Progress | None = None,
@@ -82,6 +83,7 @@ def prepare(
         allow_pipes: run ``pipe:`` urls, which are shell commands.
         cache: folder for remote shards, and for indexes of shards in read-only folders; default
             $MMCL_CACHE or the user's cache folder.
+        cache_limit: bytes that remote shards may take there; None = no limit.
         verify_hashes: read every shard that has a hash on the card and compare.
         finished: tasks whose training shards are not opened; they may be gone.
         progress: told after every part of a task.

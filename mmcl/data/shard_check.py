@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmcl.core import Dialogue, Row, Task
 from mmcl.data.faults import BadSample, BadShard
+from mmcl.data.findings import called
 from mmcl.data.index import IMAGES, is_read, open_index
 from mmcl.data.prepare import Part
 from mmcl.data.reader import Reader
@@ -38,6 +39,7 @@ class ShardWork:
         name: of the shard as the card has it.
         url: where it lies.
         sha256: of the card, "" = not stated.
+        count: samples as the card says, 0 = not stated.
         cache: see ``prepare``.
         allow_pipes: see ``prepare``.
         look: 200 = look into so many samples, 0.02 = into that share; None = into all.
@@ -50,6 +52,7 @@ class ShardWork:
     name: str
     url: str
     sha256: str
+    count: int
     cache: Path
     allow_pipes: bool
     look: float | int | None
@@ -103,6 +106,11 @@ def check_shard(work: ShardWork) -> ShardFindings:
             raise BadShard(
                 "holds no samples: members are named <key>.png, <key>.cls, <key>.txt and so on"
             )
+        if work.count not in (0, len(reader)):
+            raise BadShard(
+                f"holds {len(reader)} samples and the card counts {work.count}: correct the card "
+                "or fetch the shard again"
+            )
         return _Look(work, reader).all_samples(path.stat().st_size)
     except BadShard as fault:
         return ShardFindings(fault=str(fault))
@@ -114,13 +122,13 @@ def check_shard(work: ShardWork) -> ShardFindings:
 
 def unreadable(task: Task) -> str:
     """Return why no sample of a task could be read, "" if they can."""
-    where = f"task '{task.name}'"
-    if task.kind not in READ_KINDS:
+    where = called(task)
+    if task.kind not in (*READ_KINDS, "picture"):
         return (
             f"{where} is of kind '{task.kind}', expected {', '.join(READ_KINDS)}: "
             "this version reads no others"
         )
-    if task.kind != "classify" and not is_read(task.text.lower()):
+    if task.kind not in ("classify", "picture") and not is_read(task.text.lower()):
         return (
             f"{where} takes its text from .{task.text}, expected .txt or a member that ends "
             "in .txt, such as .de.txt"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -98,6 +99,12 @@ class TrainingRows(Dataset[Batch]):
     def counts(self) -> Sequence[int]:
         """Samples of the task, recalled ones, and those of each source."""
         return [end - start for start, end in zip(self._starts, self._starts[1:], strict=False)]
+
+    def scored(self, entries: Numbers) -> int:
+        """Return how many entries have a part in the task loss."""
+        kinds = np.searchsorted(self._starts[1:-1], entries, side="right")
+        is_scored = np.array([True, True, *(source.is_scored for source in self.sources)])
+        return int(is_scored[kinds].sum())
 
     def __getitems__(self, request: Request) -> Batch:
         """Read, decode and put together one micro-batch."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
-from mmcl.core import Recall, Task, TaskStream
+from mmcl.core import Recall, Strategy, Task, TaskStream
 from mmcl.data import CopiesReader, keep_copies, pass_loader, prepare, test_loader, train_loader
-from mmcl.data.builders.streams import find_stream
-from mmcl.lightning.scoring import Column
+from mmcl.data.builders.streams import card_path, find_stream
+from mmcl.data.loader import WINDOW
+from mmcl.lightning.scoring import Column, asked_of
 from mmcl.lightning.suited import expect_suited
 from mmcl.metrics.scorers import SCORERS
 
@@ -34,6 +36,11 @@ class ContinualData(pl.LightningDataModule):
         max_faults: share of a task's samples that may be unreadable before the run ends.
         allow_pipes: let a card run ``pipe:`` commands to open shards.
         verify_hashes: read every shard once and compare it with the card's hashes.
+        cache: folder for remote shards; None = $MMCL_CACHE or the user's cache folder.
+        cache_limit: bytes that remote shards may take there, such as "200GB"; None = no limit.
+        window: remote shards whose samples are shuffled together; local ones all are.
+        group_lengths: batches over which rows are sorted by the length of their text before they
+            are cut into batches, so that little is padded; 0 = not.
         task: which task ``fit`` and ``validate`` use; the sequence sets it.
         seed: of order, augmentation and limits.
     """
@@ -51,6 +58,10 @@ class ContinualData(pl.LightningDataModule):
         max_faults: float = 0.01,
         allow_pipes: bool = False,
         verify_hashes: bool = False,
+        cache: str | None = None,
+        cache_limit: str | int | None = None,
+        window: int = WINDOW,
+        group_lengths: int = 0,
         task: int = 0,
         seed: int = 0,
     ) -> None:
@@ -64,6 +75,9 @@ class ContinualData(pl.LightningDataModule):
         self.order, self.max_faults = order, max_faults
         self.limit = int(limit) if limit is not None and limit >= 1 else limit
         self.allow_pipes, self.verify_hashes = allow_pipes, verify_hashes
+        self.cache = None if cache is None else Path(cache).expanduser()
+        self.cache_limit = None if cache_limit is None else _bytes_of(cache_limit)
+        self.window, self.group_lengths = window, group_lengths
         self.task, self.seed = task, seed
         self.memory: Path | None = None
         self.on_build: Callable[[int, int], None] | None = None
@@ -73,18 +87,7 @@ class ContinualData(pl.LightningDataModule):
     @property
     def card(self) -> Path:
         """The card's path; it may not be built yet."""
-        given = Path(self.stream_name).expanduser()
-        if given.is_dir():
-            cards = sorted(given.glob("*.yaml"))
-            if len(cards) != 1:
-                raise ValueError(
-                    f"{given} holds {len(cards)} cards: give the path of one of them as data.stream"
-                )
-            return cards[0]
-        if given.suffix in (".yaml", ".yml"):
-            return given
-        stream, card = find_stream(self.stream_name)
-        return self.root / stream.folder.name / card
+        return card_path(self.stream_name, self.root)
 
     def prepare_data(self) -> None:
         """Build the stream if it is one of mmcl's and not there yet."""
@@ -103,6 +106,8 @@ class ContinualData(pl.LightningDataModule):
                 seed=self.seed,
                 allow_pipes=self.allow_pipes,
                 verify_hashes=self.verify_hashes,
+                cache=self.cache,
+                cache_limit=self.cache_limit,
             )
 
     @cached_property
@@ -162,7 +167,7 @@ class ContinualData(pl.LightningDataModule):
         """Return the loader of the selected task, from where it was left."""
         trainer = self._running()
         expect_suited(self.stream, trainer.lightning_module.model)
-        recall = trainer.lightning_module.strategy.recall()
+        recall = self._recall(trainer.lightning_module.strategy)
         return train_loader(
             self.prepared,
             self.task,
@@ -176,6 +181,8 @@ class ContinualData(pl.LightningDataModule):
             world=trainer.world_size,
             workers=self.workers,
             position=self._next_position,
+            window=self.window,
+            group=self.group_lengths,
         )
 
     def exact_pass(self) -> Any:
@@ -221,17 +228,8 @@ class ContinualData(pl.LightningDataModule):
         ]
 
     def column(self, row: int, column: int) -> Column:
-        """Return what the cell (row, column) asks; it depends on no later task than the two.
-
-        Class-incremental: every class met until the row's or the column's task competes,
-        whichever is later. Task-incremental: only the task's own. Probes: their own.
-        """
-        task = self.stream.column(column)
-        if task.is_probe:
-            return Column(task, task.classes)
-        names = self.stream.classes_until(max(row - 1, column))
-        told = self.stream.scenario == "task"
-        return Column(task, names, task.labels if told else None, told)
+        """Return what the cell (row, column) asks."""
+        return asked_of(self.stream, row, column)
 
     def default_columns(self, stage: str) -> list[Column]:
         """Return the columns that Lightning's own ``test`` and ``validate`` score."""
@@ -273,6 +271,13 @@ class ContinualData(pl.LightningDataModule):
             )
         self._start = (state["epoch"], state["batches"])
 
+    def _recall(self, strategy: Strategy) -> Recall | None:
+        """Return what the strategy recalls, at the share that the card states for the task."""
+        recall, share = strategy.recall(), self.stream[self.task].share
+        if recall is None or recall.share is None or share is None:
+            return recall
+        return replace(recall, share=share)
+
     def _default_numbers(self) -> list[int]:
         probes = range(len(self.stream), len(self.stream.columns))
         return [*range(self.task + 1), *probes]
@@ -292,3 +297,9 @@ class ContinualData(pl.LightningDataModule):
         if self.trainer is None:
             raise RuntimeError("the data has no trainer yet: pass it as datamodule= to fit or test")
         return self.trainer
+
+
+def _bytes_of(size: str | int) -> int:
+    from mmcl.data.source import bytes_of  # type: ignore[attr-defined]
+
+    return int(bytes_of(size))

@@ -18,7 +18,8 @@ FREE_KEYS = (
     "config", "name", "runs", "trainer.accelerator", "trainer.devices", "trainer.num_nodes",
     "trainer.strategy", "trainer.logger", "trainer.callbacks", "trainer.profiler",
     "trainer.log_every_n_steps", "trainer.default_root_dir", "data.root", "data.workers",
-    "data.test_batch", "data.verify_hashes", "data.max_faults", "save_every_steps",
+    "data.test_batch", "data.verify_hashes", "data.max_faults",
+    "data.cache", "data.cache_limit", "save_every_steps",
 )  # fmt: skip
 
 
@@ -149,6 +150,9 @@ def task_mark(stream: TaskStream, task: Task) -> str:
         task.name, task.kind, task.classes, task.labels, task.templates, task.text, task.size,
         task.test_size, task.epochs, shards, stream.scenario,
     ]  # fmt: skip
+    if task.share is not None or task.mix:
+        sources = [(stream.sources[number - 1].name, share) for number, share in task.mix]
+        facts.append([task.share, sources])
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return f"{digest} {task.name}"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmcl.core import Batch, Output, Strategy, Task, run
+from mmcl.core import Batch, Output, Strategy, Task, TaskStream, run
 from mmcl.core.distributed import gather_rows, gather_texts
 from mmcl.core.randomness import ranks_of
 from mmcl.metrics.retrieval import recall_at_k
@@ -36,6 +36,20 @@ class Column:
         if self.task.scorer:
             return self.task.scorer
         return "recall@1" if self.task.kind in ("caption", "retrieve") else "accuracy"
+
+
+def asked_of(stream: TaskStream, row: int, column: int) -> Column:
+    """Return what the cell (row, column) asks; it depends on no later task than the two.
+
+    Class-incremental: every class met until the row's or the column's task competes, whichever is
+    later. Task-incremental: only the task's own. Probes: their own.
+    """
+    task = stream.column(column)
+    if task.is_probe:
+        return Column(task, task.classes)
+    names = stream.classes_until(max(row - 1, column))
+    told = stream.scenario == "task"
+    return Column(task, names, task.labels if told else None, told)
 
 
 class ColumnScorer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,20 @@ def divided(total: int, weights: Tensor) -> Tensor:
     return counts
 
 
-def repeated(tasks: Tensor, counts: dict[int, int]) -> Tensor:
+def by_distance(total: int, distances: Mapping[int, float]) -> dict[int, int]:
+    """Give earlier tasks more places the further they lie from the present one.
+
+    InsCL, Wang et al. 2024, arXiv:2403.11435: a task that lies W_j away gets W_j / sum of W of them.
+
+    Args:
+        total: places.
+        distances: task -> how far it lies from the present one, 0 or more but for rounding.
+    """
+    weights = torch.tensor(list(distances.values()), dtype=torch.float64).clamp(min=0)
+    return dict(zip(distances, divided(total, weights).tolist(), strict=True))
+
+
+def repeated(tasks: Tensor, counts: Mapping[int, int]) -> Tensor:
     """List the places of a memory so that each task comes as often as it should.
 
     Args:

@@ -6,11 +6,12 @@ Row i of rank r stands at place i * W + r of a global batch, and of a pass over 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from mmcl.core.batch import Batch
+from mmcl.core.batch import UNSCORED, Batch
 from mmcl.core.distributed import gather_rows, rank_and_world, sum_over_ranks
 from mmcl.memory.rows import Rows
 from mmcl.memory.table import padded, width_of
@@ -64,6 +65,39 @@ def pass_numbers(batch: Batch, seen: int) -> Tensor:
     return (seen + torch.arange(len(batch))) * world + rank
 
 
+def read_names(batches: Iterable[Batch], device: torch.device) -> Tensor:
+    """Read what every sample of a pass is called, over all ranks; nothing is computed of it.
+
+    Args:
+        batches: this rank's stride of the data, each sample once.
+        device: where ranks can talk.
+
+    Returns:
+        (R, 3) int64 on the CPU, the same on every rank: number, rising; class, -1 = none; bytes
+        in its shard, -1 = not known.
+    """
+    parts = [torch.zeros(0, 3, dtype=torch.int64)]
+    seen = 0
+    for batch in batches:
+        numbers = pass_numbers(batch, seen)
+        seen += len(batch)
+        parts.append(torch.stack([numbers, classes_of(batch).cpu(), sizes_of(batch).cpu()], 1))
+    everyone = gather_rows(torch.cat(parts).to(device)).cpu()
+    return everyone[everyone[:, 0].argsort(stable=True)]
+
+
+def classes_of(batch: Batch) -> Tensor:
+    """Return (B,) int64 the class of each row, -1 where it has none."""
+    if batch.labels.dim() != 1:
+        return batch.labels.new_full((len(batch),), -1)
+    return batch.labels.masked_fill(batch.labels == UNSCORED, -1)
+
+
+def sizes_of(batch: Batch) -> Tensor:
+    """Return (B,) int64 the bytes of each row in its shard, -1 where they are not known."""
+    return batch.labels.new_full((len(batch),), -1) if batch.bytes is None else batch.bytes
+
+
 def fill_rows(
     rows: Rows,
     batches: Iterable[Batch],
@@ -80,7 +114,7 @@ def fill_rows(
         rows: the table to fill.
         batches: this rank's stride of the data, each sample once.
         task: index of the task, the group of its rows.
-        columns: makes the table's columns of a batch.
+        columns: makes the table's columns of a batch, whose ``sample`` is always given.
         device: where ranks can talk (the model's).
 
     Raises:
@@ -94,7 +128,8 @@ def fill_rows(
         wanted = torch.nonzero(own.accepts(numbers, task) & rows.accepts(numbers, task)).flatten()
         if len(wanted):
             chosen = batch.take(wanted.to(batch.labels.device))
-            own.insert(columns(chosen), numbers[wanted], task)
+            named = replace(chosen, sample=numbers[wanted].to(batch.labels.device))
+            own.insert(columns(named), numbers[wanted], task)
     held, ranks = own.columns, own.ranks
     if rank_and_world()[1] > 1:
         fewest = int(gather_rows(torch.tensor([seen], device=device)).min())
@@ -106,9 +141,20 @@ def fill_rows(
         if not held:
             # This rank gives nothing, but has to say what nothing looks like.
             first = torch.zeros(1, dtype=torch.int64, device=last.labels.device)
-            held = {name: row[:0] for name, row in columns(last.take(first)).items()}
-        held, ranks = _gathered(held, ranks, rows.growing, device)
+            named = replace(last.take(first), sample=first)
+            held = {name: row[:0] for name, row in columns(named).items()}
+        is_low = ranks <= _largest_wanted(ranks, rows.capacity, device)
+        held = {name: column[is_low] for name, column in held.items()}
+        held, ranks = _gathered(held, ranks[is_low], rows.growing, device)
     rows.insert_ranked(held, ranks, task)
+
+
+def _largest_wanted(ranks: Tensor, capacity: int, device: torch.device) -> int:
+    """Return the hash above which no row can stay, so that only what may stay travels."""
+    everyone = gather_rows(ranks.to(device)).cpu()
+    if not 0 < capacity < len(everyone):
+        return int(torch.iinfo(torch.int64).max)
+    return int(everyone.kthvalue(capacity).values)
 
 
 def _gathered(

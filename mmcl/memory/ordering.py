@@ -66,7 +66,7 @@ def in_groups(groups: Tensor, order_of: Callable[[Tensor], Tensor]) -> tuple[Ten
         (wanted,) int64 indices and (wanted,) int64 place of each in its group's order.
     """
     indices, places = [groups[:0]], [groups[:0]]
-    for group in groups.unique().tolist():
+    for group in torch.unique(groups).tolist():
         members = torch.nonzero(groups == group).flatten()
         order = order_of(members)
         indices.append(members[order.to(members.device)])

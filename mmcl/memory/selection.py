@@ -14,6 +14,7 @@ from mmcl.core.randomness import generator, ranks_of
 
 _PIECE = 1 << 20
 
+
 def lowest(ranks: Tensor, capacity: int, groups: Tensor | None = None) -> Tensor:
     """Choose the entries of smallest rank, in all or evenly over groups.
 

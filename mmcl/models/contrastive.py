@@ -11,8 +11,10 @@ from mmcl.core.distributed import gather_with_gradient
 from mmcl.core.randomness import ranks_of
 
 
-def caption_loss(image: Tensor, text: Tensor, tokens: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE of pairs (Radford et al. 2021, arXiv:2103.00020), mean over own rows.
+def caption_loss(
+    image: Tensor, text: Tensor, tokens: Tensor, scale: Tensor, scored: Tensor | None = None
+) -> Tensor:
+    """Symmetric InfoNCE of pairs (Radford et al. 2021, arXiv:2103.00020), mean over scored rows.
 
     Negatives come from the rows of all ranks. Rows with the same text are positives of each other:
     they share the target evenly, otherwise a batch with repeated captions punishes right answers.
@@ -22,19 +24,23 @@ def caption_loss(image: Tensor, text: Tensor, tokens: Tensor, scale: Tensor) -> 
         text: (B, D) unit text embeddings.
         tokens: (B, L) int64 the texts, padded with 0; equal rows are equal texts.
         scale: () factor of the cosine.
+        scored: (B,) bool, the rows that take part, also as negatives; None = all.
 
     Returns:
-        Scalar. Averaged over ranks with their row counts as weights it is the global loss.
+        Scalar, 0 without scored rows. Averaged over ranks with their counts of scored rows as
+        weights it is the global loss.
     """
+    if scored is not None:
+        image, text, tokens = image[scored], text[scored], tokens[scored]
     all_image, start = gather_with_gradient(image)
     all_text, _ = gather_with_gradient(text)
     names = _text_numbers(tokens)
     everyone, _ = gather_with_gradient(names)
     same = (names[:, None] == everyone[None]).all(-1).to(image.dtype)
     target = same / same.sum(1, keepdim=True)
-    by_image = functional.cross_entropy(scale * image @ all_text.T, target)
-    by_text = functional.cross_entropy(scale * text @ all_image.T, target)
-    return (by_image + by_text) / 2
+    by_image = functional.cross_entropy(scale * image @ all_text.T, target, reduction="sum")
+    by_text = functional.cross_entropy(scale * text @ all_image.T, target, reduction="sum")
+    return (by_image + by_text) / (2 * max(1, len(image)))
 
 
 def _text_numbers(tokens: Tensor) -> Tensor:

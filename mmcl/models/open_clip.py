@@ -135,7 +135,8 @@ class OpenCLIP(nn.Module):
         if batch.tokens is not None:
             if output.image is None or output.text is None:
                 raise ValueError("a caption loss needs output.image and output.text, got None")
-            return caption_loss(output.image, output.text, batch.tokens, self._scale())
+            pairs = (output.image, output.text, batch.tokens)
+            return caption_loss(*pairs, self._scale(), batch.scored)
         logits = output.logits
         if self.loss_over == "task" and len(self._class_task) == logits.shape[1]:
             foreign = self._class_task[None] != batch.task[:, None]

@@ -39,6 +39,8 @@ class LwF(Strategy):
         teacher: "previous" is the model at the end of the task before; "base" the model that the
             first task began with, adapters switched off, from the first task on and over all
             classes. In a chain LwF stands behind what adapts the model.
+        rows: "new" are the task's own; "sources" those of the general or reference sets that the
+            card mixes in, as ZSCL distils (Zheng et al. 2023, arXiv:2303.06628).
 
     **Remembers** one copy of the trainable weights, at their own precision, and one number. With
     "base" only of weights outside of adapters, so where only adapters learn it is nothing.
@@ -51,6 +53,7 @@ class LwF(Strategy):
         alpha: float = 1.0,
         temperature: float = 2.0,
         teacher: Literal["previous", "base"] = "previous",
+        rows: Literal["new", "sources"] = "new",
     ) -> None:
         super().__init__()
         if alpha < 0 or temperature <= 0:
@@ -60,13 +63,24 @@ class LwF(Strategy):
             )
         if teacher not in ("previous", "base"):
             raise ValueError(f"teacher is '{teacher}', expected 'previous' or 'base'")
-        self.alpha, self.temperature = alpha, temperature
+        if rows not in ("new", "sources"):
+            raise ValueError(f"rows is '{rows}', expected 'new' or 'sources'")
+        self.alpha, self.temperature, self.rows = alpha, temperature, rows
         self.is_base = teacher == "base"
         self.teacher = Snapshot()
         self.known = -1
 
     def begin_task(self, model: VLM, task: Task) -> None:
-        """Note the weights that the teacher lacks: all of them, or those that are new."""
+        """Note the weights that the teacher lacks: all of them, or those that are new.
+
+        Raises:
+            ValueError: if rows of sources are asked for and the task mixes in none.
+        """
+        if self.rows == "sources" and not task.mix:
+            raise ValueError(
+                f"LwF distils on rows of sources and task '{task.name}' mixes in none: name some "
+                "under 'sources' and 'mix' on the card, or take rows='new'"
+            )
         if self.is_base and self.known < 0:
             outside = adapted(cast(nn.Module, model))
             own = tuple(f"{name}." for name in outside)
@@ -82,12 +96,13 @@ class LwF(Strategy):
         if self.known < 0 or not len(batch):
             return {}
         rows, scores = None, output.logits
-        if batch.recalled is not None:
-            rows = (~batch.recalled).nonzero().flatten()
+        is_asked = self._asked(batch)
+        if is_asked is not None:
+            rows = is_asked.nonzero().flatten()
             if not len(rows):
                 return {}
             if output.rows is not None:
-                scores = scores[~batch.recalled[output.rows]]
+                scores = scores[is_asked[output.rows]]
             batch = batch.take(rows)
         if output.rows is not None:
             if not len(scores):
@@ -122,6 +137,14 @@ class LwF(Strategy):
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Take the number of classes of a checkpoint."""
         self.known = int(state["known"])
+
+    def _asked(self, batch: Batch) -> Tensor | None:
+        """Return which rows are distilled, (B,) bool; None = all."""
+        if self.rows == "new":
+            return None if batch.recalled is None else ~batch.recalled
+        if batch.source is None:
+            return torch.zeros_like(batch.task, dtype=torch.bool)
+        return batch.source > 0
 
     def _ask_teacher(self, model: VLM, batch: Batch) -> Tensor:
         module = cast(nn.Module, model)

@@ -115,3 +115,27 @@ def resolve(name: str) -> tuple[Builder, str]:
     """Find and import the builder behind a name; see `find_stream`."""
     stream, card = find_stream(name)
     return stream.builder(), card
+
+
+def card_path(stream: str, root: Path) -> Path:
+    """Return the path of a stream's card, which may not be built yet.
+
+    Args:
+        stream: name of a stream that mmcl can build, or the path of a card or of its folder.
+        root: folder under which built streams lie.
+
+    Raises:
+        ValueError: if a folder holds no card or several, or there is no stream of this name.
+    """
+    given = Path(stream).expanduser()
+    if given.is_dir():
+        cards = sorted(given.glob("*.yaml"))
+        if len(cards) != 1:
+            raise ValueError(
+                f"{given} holds {len(cards)} cards: give the path of one of them as data.stream"
+            )
+        return cards[0]
+    if given.suffix in (".yaml", ".yml"):
+        return given
+    known, card = find_stream(stream)
+    return root / known.folder.name / card

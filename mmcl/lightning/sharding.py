@@ -1,0 +1,196 @@
+"""Weights shared out over devices while a task is learned, and whole again at its end (FSDP2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+
+from mmcl.core import Strategy
+from mmcl.core.blocks import blocks_of
+
+_STEP = "training_step"
+_Marks = dict[nn.Module, tuple[type[nn.Module], set[str], dict[str, set[Any]]]]
+
+
+class Shards:
+    """The weights of a module in training, of which every device holds a share, until ``gather``.
+
+    The blocks of the model are gathered one after another as they are computed. All else that
+    learns, the strategy's parameters among it, is whole inside of ``training_step``; what is frozen
+    outside of the blocks stays whole. Gradients are means over the devices.
+
+    Args:
+        module: with ``model``, ``strategy`` and ``training_step``; its optimiser is not built yet.
+        mesh: the devices, see ``devices_of``.
+        mark: of the frozen weights, which cannot be hashed while they are shared out.
+
+    Raises:
+        ValueError: if a single number learns, which cannot be shared out.
+    """
+
+    def __init__(self, module: Any, mesh: DeviceMesh, mark: str = "") -> None:
+        self.module, self.mark = module, mark
+        blocks = blocks_of(module.model)
+        whole = _stay_whole(module, blocks)
+        self._marks: _Marks = {part: _marks(part) for part in module.modules()}
+        owned = list(_owned(module))
+        # A penalty reads weights after the forward pass: then blocks stay gathered until backward.
+        frees = not module.strategy.uses("penalty")
+        for block in blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=frees, ignored_params=whole)
+        fully_shard(module, mesh=mesh, ignored_params=whole)
+        register_fsdp_forward_method(module, _STEP)
+        for part, (_, names, _) in self._marks.items():
+            names.symmetric_difference_update(vars(part))  # from here on the names that are new
+        self._owned = [entry for entry in owned if entry[0]._parameters[entry[1]] is not entry[2]]
+        for _, _, parameter in self._owned:
+            # The same object takes the whole weight again: others may hold it as well.
+            parameter.data = parameter.data.new_empty(0)
+        self._is_filtered = True
+        module.register_state_dict_post_hook(self._leave_shares)
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Make the module what it was, with the weights of now, whole on every device."""
+        for part in self._marks:
+            if isinstance(part, FSDPModule):
+                part.reshard()
+        whole: dict[int, Tensor] = {}
+        for part, name, parameter in self._owned:
+            share = part._parameters[name]
+            if id(parameter) not in whole and isinstance(share, DTensor):
+                whole[id(parameter)] = parameter.data = share.full_tensor().detach()
+                parameter.grad = None
+            part._parameters[name] = parameter
+        for part, (kind, names, hooks) in self._marks.items():
+            part.__class__ = kind
+            for name in names:
+                vars(part).pop(name, None)
+            for name, before in hooks.items():
+                for key in set(vars(part)[name]) - before:
+                    del vars(part)[name][key]
+
+    def state(self) -> dict[str, Any]:
+        """Return the whole state dict; shared weights are given as shares."""
+        with self._unfiltered():
+            state: dict[str, Any] = self.module.state_dict()
+        return state
+
+    def beside(self) -> dict[str, Any]:
+        """Return the part of the state that is the same on every device, on the CPU."""
+        return {
+            name: value.cpu() if isinstance(value, Tensor) else value
+            for name, value in self.state().items()
+            if not isinstance(value, DTensor)
+        }
+
+    @contextmanager
+    def _unfiltered(self) -> Iterator[None]:
+        self._is_filtered = False
+        try:
+            yield
+        finally:
+            self._is_filtered = True
+
+    def _leave_shares(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object
+    ) -> None:
+        """Leave in a state dict what a sharded checkpoint holds: the shares of what learns."""
+        if self._is_filtered:
+            frozen = self.module.frozen
+            for name in [n for n, v in state.items() if not isinstance(v, DTensor) or n in frozen]:
+                del state[name]
+
+
+def devices_of(mesh: DeviceMesh) -> DeviceMesh:
+    """Return the mesh to share weights over, of the two-dimensional one that Lightning makes.
+
+    The second dimension, ``tensor_parallel_size``, is the number of devices that share one copy of
+    the weights, and the first one, ``data_parallel_size``, the number of copies. Where one of the
+    two is 1 the other is the devices that share the only copy.
+    """
+    copies, sharing = mesh["data_parallel"], mesh["tensor_parallel"]
+    if copies.size() > 1 and sharing.size() > 1:
+        return mesh
+    return copies if sharing.size() == 1 else sharing
+
+
+def expect_shareable(trainer: pl.Trainer, strategy: Strategy) -> None:
+    """Check that a strategy's hooks see what they need under a way of sharing weights out.
+
+    Raises:
+        ValueError: naming what to use instead.
+    """
+    way = trainer.strategy
+    if isinstance(way, FSDPStrategy):
+        raise ValueError(
+            "trainer.strategy is 'fsdp', the older of torch's two, under which a strategy cannot "
+            "see weights by name: lay configs/overlay/fsdp.yaml over the configuration"
+        )
+    is_shared = isinstance(way, ModelParallelStrategy | DeepSpeedStrategy)
+    if is_shared and strategy.uses("project"):
+        raise ValueError(
+            f"{_projecting(strategy)} edits whole gradients, and {type(way).__name__} gives each "
+            "device a share of them: use it with strategy ddp, or take ExperienceReplay or "
+            "DarkReplay instead"
+        )
+    if isinstance(way, DeepSpeedStrategy) and way.zero_stage_3:
+        raise ValueError(
+            "DeepSpeed stage 3 leaves a strategy no weights to see: use deepspeed_stage_2, or lay "
+            "configs/overlay/fsdp.yaml over the configuration"
+        )
+
+
+def forget_devices(mesh: DeviceMesh) -> None:
+    """Close the process groups of a mesh, which Lightning makes anew for every Trainer."""
+    for group in mesh.get_all_groups():
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
+def _projecting(strategy: Strategy) -> str:
+    parts = [part for part in strategy.modules() if isinstance(part, Strategy)]
+    return next((type(p).__name__ for p in reversed(parts) if p.uses("project")), "the strategy")
+
+
+def _stay_whole(module: Any, blocks: list[nn.Module]) -> set[Parameter]:
+    """Return what is not shared out: frozen and outside of blocks, single, or quantised."""
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    whole = set()
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter.ndim == 0:
+            raise ValueError(
+                f"'{name}' is a single number that learns, which cannot be shared out over "
+                "devices: freeze it (train_scale: false), or use strategy ddp"
+            )
+        is_shareable = parameter.is_floating_point() and parameter.ndim > 0
+        if not parameter.requires_grad and (id(parameter) not in inside or not is_shareable):
+            whole.add(parameter)
+    return whole
+
+
+def _owned(module: nn.Module) -> Iterator[tuple[nn.Module, str, Parameter]]:
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                yield part, name, parameter
+
+
+def _marks(part: nn.Module) -> tuple[type[nn.Module], set[str], dict[str, set[Any]]]:
+    hooks = {
+        name: set(held)
+        for name, held in vars(part).items()
+        if "hooks" in name and isinstance(held, dict)
+    }
+    return type(part), set(vars(part)), hooks
