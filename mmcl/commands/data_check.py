@@ -86,14 +86,10 @@ def with_shard_bar(
     work: Callable[[Callable[[int, int], None]], StreamFindings],
 ) -> StreamFindings:
     """Check a stream while a bar on the error output shows how many shards are done."""
-    columns = (
-        TextColumn("shards"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = (TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, transient=True, console=console, disable=not console.is_terminal) as bar:
+    is_quiet = not console.is_terminal
+    with Progress(*columns, transient=True, console=console, disable=is_quiet) as bar:
         line = bar.add_task("", total=None)
         return work(lambda done, total: bar.update(line, completed=done, total=total))
 

@@ -38,14 +38,15 @@ def main(argv: Sequence[str]) -> int:
         save_every_steps=int(cli.config["save_every_steps"]),
         say=console.print,
     )
-    run.folder.claim(cli.plain())
-    matrix = run.run()
-    if run.is_first:
-        pictures = sample_pictures(run.data, run.folder)
-        summarize(run, cli.plain(), matrix, pictures)
-        page = write_report(folder)
-        print(matrix_table(matrix, lenient=read_lenient(matrix, folder), width=console.width))
-        print(f"report: {page}")
+    with run.folder.held():
+        run.folder.claim(cli.plain())
+        matrix = run.run()
+        if run.is_first:
+            pictures = sample_pictures(run.data, run.folder)
+            summarize(run, cli.plain(), matrix, pictures)
+            page = write_report(folder)
+            print(matrix_table(matrix, lenient=read_lenient(matrix, folder), width=console.width))
+            print(f"report: {page}")
     return 0
 
 

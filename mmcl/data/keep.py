@@ -18,11 +18,11 @@ from webdataset.writer import TarWriter
 
 from mmcl.core import Recall, write_atomic
 from mmcl.data.faults import BadSample
-from mmcl.data.index import scan
 from mmcl.data.prepare import PreparedStream
-from mmcl.data.reader import Reader, SampleReader
+from mmcl.data.reader import SampleReader, shown
 from mmcl.data.shard import Numbers, Sample
-from mmcl.data.source import sha256_of
+from mmcl.data.source import LocalOrigin, sha256_of
+from mmcl.data.tar_shard import TarShard
 
 _KEY = "mmcl-key.txt"
 """Member of a copy that holds the key of the original."""
@@ -57,9 +57,9 @@ class CopiesReader:
                 f"{stated.get('sha256')}: they were damaged or half replaced; restore them or "
                 "write them anew from the task's shards"
             )
-        self._copies = Reader([scan(path, path.name)])
-        index = self._copies.shards[0]
-        self._numbers = np.array([_number(index.key(place)) for place in range(len(index))])
+        self._copies = TarShard(LocalOrigin(path), path.name, cache=None)
+        keys = map(self._copies.key, range(len(self._copies)))
+        self._numbers = np.fromiter(map(_number, keys), dtype=np.int64)
 
     def __len__(self) -> int:
         """Return the number of copies."""
@@ -76,11 +76,13 @@ class CopiesReader:
         members = dict(sample.members)
         return replace(sample, key=members.pop(_KEY).decode(), members=members)
 
+    def key(self, number: int) -> str:
+        """Return the key of the original."""
+        return self._copies.read(self._place(number)).members[_KEY].decode()
+
     def where(self, number: int) -> str:
         """Name a sample for a person: ``<key> in <shard>``."""
-        place = self._place(number)
-        data = dict(self._copies.read(place).members)
-        return f"{data[_KEY].decode()} in {self._copies.shards[0].name}"
+        return f"{shown(self.key(number))} in {self._copies.name}"
 
     def holds(self, numbers: Numbers) -> np.ndarray:
         """Tell for (R,) sample numbers whether each was copied: (R,) bool."""
@@ -89,7 +91,7 @@ class CopiesReader:
     def _place(self, number: int) -> int:
         place = int(np.searchsorted(self._numbers, number))
         if place == len(self._numbers) or self._numbers[place] != number:
-            raise IndexError(f"sample {number} was not copied to {self._copies.shards[0].path}")
+            raise IndexError(f"sample {number} was not copied to {self._copies.origin.url}")
         return place
 
 
@@ -150,7 +152,7 @@ def _write(path: Path, reader: SampleReader, numbers: Sequence[int]) -> None:
                     own = {_KEY: sample.key.encode(), **sample.members}
                 except BadSample:
                     # A copy without members is bad as well, so the same stand-in is met.
-                    own = {_KEY: reader.where(number).rpartition(" in ")[0].encode()}
+                    own = {_KEY: reader.key(number).encode()}
                 tar.write({"__key__": f"{number:09d}", **own})
 
     write_atomic(path, write)

@@ -143,7 +143,7 @@ def _plan(
     rows: TrainingRows, mixture: Mixture, *, epoch: int, window: int, **how: Any
 ) -> EpochPlan:
     order = None
-    if getattr(rows.reader, "is_remote", False) and mixture.once == mixture.new:
+    if rows.reader.is_remote and mixture.once == mixture.new:
         order = InWindows(mix(rows.seed, rows.task, epoch), rows.reader.sizes, window)
     return EpochPlan(mixture, seed=rows.seed, task=rows.task, epoch=epoch, order=order, **how)
 

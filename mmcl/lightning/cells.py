@@ -15,6 +15,7 @@ from mmcl.core import Dialogue, Row, write_atomic
 from mmcl.data import BadSample
 from mmcl.data.row import make_row
 from mmcl.lightning.answering import AnswerScorer
+from mmcl.lightning.checkpoint_file import all_or_none
 from mmcl.lightning.data import ContinualData
 from mmcl.lightning.folder import RunFolder
 from mmcl.lightning.module import ContinualModule
@@ -51,6 +52,7 @@ def record_cells(
         what could not be read, one sentence each.
 
     Raises:
+        CannotWrite: on every rank, if there is no room for what is written.
         ValueError: if more of a test part than ``data.max_faults`` cannot be read, with the names.
     """
     if not columns:
@@ -65,14 +67,26 @@ def record_cells(
         _expect_few(scorer, data.max_faults)
         matrix.set(row, column, scorer.value)
         faults += scorer.faults
-        said = _answers(data, scorer, column) if folder.writes else []
+    with all_or_none(trainer):
+        if folder.writes:
+            _write(data, matrix, folder, row, dict(zip(columns, module.scorers, strict=True)))
+    return faults
+
+
+def _write(
+    data: ContinualData,
+    matrix: AccuracyMatrix,
+    folder: RunFolder,
+    row: int,
+    scorers: Mapping[int, ColumnScorer],
+) -> None:
+    for column, scorer in scorers.items():
+        said = _answers(data, scorer, column)
         if said:
             write_answers(answers_path(folder.path, row, column), said)
-    if folder.writes:
-        # The matrix comes last: a cell that stands in it is not measured again.
-        _write_lenient(matrix, folder, row, dict(zip(columns, module.scorers, strict=True)))
-        matrix.write(folder.path / "matrix.json")
-    return faults
+    _write_lenient(matrix, folder, row, scorers)
+    # The matrix comes last: a cell that stands in it is not measured again.
+    matrix.write(folder.path / "matrix.json")
 
 
 def _write_lenient(

@@ -1,7 +1,8 @@
-"""CheckpointFile: writing a checkpoint whole or not at all, and telling all ranks which."""
+"""Writing a checkpoint whole or not at all, and telling all ranks which."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,47 +15,49 @@ from torch import Tensor
 
 from mmcl.core.atomic import CannotWrite, write_atomic
 from mmcl.core.distributed import gather_texts
+from mmcl.lightning.folder import RunState
 
 
-class CheckpointFile(TorchCheckpointIO):
-    """Write checkpoints in their own folder, flushed to the disk and renamed into place.
+class NotSaved(UserWarning):
+    """A checkpoint in the middle of a task could not be written; the run proceeds."""
 
-    Lightning's own (2.6) collects the whole file in memory, writes it into the system's folder for
-    temporary files, where a killed run leaves it, and moves it from there, on to another disk.
+
+def warn_unsaved(what: str, error: CannotWrite, state: RunState | None) -> None:
+    """Warn, every time, that a run proceeds without a checkpoint.
+
+    Args:
+        what: is not saved.
+        error: says why.
+        state: of the run as it is on the disk.
     """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
-    ) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            CannotWrite: if there is no room for it; the checkpoint that was there still is.
-            TypeError: if options of a remote storage are given.
-        """
-        if storage_options is not None:
-            raise TypeError("storage_options are for remote folders: a run's folder is a local one")
-
-        def write(temporary: Path) -> None:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-
-        write_atomic(Path(path), write, needs=tensor_bytes(checkpoint))
+    where = "anew" if state is None else state.where()
+    message = f"{what} is not saved: {error}. The run proceeds; if it stopped now, it would go on"
+    warnings.warn(f"{message} {where}", NotSaved, stacklevel=3)
 
 
-def use_checkpoint_file(trainer: pl.Trainer) -> None:
-    """Let a trainer write its checkpoints so, unless somebody chose a way for it."""
-    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = CheckpointFile()
+def save_whole(trainer: pl.Trainer, path: Path, *, weights_only: bool) -> None:
+    """Write a trainer's checkpoint as one file, flushed to the disk and renamed into place.
 
+    Lightning's own way (2.6) collects the file in memory, writes it into the system's folder for
+    temporary files, where a killed run leaves it, and copies it from there to another disk. All
+    ranks call this together; a way of writing that somebody gave to the trainer is kept.
 
-def tensor_bytes(values: Any) -> int:
-    """Return the bytes of all tensors in nested mappings and sequences."""
-    if isinstance(values, Tensor):
-        return values.numel() * values.element_size()
-    if isinstance(values, Mapping):
-        return sum(map(tensor_bytes, values.values()))
-    return sum(map(tensor_bytes, values)) if isinstance(values, list | tuple) else 0
+    Raises:
+        CannotWrite: on every rank, if there is no room; the checkpoint that was there still is.
+    """
+    strategy = trainer.strategy
+    with all_or_none(trainer):
+        chosen = strategy.checkpoint_io
+        if type(chosen) is not TorchCheckpointIO:
+            trainer.save_checkpoint(path, weights_only=weights_only)
+            return
+        strategy.checkpoint_io = writer = _Writer()
+        try:
+            trainer.save_checkpoint(path, weights_only=weights_only)
+        finally:
+            strategy.checkpoint_io = chosen
+        if writer.failure is not None:
+            raise writer.failure
 
 
 @contextmanager
@@ -77,3 +80,32 @@ def all_or_none(trainer: pl.Trainer) -> Iterator[None]:
         raise failure
     if said:
         raise CannotWrite(said[0])
+
+
+def tensor_bytes(values: Any) -> int:
+    """Return the bytes of all tensors in nested mappings and sequences."""
+    if isinstance(values, Tensor):
+        return values.numel() * values.element_size()
+    if isinstance(values, Mapping):
+        return sum(map(tensor_bytes, values.values()))
+    return sum(map(tensor_bytes, values)) if isinstance(values, list | tuple) else 0
+
+
+class _Writer(TorchCheckpointIO):
+    """Keeps its failure, for all ranks meet at a barrier of Lightning's behind the writing."""
+
+    failure: CannotWrite | None = None
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint, or note why it cannot be written."""
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+
+        try:
+            write_atomic(Path(path), write, needs=tensor_bytes(checkpoint))
+        except CannotWrite as error:
+            self.failure = error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import yaml
 
 from mmcl.core import Task, TaskStream, write_atomic
+from mmcl.lightning.holding import held
 
 # What may differ between two starts of one run: where and how fast, not what is computed.
 FREE_KEYS = (
@@ -55,6 +57,13 @@ class RunState:
         """Return the step count of the whole run at a step of the present task."""
         return self.steps + step
 
+    def where(self) -> str:
+        """Say from where the run goes on, as what follows "goes on"."""
+        names = [mark.partition(" ")[2] for mark in self.tasks]
+        if self.last is not None:
+            return f"in task {self.done} ('{names[self.done]}') at step {self.step}"
+        return f"after task {self.done - 1} ('{names[self.done - 1]}')" if self.done else "anew"
+
 
 class RunFolder:
     """A run directory.
@@ -66,6 +75,25 @@ class RunFolder:
 
     def __init__(self, path: Path, writes: bool = True) -> None:
         self.path, self.writes = path, writes
+        self._is_held = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other starts of the run out, see ``held``; inside of itself it does nothing.
+
+        Raises:
+            OSError: if the folder cannot be written to.
+            RuntimeError: if another process holds it.
+        """
+        if self._is_held or not self.writes:
+            yield
+            return
+        with held(self.path):
+            self._is_held = True
+            try:
+                yield
+            finally:
+                self._is_held = False
 
     @property
     def last(self) -> Path:

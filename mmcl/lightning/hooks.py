@@ -65,6 +65,9 @@ class StrategyHooks(pl.Callback):
         strategy = strategy_of(pl_module)
         if strategy.current is None:
             raise RuntimeError("the task ended before it began: pass StrategyHooks to the Trainer")
+        gather = getattr(pl_module, "gather_weights", None)
+        if callable(gather):
+            gather()  # ranks see different samples here, so nothing may wait for a share of another
         batches = OnDevice(self._pass(trainer), pl_module.device)
         end_task(model_of(pl_module), strategy, strategy.current, batches)
 

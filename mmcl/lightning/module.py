@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,6 +18,8 @@ from mmcl.lightning.answering import AnswerScorer, scorer_of
 from mmcl.lightning.hooks import StrategyHooks
 from mmcl.lightning.schedule import Schedule
 from mmcl.lightning.scoring import Column, ColumnScorer
+from mmcl.lightning.sharing import expect_shareable
+from mmcl.lightning.splitting import merged, names_in, split
 from mmcl.strategies.finetune import Finetune
 
 
@@ -59,12 +62,13 @@ class ContinualModule(pl.LightningModule):
         self._make_optimizer = optimizer
         _reseed(self.strategy, seed)
         self.strategy.attach(self.model)
-        self._frozen = {f"model.{n}" for n, p in model.named_parameters() if not p.requires_grad}
+        self.frozen = {f"model.{n}" for n, p in model.named_parameters() if not p.requires_grad}
         self.learns = any(p.requires_grad for p in self.parameters())
         # Lightning's DDP refuses a module without a parameter that learns.
         self.anchor = None if self.learns else nn.Parameter(torch.zeros(()))
         self.in_sequence = False
         self.scorers: list[ColumnScorer] = []
+        self.shards: Any = None
         self.done: Step | None = None
         self._folds = ExitStack()
 
@@ -92,6 +96,28 @@ class ContinualModule(pl.LightningModule):
         if self.anchor is not None:
             self.anchor.requires_grad_(not self.learns)
 
+    def configure_model(self) -> None:
+        """Share the weights out for a fit with Lightning's ModelParallelStrategy."""
+        if self.trainer.state.fn != "fit" or not self.learns or self.shards is not None:
+            return
+        expect_shareable(self.trainer, self.strategy)
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return
+        try:
+            from mmcl.lightning.sharding import Shards, devices_of
+        except ImportError as error:
+            raise ImportError(
+                f"torch {torch.__version__} cannot share weights out: install torch 2.6 or later, "
+                "or use strategy ddp"
+            ) from error
+        self.shards = Shards(self, devices_of(self.device_mesh), self.fingerprint())
+
+    def gather_weights(self) -> None:
+        """Make the weights whole again on every device, after the last step of a task."""
+        if self.shards is not None:
+            self.shards.gather()
+            self.shards = None
+
     def configure_optimizers(self) -> Optimizer:
         """Build a new optimiser over everything that learns now."""
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
@@ -118,21 +144,29 @@ class ContinualModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen weights out and note what they were."""
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in self._frozen}
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in self.frozen}
         checkpoint["fingerprint"] = self.fingerprint()
+        if "optimizer_states" in checkpoint:
+            split(checkpoint, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another base model or another set of trainable weights."""
         check_state(self, checkpoint)
+        beside = merged(checkpoint)
+        if beside:
+            self.load_state_dict(beside, strict=False)
 
     def fingerprint(self) -> str:
         """Return the hash of what is frozen, "" for a model that has none."""
+        if self.shards is not None:
+            return str(self.shards.mark)
         mark = getattr(self.model, "fingerprint", None)
-        return str(mark()) if mark is not None and self._frozen else ""
+        return str(mark()) if mark is not None and self.frozen else ""
 
     def kept_state(self) -> dict[str, Any]:
         """Return the state that a checkpoint holds: all but the frozen weights."""
-        return {k: v for k, v in self.state_dict().items() if k not in self._frozen}
+        state = self.state_dict() if self.shards is None else self.shards.state()
+        return {k: v for k, v in state.items() if k not in self.frozen}
 
     def score(self, columns: list[Column]) -> None:
         """Choose what the next test run scores, one column for every test loader."""
@@ -223,7 +257,7 @@ def check_state(module: ContinualModule, checkpoint: dict[str, Any]) -> None:
     Raises:
         ValueError: naming the first keys that differ, or the fingerprints.
     """
-    want, got = set(module.kept_state()), set(checkpoint["state_dict"])
+    want, got = set(module.kept_state()), set(names_in(checkpoint))
     for keys, what in ((want - got, "lacks"), (got - want, "has unknown")):
         if keys:
             named = ", ".join(sorted(keys)[:3])

@@ -6,7 +6,6 @@ import resource
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,9 +14,11 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmcl.core import Task, begin_task
+from mmcl.core.atomic import CannotWrite
 from mmcl.core.distributed import gather_texts
 from mmcl.core.randomness import mix
 from mmcl.lightning.alarm import Alarm
+from mmcl.lightning.checkpoint_file import all_or_none, save_whole, warn_unsaved
 from mmcl.lightning.folder import RunFolder, RunState
 from mmcl.lightning.hooks import StrategyHooks
 from mmcl.lightning.module import ContinualModule
@@ -73,6 +74,7 @@ class TaskHooks(StrategyHooks):
         self.counts = Counts()
         self.alarm = Alarm()
         self.warnings: list[str] = []
+        self.unsaved = 0
         self.parameters_before = 0
         self._counter: FlopCounterMode | None = None
         self._line: ProgressLine | None = None
@@ -172,15 +174,18 @@ class TaskHooks(StrategyHooks):
             self._line.close()
         super().on_train_end(trainer, pl_module)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if self.folder.writes:
-            data.keep(module.strategy.recall(), self.task.index)
-        trainer.strategy.barrier("mmcl keeps copies")
+        with all_or_none(trainer):
+            if self.folder.writes:
+                data.keep(module.strategy.recall(), self.task.index)
         self._tick()
         # Each rank has met its own bad samples; all of them are counted and named.
         self._note(tuple(gather_texts(self.counts.faults, module.device)))
         self.warnings = self.alarm.report(module.strategy, self.task.name)
+        if self.unsaved:
+            times = f"{self.unsaved} of its mid-task checkpoints could not be written"
+            self.warnings.append(f"task '{self.task.name}': {times}")
         self.cost = self._cost(trainer, module)
-        self._write(trainer, self.folder.after(self.task.index + 1), weights_only=True)
+        save_whole(trainer, self.folder.after(self.task.index + 1), weights_only=True)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -214,16 +219,14 @@ class TaskHooks(StrategyHooks):
         self.alarm.load(state_dict["alarm"])
 
     def _save(self, trainer: pl.Trainer) -> None:
-        self._write(trainer, self.folder.last, weights_only=False)
-        self.state.last, self.state.step = "checkpoints/last.ckpt", self.step
-        self.folder.save(self.state)
-
-    def _write(self, trainer: pl.Trainer, path: Path, *, weights_only: bool) -> None:
-        temporary = path.with_name(f".{path.name}.tmp")
-        trainer.save_checkpoint(temporary, weights_only=weights_only)
-        if self.folder.writes:
-            temporary.replace(path)
-        trainer.strategy.barrier("mmcl wrote a checkpoint")
+        try:
+            save_whole(trainer, self.folder.last, weights_only=False)
+            self.state.last, self.state.step = "checkpoints/last.ckpt", self.step
+            self.folder.save(self.state)
+        except CannotWrite as error:
+            # Only a run that ends before the next one is written loses something by it.
+            self.unsaved += 1
+            warn_unsaved(f"step {self.step} of task {self.task.index}", error, self.folder.state())
 
     def _note(self, faults: tuple[str, ...]) -> None:
         known = self.counts.faults

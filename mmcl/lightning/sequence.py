@@ -14,7 +14,9 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from mmcl.core import begin_task
 from mmcl.lightning.cells import record_cells
+from mmcl.lightning.checkpoint_file import all_or_none
 from mmcl.lightning.data import ContinualData
+from mmcl.lightning.endings import told_in_a_sentence
 from mmcl.lightning.folder import RunFolder, RunState, check_grown, task_mark
 from mmcl.lightning.module import ContinualModule, check_state
 from mmcl.lightning.running import TaskHooks
@@ -70,9 +72,15 @@ class SequenceRun:
             the matrix; everything else is in the folder.
 
         Raises:
+            OSError: if the folder cannot be written to, or its disk is full.
+            RuntimeError: if another process writes into the folder, or one of this run was lost.
             ValueError: if the folder holds another run, the card or a shard is faulty, or too many
                 samples are.
         """
+        with self.folder.held(), told_in_a_sentence(self._where):
+            return self._run()
+
+    def _run(self) -> AccuracyMatrix:
         started = time.monotonic()
         self.data.prepare_data()
         self.data.memory = self.folder.path / "memory"
@@ -119,18 +127,19 @@ class SequenceRun:
         done = 0 if state is None else state.done
         return self._module_after(done if tasks is None else tasks)
 
+    def _where(self) -> str:
+        """Say from where the same command would go on."""
+        state = self.folder.state()
+        return "anew" if state is None else state.where()
+
     def _tell_start(self, state: RunState) -> None:
         total = len(self.data.stream)
-        if state.last is not None:
-            name = self.data.stream[state.done].name
-            where = self.folder.path / state.last
-            self.say(f"going on in task {state.done} ('{name}') at step {state.step}, from {where}")
-        elif state.done == total:
+        if state.done == total:
             self.say(f"all {total} tasks are learned: {self.folder.path}")
+        elif state.last is not None:
+            self.say(f"going on {state.where()}, from {self.folder.path / state.last}")
         elif state.done:
-            name = self.data.stream[state.done - 1].name
-            where = self.folder.after(state.done)
-            self.say(f"going on after task {state.done - 1} ('{name}'), from {where}")
+            self.say(f"going on {state.where()}, from {self.folder.after(state.done)}")
 
     def _matrix(self) -> AccuracyMatrix:
         fresh = AccuracyMatrix.for_stream(self.data.stream, SCORES)
@@ -206,14 +215,14 @@ class SequenceRun:
         state.faults += [fault for fault in hooks.counts.faults if fault not in state.faults]
         for sentence in hooks.warnings:
             warnings.warn(sentence, stacklevel=2)
-        if self.is_first:
-            ledger_file = self.folder.path / "ledger.json"
-            ledger = Ledger.read(ledger_file) if ledger_file.is_file() else Ledger()
-            ledger.put(hooks.cost)
-            ledger.write(ledger_file)
-            self.folder.save(state)
-            self.folder.last.unlink(missing_ok=True)
-        trainer.strategy.barrier("mmcl ended a task")
+        with all_or_none(trainer):
+            if self.is_first:
+                ledger_file = self.folder.path / "ledger.json"
+                ledger = Ledger.read(ledger_file) if ledger_file.is_file() else Ledger()
+                ledger.put(hooks.cost)
+                ledger.write(ledger_file)
+                self.folder.save(state)
+                self.folder.last.unlink(missing_ok=True)
 
     def _trainer(self, callbacks: Sequence[pl.Callback], **settings: Any) -> pl.Trainer:
         return self.make_trainer(

@@ -6,17 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from mmcl.core import Strategy
 from mmcl.core.blocks import blocks_of
 
 _STEP = "training_step"
@@ -51,8 +48,7 @@ class Shards:
             fully_shard(block, mesh=mesh, reshard_after_forward=frees, ignored_params=whole)
         fully_shard(module, mesh=mesh, ignored_params=whole)
         register_fsdp_forward_method(module, _STEP)
-        for part, (_, names, _) in self._marks.items():
-            names.symmetric_difference_update(vars(part))  # from here on the names that are new
+        self._added = {p: set(vars(p)) - names for p, (_, names, _) in self._marks.items()}
         self._owned = [entry for entry in owned if entry[0]._parameters[entry[1]] is not entry[2]]
         for _, _, parameter in self._owned:
             # The same object takes the whole weight again: others may hold it as well.
@@ -73,9 +69,9 @@ class Shards:
                 whole[id(parameter)] = parameter.data = share.full_tensor().detach()
                 parameter.grad = None
             part._parameters[name] = parameter
-        for part, (kind, names, hooks) in self._marks.items():
+        for part, (kind, _, hooks) in self._marks.items():
             part.__class__ = kind
-            for name in names:
+            for name in self._added[part]:
                 vars(part).pop(name, None)
             for name, before in hooks.items():
                 for key in set(vars(part)[name]) - before:
@@ -126,42 +122,11 @@ def devices_of(mesh: DeviceMesh) -> DeviceMesh:
     return copies if sharing.size() == 1 else sharing
 
 
-def expect_shareable(trainer: pl.Trainer, strategy: Strategy) -> None:
-    """Check that a strategy's hooks see what they need under a way of sharing weights out.
-
-    Raises:
-        ValueError: naming what to use instead.
-    """
-    way = trainer.strategy
-    if isinstance(way, FSDPStrategy):
-        raise ValueError(
-            "trainer.strategy is 'fsdp', the older of torch's two, under which a strategy cannot "
-            "see weights by name: lay configs/overlay/fsdp.yaml over the configuration"
-        )
-    is_shared = isinstance(way, ModelParallelStrategy | DeepSpeedStrategy)
-    if is_shared and strategy.uses("project"):
-        raise ValueError(
-            f"{_projecting(strategy)} edits whole gradients, and {type(way).__name__} gives each "
-            "device a share of them: use it with strategy ddp, or take ExperienceReplay or "
-            "DarkReplay instead"
-        )
-    if isinstance(way, DeepSpeedStrategy) and way.zero_stage_3:
-        raise ValueError(
-            "DeepSpeed stage 3 leaves a strategy no weights to see: use deepspeed_stage_2, or lay "
-            "configs/overlay/fsdp.yaml over the configuration"
-        )
-
-
 def forget_devices(mesh: DeviceMesh) -> None:
     """Close the process groups of a mesh, which Lightning makes anew for every Trainer."""
     for group in mesh.get_all_groups():
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
-
-
-def _projecting(strategy: Strategy) -> str:
-    parts = [part for part in strategy.modules() if isinstance(part, Strategy)]
-    return next((type(p).__name__ for p in reversed(parts) if p.uses("project")), "the strategy")
 
 
 def _stay_whole(module: Any, blocks: list[nn.Module]) -> set[Parameter]:

@@ -10,6 +10,7 @@ from mmcl.memory.dealing import (
     sizes_of,
     visit_numbers,
 )
+from mmcl.memory.file_rows import fill_file
 from mmcl.memory.files import RowFiles
 from mmcl.memory.references import References
 from mmcl.memory.rows import Rows
@@ -30,6 +31,7 @@ __all__ = [
     "Snapshot",
     "class_balanced",
     "classes_of",
+    "fill_file",
     "fill_rows",
     "global_rows",
     "herding",

@@ -37,7 +37,7 @@ def divided(total: int, weights: Tensor) -> Tensor:
 def by_distance(total: int, distances: Mapping[int, float]) -> dict[int, int]:
     """Give earlier tasks more places the further they lie from the present one.
 
-    InsCL, Wang et al. 2024, arXiv:2403.11435: a task that lies W_j away gets W_j / sum of W of them.
+    InsCL, Wang et al. 2024, arXiv:2403.11435: W_j / (sum of all W) of them for a task W_j away.
 
     Args:
         total: places.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +38,19 @@ class Codebook(nn.Module):
         """(S, K, D / S) float32, None before they are learned."""
         return None if self.held.is_empty else self.held.get("centroids")
 
-    @property
-    def bytes_held(self) -> int:
-        """Bytes of the centroids, 0 before they are learned."""
-        return 0 if self.centroids is None else self.centroids.numel() * 4
+    def rest_of(self, memory_bytes: int) -> int:
+        """Return the bytes of a budget that are left for rows.
+
+        Raises:
+            ValueError: if nothing is left.
+        """
+        taken = 0 if self.centroids is None else self.centroids.numel() * 4
+        if taken >= memory_bytes:
+            raise ValueError(
+                f"memory_bytes is {memory_bytes} and the codebook alone takes {taken}: give more, "
+                "or choose store='int8'"
+            )
+        return memory_bytes - taken
 
     def learn(
         self,
@@ -53,6 +62,8 @@ class Codebook(nn.Module):
     ) -> None:
         """Learn from a uniform sample of one exact pass: two tokens of each of 8192 rows at most.
 
+        Nothing is done if that was done before.
+
         Rank 0 learns and sends, since k-means magnifies what two processors round differently.
 
         Args:
@@ -63,8 +74,16 @@ class Codebook(nn.Module):
             device: where ranks can talk.
 
         Raises:
-            ValueError: if no row has a picture, or some rank has no rows.
+            ValueError: if no row has a picture, or some rank has no rows, or the data can be read
+                only once.
         """
+        if not self.held.is_empty:
+            return
+        if isinstance(batches, Iterator):
+            raise ValueError(
+                "store is 'pq' and the first task can be read only once: give end_task a list or a "
+                "loader, since centroids are learned before anything is stored"
+            )
         sample = Rows(_ROWS, seed=self.seed)
 
         def columns(batch: Batch) -> dict[str, Tensor]:
@@ -73,10 +92,12 @@ class Codebook(nn.Module):
         fill_rows(sample, batches, task, columns, device)
         vectors = sample.columns["vectors"].flatten(0, 1).float()
         vectors = vectors[vectors.any(1)]
-        own = learn(vectors)
-        if rank_and_world()[0] > 0:
-            own = own[:0]
-        self.held.take({"centroids": gather_rows(own.to(device)).cpu()})
+        rank, world = rank_and_world()
+        own = learn(vectors) if rank == 0 else vectors.new_zeros(0, 0, 0)
+        if world > 1:
+            sizes = gather_rows(torch.tensor([own.shape], device=device))[0].tolist()
+            own = gather_rows(own.flatten().to(device)).view(sizes).cpu()
+        self.held.take({"centroids": own})
 
 
 def _some_tokens(features: Tensor, batch: Batch, seed: int) -> Tensor:

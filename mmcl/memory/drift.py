@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmcl.core.batch import Batch
-from mmcl.core.distributed import gather_rows
+from mmcl.core.distributed import gather_rows, rank_and_world
 from mmcl.core.randomness import mix
 from mmcl.memory.dealing import pass_numbers
 from mmcl.memory.rows import Rows
@@ -18,6 +19,8 @@ from mmcl.memory.snapshot import Snapshot
 _TOKENS = 16
 """Tokens of a picture that are compared, spread evenly over all of them."""
 _STREAM = 0x9E0BE5
+_EXPLAINED = 0.02
+"""Relative distance that arithmetic may explain: five times the step of bfloat16, 2 ** -8."""
 
 Encode = Callable[[Tensor], Tensor]
 Pack = Callable[[Tensor], Mapping[str, Tensor]]
@@ -34,6 +37,10 @@ class Probes(nn.Module):
         count: pictures, a uniform sample of the task; 0 = none.
         seed: of the choice.
 
+    Attributes:
+        seen: what the last look saw; empty before the first.
+        is_due: whether somebody wants a look at the next occasion.
+
     **Remembers** each picture as it enters the tower (uint8), and 16 of its tokens at most, exact
     (float32) and as stored. **Asks of the model** nothing; what encodes is given.
     """
@@ -45,6 +52,8 @@ class Probes(nn.Module):
         self.count = count
         self.seed = mix(seed, _STREAM)
         self.held = Snapshot()
+        self.seen: dict[str, float] = {}
+        self.is_due = False
         self._chosen: list[Rows] = []  # a list, so that no module sees a module
 
     def __len__(self) -> int:
@@ -89,22 +98,22 @@ class Probes(nn.Module):
         stored = {f"stored.{name}": column for name, column in pack(exact).items()}
         self.held.take({"images": images, "exact": exact, **stored})
 
-    def distances(self, device: torch.device, encode: Encode, unpack: Unpack) -> dict[str, float]:
-        """Encode the pictures again and tell how far the features are from those of then.
+    def look(self, device: torch.device, encode: Encode, unpack: Unpack) -> None:
+        """Encode the pictures again and note how far the features are from those of then.
+
+        Warns, on rank 0, if they are farther than arithmetic explains. ``seen`` then has
+        ``probes``, the number of pictures; ``relative_l2`` and ``cosine`` of features now and then
+        (0 and 1 where nothing changed); ``stored_relative_l2`` and ``stored_cosine`` of features
+        now and what was stored, which are off by its rounding as well.
 
         Args:
             device: of the encoder.
             encode: (P, 3, H, W) uint8 -> (P, N, D).
             unpack: stored columns -> features.
-
-        Returns:
-            ``probes``, the number of pictures; ``relative_l2`` and ``cosine`` of features now and
-            then (0 and 1 where nothing changed); ``stored_relative_l2`` and ``stored_cosine`` of
-            features now and what was stored, which are off by its rounding as well. Empty without
-            probes.
         """
+        self.is_due = False
         if not len(self):
-            return {}
+            return
         held = {name: tensor.to(device) for name, tensor in self.held.tensors.items()}
         now = _some_tokens(encode(held["images"]))
         beginning = "stored."
@@ -114,13 +123,22 @@ class Probes(nn.Module):
             if name.startswith(beginning)
         }
         exact, stored = _apart(now, held["exact"]), _apart(now, unpack(packed))
-        return {
+        self.seen = {
             "probes": float(len(self)),
             "relative_l2": exact[0],
             "cosine": exact[1],
             "stored_relative_l2": stored[0],
             "stored_cosine": stored[1],
         }
+        # Not ">": what is not a number is to be named as well.
+        if not exact[0] <= _EXPLAINED and rank_and_world()[0] == 0:
+            warnings.warn(
+                f"features have drifted: {len(self)} pictures of the first task are now at a "
+                f"relative distance of {exact[0]:.3g} from what was stored for them, of which "
+                f"rounding explains {_EXPLAINED}; load the image tower that made the remembered "
+                "rows, or start with an empty memory",
+                stacklevel=2,
+            )
 
 
 def _offer(own: Rows, batch: Batch, numbers: Tensor, task: int) -> None:
@@ -159,4 +177,3 @@ def _apart(now: Tensor, then: Tensor) -> tuple[float, float]:
     length = then.square().sum().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     distance = (now - then).square().sum().sqrt() / length
     return float(distance), float(functional.cosine_similarity(now, then, dim=-1).mean())
-

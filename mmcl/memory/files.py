@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmcl.core.atomic import write_atomic
-from mmcl.core.distributed import gather_texts, rank_and_world
+from mmcl.core.distributed import rank_and_world
+from mmcl.memory.spool import Spool, agreed, appears, unwritten
 
 _NAME = re.compile(r"rows_\d{3,}_[0-9a-f]{64}\.bin")
 _PIECE_BYTES = 1 << 22
@@ -22,10 +24,15 @@ _PIECE_BYTES = 1 << 22
 class RowFiles(nn.Module):
     """Rows of equal length in files that are mapped, not read: a row costs memory while in use.
 
-    Files are written whole and never changed, by rank 0; all ranks must see the folder. They are
-    named by their sha256, so a file that was damaged or is another run's is refused at its first
-    use. ``let_go`` puts a file on a list and ``sweep`` removes those on the list; to be able to go
-    on from a saved state, sweep only after a later one was saved.
+    Files are written whole and never changed, by rank 0, from spools that every rank writes beside
+    them. So all ranks must see the folder, on several nodes as well: where one does not, all of
+    them raise at the end of the first task, before anything is trained on rows that are not there.
+    A folder that cannot hold what is to be written (full, read-only) does the same; what was
+    there stays as it was.
+
+    Files are named by their sha256, so one that was damaged or is another run's is refused at its
+    first use. ``let_go`` puts a file on a list and ``sweep`` removes those on the list; to be able
+    to go on from a saved state, sweep only after a later one was saved.
 
     **Remembers** the name and the number of rows of each file, and the length of a row.
     **Asks of the model** nothing.
@@ -57,35 +64,66 @@ class RowFiles(nn.Module):
             )
         return self.folder
 
+    def expect_writable(self) -> None:
+        """Make the folder and write a byte into it.
+
+        Raises:
+            OSError: if that cannot be done.
+            RuntimeError: if no folder was given.
+        """
+        path = self.place() / f".writable_{rank_and_world()[0]}_{os.getpid()}.tmp"
+        try:
+            write_atomic(path, b"?")
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise unwritten(self.place(), error) from error
+
     @contextmanager
     def spool(self) -> Iterator[Spool]:
-        """Open a file of this rank for rows of which some will stay; it is gone afterwards."""
+        """Open a file of this rank for rows of which some will stay; it is gone afterwards.
+
+        Raises:
+            OSError: if the folder takes no file.
+        """
         path = self._spool_path(rank_and_world()[0])
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with path.open("wb") as file:
-                yield Spool(self, file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Without a buffer, so that a full disk is met when a row is written and not at the end.
+            file = path.open("wb", buffering=0)
+        except OSError as error:
+            raise unwritten(self.place(), error) from error
+        try:
+            with file:
+                yield Spool(file, self.row_bytes)
         finally:
             path.unlink(missing_ok=True)
 
-    def settle(self, group: int, slots: Tensor, device: torch.device) -> None:
+    def settle(self, spool: Spool, group: int, slots: Tensor, device: torch.device) -> None:
         """Write spooled rows of all ranks into the file of a group; inside ``spool``.
 
         Args:
+            spool: of this rank.
             group: of all these rows, a number that no row held has.
             slots: (R,) int64 as ``Spool.add`` gave them, the same on every rank; row i of the file
                 is ``slots[i]``.
             device: where ranks can talk.
+
+        Raises:
+            OSError: on every rank, if one cannot write, or does not see what another wrote.
         """
-        own = []
-        if len(slots) and rank_and_world()[0] == 0:
-            own = [self._write(group, lambda: self._spooled(slots))]
+        self.row_bytes = spool.row_bytes
+        counts = agreed(lambda: str(spool.finish()), self.place(), device)
+        is_writer = len(slots) > 0 and rank_and_world()[0] == 0
+        spools = [int(count) for count in counts]
+        names = agreed(
+            lambda: self._write(group, slots, spools) if is_writer else "", self.place(), device
+        )
         # Also keeps the other ranks from removing their spools too early.
-        names = gather_texts(own, device)
+        agreed(lambda: self._expect_here(names[0], len(slots)), self.place(), device)
         self.let_go(group)
-        for name in names:
-            self._files[group] = (name, len(slots))
-            self._let_go = [old for old in self._let_go if old != name]
+        if names[0]:
+            self._files[group] = (names[0], len(slots))
+            self._let_go = [old for old in self._let_go if old != names[0]]
 
     def let_go(self, group: int) -> None:
         """Put a group's file, if there is one, on the list of those that nobody needs."""
@@ -139,32 +177,50 @@ class RowFiles(nn.Module):
         self._let_go, self._mapped = list(state["let_go"]), {}
         self.row_bytes = int(state["row_bytes"])
 
-    def _write(self, group: int, pieces: Callable[[], Iterable[bytes]]) -> str:
-        for left in self.place().glob(".rows_*.tmp"):  # by a process that was killed
-            left.unlink()
+    def _write(self, group: int, slots: Tensor, counts: list[int]) -> str:
+        world = rank_and_world()[1]
+        for left in (*self.place().glob(".rows_*.tmp"), *self.place().glob(".writable_*")):
+            left.unlink(missing_ok=True)  # by a process that was killed
+        for left in self.place().glob(".spool_*"):
+            if left not in [self._spool_path(rank) for rank in range(world)]:
+                left.unlink(missing_ok=True)  # of a run on more devices
+        spools = [self._mapped_spool(rank, count) for rank, count in enumerate(counts)]
         digest = hashlib.sha256()
-        for piece in pieces():
+        for piece in self._pieces(spools, slots):
             digest.update(piece)
         name = f"rows_{group:03d}_{digest.hexdigest()}.bin"
 
         def write(path: Path) -> None:
             with path.open("wb") as file:
-                file.writelines(pieces())
+                file.writelines(self._pieces(spools, slots))
 
         write_atomic(self.place() / name, write)
         return name
 
-    def _spooled(self, slots: Tensor) -> Iterator[bytes]:
-        world = rank_and_world()[1]
-        spools = []
-        for rank in range(world):
-            path = self._spool_path(rank)
-            count = path.stat().st_size // self.row_bytes
-            spools.append(_map(path, count, self.row_bytes))
-        rows = [spools[slot % world][slot // world] for slot in slots.tolist()]
-        together = max(1, _PIECE_BYTES // self.row_bytes)
-        for start in range(0, len(rows), together):
-            yield torch.stack(rows[start : start + together]).numpy().tobytes()
+    def _mapped_spool(self, rank: int, count: int) -> Tensor:
+        path = self._spool_path(rank)
+        if not appears(path, count * self.row_bytes):
+            raise FileNotFoundError(
+                f"rank 0 does not see the {count} rows of rank {rank} in {self.place()}: give a "
+                "folder that all nodes share, or choose place='memory'"
+            )
+        return _map(path, count, self.row_bytes)
+
+    def _pieces(self, spools: list[Tensor], slots: Tensor) -> Iterable[bytes]:
+        for some in slots.split(max(1, _PIECE_BYTES // self.row_bytes)):
+            rows = torch.empty(len(some), self.row_bytes, dtype=torch.uint8)
+            for rank, spool in enumerate(spools):
+                is_there = some % len(spools) == rank
+                rows[is_there] = spool[some[is_there] // len(spools)]
+            yield rows.numpy().tobytes()
+
+    def _expect_here(self, name: str, rows: int) -> str:
+        if name and not appears(self.place() / name, rows * self.row_bytes):
+            raise FileNotFoundError(
+                f"rank {rank_and_world()[0]} does not see {name}, which rank 0 wrote to "
+                f"{self.place()}: give a folder that all nodes share, or choose place='memory'"
+            )
+        return ""
 
     def _spool_path(self, rank: int) -> Path:
         return self.place() / f".spool_{rank}"
@@ -190,35 +246,6 @@ class RowFiles(nn.Module):
                 )
             self._mapped[name] = _map(path, rows, self.row_bytes)
         return self._mapped[name]
-
-
-class Spool:
-    """Rows of one rank on their way into a file.
-
-    Args:
-        files: which they are for.
-        file: open for writing.
-    """
-
-    def __init__(self, files: RowFiles, file: BinaryIO) -> None:
-        self._files, self._file, self._count = files, file, 0
-
-    def add(self, rows: Tensor) -> Tensor:
-        """Write rows.
-
-        Args:
-            rows: (R, row_bytes) uint8.
-
-        Returns:
-            (R,) int64, a number for each row that no other rank gives away.
-        """
-        rank, world = rank_and_world()
-        self._files.row_bytes = int(rows.shape[1])
-        self._file.write(rows.cpu().contiguous().numpy().tobytes())
-        self._file.flush()
-        slots = (self._count + torch.arange(len(rows))) * world + rank
-        self._count += len(rows)
-        return slots.to(rows.device)
 
 
 def _map(path: Path, rows: int, row_bytes: int) -> Tensor:

@@ -8,34 +8,34 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Rank = Literal["high", "low", "spread"]
+Scores = Literal["high", "low", "spread"]
 
 
-def ranked(scores: Tensor, rank: Rank) -> Tensor:
+def ranked(scores: Tensor, keep: Scores) -> Tensor:
     """Order samples by a score, for example their loss.
 
     Args:
         scores: (R,) one number for each; equal ones stay in the order given.
-        rank: "high" puts the largest first, "low" the smallest; "spread" takes some of every
+        keep: "high" puts the largest first, "low" the smallest; "spread" takes some of every
             height, so that any beginning of the order is evenly spaced over the sorted scores to a
             factor of two. Rainbow Memory, Bang et al. 2021, arXiv:2103.17230, takes every
-            (R / k)-th of the sorted list; for k a power of two, so does this where it divides.
+            (R / k)-th of the sorted list, which is the same where R and k are powers of two.
 
     Returns:
         (R,) int64 indices, the first to stay first.
 
     Raises:
-        ValueError: if ``rank`` is none of the three or a score is not a number.
+        ValueError: if ``keep`` is none of the three or a score is not a number.
     """
-    if rank not in ("high", "low", "spread"):
-        raise ValueError(f"rank is '{rank}': choose 'high', 'low' or 'spread'")
+    if keep not in ("high", "low", "spread"):
+        raise ValueError(f"keep is '{keep}': choose 'high', 'low' or 'spread'")
     if bool(torch.isnan(scores).any()):
         raise ValueError(
             f"{int(torch.isnan(scores).sum())} of {len(scores)} scores are not numbers: look for "
             "rows without a scored word, or for weights that are not numbers"
         )
-    order = torch.argsort(scores, descending=rank == "high", stable=True)
-    return order[spread_order(len(order))] if rank == "spread" else order
+    order = torch.argsort(scores, descending=keep == "high", stable=True)
+    return order[spread_order(len(order))] if keep == "spread" else order
 
 
 def spread_order(count: int) -> Tensor:

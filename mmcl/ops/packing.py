@@ -17,6 +17,8 @@ from mmcl.ops.rounding import from_int8, to_int8
 
 Store = Literal["float16", "int8", "pq"]
 STORES: tuple[str, ...] = get_args(Store)
+PACKED = ("features", "codes", "scale")
+"""Columns that a packed row may have."""
 _LARGEST = torch.finfo(torch.float16).max
 
 
@@ -64,16 +66,10 @@ def levelled(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(steps > 0, wide / steps.clamp(min=1e-8), 0.0), scale
 
 
-def as_bytes(columns: Mapping[str, Tensor]) -> Tensor:
-    """Return (R, bytes of a row) uint8: features or codes, then scales."""
-    parts = [column.contiguous().flatten(1).view(torch.uint8) for column in columns.values()]
-    return torch.cat(parts, 1)
-
-
 def from_bytes(
     rows: Tensor, shape: tuple[int, ...], store: Store, parts: int = 0
 ) -> dict[str, Tensor]:
-    """Return the columns that ``as_bytes`` was given.
+    """Return the columns whose bytes stand side by side, features or codes before scales.
 
     Args:
         rows: (R, bytes of a row) uint8.

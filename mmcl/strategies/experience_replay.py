@@ -35,7 +35,7 @@ from mmcl.memory import (
 )
 from mmcl.memory.allocation import by_distance, repeated
 from mmcl.memory.instructions import Instructions, tags_of
-from mmcl.memory.ordering import Rank, by_information, in_groups, ranked
+from mmcl.memory.ordering import Scores, by_information, in_groups, ranked
 from mmcl.ops.scores_of_rows import entropies_of_rows, information_of_rows, losses_of_rows
 from mmcl.ops.transport import transport_cost
 
@@ -44,7 +44,7 @@ Policy = Literal[
 ]
 Allocation = Literal["flat", "equal_tasks", "inscl"]
 
-_RANKS: dict[str, Rank] = {"loss": "high", "uncertainty": "spread"}
+_SCORES: dict[str, Scores] = {"loss": "high", "uncertainty": "spread"}
 
 
 class ExperienceReplay(Strategy):
@@ -67,7 +67,7 @@ class ExperienceReplay(Strategy):
             picture embedding stays nearest to the class's. "k_centre" = those that leave no
             picture of the task far from all of them. "loss" and "uncertainty" = by the cross
             entropy of the right answer, or by the entropy of the model's own (mean over an
-            answer's tokens), see ``rank``; not for captions, whose loss hangs on their batch.
+            answer's tokens), see ``scores``; not for captions, whose loss hangs on their batch.
             "information" = questions or captions of rare words, every different one first.
         keep: "references" reads old samples from their shards, "copies" writes them under the
             run's folder, for data that has to be let go.
@@ -79,7 +79,7 @@ class ExperienceReplay(Strategy):
             "inscl" = equally many are remembered, and of each task those come back more often
             whose questions or captions lie further from the present ones: in proportion to the
             Wasserstein distance of their embeddings. Needs ``preview``.
-        rank: which scores to keep of "loss" and "uncertainty": "high", "low", or "spread" over all
+        scores: which to keep of "loss" and "uncertainty": "high", "low", or "spread" over all
             of them. None = "high" for loss, "spread" for uncertainty.
         pool: candidates of a task for the policies that look at pictures, scores or words: a
             uniform sample of it, the smallest hashes. Bounds what a pass holds and computes.
@@ -102,16 +102,16 @@ class ExperienceReplay(Strategy):
         seed: int = 0,
         memory_bytes: int = 0,
         allocation: Allocation = "flat",
-        rank: Rank | None = None,
+        scores: Scores | None = None,
         pool: int = 20000,
         instructions: int = 128,
     ) -> None:
         super().__init__()
         _expect_numbers(samples, memory_bytes, share, pool, instructions)
-        _expect_words(policy, keep, allocation, rank)
+        _expect_words(policy, keep, allocation, scores)
         self.share, self.keep, self.seed, self.pool = share, keep, seed, pool
         self.policy = policy
-        self.rank: Rank = rank or _RANKS.get(policy, "high")
+        self.scores: Scores = scores or _SCORES.get(policy, "high")
         self.memory = References(
             samples,
             "reservoir" if policy == "reservoir" else "balanced",
@@ -256,7 +256,7 @@ class ExperienceReplay(Strategy):
             different, which = torch.unique(seen, dim=0, return_inverse=True)
             worth = information_of_rows(different)[which]
             return lambda members: by_information(worth[members], which[members])
-        return lambda members: ranked(seen[members], self.rank)
+        return lambda members: ranked(seen[members], self.scores)
 
 
 def _expect_scores(batch: Batch, policy: str) -> None:
@@ -284,18 +284,17 @@ def _expect_numbers(samples: int, size: int, share: float, pool: int, instructio
             raise ValueError(f"{name} is {count}, expected 1 or more: it counts rows of a task")
 
 
-def _expect_words(policy: str, keep: str, allocation: str, rank: str | None) -> None:
-    if policy not in get_args(Policy):
-        raise ValueError(f"policy is '{policy}': choose one of {', '.join(get_args(Policy))}")
+def _expect_words(policy: str, keep: str, allocation: str, scores: str | None) -> None:
     if keep not in ("references", "copies"):
         raise ValueError(
             f"keep is '{keep}': choose 'references' or 'copies'; with 'none' old samples are given "
             "up, so use a strategy that stores rows (FeatureReplay, DarkReplay) or no replay"
         )
-    if allocation not in get_args(Allocation):
-        raise ValueError(f"allocation is '{allocation}': choose 'flat', 'equal_tasks' or 'inscl'")
-    if rank is not None and (policy not in _RANKS or rank not in get_args(Rank)):
+    for name, word, known in (("policy", policy, Policy), ("allocation", allocation, Allocation)):
+        if word not in get_args(known):
+            raise ValueError(f"{name} is '{word}': choose one of {', '.join(get_args(known))}")
+    if scores is not None and (policy not in _SCORES or scores not in get_args(Scores)):
         raise ValueError(
-            f"rank is '{rank}' and policy '{policy}': 'high', 'low' or 'spread' goes with "
-            f"{sorted(_RANKS)}, leave it out otherwise"
+            f"scores is '{scores}' and policy '{policy}': 'high', 'low' or 'spread' goes with "
+            f"{sorted(_SCORES)}, leave it out otherwise"
         )

@@ -4,15 +4,16 @@ Paper: Pellegrini et al. 2020, Latent Replay for Real-Time Continual Learning, a
 Code followed: none; the replay layer is the tower's output, the natural cut of a CLIP or LLaVA.
 Where we differ: the tower is frozen from the start instead of slowed, so stored rows never age;
 the memory is a uniform sample of everything seen, not h slots replaced per task; no CWR head.
+Stored in product-quantised form as in REMIND, Hayes et al. 2020, arXiv:1910.02509, but for the
+length of a token, which is kept apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from math import prod
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,8 +21,12 @@ from torch import Tensor
 from mmcl.core import UNSCORED, Batch, Modality, Output, Strategy, Task, device_of, require
 from mmcl.core.model import VLM
 from mmcl.core.randomness import generator
-from mmcl.memory import RowFiles, Rows, fill_rows, global_rows, own_stride
-from mmcl.ops.rounding import from_int8, to_int8
+from mmcl.memory import RowFiles, Rows, fill_file, fill_rows, global_rows, own_stride
+from mmcl.memory.codebook import Codebook
+from mmcl.memory.drift import Probes
+from mmcl.memory.encoding import picture_features
+from mmcl.ops.packing import PACKED, STORES, Store, from_bytes, levelled, pack, unpack
+from mmcl.ops.product_quantisation import expect_parts, learn_centroids
 
 _GROWING = {"tokens": 0, "mask": 0, "labels": UNSCORED}
 
@@ -41,19 +46,28 @@ class FeatureReplay(Strategy):
         modality: "image"; nothing is gained by storing the text tower's output, which is computed
             once per class and not once per row.
         seed: of choice and draws.
-        memory_bytes: bytes remembered, 0 = not bounded by bytes; for place "memory" only.
-        store: "float16", or "int8" with a float16 scale for each of the N tokens, which is off by
-            half a 127th of the token's largest number at most.
+        memory_bytes: bytes of rows remembered, and of the codebook of "pq"; 0 = not bounded by
+            bytes; for place "memory" only.
+        store: "float16"; "int8" with a float16 scale for each of the N tokens, which is off by
+            half a 127th of the token's largest number at most; or "pq", product-quantised: each
+            token is cut into ``subvectors`` parts of one byte, the number of the nearest of 256
+            centroids, which are learned from the first task and then stay. That task is read twice.
         place: "memory" holds features in main memory and in every checkpoint. "disk" writes them
             to one file a task, which checkpoints name by sha256; a file that no remembered row
             needs goes at the first step of the next task.
-        folder: of the files, one for each run; None = the run's ``memory/``.
+        folder: of the files, one for each run; None = the run's ``memory/``. On several nodes a
+            folder that all of them see.
+        subvectors: parts of a token with "pq"; divides the width of features.
+        drift_probes: pictures of the first task that are encoded again at the end of every task and
+            after a checkpoint was loaded, to see that features still hold (``drift``); 0 = none.
 
-    **Remembers** per row 2 bytes per feature number (float16; 1 for int8, and 2 for each token), 16
+    **Remembers** per row 2 bytes per feature number (float16; 1 for int8, and 2 for each token;
+    ``subvectors`` + 2 for each token with pq, and a codebook of 1024 bytes per feature number), 16
     bytes for label and task, 16 of marks, and 9 per text token of captions, 17 of answers. On disk
     the features are in files, 16 bytes a row name their places, and a task's file stays whole
-    while one of its rows is remembered. **Asks of the model** ``encode``, ``freeze``, and
-    ``fingerprint`` if it has one: rows of another encoder are refused.
+    while one of its rows is remembered. A probe is a picture and 16 of its tokens, in float32 and
+    as stored. **Asks of the model** ``encode``, ``freeze``, and ``fingerprint`` if it has one: rows
+    of another encoder are refused.
     """
 
     def __init__(
@@ -63,9 +77,11 @@ class FeatureReplay(Strategy):
         modality: Modality = "image",
         seed: int = 0,
         memory_bytes: int = 0,
-        store: Literal["float16", "int8"] = "float16",
+        store: Store = "float16",
         place: Literal["memory", "disk"] = "memory",
         folder: str | None = None,
+        subvectors: int = 32,
+        drift_probes: int = 32,
     ) -> None:
         super().__init__()
         if modality != "image":
@@ -78,9 +94,9 @@ class FeatureReplay(Strategy):
                 f"share is {share}, expected more than 0 and less than 1: "
                 "it is the part of each batch that remembered rows take"
             )
-        if store not in ("float16", "int8") or place not in ("memory", "disk"):
+        if store not in STORES or place not in ("memory", "disk"):
             raise ValueError(
-                f"store is '{store}' and place '{place}': choose 'float16' or 'int8', and "
+                f"store is '{store}' and place '{place}': choose 'float16', 'int8' or 'pq', and "
                 "'memory' or 'disk'"
             )
         if place == "disk" and memory_bytes:
@@ -90,12 +106,16 @@ class FeatureReplay(Strategy):
         self.share = share
         self.seed = seed
         self.store = store
+        self.subvectors = subvectors
+        self.memory_bytes = memory_bytes
         self.memory = Rows(samples, capacity_bytes=memory_bytes, seed=seed, growing=_GROWING)
         self.files = RowFiles() if place == "disk" else None
         self._has_own_folder = folder is not None
         if self.files is not None and folder is not None:
             self.files.folder = Path(folder)
-        self._steps = 0
+        self.codebook = Codebook(seed)
+        self.probes = Probes(drift_probes, seed)
+        self._steps = self._steps_here = 0
         self._shape: tuple[int, ...] | None = None
 
     def attach(self, model: VLM) -> None:
@@ -115,8 +135,8 @@ class FeatureReplay(Strategy):
         From the first step, when nothing is remembered yet: what contradicts features is to fail
         in the first task, not in the second.
         """
-        if self.files is not None:
-            self.files.place()
+        if self.files is not None and not self._steps_here:
+            self.files.expect_writable()
         if batch.images is not None or self._shape is not None:
             batch = self._encoded(model, batch)
         if not len(self.memory):
@@ -134,6 +154,9 @@ class FeatureReplay(Strategy):
     def observe(self, model: VLM, batch: Batch, output: Output) -> None:
         """Count the step, so that the next draw is another; remove files that are not needed."""
         self._steps += 1
+        self._steps_here += 1
+        if self.probes.is_due:
+            self._look(model)
         if self.files is not None:
             # What took their place was saved when the last task ended.
             self.files.sweep()
@@ -141,30 +164,31 @@ class FeatureReplay(Strategy):
     def end_task(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
         """Store features of a uniform sample of everything seen so far."""
         device = device_of(model)
+        if self.store == "pq":
+            self._learn_codebook(model, task, batches, device)
+        if self.memory_bytes:
+            self.memory.capacity_bytes = self.codebook.rest_of(self.memory_bytes)
+        batches = self.probes.watched(batches, task.index)
 
         def columns(batch: Batch) -> dict[str, Tensor]:
             batch = self._encoded(model, batch)
-            return {**_plain_columns(batch), **self._packed(batch)}
+            return {**_plain_columns(batch), **self._pack(_features_of(batch))}
 
         if self.files is None:
             fill_rows(self.memory, batches, task.index, columns, device)
-            return
-        group = 1 + max(self.files.groups, default=-1)
-        with self.files.spool() as spool:
+        else:
+            fill_file(self.files, self.memory, batches, task.index, columns, PACKED, device)
+        self.probes.settle(device, lambda images: self._seen(model, images), self._pack)
+        self._look(model)
 
-            def places(batch: Batch) -> dict[str, Tensor]:
-                batch = self._encoded(model, batch)
-                slots = spool.add(_as_bytes(self._packed(batch)))
-                named = {"file": torch.full_like(slots, group), "slot": slots}
-                return {**_plain_columns(batch), **named}
+    @property
+    def drift(self) -> Mapping[str, float]:
+        """How far features of the probes were from those stored when last looked at.
 
-            fill_rows(self.memory, batches, task.index, places, device)
-            held = self.memory.columns
-            is_new = held["file"] == group
-            self.files.settle(group, held["slot"][is_new], device)
-        self.memory.put("slot", torch.where(is_new, is_new.cumsum(0) - 1, held["slot"]))
-        for unused in set(self.files.groups) - set(held["file"].tolist()):
-            self.files.let_go(unused)
+        ``relative_l2`` and ``cosine`` compare exact features, ``stored_relative_l2`` and
+        ``stored_cosine`` those that are replayed; empty before the first look.
+        """
+        return dict(self.probes.seen)
 
     def holdings(self) -> Mapping[str, int]:
         """Return how many rows are remembered."""
@@ -178,49 +202,51 @@ class FeatureReplay(Strategy):
         """Take the number of steps of a checkpoint."""
         self._steps = int(state["steps"])
         self._shape = tuple(int(size) for size in state.get("shape", ())) or None
+        self.probes.is_due = True
+
+    def _learn_codebook(
+        self, model: VLM, task: Task, batches: Iterable[Batch], device: torch.device
+    ) -> None:
+        def tokens(batch: Batch) -> Tensor:
+            return levelled(_features_of(self._encoded(model, batch)))[0]
+
+        def learn(vectors: Tensor) -> Tensor:
+            return learn_centroids(vectors, self.subvectors, seed=self.seed)
+
+        self.codebook.learn(batches, task.index, tokens, learn, device)
+
+    def _look(self, model: VLM) -> None:
+        self.probes.look(device_of(model), lambda images: self._seen(model, images), self._unpack)
 
     def _encoded(self, model: VLM, batch: Batch) -> Batch:
         if batch.features is None:
-            batch = replace(batch, features=self._features(model, batch), images=None, owner=None)
+            encode = require(model, "encode", by=self).encode
+            features = picture_features(encode, batch, self._shape)
+            batch = replace(batch, features=features, images=None, owner=None)
         if batch.features is not None:
             self._shape = tuple(batch.features.shape[1:])
+            if self.store == "pq":
+                expect_parts(self._shape[-1], self.subvectors)
         return batch
 
     @torch.no_grad()
-    def _features(self, model: VLM, batch: Batch) -> Tensor:
-        """Return (B, N, D), zeros for a row without a picture."""
-        rows, device = len(batch), batch.labels.device
-        if batch.images is None:
-            if self._shape is None:
-                raise ValueError(
-                    f"FeatureReplay was given {rows} rows without a picture before any with one: "
-                    "let the first task show pictures, or use ExperienceReplay"
-                )
-            return torch.zeros(rows, *self._shape, device=device)
-        encode = require(model, "encode", by=self).encode
-        if batch.owner is None:
-            return cast(Tensor, encode(batch))
-        if int(batch.owner.bincount(minlength=rows).max()) > 1:
-            raise ValueError(
-                "FeatureReplay was given rows with several pictures and remembers one for each "
-                "row: use ExperienceReplay for such data"
-            )
-        seen: Tensor = encode(batch.take(batch.owner))
-        return seen.new_zeros(rows, *seen.shape[1:]).index_copy(0, batch.owner, seen)
+    def _seen(self, model: VLM, images: Tensor) -> Tensor:
+        """Return (P, N, D) of pictures (P, 3, H, W) alone."""
+        labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        found: Tensor = require(model, "encode", by=self).encode(Batch(images, labels, labels))
+        return found
 
-    def _packed(self, batch: Batch) -> dict[str, Tensor]:
-        if batch.features is None:
-            raise ValueError("FeatureReplay has no features to store: model.encode gave none")
-        if self.store == "float16":
-            return {"features": batch.features.to(torch.float16)}
-        rounded, scale = to_int8(batch.features)
-        return {"features": rounded, "scale": scale}
+    def _pack(self, features: Tensor) -> dict[str, Tensor]:
+        return pack(features, self.store, self.codebook.centroids)
+
+    def _unpack(self, columns: Mapping[str, Tensor]) -> Tensor:
+        return unpack(columns, self.codebook.centroids)
 
     def _remembered(self, rows: Mapping[str, Tensor], batch: Batch) -> Batch:
         """Return remembered rows as a batch beside which ``batch`` can stand."""
         if self.files is not None and self._shape is not None:
             stored = self.files.take(rows["file"], rows["slot"])
-            rows = {**rows, **_from_bytes(stored, self._shape, self.store)}
+            rows = {**rows, **from_bytes(stored, self._shape, self.store, self.subvectors)}
         device, count = batch.labels.device, len(rows["labels"])
         remembered = Batch(
             images=None,
@@ -231,10 +257,14 @@ class FeatureReplay(Strategy):
             recalled=torch.ones(count, dtype=torch.bool),
             keys=("",) * count if batch.keys else (),
         ).to(device)
-        features = rows["features"].to(device)
-        if "scale" in rows:
-            return replace(remembered, features=from_int8(features, rows["scale"].to(device)))
-        return replace(remembered, features=features.to(torch.float32))
+        packed = {name: rows[name].to(device) for name in PACKED if name in rows}
+        return replace(remembered, features=self._unpack(packed))
+
+
+def _features_of(batch: Batch) -> Tensor:
+    if batch.features is None:
+        raise ValueError("FeatureReplay has no features to store: model.encode gave none")
+    return batch.features
 
 
 def _plain_columns(batch: Batch) -> dict[str, Tensor]:
@@ -244,19 +274,3 @@ def _plain_columns(batch: Batch) -> dict[str, Tensor]:
         columns["tokens"] = batch.tokens
         columns["mask"] = torch.ones_like(batch.tokens).bool() if is_real is None else is_real
     return columns
-
-
-def _as_bytes(packed: Mapping[str, Tensor]) -> Tensor:
-    """Return (R, bytes of a row) uint8: features, then scales."""
-    parts = [column.contiguous().flatten(1).view(torch.uint8) for column in packed.values()]
-    return torch.cat(parts, 1)
-
-
-def _from_bytes(rows: Tensor, shape: tuple[int, ...], store: str) -> dict[str, Tensor]:
-    """Return the columns that ``_as_bytes`` was given, of features (N, D)."""
-    count, numbers = len(rows), prod(shape)
-    if store == "float16":
-        return {"features": rows.view(torch.float16).view(count, *shape)}
-    features = rows[:, :numbers].contiguous().view(torch.int8).view(count, *shape)
-    scale = rows[:, numbers:].contiguous().view(torch.float16)
-    return {"features": features, "scale": scale.view(count, *shape[:-1])}

@@ -8,10 +8,10 @@ import tarfile
 import pytest
 
 from mmcl.data import prepare, test_loader, train_loader
-from mmcl.data.index import scan
-from mmcl.data.reader import MAX_TEXT_BYTES, Reader
-from mmcl.data.source import local_shard
+from mmcl.data.reader import MAX_TEXT_BYTES
+from mmcl.data.source import LocalOrigin, local_shard
 from mmcl.data.tar import MAX_EXTENDED_BYTES
+from mmcl.data.tar_shard import TarShard
 from tests.data.small_stream import CutAndNoise, labelled, picture, write_stream, write_tar
 
 
@@ -21,6 +21,13 @@ class Trap:
 
     def __reduce__(self):
         return os.mkdir, (self.path,)
+
+
+def opened(path):
+    """A shard, indexed."""
+    shard = TarShard(LocalOrigin(path), path.name, cache=None)
+    assert len(shard) == len(shard.index)
+    return shard
 
 
 def info(name, kind, target=""):
@@ -130,7 +137,7 @@ def test_names_that_are_not_utf8_are_read_and_written_in_hex(tmp_path, format):
     path = write_tar(
         tmp_path / "x.tar", [(f"{name}.png", picture()), (f"{name}.cls", b"0")], format
     )
-    index = scan(path, "x.tar")
+    index = opened(path)
     assert len(index) == 1
     key = index.key(0)
     assert key == "caf\\xe9/\\xff"
@@ -141,7 +148,7 @@ def test_names_that_are_not_utf8_are_read_and_written_in_hex(tmp_path, format):
 def test_long_names_are_read_whole(tmp_path, format):
     name = "d/" * 200 + "schön" * 30
     path = write_tar(tmp_path / "x.tar", [(f"{name}.png", b"1"), (f"{name}.de.txt", b"22")], format)
-    reader = Reader([scan(path, "x.tar")])
+    reader = opened(path)
     assert reader.read(0).key == name
     assert reader.read(0).members == {"png": b"1", "de.txt": b"22"}
 
@@ -149,7 +156,7 @@ def test_long_names_are_read_whole(tmp_path, format):
 def test_files_without_a_key_or_inside_meta_folders_are_no_samples(tmp_path):
     names = [".hidden.png", "noextension", "__meta__/a.png", "d.x/noextension", "ok.png"]
     path = write_tar(tmp_path / "x.tar", [(name, b"1") for name in names])
-    index = scan(path, "x.tar")
+    index = opened(path)
     assert [index.key(n) for n in range(len(index))] == ["ok"]
 
 
@@ -165,14 +172,14 @@ def test_a_huge_extended_header_is_not_read_into_memory(tmp_path):
     size = MAX_EXTENDED_BYTES + 1
     path.write_bytes(header("x", tarfile.GNUTYPE_LONGNAME, size) + bytes(2 << 20))
     with pytest.raises(ValueError, match=f"extended header of {size} bytes"):
-        scan(path, "x.tar")
+        opened(path)
 
 
 def test_a_long_chain_of_extended_headers_does_not_recurse(tmp_path):
     chain = (header("x", tarfile.GNUTYPE_LONGNAME, 5) + b"a.png".ljust(512, b"\0")) * 5000
     path = tmp_path / "x.tar"
     path.write_bytes(chain + header("y.png", tarfile.REGTYPE, 0) + bytes(1024))
-    assert scan(path, "x.tar").key(0) == "a"
+    assert opened(path).key(0) == "a"
 
 
 @pytest.mark.parametrize("size", [-512, -1, 1 << 60])
@@ -180,7 +187,7 @@ def test_a_member_of_impossible_size_ends_the_scan(tmp_path, size):
     path = tmp_path / "x.tar"
     path.write_bytes(header("x.png", tarfile.REGTYPE, size) + bytes(2048))
     with pytest.raises(ValueError, match=r"negative member at byte 0|is truncated"):
-        scan(path, "x.tar")
+        opened(path)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +198,7 @@ def test_damaged_pax_records_end_the_scan(tmp_path, records):
     start = header("x", tarfile.XHDTYPE, len(records)) + records.ljust(512, b"\0")
     path.write_bytes(start + header("y.png", tarfile.REGTYPE, 0) + bytes(1024))
     with pytest.raises(ValueError, match="damaged extended header at byte 0"):
-        scan(path, "x.tar")
+        opened(path)
 
 
 def test_an_oversized_text_member_is_a_bad_sample(tmp_path):

@@ -39,7 +39,7 @@ def test_training_from_copies_is_training_from_references_after_the_old_shards_a
     )
     keep_copies(prepared, recall_of(SAMPLES), tmp_path / "memory", 0)
     (tmp_path / "a-train.tar").unlink()
-    (tmp_path / "a-train.tar.index.npz").unlink()
+    (tmp_path / "a-train.tar.index").unlink()
     prepared = prepare(stream, finished=[0])
     readers = {0: CopiesReader(tmp_path / "memory", 0)}
     loader = train_loader(

@@ -7,10 +7,11 @@ import torch
 from webdataset.tariterators import group_by_keys, tar_file_expander
 from webdataset.writer import TarWriter
 
-import mmcl.data.index
 from mmcl.core.randomness import ranks_of
 from mmcl.data import prepare
-from mmcl.data.index import scan
+from mmcl.data.reader import Reader
+from mmcl.data.source import LocalOrigin
+from mmcl.data.tar_shard import TarShard
 from tests.data.small_stream import labelled, picture, write_stream, write_tar
 
 
@@ -50,7 +51,7 @@ def test_webdataset_reads_the_same_samples(tmp_path):
     with TarWriter(str(tmp_path / "x.tar")) as tar:
         for number in range(6):
             tar.write({"__key__": f"dir.x/n{number}", "PNG": picture(number), "a.TXT": b"t"})
-    reader = mmcl.data.Reader([scan(tmp_path / "x.tar", "x.tar")])
+    reader = Reader([TarShard(LocalOrigin(tmp_path / "x.tar"), "x.tar", None)])
     with (tmp_path / "x.tar").open("rb") as file:
         theirs = list(group_by_keys(tar_file_expander([{"url": "x", "stream": file}])))
     assert [reader.read(number).key for number in range(6)] == [one["__key__"] for one in theirs]

@@ -144,7 +144,7 @@ def _text(row: Mapping[str, Any], use: str) -> str:
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
-        raise BadSample(f"its {use} holds half of a character (a lone surrogate)") from None
+        raise BadSample(f"its {use} is not UTF-8: save the table as UTF-8") from None
     if size > MAX_TEXT_BYTES:
         raise BadSample(f"its {use} has {size} bytes, more than {MAX_TEXT_BYTES}")
     return text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmcl.data.builders.record import Piece, Record, Unusable
@@ -28,6 +28,7 @@ class FolderSource:
     classes: Sequence[str]
     tasks: Sequence[str]
     pieces: Sequence[Piece]
+    is_spread: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,21 @@ class FolderPiece:
         """Return the number of pictures."""
         return self.count
 
-    def read(self, places: Numbers) -> Iterator[Record | Unusable]:
-        """Give the pictures at these places."""
+    def some(self, places: Numbers) -> FolderPiece:
+        """Return a piece with the pictures at these places alone."""
         names = self.joined.split(b"\0")
-        for place in places.tolist():
-            path = os.path.join(os.fsencode(self.folder), names[place])
-            shown = os.path.join(*Path(os.fsdecode(path)).parts[-2:])
+        chosen = b"\0".join(names[place] for place in places.tolist())
+        return replace(self, joined=chosen, count=len(places))
+
+    def read(self) -> Iterator[Record | Unusable]:
+        """Give the pictures."""
+        for raw in self.joined.split(b"\0"):
+            name = os.fsdecode(raw)
+            shown = os.path.join(os.path.basename(self.folder), name)
             try:
-                data = read_file(os.fsdecode(path), shown)
+                data = read_file(os.path.join(self.folder, name), shown)
                 members = {extension_of(data, shown): data}
-                name = Path(os.fsdecode(names[place])).stem
-                yield Record(name, members, self.task, self.label, self.part)
+                yield Record(Path(name).stem, members, self.task, self.label, self.part)
             except BadSample as fault:
                 yield Unusable(shown, str(fault))
 

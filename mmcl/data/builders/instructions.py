@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmcl.data.builders.llava_json import read_sample
@@ -25,6 +25,7 @@ class InstructionSource:
     classes: Sequence[str]
     tasks: Sequence[str]
     pieces: Sequence[Piece]
+    is_spread: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,17 @@ class InstructionPiece:
         """Return the number of records."""
         return len(self.records)
 
-    def read(self, places: Numbers) -> Iterator[Record | Unusable]:
-        """Give the records at these places.
+    def some(self, places: Numbers) -> InstructionPiece:
+        """Return a piece with the records at these places alone."""
+        return replace(self, records=self.records.part(places))
+
+    def read(self) -> Iterator[Record | Unusable]:
+        """Give the records.
 
         Raises:
             RuntimeError: if the file changed since it was opened.
         """
-        for place in places.tolist():
+        for place in range(len(self.records)):
             name = ""
             try:
                 raw = self.records.read(place)

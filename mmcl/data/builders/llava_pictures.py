@@ -111,12 +111,13 @@ def _format_of(path: Path, size: int) -> str:
     if height * width > MAX_PIXELS:
         raise BadSample(f"it is {width} x {height}, more than {MAX_PIXELS} pixels")
     extension = next(name for start, name in _STARTS if head.startswith(start))
-    if not _ends_well(extension, head, tail, size):
+    if not ends_well(extension, head, tail, size):
         decode_image(path.read_bytes())
     return extension
 
 
-def _ends_well(extension: str, head: bytes, tail: bytes, size: int) -> bool:
+def ends_well(extension: str, head: bytes, tail: bytes, size: int) -> bool:
+    """Tell whether a picture of ``size`` bytes ends as its format does, by its first and last."""
     if extension == "webp":
         return int.from_bytes(head[4:8], "little") + 8 <= size
     return (b"\xff\xd9" if extension == "jpg" else b"IEND") in tail

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class ParquetSource:
     classes: Sequence[str]
     tasks: Sequence[str]
     pieces: Sequence[Piece]
+    is_spread: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,25 @@ class ParquetPiece:
     classes: tuple[str, ...]
     part: str
     pictures: PictureFolder
+    chosen: Numbers | None = None
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return self.count
+        return self.count if self.chosen is None else len(self.chosen)
 
-    def read(self, places: Numbers) -> Iterator[Record | Unusable]:
-        """Give the rows at these places.
+    def some(self, places: Numbers) -> ParquetPiece:
+        """Return a piece with the rows at these places alone."""
+        return replace(self, chosen=places if self.chosen is None else self.chosen[places])
+
+    def read(self) -> Iterator[Record | Unusable]:
+        """Give the rows.
 
         Raises:
             RuntimeError: if the file changed or cannot be read any more.
         """
         parquet = _library()
-        wanted, first = set(places.tolist()), 0
+        wanted = range(self.count) if self.chosen is None else set(self.chosen.tolist())
+        first = 0
         names = {name: use for use, name in self.columns.names.items()}
         try:
             with parquet.ParquetFile(self.path) as file:

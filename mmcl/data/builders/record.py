@@ -57,8 +57,16 @@ class Piece(Protocol):
         """Return n, the number of records."""
         ...
 
-    def read(self, places: Numbers) -> Iterator[Record | Unusable]:
-        """Give the records at rising places, 0 to n - 1, as they are at this moment."""
+    def some(self, places: Numbers) -> Piece:
+        """Return a piece with the records at rising places, 0 to n - 1, alone."""
+        ...
+
+    def read(self) -> Iterator[Record | Unusable]:
+        """Give the records as they are at this moment.
+
+        Raises:
+            RuntimeError: if a file changed since the source was opened.
+        """
         ...
 
 
@@ -71,6 +79,8 @@ class Source(Protocol):
         classes: in the order of their numbers, where it knows them without reading; else ().
         tasks: in their order, where it knows them; else () and the first ones met come first.
         pieces: all of it.
+        is_spread: whether each shard is to hold some of every class; not where taking single
+            records out of a piece costs much.
     """
 
     kind: str
@@ -78,3 +88,4 @@ class Source(Protocol):
     classes: Sequence[str]
     tasks: Sequence[str]
     pieces: Sequence[Piece]
+    is_spread: bool

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,6 +29,7 @@ class TableSource:
     classes: Sequence[str]
     tasks: Sequence[str]
     pieces: Sequence[Piece]
+    is_spread: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,23 @@ class TablePiece:
     delimiter: str
     columns: Columns
     pictures: PictureFolder
+    chosen: Numbers | None = None
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return self.count
+        return self.count if self.chosen is None else len(self.chosen)
 
-    def read(self, places: Numbers) -> Iterator[Record | Unusable]:
-        """Give the rows at these places.
+    def some(self, places: Numbers) -> TablePiece:
+        """Return a piece with the rows at these places alone."""
+        return replace(self, chosen=places if self.chosen is None else self.chosen[places])
+
+    def read(self) -> Iterator[Record | Unusable]:
+        """Give the rows.
 
         Raises:
             RuntimeError: if the file changed since it was opened.
         """
-        wanted = set(places.tolist())
+        wanted = range(self.count) if self.chosen is None else set(self.chosen.tolist())
         with self.path.open("rb") as file:
             if os.fstat(file.fileno()).st_size != self.size:
                 raise RuntimeError(f"{self.path} changed while it was read: start again")
@@ -96,7 +102,7 @@ def open_table(path: Path, kind: str | None = None, images: Path | None = None) 
         if file.read(len(_MARK)) != _MARK:
             file.seek(0)
         start = file.tell()
-        head = _decoded(file.readline(_MAX_LINE), path, 1)
+        head = file.readline(_MAX_LINE).decode("utf-8", "replace")
         delimiter = max("\t,;", key=head.count) if any(sign in head for sign in "\t,;") else ","
         file.seek(start)
         rows = _rows(file, path, delimiter)
@@ -126,7 +132,8 @@ def _rows(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[list[str
             place, number = place + len(line), number + 1
             if len(line) == _MAX_LINE:
                 raise ValueError(f"{path} has a line of more than {_MAX_LINE} bytes at {number}")
-            yield _decoded(line, path, number)
+            # Bytes that are not UTF-8 are told with the row that holds them.
+            yield line.decode("utf-8", "surrogateescape")
 
     reader = csv.reader(lines(), delimiter=delimiter)
     while True:
@@ -141,8 +148,3 @@ def _rows(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[list[str
             ) from None
         if row:
             yield row, place
-
-
-def _decoded(line: bytes, path: Path, number: int) -> str:
-    # Bytes that are not UTF-8 are told with the row that holds them.
-    return line.decode("utf-8", "surrogateescape")

@@ -1,0 +1,47 @@
+"""What of a remote shard's address may be shown, and what its copy is called."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import PurePosixPath
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+
+_SIGNING = re.compile(r"^x-(amz|goog)-", re.IGNORECASE)
+"""Parameters of an address signed anew every few hours; they choose no content."""
+_SECRET = re.compile(r"token|secret|sign|passw|credential|auth|key|policy|^sig$", re.IGNORECASE)
+
+
+def without_secrets(address: str) -> str:
+    """Return an address that may be shown, and that still tells two contents apart.
+
+    User and password and the parameters of a signature are left out; the value of a parameter
+    that sounds secret is replaced by 8 hex of its sha256.
+    """
+    if "://" not in address:
+        return address
+    parts = urlsplit(address)
+    query = [
+        (name, f"~{_hex(value, 8)}" if _SECRET.search(name) else value)
+        for name, value in parse_qsl(parts.query, keep_blank_values=True)
+        if not _SIGNING.match(name)
+    ]
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, urlencode(query), parts.fragment))
+
+
+def cached_name(address: str, sha256: str) -> str:
+    """Return the name of a shard's copy: ``<16 hex>-<last part of the address>``.
+
+    Args:
+        address: of the shard.
+        sha256: of its content as the card has it, "" = unknown; another content is another file.
+    """
+    last = PurePosixPath(urlsplit(address).path).name if "://" in address else address
+    name = re.sub(r"[^\w.-]", "_", unquote(last), flags=re.ASCII)[-80:] or "shard"
+    stated = f"\n{sha256}" if sha256 else ""
+    return f"{_hex(without_secrets(address) + stated, 16)}-{name}"
+
+
+def _hex(text: str, digits: int) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:digits]

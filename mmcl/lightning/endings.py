@@ -1,0 +1,63 @@
+"""What a run says when it ends before its time: why, and from where the same command goes on."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from mmcl.core.atomic import CannotWrite
+from mmcl.core.distributed import rank_and_world
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_LOST = re.compile(
+    r"gloo|nccl|socket|connection (closed|reset|refused)|broken pipe|timed out", re.I
+)
+
+
+class Terminated(RuntimeError):
+    """The run was asked to end by a signal."""
+
+    exit_status = 143  # 128 + SIGTERM, as a shell would have it
+
+
+@contextmanager
+def told_in_a_sentence(where: Callable[[], str]) -> Iterator[None]:
+    """Say what ended a run in the words of its user.
+
+    Args:
+        where: says from where the same command would go on, such as "after task 0 ('a')".
+
+    Raises:
+        CannotWrite: for a full disk.
+        KeyboardInterrupt: where Lightning made an exit with status 1 of it.
+        RuntimeError: where another process of the run was lost.
+        Terminated: on SIGTERM, of which Lightning makes an exit with status 0.
+    """
+    try:
+        yield
+    except SIGTERMException:
+        raise Terminated(f"ended by SIGTERM: the same command goes on {where()}") from None
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    except OSError as error:
+        if not isinstance(error, CannotWrite) and error.errno not in _NO_ROOM:
+            raise
+        sentence = f"{error}. Then the same command goes on {where()}"
+        raise CannotWrite(sentence, error.errno) from error
+    except RuntimeError as error:
+        if rank_and_world()[1] == 1 or not _LOST.search(str(error)):
+            raise
+        raise RuntimeError(
+            f"another process of this run ended or cannot be reached ({_first_line(error)}): see "
+            f"what it said; the same command goes on {where()}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
