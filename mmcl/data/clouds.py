@@ -85,7 +85,7 @@ def _read_file(address: str, start: int, version: str) -> Iterator[Any]:
                 yield piece
         # Every block is asked for on its own, so they could be of two contents.
         if _look(system, path)[1] != now:
-            raise PassingFault("it changed while it was fetched")
+            raise PassingFault("it changed while it was fetched", starts_over=True)
     except FileNotFoundError:
         raise BadShard(
             "is not at its address: correct the address, or fetch it yourself and name the file"

@@ -33,11 +33,13 @@ class PassingFault(Exception):
     Args:
         reason: what happened, without the address.
         wait_seconds: what the server asks to wait before the next attempt, 0 = nothing.
+        starts_over: what came so far is of no use.
     """
 
-    def __init__(self, reason: str, wait_seconds: float = 0.0) -> None:
+    def __init__(self, reason: str, wait_seconds: float = 0.0, starts_over: bool = False) -> None:
         super().__init__(reason)
         self.wait_seconds = wait_seconds
+        self.starts_over = starts_over
 
 
 def told(error: BaseException) -> str:

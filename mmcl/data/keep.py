@@ -88,6 +88,11 @@ class CopiesReader:
         """Tell for (R,) sample numbers whether each was copied: (R,) bool."""
         return np.isin(numbers, self._numbers)
 
+    def lengths(self, member: str, numbers: Numbers | None = None) -> Numbers:
+        """Return (R,) bytes of a text member of the numbered copies, None = of all of them."""
+        lengths = self._copies.lengths(member)
+        return lengths if numbers is None else lengths[np.searchsorted(self._numbers, numbers)]
+
     def _place(self, number: int) -> int:
         place = int(np.searchsorted(self._numbers, number))
         if place == len(self._numbers) or self._numbers[place] != number:

@@ -162,8 +162,7 @@ def _lengths(rows: TrainingRows) -> Numbers:
 
 
 def _text_lengths(reader: SampleReader, task: Task, numbers: Numbers | None = None) -> Numbers:
-    own = reader.lengths("json" if task.kind == "answer" else task.text.lower())
-    return own if numbers is None else own[numbers]
+    return reader.lengths("json" if task.kind == "answer" else task.text.lower(), numbers)
 
 
 def batch_loader(

@@ -35,6 +35,10 @@ class SampleReader(Protocol):
         """Tell for (R,) sample numbers whether each can be read: (R,) bool."""
         ...
 
+    def lengths(self, member: str, numbers: Numbers | None = None) -> Numbers:
+        """Return (R,) bytes of a text member of the numbered samples, None = of all."""
+        ...
+
 
 class Reader:
     """Reads the samples of one part (train or test) of one task.
@@ -101,24 +105,26 @@ class Reader:
         """Tell for (R,) sample numbers whether each can be read: (R,) bool."""
         return (numbers >= 0) & (numbers < len(self))
 
-    def lengths(self, member: str) -> Numbers:
-        """Return (n,) bytes of a text member of every sample, 0 where one has none.
+    def lengths(self, member: str, numbers: Numbers | None = None) -> Numbers:
+        """Return (R,) bytes of a text member of samples, 0 where one has none.
 
         Args:
             member: an extension, "txt" or "json" or "de.txt".
+            numbers: (R,) of the samples, in any order; None = of all.
 
         Raises:
             RuntimeError: if a shard cannot be opened.
         """
-        found = np.zeros(len(self), dtype=np.int64)
-        end = 0
-        for place, size in enumerate(self.sizes.tolist()):
-            start, end = end, end + size
-            if size:
-                own = _lengths(self.shards[place], member)
-                if self.chosen is not None:
-                    own = own[self.chosen[start:end] - self._starts[place]]
-                found[start:end] = own
+        asked = np.arange(len(self)) if numbers is None else numbers
+        order = np.argsort(asked, kind="stable")
+        rising = asked[order]
+        positions = rising if self.chosen is None else self.chosen[rising]
+        edges = np.searchsorted(positions, self._starts)
+        found = np.zeros(len(asked), dtype=np.int64)
+        for place in np.flatnonzero(np.diff(edges)).tolist():
+            here = slice(edges[place], edges[place + 1])
+            own = _lengths(self.shards[place], member)
+            found[order[here]] = own[positions[here] - self._starts[place]]
         return found
 
     def _place(self, number: int) -> tuple[Shard, int]:

@@ -42,12 +42,14 @@ def open_web(address: str, start: int, version: str, seconds: float) -> Iterator
     request = _request(address, start, version)
     try:
         answer = build_opener(_Redirects).open(request, timeout=seconds)
+    except BadShard:
+        raise
     except HTTPError as error:
         with error:
             raise _refusal(error.code, error.headers) from None
     except URLError as error:
         raise _unreached(error.reason, seconds) from None
-    except (OSError, HTTPException) as error:
+    except (OSError, HTTPException, ValueError) as error:
         raise _unreached(error, seconds) from None
     with answer:
         yield _download(answer, start, version)
@@ -106,7 +108,7 @@ def _download(answer: HTTPResponse, start: int, version: str) -> Download:
     if answer.status != 206 or not start:
         raise _refusal(answer.status, answer.headers)
     if found is None or int(found[1]) != start or new not in ("", version):
-        raise PassingFault("its server went on with another part than was asked for")
+        raise PassingFault("its server sent another part than was asked for", starts_over=True)
     return Download(_pieces(answer), int(found[2]), start, version)
 
 
@@ -119,8 +121,10 @@ def _pieces(answer: HTTPResponse) -> Iterator[bytes]:
 
 
 def _refusal(status: int, headers: Mapping[str, str]) -> Exception:
-    if status in _PASSING or status == 416:
+    if status in _PASSING:
         return PassingFault(f"status {status}", _stated_wait(headers.get("Retry-After", "")))
+    if status == 416:
+        return PassingFault("status 416", starts_over=True)
     if status in (404, 410):
         return BadShard(
             f"is not at its address (status {status}): correct the address, or fetch it yourself "
@@ -143,7 +147,7 @@ def _unreached(error: object, seconds: float) -> Exception:
             f"could not be fetched, its server has a certificate that is not trusted "
             f"({error.verify_message}): correct the address or the certificates of this machine"
         )
-    if isinstance(error, InvalidURL | ValueError):
+    if isinstance(error, str | InvalidURL | ValueError):
         return BadShard("could not be fetched, its address makes no sense: correct it")
     if isinstance(error, TimeoutError):
         return PassingFault(f"no answer within {seconds:g} s")

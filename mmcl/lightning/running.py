@@ -18,12 +18,13 @@ from mmcl.core.atomic import CannotWrite
 from mmcl.core.distributed import gather_texts
 from mmcl.core.randomness import mix
 from mmcl.lightning.alarm import Alarm
-from mmcl.lightning.checkpoint_file import all_or_none, save_whole, warn_unsaved
+from mmcl.lightning.checkpoint_file import all_or_none, warn_unsaved
 from mmcl.lightning.folder import RunFolder, RunState
 from mmcl.lightning.hooks import StrategyHooks
 from mmcl.lightning.module import ContinualModule
 from mmcl.lightning.progress import ProgressLine
 from mmcl.lightning.schedule import rate_factor
+from mmcl.lightning.sharing import forget_inside, save_after, save_inside
 from mmcl.lightning.standing import stand_at
 from mmcl.metrics.cost import TaskCost
 
@@ -185,7 +186,7 @@ class TaskHooks(StrategyHooks):
             times = f"{self.unsaved} of its mid-task checkpoints could not be written"
             self.warnings.append(f"task '{self.task.name}': {times}")
         self.cost = self._cost(trainer, module)
-        save_whole(trainer, self.folder.after(self.task.index + 1), weights_only=True)
+        save_after(trainer, module, self.folder.after(self.task.index + 1))
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -220,9 +221,11 @@ class TaskHooks(StrategyHooks):
 
     def _save(self, trainer: pl.Trainer) -> None:
         try:
-            save_whole(trainer, self.folder.last, weights_only=False)
-            self.state.last, self.state.step = "checkpoints/last.ckpt", self.step
+            last = save_inside(trainer, self.folder.last.parent, self.step)
+            self.state.last, self.state.step = f"checkpoints/{last.name}", self.step
             self.folder.save(self.state)
+            if self.folder.writes:
+                forget_inside(last.parent, but=last)
         except CannotWrite as error:
             # Only a run that ends before the next one is written loses something by it.
             self.unsaved += 1

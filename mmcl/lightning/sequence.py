@@ -20,6 +20,7 @@ from mmcl.lightning.endings import told_in_a_sentence
 from mmcl.lightning.folder import RunFolder, RunState, check_grown, task_mark
 from mmcl.lightning.module import ContinualModule, check_state
 from mmcl.lightning.running import TaskHooks
+from mmcl.lightning.sharing import forget_inside
 from mmcl.metrics import AccuracyMatrix
 from mmcl.metrics.cost import Ledger
 
@@ -222,7 +223,7 @@ class SequenceRun:
                 ledger.put(hooks.cost)
                 ledger.write(ledger_file)
                 self.folder.save(state)
-                self.folder.last.unlink(missing_ok=True)
+                forget_inside(self.folder.last.parent)
 
     def _trainer(self, callbacks: Sequence[pl.Callback], **settings: Any) -> pl.Trainer:
         return self.make_trainer(

@@ -10,9 +10,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mmcl.core import Strategy
+from mmcl.core.atomic import CannotWrite, write_atomic
+from mmcl.lightning.checkpoint_file import all_or_none, save_whole, tensor_bytes
 
+_TEMPORARY = ".last.ckpt.tmp"
 _OVERLAY = "lay configs/overlay/fsdp.yaml over the configuration"
 
 
@@ -47,11 +51,20 @@ def expect_shareable(trainer: pl.Trainer, strategy: Strategy) -> None:
         )
 
 
-def whole_checkpoint(trainer: pl.Trainer, module: Any) -> dict[str, Any]:
-    """Return the checkpoint of a finished task from a module whose weights are whole again.
+def save_after(trainer: pl.Trainer, module: Any, path: Path) -> None:
+    """Write the checkpoint of a finished task, whole under any way of using devices.
 
-    Lightning would write shards; this one is loaded by any number of devices.
+    Args:
+        trainer: of the task.
+        module: whose weights are whole again; Lightning would write them in shards nevertheless.
+        path: of the file.
+
+    Raises:
+        CannotWrite: on every rank, if there is no room.
     """
+    if not is_shared(trainer):
+        save_whole(trainer, path, weights_only=True)
+        return
     checkpoint = {
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
@@ -59,45 +72,73 @@ def whole_checkpoint(trainer: pl.Trainer, module: Any) -> dict[str, Any]:
         "state_dict": module.state_dict(),
     }
     module.on_save_checkpoint(checkpoint)
-    return checkpoint
+    with all_or_none(trainer):
+        if trainer.is_global_zero:
+            needs = tensor_bytes(checkpoint)
+            write_atomic(path, lambda temporary: torch.save(checkpoint, temporary), needs=needs)
 
 
-def put_in_place(temporary: Path, step: int) -> Path:
-    """Name a checkpoint inside of a task that is complete, and flush one in shards to the disk.
+def save_inside(trainer: pl.Trainer, folder: Path, step: int) -> Path:
+    """Write the checkpoint inside of a task: one file, or a folder to which each rank adds shards.
 
-    A folder cannot take another one's place at once, so each step has a folder of its own, and
-    ``run.json`` says which one counts.
+    A folder cannot take another one's place at once, so the one of every step has its own name:
+    until ``run.json`` names it the last one counts.
 
     Args:
-        temporary: ``.last.ckpt.tmp``, a file or a folder.
+        trainer: of the task.
+        folder: of the run's checkpoints.
         step: of the task.
 
     Returns:
-        where it stands now.
+        where it stands, the same on every rank.
+
+    Raises:
+        CannotWrite: on every rank, if there is no room.
     """
-    if temporary.is_file():
-        return temporary.replace(temporary.with_name("last.ckpt"))
-    for file in [*temporary.rglob("*"), temporary]:
-        handle = os.open(file, os.O_RDONLY)
+    target = folder / "last.ckpt"
+    if not is_shared(trainer):
+        save_whole(trainer, target, weights_only=False)
+        return target
+    temporary, is_first = folder / _TEMPORARY, trainer.is_global_zero
+    with all_or_none(trainer):
+        if is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove(temporary)
+    try:
+        save_whole(trainer, temporary, weights_only=False)
+    except CheckpointException as error:
+        why = next(iter(error.failures.values()), error)
+        raise CannotWrite(f"{temporary} cannot be written in shards: {why}") from error
+    with all_or_none(trainer):
+        if is_first and temporary.is_dir():
+            target = folder / f"last_{step:07d}.ckpt"
+            _remove(target)
+            _flush(temporary)
+        if is_first:
+            temporary.replace(target)
+    told: Path = trainer.strategy.broadcast(target)
+    return told
+
+
+def forget_inside(folder: Path, but: Path | None = None) -> None:
+    """Remove the checkpoints inside of a task, whole or in shards, and what is half written.
+
+    Args:
+        folder: of the run's checkpoints.
+        but: the one that counts.
+    """
+    for left in (*folder.glob("last*.ckpt"), folder / _TEMPORARY):
+        if left != but:
+            _remove(left)
+
+
+def _flush(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
-    target = temporary.with_name(f"last_{step:07d}.ckpt")
-    _remove(target)
-    return temporary.replace(target)
-
-
-def forget_last(folder: Path, but: Path | None = None) -> None:
-    """Remove the checkpoints inside of a task, whole or in shards, and what was left half written.
-
-    Args:
-        folder: ``checkpoints/`` of a run.
-        but: the one that counts.
-    """
-    for left in (*folder.glob("last*.ckpt"), folder / ".last.ckpt.tmp"):
-        if left != but:
-            _remove(left)
 
 
 def _remove(path: Path) -> None:

@@ -14,6 +14,7 @@ from mmcl.memory.dealing import fill_rows
 from mmcl.memory.rows import Rows
 from mmcl.memory.snapshot import Snapshot
 
+_CENTROIDS = 256
 _ROWS, _TOKENS = 8192, 2
 """Learned from 32 vectors for each of 256 centroids, or 64 where a row has several tokens."""
 _STREAM = 0xC0DEB0
@@ -38,13 +39,18 @@ class Codebook(nn.Module):
         """(S, K, D / S) float32, None before they are learned."""
         return None if self.held.is_empty else self.held.get("centroids")
 
-    def rest_of(self, memory_bytes: int) -> int:
+    def rest_of(self, memory_bytes: int, width: int = 0) -> int:
         """Return the bytes of a budget that are left for rows.
+
+        Args:
+            memory_bytes: of rows and codebook together.
+            width: D, from which the codebook is reckoned before it is learned.
 
         Raises:
             ValueError: if nothing is left.
         """
-        taken = 0 if self.centroids is None else self.centroids.numel() * 4
+        known = self.centroids
+        taken = 4 * (_CENTROIDS * width if known is None else known.numel())
         if taken >= memory_bytes:
             raise ValueError(
                 f"memory_bytes is {memory_bytes} and the codebook alone takes {taken}: give more, "
@@ -96,8 +102,8 @@ class Codebook(nn.Module):
         own = learn(vectors) if rank == 0 else vectors.new_zeros(0, 0, 0)
         if world > 1:
             sizes = gather_rows(torch.tensor([own.shape], device=device))[0].tolist()
-            own = gather_rows(own.flatten().to(device)).view(sizes).cpu()
-        self.held.take({"centroids": own})
+            own = gather_rows(own.flatten().to(device)).view(sizes)
+        self.held.take({"centroids": own.to(device)})
 
 
 def _some_tokens(features: Tensor, batch: Batch, seed: int) -> Tensor:

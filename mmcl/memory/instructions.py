@@ -35,7 +35,7 @@ class Instructions(nn.Module):
     **Asks of the model** ``embed``; distances mean something if its text embedding stays as it is.
     """
 
-    def __init__(self, count: int = 128, seed: int = 0) -> None:
+    def __init__(self, count: int = 256, seed: int = 0) -> None:
         super().__init__()
         self.count = count
         self.seed = seed

@@ -141,7 +141,7 @@ def _task(task: ShownTask, place: int) -> dict[str, Any]:
     elif task.answers:
         svg = answer_bars(task.answers[:_ANSWERS], task.answered, f"answers-{place}")
         plot = inline_svg(svg, f"answers-{place}", f"Most frequent answers of {task.name}")
-        caption = "The most frequent right answers; a model that always says the first scores this"
+        caption = "The most frequent right answers"
     return {
         "task": task,
         "facts": dict(task.facts),

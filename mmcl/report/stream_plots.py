@@ -63,7 +63,7 @@ def class_bars(classes: Counts, name: str, format: Format = "svg") -> bytes:
         format: svg or png.
     """
     is_named = len(classes) <= _NAMED_BARS
-    figure, axes = canvas(max(2.6, min(9.2, 1.1 + 0.4 * len(classes))) if is_named else 9.2, 2.35)
+    figure, axes = canvas(max(2.6, min(9.2, 1.1 + 0.4 * len(classes))) if is_named else 9.2, 2.1)
     ordered = classes if is_named else sorted(classes, key=lambda each: -each[1] - each[2])
     places = range(len(ordered))
     train, test = [each[1] for each in ordered], [each[2] for each in ordered]

@@ -104,7 +104,7 @@ class ExperienceReplay(Strategy):
         allocation: Allocation = "flat",
         scores: Scores | None = None,
         pool: int = 20000,
-        instructions: int = 128,
+        instructions: int = 256,
     ) -> None:
         super().__init__()
         _expect_numbers(samples, memory_bytes, share, pool, instructions)

@@ -226,7 +226,9 @@ class FeatureReplay(Strategy):
         if batch.features is not None:
             self._shape = tuple(batch.features.shape[1:])
             if self.store == "pq":
-                expect_parts(self._shape[-1], self.subvectors)
+                width = self._shape[-1]
+                expect_parts(width, self.subvectors)
+                self.codebook.rest_of(self.memory_bytes or 1 << 62, width)
         return batch
 
     @torch.no_grad()

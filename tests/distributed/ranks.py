@@ -13,20 +13,22 @@ _SECONDS_TO_FOLLOW = 60
 """Left to the other ranks when rank 0 has ended."""
 
 
-def on_ranks(words, folder, kill=None, world=WORLD):
+def on_ranks(words, folder, kill=None, world=WORLD, way="ddp"):
     """Give a command line on several ranks; what each saw lies under ``folder``.
 
     Args:
         words: the command line; that there are several devices is added to it.
         folder: gets ``said_<rank>`` and, from a run that ends, ``seen_<rank>.pt``.
         kill: (moment, count) at which rank 0 dies; the others are killed after it.
+        world: number of ranks.
+        way: how several devices are used, ``trainer.strategy``.
 
     Returns:
         the exit status of every rank.
     """
     folder.mkdir(exist_ok=True)
     if world > 1:
-        words = [*words, f"--trainer.devices={world}", "--trainer.strategy=ddp"]
+        words = [*words, f"--trainer.devices={world}", f"--trainer.strategy={way}"]
     port = _free_port()
     started = [
         in_process(_one_rank, rank, world, port, words, folder, kill, wait=False)

@@ -50,6 +50,11 @@ def card_task(
     }
 
 
+def card_counts(plans: Sequence[ShardPlan]) -> dict[str, int]:
+    """Return how many samples each shard holds, for the key ``counts`` of a card."""
+    return {plan.name: plan.count for plan in plans}
+
+
 class _CardDumper(yaml.SafeDumper):
     """Names without spaces side by side, other lists in lines of their own, no aliases."""
 

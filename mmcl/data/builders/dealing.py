@@ -69,14 +69,15 @@ def deal(
     """
     kind = train.source.kind
     classes: list[str] = []
+    own: list[str] = []
     if kind == "classify":
         own = sorted({name for one in (train, test) if one for name in _labels(one)}, key=natural)
         stated = list(train.source.classes)
         order = [*(name for name in stated if name in set(own)), *own]
         classes = list(dict.fromkeys([*known, *order]))
-        names, rows = _tasks_of([train, *filter(None, [test])], options, list(dict.fromkeys(order)))
-    else:
-        names, rows = _tasks_of([train, *filter(None, [test])], options, [])
+        own = list(dict.fromkeys(order))
+    numbered = {name: classes.index(name) for name in own}
+    names, rows = _tasks_of([train, *filter(None, [test])], options, numbered)
     columns = [_numbers(one, classes) for one in (train, test) if one is not None]
     tested = _tested(train, test, rows[0], columns[0], options)
     dealt = []
@@ -174,9 +175,15 @@ def _numbers(looked: Looked, classes: Sequence[str]) -> Numbers:
 
 
 def _tasks_of(
-    sources: Sequence[Looked], options: MakeOptions, classes: Sequence[str]
+    sources: Sequence[Looked], options: MakeOptions, classes: Mapping[str, int]
 ) -> tuple[list[str], list[Numbers]]:
-    """Return the names of tasks, and for every source (n,) the place of each record's task."""
+    """Return the names of tasks, and for every source (n,) the place of each record's task.
+
+    Args:
+        sources: one or two.
+        options: see there.
+        classes: name -> card number of those that occur, in the order in which they are learned.
+    """
     stated = list(dict.fromkeys(
         looked.tasks[place] for looked in sources
         for place in sorted(np.unique(looked.task[looked.size > 0]).tolist())
@@ -189,11 +196,9 @@ def _tasks_of(
             )
         if not classes:
             raise ValueError("--classes_per_task cuts classes into tasks, and there are no classes")
-        step = options.classes_per_task
-        names = [
-            f"classes-{first}-{min(first + step, len(classes)) - 1}"
-            for first in range(0, len(classes), step)
-        ]
+        step, numbers = options.classes_per_task, list(classes.values())
+        cut = [numbers[first : first + step] for first in range(0, len(numbers), step)]
+        names = [f"classes-{own[0]}-{own[-1]}" for own in cut]
         table: Mapping[str, int] = {name: n // step for n, name in enumerate(classes)}
         return names, [_looked_up(one.label, one.labels, table) for one in sources]
     table = {name: place for place, name in enumerate(stated)}

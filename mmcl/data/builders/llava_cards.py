@@ -1,4 +1,4 @@
-"""Putting tasks of kind `answer` on a card that may be there already, without touching the rest."""
+"""Putting tasks on a card that may be there already, without touching the rest."""
 
 from __future__ import annotations
 
@@ -48,24 +48,34 @@ def load_card(path: Path) -> dict[str, Any]:
 
 
 def put_tasks(
-    card: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]], hashes: Mapping[str, str]
+    card: Mapping[str, Any],
+    tasks: Sequence[Mapping[str, Any]],
+    hashes: Mapping[str, str],
+    counts: Mapping[str, int],
 ) -> dict[str, Any]:
     """Return a card with these tasks: in the place of their namesakes, else at the end.
 
     Args:
         card: its content, with ``name`` and whatever it says at the top.
-        tasks: entries with name, train, test and so on; what the card says at the top and these
-            tasks must not inherit is stated in each.
+        tasks: entries with name, train, test and so on, and a kind unless it is "answer"; what
+            the card says at the top and they must not inherit is stated in each.
         hashes: of all their shards.
+        counts: samples of all their shards.
     """
     entries = {entry["name"]: entry for entry in card.get("tasks", ())}
-    kept = dict(card.get("hashes") or {})
+    kept, counted = dict(card.get("hashes") or {}), dict(card.get("counts") or {})
     for task in tasks:
         for shard in _shards(entries.get(task["name"], {})):
             kept.pop(shard, None)
+            counted.pop(shard, None)
         entries[task["name"]] = _standing_alone(task, card)
-    content = {key: value for key, value in card.items() if key not in ("tasks", "hashes")}
-    return {**content, "tasks": list(entries.values()), "hashes": {**kept, **hashes}}
+    rest = ("tasks", "hashes", "counts")
+    return {
+        **{key: value for key, value in card.items() if key not in rest},
+        "tasks": list(entries.values()),
+        "hashes": {**kept, **hashes},
+        "counts": {**counted, **counts},
+    }
 
 
 def save_card(path: Path, content: Mapping[str, Any], header: Sequence[str]) -> None:
@@ -103,10 +113,12 @@ def _shards(entry: Mapping[str, Any]) -> list[str]:
 def _standing_alone(task: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str, Any]:
     """State in the task itself what it would otherwise inherit from a card of another kind."""
     own: dict[str, Any] = {}
-    if card.get("kind") != "answer":
-        own["kind"] = "answer"
-    if card.get("templates"):
+    kind = task.get("kind", "answer")
+    if card.get("kind", "classify") != kind:
+        own["kind"] = kind
+    if kind == "answer" and card.get("templates"):
         own["templates"] = ["{}"]
-    if card.get("decode", "generate") != "generate":
+    if kind == "answer" and card.get("decode", "generate") != "generate":
         own["decode"] = "generate"
-    return {"name": task["name"], **own, **{key: task[key] for key in task if key != "name"}}
+    rest = {key: task[key] for key in task if key not in ("name", "kind")}
+    return {"name": task["name"], **own, **rest}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmcl.core.atomic import write_atomic
-from mmcl.data.builders.card import card_task
+from mmcl.data.builders.card import card_counts, card_task
 from mmcl.data.builders.llava_cards import TOP, find_card, load_card, put_tasks, save_card
 from mmcl.data.builders.llava_survey import Told, survey
 from mmcl.data.builders.llava_task import LeftOut, LlavaTask, Options
@@ -24,11 +24,13 @@ class BuiltTask:
     Attributes:
         entry: what a card says of it.
         hashes: shard -> sha256.
+        counts: shard -> samples.
         left_out: samples that could not be used.
     """
 
     entry: dict[str, Any]
     hashes: Mapping[str, str]
+    counts: Mapping[str, int]
     left_out: Sequence[LeftOut]
 
 
@@ -78,7 +80,7 @@ def convert(
             built.entry["description"] = f"licence: {licence}"
         content.setdefault("tasks", [])
         made = f"Task {task.name} made by: mmcl data convert (from {_sources(task)})"
-        save_card(path, put_tasks(content, [built.entry], built.hashes), [made])
+        save_card(path, put_tasks(content, [built.entry], built.hashes, built.counts), [made])
     return path, built
 
 
@@ -99,7 +101,7 @@ def build_task(
     """
     found = survey(task, options, progress)
     folder.mkdir(parents=True, exist_ok=True)
-    _expect_free(folder, task.name, found.recipe)
+    expect_free(folder, task.name, found.recipe)
     hashes: dict[str, str] = {}
 
     def note(made: Mapping[str, str]) -> Mapping[str, str]:
@@ -115,11 +117,13 @@ def build_task(
         recipe=found.recipe,
         progress=lambda done, total: progress(f"writing {task.name}", done, total),
     )
-    _write_left_out(folder / f"{task.name}.left_out.txt", found.left_out)
+    write_left_out(folder / f"{task.name}.left_out.txt", found.left_out)
     told: dict[str, Any] = {"scorer": task.scorer}
     if task.max_new_tokens is not None:
         told["max_new_tokens"] = task.max_new_tokens
-    return BuiltTask(card_task(task.name, found.train, found.test, **told), hashes, found.left_out)
+    entry = card_task(task.name, found.train, found.test, **told)
+    counts = card_counts([*found.train, *found.test])
+    return BuiltTask(entry, hashes, counts, found.left_out)
 
 
 def _sources(task: LlavaTask) -> str:
@@ -127,8 +131,12 @@ def _sources(task: LlavaTask) -> str:
     return ", ".join(path.name for path in files if path is not None)
 
 
-def _expect_free(folder: Path, name: str, recipe: Mapping[str, Any]) -> None:
-    """Refuse to overwrite shards that a card uses and that were made from something else."""
+def expect_free(folder: Path, name: str, recipe: Mapping[str, Any]) -> None:
+    """Refuse to overwrite shards that a card uses and that were made from something else.
+
+    Raises:
+        ValueError: naming the card.
+    """
     try:
         record = json.loads((folder / f"{name}.build.json").read_text(encoding="utf-8"))
         shards = set(record["shards"])
@@ -146,7 +154,8 @@ def _expect_free(folder: Path, name: str, recipe: Mapping[str, Any]) -> None:
             )
 
 
-def _write_left_out(path: Path, left_out: Sequence[LeftOut]) -> None:
+def write_left_out(path: Path, left_out: Sequence[LeftOut]) -> None:
+    """Write a line for every sample that was left out; no file if there is none."""
     if left_out:
         write_atomic(path, "".join(f"{fault}\n" for fault in left_out))
     else:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from mmcl.core.card_fields import SCENARIOS
-
+_SCENARIOS = ("class", "domain", "task")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -49,8 +48,8 @@ class MakeOptions:
                 raise ValueError(f"{what} is {name!r}, expected up to 64 letters, digits, - and _")
         if not 0 < self.test_share < 1:
             raise ValueError(f"test_share is {self.test_share}, expected a share between 0 and 1")
-        if self.scenario not in (None, *SCENARIOS):
-            raise ValueError(f"scenario is {self.scenario!r}, expected {', '.join(SCENARIOS)}")
+        if self.scenario not in (None, *_SCENARIOS):
+            raise ValueError(f"scenario is {self.scenario!r}, expected {', '.join(_SCENARIOS)}")
         for name in ("classes_per_task", "shard_samples", "shard_bytes", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:

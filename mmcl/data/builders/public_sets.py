@@ -153,10 +153,12 @@ def build_set(
         old = load_card(path)
         added = [entry for entry in old.get("tasks", ()) if entry["name"] not in own]
         content = {"name": described.name, **described.top, **TOP}
-        content = put_tasks(content, [one.entry for one in built], _hashes(built))
+        counts = {shard: count for one in built for shard, count in one.counts.items()}
+        content = put_tasks(content, [one.entry for one in built], _hashes(built), counts)
         kept = {shard for entry in added for part in ("train", "test") for shard in entry[part]}
         content["tasks"] += added
-        content["hashes"] |= {k: v for k, v in (old.get("hashes") or {}).items() if k in kept}
+        for key in ("hashes", "counts"):
+            content[key] |= {k: v for k, v in (old.get(key) or {}).items() if k in kept}
         for key in set(old) - {*content, *described.top}:
             content[key] = old[key]
         save_card(path, content, [f"Made by: mmcl data build {described.name} --source ..."])

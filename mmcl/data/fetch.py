@@ -1,0 +1,208 @@
+"""Fetching one remote shard: several attempts, going on where a transfer was cut off."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from mmcl.data.clouds import open_cloud
+from mmcl.data.download import Download, PassingFault
+from mmcl.data.faults import BadShard
+from mmcl.data.web import WEB, open_web
+
+_STEP = 1 << 26
+"""Bytes by which room is asked for where nobody states how many there are."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Python's own generator belongs to the user, who may have seeded it.
+_CHANCE = random.SystemRandom()
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a fetch goes on trying.
+
+    Attributes:
+        attempts: in all, at least 1.
+        stall_seconds: without a connection, or without a byte, end an attempt.
+        first_wait_seconds: after the first attempt; doubled after each further one.
+        longest_wait_seconds: between two attempts, of our own accord.
+        longest_asked_seconds: between two attempts, where the server asks for it (Retry-After).
+        jitter: share by which a wait is lengthened at most, so that workers do not come at once.
+        sleep: waits; tests replace it.
+    """
+
+    attempts: int = 5
+    stall_seconds: float = 30.0
+    first_wait_seconds: float = 1.0
+    longest_wait_seconds: float = 30.0
+    longest_asked_seconds: float = 120.0
+    jitter: float = 0.25
+    sleep: Callable[[float], None] = time.sleep
+
+    def wait(self, attempts: int, asked_seconds: float = 0.0) -> None:
+        """Wait after so many attempts, as long as the server asks for or longer."""
+        own = min(self.first_wait_seconds * 2.0 ** (attempts - 1), self.longest_wait_seconds)
+        seconds = max(own, min(asked_seconds, self.longest_asked_seconds))
+        self.sleep(seconds * (1.0 + self.jitter * _CHANCE.random()))
+
+
+def fetch(
+    address: str,
+    file: BinaryIO,
+    *,
+    reserve: Callable[[int], None],
+    sha256: str = "",
+    patience: Patience | None = None,
+) -> None:
+    """Write a remote shard into a file.
+
+    Args:
+        address: of the shard; no error names it, it may hold a password.
+        file: open for writing, with a name; what it holds is written over.
+        reserve: called with the bytes that the file is going to have, at most so far as is known.
+        sha256: of the shard in hex, "" = unknown. On a mismatch it is fetched a second time.
+        patience: how often and how long.
+
+    Raises:
+        BadShard: if it does not arrive whole, with what happened at every attempt.
+    """
+    patience = patience or Patience()
+    work = _Fetch(address, file, reserve, sha256.lower())
+    failures: list[str] = []
+    while True:
+        try:
+            work.attempt(patience.stall_seconds)
+            return
+        except PassingFault as fault:
+            failures.append(str(fault))
+            asked = fault.wait_seconds
+            if fault.starts_over:
+                work.version = ""
+        if len(failures) >= patience.attempts:
+            count = "1 attempt" if len(failures) == 1 else f"{len(failures)} attempts"
+            raise BadShard(
+                f"could not be fetched after {count} ({_summary(failures)}): check the address "
+                "and the network, or fetch it yourself and name the file"
+            )
+        patience.wait(len(failures), asked)
+
+
+class _Fetch:
+    """What is known of a shard after some attempts."""
+
+    def __init__(
+        self, address: str, file: BinaryIO, reserve: Callable[[int], None], sha256: str
+    ) -> None:
+        self.address = address
+        self.file = file
+        self.reserve = reserve
+        self.sha256 = sha256
+        self.digest = hashlib.sha256()
+        self.written = 0
+        self.reserved = -1
+        self.total: int | None = None
+        self.version = ""
+        self.other_hash = ""
+
+    def attempt(self, seconds: float) -> None:
+        start = self.written if self.version else 0
+        with _opened(self.address, start, self.version, seconds) as download:
+            self.begin(download)
+            for piece in self.arriving(download, seconds):
+                self.write(piece)
+        if self.total not in (None, self.written):
+            raise PassingFault(f"it was cut off at {self.place()}")
+        self.check_hash()
+        self.file.truncate(self.written)
+
+    def begin(self, download: Download) -> None:
+        if download.start == 0 or download.start != self.written:
+            self.file.seek(0)
+            self.digest, self.written = hashlib.sha256(), 0
+        self.total, self.version = download.total, download.version
+        if self.total is not None and self.total != self.reserved:
+            self.reserve(self.total)
+            self.reserved = self.total
+
+    def arriving(self, download: Download, seconds: float) -> Iterator[bytes]:
+        """Give the pieces; where they break off, tell at which byte."""
+        try:
+            yield from download.pieces
+        except TimeoutError:
+            raise PassingFault(f"it stalled for {seconds:g} s at {self.place()}") from None
+        except OSError:
+            raise PassingFault(f"it was cut off at {self.place()}") from None
+
+    def write(self, piece: bytes) -> None:
+        after = self.written + len(piece)
+        if self.total is None and after > self.reserved:
+            self.reserved = after + _STEP
+            self.reserve(self.reserved)
+        elif self.total is not None and after > self.total:
+            raise PassingFault(f"more bytes came than the {self.total:,} stated", starts_over=True)
+        try:
+            self.file.write(piece)
+        except OSError as error:
+            raise self.unwritable(error) from None
+        self.written = after
+        if self.sha256:
+            self.digest.update(piece)
+
+    def unwritable(self, error: OSError) -> BadShard:
+        folder = Path(self.file.name).parent
+        if error.errno not in _FULL:
+            return BadShard(f"could not be stored in {folder} ({error.strerror}): {ELSEWHERE}")
+        return no_room(folder, (self.total or self.written) - self.written)
+
+    def place(self) -> str:
+        of = "" if self.total is None else f" of {self.total:,}"
+        return f"byte {self.written:,}{of}"
+
+    def check_hash(self) -> None:
+        own = self.digest.hexdigest()
+        if not self.sha256 or own == self.sha256:
+            return
+        if self.other_hash:
+            raise BadShard(
+                f"has the sha256 {own} and the card says {self.sha256}, also when it is fetched "
+                "again: it is not the shard that the card was written for; correct the address "
+                "or the card"
+            )
+        self.other_hash = own
+        raise PassingFault("its sha256 was not the card's", starts_over=True)
+
+
+ELSEWHERE = "give cache=<a folder you can write to>, or name one with $MMCL_CACHE"
+
+
+def no_room(folder: Path, needed: int) -> BadShard:
+    """Return the error for a disk that is full."""
+    free = 0
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(folder).free
+    return BadShard(
+        f"could not be stored, the disk is full: {max(needed, 1):,} more bytes are needed in "
+        f"{folder} and {free:,} are free; make room, set a cache limit, or name a folder on a "
+        "larger disk with $MMCL_CACHE"
+    )
+
+
+def _opened(
+    address: str, start: int, version: str, seconds: float
+) -> contextlib.AbstractContextManager[Download]:
+    scheme = address.partition(":")[0].lower()
+    return (open_web if scheme in WEB else open_cloud)(address, start, version, seconds)
+
+
+def _summary(failures: list[str]) -> str:
+    grouped = [(text, len(list(alike))) for text, alike in itertools.groupby(failures)]
+    return "; ".join(text if count == 1 else f"{text}, {count} times" for text, count in grouped)
