@@ -38,7 +38,7 @@ OTHERS = {
         "torch", "open_clip", "transformers", "timm", "torchvision", "peft", "safetensors",
         "huggingface_hub",
     },
-    "data": {"torch", "numpy", "webdataset", "PIL", "simplejpeg"},
+    "data": {"torch", "numpy", "webdataset", "fsspec", "PIL", "simplejpeg"},
     "data/builders": {"numpy", "PIL", "sklearn", "emoji", "matplotlib", "rich", "yaml"},
     "metrics": {"torch", "torchmetrics", "sacrebleu"},
     "report": {"torch", "matplotlib", "jinja2", "markupsafe", "rich"},

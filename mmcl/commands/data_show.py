@@ -10,7 +10,7 @@ from pathlib import Path
 from mmcl.commands.data_check import add_reading_options, count_or_share, with_shard_bar
 from mmcl.commands.words import CommandParser
 from mmcl.core import TaskStream, write_atomic
-from mmcl.core.card import read_card
+from mmcl.core.card import survey_card
 from mmcl.data.checking import check_stream
 from mmcl.data.findings import PartFindings, StreamFindings, TaskFindings
 from mmcl.data.showing import DrawnSample, draw_samples
@@ -92,7 +92,7 @@ def _parser() -> CommandParser:
 def _stream(found: StreamFindings, given: argparse.Namespace) -> ShownStream:
     if found.stream is None:
         return ShownStream(found.name, faults=found.faults, remarks=found.remarks)
-    card = read_card(given.card)
+    card = survey_card(given.card)[0]
     parts = [part for each in found.tasks for part in each.parts]
     looked, samples = sum(part.looked for part in parts), sum(map(_samples, found.tasks))
     origin = (("Licence", card.licence), ("Source", card.source), ("Citation", card.citation))

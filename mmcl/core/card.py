@@ -11,7 +11,7 @@ from mmcl.core.card_entries import Card, TaskEntry
 from mmcl.core.card_fields import expand
 from mmcl.core.card_reader import CardReader
 
-__all__ = ["Card", "TaskEntry", "expand", "read_card"]
+__all__ = ["Card", "TaskEntry", "expand", "read_card", "survey_card"]
 
 MAX_CARD_BYTES = 64 << 20
 
@@ -27,6 +27,28 @@ def read_card(path: Path, scorers: Sequence[str] = ()) -> Card:
         FileNotFoundError: if the file is missing.
         ValueError: one line for every fault found.
     """
+    card, faults = survey_card(path, scorers)
+    if faults:
+        lines = "\n".join(f"  - {fault}" for fault in faults)
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise ValueError(f"stream card {path} has {count}:\n{lines}")
+    return card
+
+
+def survey_card(path: Path, scorers: Sequence[str] = ()) -> tuple[Card, list[str]]:
+    """Read a card as far as it can be read.
+
+    Args:
+        path: of the card.
+        scorers: names that tasks may give theirs, none = any.
+
+    Returns:
+        what it says, with defaults in place of what is wrong, and a line for every fault.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: if it is no YAML at all.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no stream card {path}: build the stream (mmcl data build <name>) "
@@ -39,9 +61,4 @@ def read_card(path: Path, scorers: Sequence[str] = ()) -> Card:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     faults: list[str] = []
-    card = CardReader(faults, scorers).card(raw)
-    if faults:
-        lines = "\n".join(f"  - {fault}" for fault in faults)
-        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise ValueError(f"stream card {path} has {count}:\n{lines}")
-    return card
+    return CardReader(faults, scorers).card(raw), faults

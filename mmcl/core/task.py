@@ -141,7 +141,20 @@ class TaskStream(Sequence[Task]):
             FileNotFoundError: if there is no card.
             ValueError: listing every fault of the card at once, or a bad order.
         """
-        read = read_card(card, scorers)
+        return cls.of_card(read_card(card, scorers), card, order)
+
+    @classmethod
+    def of_card(cls, read: Card, card: Path, order: Sequence[int] | None = None) -> TaskStream:
+        """Make a stream of a card that was read.
+
+        Args:
+            read: what the card says.
+            card: its file; relative shard names start in its folder.
+            order: see ``read``.
+
+        Raises:
+            ValueError: if the order is bad.
+        """
         places = list(range(len(read.tasks))) if order is None else list(order)
         if (
             not places

@@ -16,10 +16,10 @@ def without_secrets(address: str) -> str:
     """Return an address that may be shown, and that still tells two contents apart.
 
     User and password and the parameters of a signature are left out; the value of a parameter
-    that sounds secret is replaced by 8 hex of its sha256.
+    that sounds secret, and the whole command of a ``pipe:``, is replaced by hex of its sha256.
     """
-    if "://" not in address:
-        return address
+    if address.startswith("pipe:"):
+        return f"pipe:~{_hex(address, 16)}"
     parts = urlsplit(address)
     query = [
         (name, f"~{_hex(value, 8)}" if _SECRET.search(name) else value)
@@ -37,8 +37,10 @@ def cached_name(address: str, sha256: str) -> str:
         address: of the shard.
         sha256: of its content as the card has it, "" = unknown; another content is another file.
     """
-    last = PurePosixPath(urlsplit(address).path).name if "://" in address else address
-    name = re.sub(r"[^\w.-]", "_", unquote(last), flags=re.ASCII)[-80:] or "shard"
+    path = address if address.startswith("pipe:") else unquote(urlsplit(address).path)
+    # Behind the path of a command's file there may be options with a password.
+    last = re.split(r"[\s?&|;'\"]", PurePosixPath(path.strip()).name)[0]
+    name = re.sub(r"[^\w.-]", "_", last, flags=re.ASCII)[-80:] or "shard"
     stated = f"\n{sha256}" if sha256 else ""
     return f"{_hex(without_secrets(address) + stated, 16)}-{name}"
 

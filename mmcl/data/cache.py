@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -10,16 +11,17 @@ import shutil
 import threading
 import time
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from mmcl.data.address import cached_name, without_secrets
 from mmcl.data.faults import BadShard
-from mmcl.data.fetch import ELSEWHERE, Patience, fetch, no_room
-from mmcl.data.lock import exclusive, is_left_over, own_file
+from mmcl.data.fetch import Patience, fetch
+from mmcl.data.lock import exclusive, remove_left_over, written_once
 
 _WHOLE = re.compile(r"[0-9a-f]{16}-.*(?<!\.index\.npz)", re.DOTALL)
-_PART = re.compile(r"\.[0-9a-f]{16}-.*\.part(\.[0-9-]+)?", re.DOTALL)
+_PART = re.compile(r"\.[0-9a-f]{16}-.*\.part(\.[0-9a-f]{8})?", re.DOTALL)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TURN_SECONDS = 0.1
 _FETCHES_AHEAD = 2
 _UNITS = {
@@ -75,62 +77,74 @@ class ShardCache:
         """
         name = cached_name(address, sha256)
         place = self.folder / name
-        if _is_used(place):
-            return place
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with own_file(self.folder / f".{name}.part") as (part, file):
-                try:
-                    # Whoever held the file before us may have fetched the shard.
-                    if not _is_used(place):
-                        self._fetch(address, sha256, part, file)
-                        part.replace(place)
-                finally:
-                    part.unlink(missing_ok=True)
-        except OSError as error:
-            raise BadShard(
-                f"cannot be fetched, the cache folder {self.folder} is not writable "
-                f"({error.strerror}): {ELSEWHERE}"
-            ) from None
+        while not _is_used(place):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with written_once(place, self.folder / f".{name}.part") as file:
+                    if file is not None:
+                        self._fetch(address, sha256, f".{name}.part", file)
+            except OSError as error:
+                raise self._unwritable(error) from None
         return place
 
-    def _fetch(self, address: str, sha256: str, part: Path, file: BinaryIO) -> None:
-        fetch(
-            address,
-            file,
-            reserve=lambda needed: self._reserve(part, file, needed),
-            sha256=sha256,
-            patience=self.patience,
-        )
-        file.flush()
-        os.fsync(file.fileno())
+    def _fetch(self, address: str, sha256: str, part: str, file: FileIO) -> None:
+        reserve = functools.partial(self._reserve, part, file)
+        try:
+            fetch(address, file, reserve=reserve, sha256=sha256, patience=self.patience)
+        except OSError as error:
+            missing = os.fstat(file.fileno()).st_size - file.tell()
+            raise self._unwritable(error, missing) from None
 
-    def _reserve(self, part: Path, file: BinaryIO, needed: int) -> None:
-        """Give a part its size, as soon as that many bytes fit.
+    def _reserve(self, own: str, file: FileIO, needed: int, wanted: int) -> int:
+        """Give a half-fetched file its size, as soon as that many bytes fit.
 
         Others see the size and leave the room to it, though its bytes are still to come. Waits for
         what others are fetching if that is all there is; whoever waits holds no room itself.
         """
-        if self.limit_bytes is not None and needed > self.limit_bytes:
+        had = file.tell()
+        file.truncate(had)
+        if self.limit_bytes is None:
+            _tidy_once(self.folder, os.getpid())
+            return self._grow(file, had, needed, wanted)
+        if needed > self.limit_bytes:
             raise BadShard(
                 f"has {needed:,} bytes or more and the cache may hold {self.limit_bytes:,}: raise "
                 "the cache limit, or fetch the shard yourself and name the file"
             )
-        had = file.seek(0, os.SEEK_CUR)
-        if shutil.disk_usage(self.folder).free < needed - had:
-            raise no_room(self.folder, needed - had)
-        if had == 0:
-            file.truncate(0)
-        if self.limit_bytes is None:
-            _tidy_once(self.folder, os.getpid())
-        while self.limit_bytes is not None:
+        wanted = min(wanted, self.limit_bytes)
+        while True:
             with exclusive(_made(self.folder / ".lock")):
-                others = _bytes_in_flight(self.folder, part)
-                over = others + needed - self.limit_bytes
-                if _shrunk(self.folder, over) <= 0 or not others or had:
-                    file.truncate(needed)
-                    return
+                others, is_moving = _in_flight(self.folder, own)
+                over = _shrunk(self.folder, others + wanted - self.limit_bytes)
+                if over <= 0 or had or not is_moving:
+                    return self._grow(file, had, needed, wanted)
             self.patience.sleep(_TURN_SECONDS)
+
+    def _grow(self, file: FileIO, had: int, needed: int, wanted: int) -> int:
+        free = shutil.disk_usage(self.folder).free
+        if free < needed - had:
+            raise self._full(needed - had)
+        file.truncate(wanted)
+        return wanted
+
+    def _unwritable(self, error: OSError, missing: int = 0) -> BadShard:
+        if error.errno in _FULL:
+            return self._full(missing)
+        return BadShard(
+            f"cannot be fetched, the cache folder {self.folder} is not writable "
+            f"({error.strerror or type(error).__name__}): give cache=<a folder you can write to>, "
+            "or name one with $MMCL_CACHE"
+        )
+
+    def _full(self, missing: int) -> BadShard:
+        free = 0
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(self.folder).free
+        return BadShard(
+            f"could not be stored, the disk of {self.folder} is full ({missing:,} more bytes are "
+            f"needed, {free:,} are free): make room, lower the cache limit, or name a folder on a "
+            "larger disk with $MMCL_CACHE"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,19 +204,23 @@ def _is_used(place: Path) -> bool:
     return True
 
 
-def _bytes_in_flight(folder: Path, own: Path) -> int:
-    """Return the bytes that others are fetching; remove what killed processes left."""
-    held = 0
+def _in_flight(folder: Path, own: str) -> tuple[int, bool]:
+    """Return the bytes of what others fetch, and whether some will be done; remove left-overs.
+
+    Where nothing can be locked, nobody knows whether another process still fetches.
+    """
+    held, is_moving = 0, False
     for entry in _entries(folder, _PART):
         place = Path(entry.path)
-        if place == own:
+        if entry.name.startswith(own):
             continue
         with contextlib.suppress(OSError):
-            if is_left_over(place):
-                place.unlink()
-            else:
-                held += place.stat().st_size
-    return held
+            if remove_left_over(place):
+                continue
+            size = place.stat().st_size
+            held += size
+            is_moving = is_moving or (size > 0 and entry.name.endswith(".part"))
+    return held, is_moving
 
 
 def _shrunk(folder: Path, over: int) -> int:
@@ -219,7 +237,8 @@ def _shrunk(folder: Path, over: int) -> int:
     for entry in _entries(folder, _WHOLE):
         with contextlib.suppress(OSError):
             status = entry.stat()
-            whole.append((status.st_atime_ns, entry.path, status.st_size))
+            used = max(status.st_atime_ns, status.st_mtime_ns)
+            whole.append((used, entry.path, status.st_size))
     over += sum(size for *_, size in whole)
     for _, path, size in sorted(whole):
         if over <= 0:
@@ -244,7 +263,7 @@ def _made(lock: Path) -> Path:
 @functools.lru_cache(maxsize=16)
 def _tidy_once(folder: Path, process: int) -> None:
     """Remove what killed processes left, once in every process."""
-    _bytes_in_flight(folder, folder)
+    _in_flight(folder, "/")
 
 
 @functools.cache

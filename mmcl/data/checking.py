@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from mmcl.core import Task, TaskStream
+from mmcl.core.card import survey_card
 from mmcl.data.decode import MAX_PIXELS
 from mmcl.data.findings import StreamFindings, everything_in
 from mmcl.data.gathering import Gathering
@@ -70,11 +71,18 @@ def check_stream(
     """
     _expect_sense(limit, workers)
     try:
-        stream = TaskStream.read(card, scorers=scorers)
+        read, faults = survey_card(card, scorers)
     except ValueError as error:
-        return _bad_card(card, str(error))
+        return StreamFindings(card.stem, None, (str(error),), (), ())
+    # What is wrong with samples may hang on what is wrong with the card, so they wait.
+    limit = 0 if faults else limit
+    stream = TaskStream.of_card(read, card)
     works = _Works(stream, cache or default_cache(), allow_pipes, pixels, limit, shards, max_pixels)
-    gathering = Gathering(stream, looked_at_all=limit is None and shards is None)
+    gathering = Gathering(stream)
+    for fault in faults:
+        gathering.faults.add(fault)
+    if faults:
+        gathering.remarks.append("no sample was looked into: correct the card first")
     count = workers if workers is not None else _fitting(works)
     for done, (work, found) in enumerate(_results(iter(works), count), start=1):
         gathering.add(work, found)
@@ -185,13 +193,6 @@ def _fitting(works: _Works) -> int:
         if total > _SMALL_STREAM_BYTES:
             return min(cores or 1, len(works))
     return 1
-
-
-def _bad_card(card: Path, said: str) -> StreamFindings:
-    lines = [line.removeprefix("  - ") for line in said.splitlines()]
-    faults = lines[1:] if len(lines) > 1 else lines
-    remark = "the shards were not looked at: correct the card first"
-    return StreamFindings(card.stem, None, tuple(faults), (remark,), ())
 
 
 def _is_share(limit: float | int) -> bool:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import itertools
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
+from io import FileIO
 
 from mmcl.data.clouds import open_cloud
 from mmcl.data.download import Download, PassingFault
@@ -21,9 +18,12 @@ from mmcl.data.web import WEB, open_web
 
 _STEP = 1 << 26
 """Bytes by which room is asked for where nobody states how many there are."""
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Python's own generator belongs to the user, who may have seeded it.
 _CHANCE = random.SystemRandom()
+
+
+Reserve = Callable[[int, int], int]
+"""Called with (bytes that a file has to hold, bytes it had better hold), gives those it may."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Patience:
 
 def fetch(
     address: str,
-    file: BinaryIO,
+    file: FileIO,
     *,
-    reserve: Callable[[int], None],
+    reserve: Reserve,
     sha256: str = "",
     patience: Patience | None = None,
 ) -> None:
@@ -67,13 +67,14 @@ def fetch(
 
     Args:
         address: of the shard; no error names it, it may hold a password.
-        file: open for writing, with a name; what it holds is written over.
-        reserve: called with the bytes that the file is going to have, at most so far as is known.
+        file: open for writing; what it holds is written over.
+        reserve: asked for room as soon as the size of the shard is known, else in steps.
         sha256: of the shard in hex, "" = unknown. On a mismatch it is fetched a second time.
         patience: how often and how long.
 
     Raises:
         BadShard: if it does not arrive whole, with what happened at every attempt.
+        OSError: if the file cannot be written.
     """
     patience = patience or Patience()
     work = _Fetch(address, file, reserve, sha256.lower())
@@ -99,9 +100,7 @@ def fetch(
 class _Fetch:
     """What is known of a shard after some attempts."""
 
-    def __init__(
-        self, address: str, file: BinaryIO, reserve: Callable[[int], None], sha256: str
-    ) -> None:
+    def __init__(self, address: str, file: FileIO, reserve: Reserve, sha256: str) -> None:
         self.address = address
         self.file = file
         self.reserve = reserve
@@ -130,8 +129,7 @@ class _Fetch:
             self.digest, self.written = hashlib.sha256(), 0
         self.total, self.version = download.total, download.version
         if self.total is not None and self.total != self.reserved:
-            self.reserve(self.total)
-            self.reserved = self.total
+            self.reserved = self.reserve(self.total, self.total)
 
     def arriving(self, download: Download, seconds: float) -> Iterator[bytes]:
         """Give the pieces; where they break off, tell at which byte."""
@@ -145,23 +143,15 @@ class _Fetch:
     def write(self, piece: bytes) -> None:
         after = self.written + len(piece)
         if self.total is None and after > self.reserved:
-            self.reserved = after + _STEP
-            self.reserve(self.reserved)
+            self.reserved = self.reserve(after, after + _STEP)
         elif self.total is not None and after > self.total:
             raise PassingFault(f"more bytes came than the {self.total:,} stated", starts_over=True)
-        try:
-            self.file.write(piece)
-        except OSError as error:
-            raise self.unwritable(error) from None
+        rest = memoryview(piece)
+        while rest:
+            rest = rest[self.file.write(rest) :]
         self.written = after
         if self.sha256:
             self.digest.update(piece)
-
-    def unwritable(self, error: OSError) -> BadShard:
-        folder = Path(self.file.name).parent
-        if error.errno not in _FULL:
-            return BadShard(f"could not be stored in {folder} ({error.strerror}): {ELSEWHERE}")
-        return no_room(folder, (self.total or self.written) - self.written)
 
     def place(self) -> str:
         of = "" if self.total is None else f" of {self.total:,}"
@@ -179,21 +169,6 @@ class _Fetch:
             )
         self.other_hash = own
         raise PassingFault("its sha256 was not the card's", starts_over=True)
-
-
-ELSEWHERE = "give cache=<a folder you can write to>, or name one with $MMCL_CACHE"
-
-
-def no_room(folder: Path, needed: int) -> BadShard:
-    """Return the error for a disk that is full."""
-    free = 0
-    with contextlib.suppress(OSError):
-        free = shutil.disk_usage(folder).free
-    return BadShard(
-        f"could not be stored, the disk is full: {max(needed, 1):,} more bytes are needed in "
-        f"{folder} and {free:,} are free; make room, set a cache limit, or name a folder on a "
-        "larger disk with $MMCL_CACHE"
-    )
 
 
 def _opened(

@@ -41,6 +41,11 @@ class PartFindings:
     lengths: tuple[int, int] | None = None
     answers: tuple[tuple[str, int], ...] = ()
 
+    @property
+    def is_all(self) -> bool:
+        """Whether every sample of every shard was looked into, so that what is absent is absent."""
+        return self.counted == self.shards and self.looked == self.samples > 0
+
 
 @dataclass(frozen=True)
 class TaskFindings:

@@ -24,11 +24,10 @@ class Gathering:
 
     Args:
         stream: that is checked.
-        looked_at_all: whether every sample is looked into, so that what is absent is absent.
     """
 
-    def __init__(self, stream: TaskStream, looked_at_all: bool) -> None:
-        self.stream, self.looked_at_all = stream, looked_at_all
+    def __init__(self, stream: TaskStream) -> None:
+        self.stream = stream
         self.faults = Faults()
         self.remarks: list[str] = []
         self.parts: dict[tuple[int, Part], PartSoFar] = {}
@@ -104,8 +103,7 @@ class Gathering:
         self.end_part()
         tell_overlap(self.stream, self.parts, self.faults, self.remarks)
         tasks = tuple(self.task_findings(task) for task in everything_in(self.stream))
-        if self.looked_at_all:
-            self.remark_absent(tasks)
+        self.remark_absent(tasks)
         self.remark_hashes()
         return StreamFindings(
             self.stream.name, self.stream, tuple(self.faults.lines), tuple(self.remarks), tasks
@@ -126,7 +124,7 @@ class Gathering:
         for each in tasks:
             parts = (("training", each.train), ("test", each.test))
             for word, part in parts:
-                if part is None or each.task.kind != "classify" or not part.looked:
+                if part is None or each.task.kind != "classify" or not part.is_all:
                     continue
                 absent = [
                     f"'{name}'"
@@ -146,9 +144,10 @@ class Gathering:
         used = {name for task in tasks for name in (*task.train, *task.test)}
         without, unused = used - self.stream.hashes.keys(), self.stream.hashes.keys() - used
         if without:
+            count = "no shard has a" if without == used else f"{len(without)} shards have no"
             self.remarks.append(
-                f"{len(without)} of {len(used)} shards have no hash on the card: that they are the "
-                "ones it was written for cannot be told"
+                f"{count} hash on the card: whether a shard is the one it was written for cannot "
+                "be told"
             )
         if unused:
             self.remarks.append(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
+import secrets
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 try:
     import fcntl
@@ -37,56 +37,78 @@ def exclusive(place: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def own_file(place: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """Open a file that nobody else writes meanwhile; others who ask for it wait.
+def written_once(place: Path, part: Path) -> Iterator[FileIO | None]:
+    """Write a file that several processes want: one writes it, the others wait.
 
-    The file is its own lock: rename or remove it before leaving, and no lock stays behind. One
-    that a killed process left is taken over with what it holds. Where nothing can be locked, a
-    file of another name is given, so that two processes only do the same work twice.
+    The half-written file is its own lock, so no lock files pile up; what a killed process left is
+    taken over. Where nothing can be locked, every process writes a part of its own, whose name
+    goes on after ``part``, and the last one stays.
 
     Args:
-        place: where it stands or will stand; its folder exists.
+        place: where the file is going to stand; its folder exists.
+        part: where it stands until it is whole.
 
     Yields:
-        Its path, and the file open for reading and writing at its start.
+        The file, unbuffered, at its start; it is flushed to disk and renamed when the block is
+        left, and removed if the block raises. None if ``place`` has come to be meanwhile.
 
     Raises:
-        OSError: if it cannot be opened.
+        OSError: if it cannot be written.
     """
-    path, handle = place, _opened(place)
-    try:
+    path, handle = _owned(part)
+    with open(handle, "r+b", buffering=0) as file:
         try:
-            while not _lock(handle) or not _is_at(handle, place):
-                _let_go(handle)
-                handle = _opened(place)
+            if place.exists():
+                yield None
+                path.unlink()
+            else:
+                yield file
+                os.fsync(handle)
+                if fcntl is None:  # Windows renames nothing that is open.
+                    file.close()
+                path.replace(place)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise
+        finally:
+            _unlock(handle)
+
+
+def _owned(part: Path) -> tuple[Path, int]:
+    """Open and lock a file; another name where nothing can be locked."""
+    while fcntl is not None:
+        handle = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(handle)
         except OSError:
             os.close(handle)
-            path = place.with_name(f"{place.name}.{os.getpid()}-{threading.get_ident()}")
-            handle = _opened(path)
-        with open(handle, "r+b", closefd=False) as file:
-            yield path, file
-    finally:
+            break
+        if _is_at(handle, part):
+            return part, handle
         _let_go(handle)
+    own = part.with_name(f"{part.name}.{secrets.token_hex(4)}")
+    return own, os.open(own, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
 
 
-def is_left_over(place: Path) -> bool:
-    """Tell whether the process that wrote a file by ``own_file`` is gone; False if unknown."""
+def remove_left_over(part: Path) -> bool:
+    """Remove a part whose process is gone; False if that is unknown or not so."""
     if fcntl is None:
         return False
     try:
-        handle = os.open(place, os.O_RDWR)
+        handle = os.open(part, os.O_RDWR)
     except OSError:
         return False
     try:
-        return _lock(handle, wait=False) and _is_at(handle, place)
+        # Nobody may take it over between the look and the removal.
+        is_over = _lock(handle, wait=False) and _is_at(handle, part)
+        if is_over:
+            part.unlink()
+        return is_over
     except OSError:
         return False
     finally:
         _let_go(handle)
-
-
-def _opened(place: Path) -> int:
-    return os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
 
 
 def _lock(handle: int, wait: bool = True) -> bool:
@@ -101,11 +123,15 @@ def _lock(handle: int, wait: bool = True) -> bool:
 
 
 def _let_go(handle: int) -> None:
-    # A forked child holds the same open file, so closing alone would leave it locked.
+    _unlock(handle)
+    os.close(handle)
+
+
+def _unlock(handle: int) -> None:
+    # A forked child holds the same open file, so closing it here would leave it locked.
     if fcntl is not None:
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_UN)
-    os.close(handle)
 
 
 def _is_at(handle: int, place: Path) -> bool:

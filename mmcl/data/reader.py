@@ -62,7 +62,7 @@ class Reader:
         self.shards = tuple(shards)
         self.chosen = chosen
         self._starts = np.zeros(len(self.shards) + 1, dtype=np.int64)
-        np.cumsum([len(shard) for shard in self.shards], out=self._starts[1:])
+        np.cumsum(np.fromiter(map(len, self.shards), dtype=np.int64), out=self._starts[1:])
         edges = self._starts
         if chosen is not None:
             _expect_rising(chosen, int(edges[-1]))

@@ -242,10 +242,10 @@ def places_looked_at(count: int, look: float | int | None) -> Numbers:
     if isinstance(look, float) and look <= 1:
         kept = max(1, round(look * count))
     elif look is not None:
-        kept = max(1, int(look))
-    if kept >= count:
+        kept = int(look)
+    if kept >= count or count == 0:
         return np.arange(count, dtype=np.int64)
-    return np.arange(kept, dtype=np.int64) * count // kept
+    return np.arange(kept, dtype=np.int64) * count // max(1, kept)
 
 
 def picture_of(sample: Sample) -> bytes:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
-import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from webdataset.gopen import gopen
-
-from mmcl.core.atomic import write_atomic
+from mmcl.data.cache import CachedOrigin, ShardCache
+from mmcl.data.clouds import COMMANDS, FILE_SYSTEMS
 from mmcl.data.faults import BadShard
-from mmcl.data.lock import exclusive
+from mmcl.data.fetch import Patience
 from mmcl.data.shard import Origin
+from mmcl.data.web import WEB
 
-_REMOTE = frozenset({"http", "https", "ftps", "sftp", "scp", "gs", "htgs", "hf", "ais"})
+_REMOTE = WEB | FILE_SYSTEMS | COMMANDS
 
 
 def default_cache() -> Path:
@@ -57,28 +56,6 @@ class LocalOrigin:
         return _existing(Path(self.file))
 
 
-@dataclass(frozen=True, slots=True)
-class CachedOrigin:
-    """A shard that is fetched whole into a cache folder; implements ``Origin``."""
-
-    url: str
-    cache: Path
-    allow_pipes: bool = False
-
-    @property
-    def is_remote(self) -> bool:
-        """Tell that it may have to be fetched."""
-        return True
-
-    def path(self) -> Path:
-        """Return the fetched copy.
-
-        Raises:
-            BadShard: if it cannot be fetched.
-        """
-        return local_shard(self.url, self.cache, self.allow_pipes)
-
-
 def origin_of(
     url: str,
     cache: Path,
@@ -86,20 +63,26 @@ def origin_of(
     allow_pipes: bool = False,
     limit_bytes: int | None = None,
     sha256: str = "",
+    patience: Patience | None = None,
 ) -> Origin:
-    """Return where a shard comes from.
+    """Return where a shard comes from; nothing is looked at or fetched yet.
 
     Args:
         url: a path, a ``file://`` url, or the url of a remote shard.
-        cache: folder for remote shards.
+        cache: folder whose folder "shards" holds the copies of remote shards.
         allow_pipes: run ``pipe:`` urls, which are shell commands.
-        limit_bytes: room that remote shards may take in ``cache``; None = any.
-        sha256: what the card says about the shard in hex, "" = nothing.
+        limit_bytes: that remote shards may take there; None = any number.
+        sha256: of the shard in hex, "" = unknown; a remote one is checked against it as it comes.
+        patience: of a fetch; None = five attempts.
 
     Raises:
         BadShard: if the url is refused.
     """
-    scheme = urlparse(url).scheme.lower()
+    try:
+        scheme = urlparse(url).scheme.lower()
+        is_web = bool(urlparse(url).hostname)
+    except ValueError:
+        raise BadShard("has an address that makes no sense: correct the card") from None
     if scheme == "file":
         return LocalOrigin(unquote(urlparse(url).path))
     if scheme == "pipe":
@@ -114,39 +97,14 @@ def origin_of(
         raise BadShard(
             f"has the scheme '{scheme}', expected one of {', '.join(sorted(_REMOTE))} or a path"
         )
-    return CachedOrigin(url, cache, allow_pipes)
+    elif scheme in WEB and not is_web:
+        raise BadShard("has an address without a server: correct the card")
+    return CachedOrigin(url, _cache_at(cache / "shards", limit_bytes, patience), sha256.lower())
 
 
 def local_shard(url: str, cache: Path, allow_pipes: bool = False) -> Path:
-    """Return a path that holds a shard, fetching it first if it is remote and not there yet.
-
-    A remote shard is written to a temporary name and renamed when it is whole; what is in the
-    cache is not asked for again.
-
-    Args:
-        url: a path, a ``file://`` url, or the url of a remote shard.
-        cache: folder for remote shards.
-        allow_pipes: run ``pipe:`` urls, which are shell commands.
-
-    Raises:
-        BadShard: if there is no such file, or the url is refused or cannot be fetched.
-    """
-    scheme = urlparse(url).scheme.lower()
-    if scheme == "file":
-        url, scheme = unquote(urlparse(url).path), ""
-    if scheme == "pipe":
-        if not allow_pipes or not url.startswith("pipe:"):
-            raise BadShard(
-                "is a 'pipe:' url, which runs a command of whoever wrote the card: read the "
-                "command, then give allow_pipes=True if you trust it, or name a file"
-            )
-    elif "://" not in url:
-        return _existing(Path(url))
-    elif scheme not in _REMOTE:
-        raise BadShard(
-            f"has the scheme '{scheme}', expected one of {', '.join(sorted(_REMOTE))} or a path"
-        )
-    return _fetched(url, cache)
+    """Return a path that holds a shard; ``origin_of`` and its path at once."""
+    return origin_of(url, cache, allow_pipes=allow_pipes).path()
 
 
 def sha256_of(path: Path) -> str:
@@ -164,46 +122,7 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _fetched(url: str, cache: Path) -> Path:
-    name = re.sub(r"[^\w.-]", "_", Path(urlparse(url).path).name)[-80:] or "shard"
-    path = cache / "shards" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
-    if path.is_file():
-        return path
-    with exclusive(_lockable(path.with_name(f"{path.name}.lock"))):
-        if not path.is_file():
-            try:
-                write_atomic(path, lambda temporary: _download(url, temporary))
-            # gopen hands over to curl, gsutil or a hub's client, each with errors of its own.
-            except Exception as error:
-                raise BadShard(
-                    f"could not be fetched ({_reason(error)}): check the address "
-                    "and the network, or fetch it yourself and name the file"
-                ) from None
-    return path
-
-
-def _reason(error: Exception) -> str:
-    # gopen's errors quote the whole command, with the user's token for a private hub.
-    status = re.search(r"exit (-?\d+)", str(error))
-    if status is not None:
-        return f"the fetching command ended with status {status[1]}"
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _download(url: str, temporary: Path) -> None:
-    # Leaving the block waits for the fetching command and raises if it failed half-way.
-    with gopen(url, "rb") as stream, temporary.open("wb") as file:
-        shutil.copyfileobj(stream, file, 1 << 20)
-
-
-def _lockable(lock: Path) -> Path:
-    """Make the file by which processes fetch a shard one at a time."""
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch()
-    except OSError as error:
-        raise BadShard(
-            f"cannot be fetched, the cache folder {lock.parent} is not writable ({error.strerror})"
-            ": give cache=<a folder you can write to>"
-        ) from None
-    return lock
+@functools.lru_cache(maxsize=16)
+def _cache_at(folder: Path, limit_bytes: int | None, patience: Patience | None) -> ShardCache:
+    """Return the one settings object that all shards of a cache share."""
+    return ShardCache(folder, limit_bytes, patience or Patience())

@@ -108,7 +108,11 @@ class TarShard:
         if index.key_hash is not None:
             return index.key_hash
         stored = read_key_hashes(self._places(), index)
-        return self._made()[1] if stored is None else stored
+        if stored is not None:
+            return stored
+        again, made = self._made()
+        self._expect_own(again)
+        return made
 
     def read(self, place: int) -> Sample:
         """Return a sample.

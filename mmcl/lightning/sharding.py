@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import _composable_state
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -54,7 +55,8 @@ class Shards:
             # The same object takes the whole weight again: others may hold it as well.
             parameter.data = parameter.data.new_empty(0)
         self._is_filtered = True
-        module.register_state_dict_post_hook(self._leave_shares)
+        # torch writes on the hook, which a method does not allow.
+        module.register_state_dict_post_hook(lambda *given: self._leave_shares(given[1]))
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -71,6 +73,8 @@ class Shards:
             part._parameters[name] = parameter
         for part, (kind, _, hooks) in self._marks.items():
             part.__class__ = kind
+            # torch has no way back of its own, and keeps a list of what it once shared out.
+            _composable_state._module_state_mapping.pop(part, None)
             for name in self._added[part]:
                 vars(part).pop(name, None)
             for name, before in hooks.items():
@@ -99,9 +103,7 @@ class Shards:
         finally:
             self._is_filtered = True
 
-    def _leave_shares(
-        self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object
-    ) -> None:
+    def _leave_shares(self, state: dict[str, Any]) -> None:
         """Leave in a state dict what a sharded checkpoint holds: the shares of what learns."""
         if self._is_filtered:
             frozen = self.module.frozen

@@ -37,7 +37,7 @@ def fill_file(
         device: where ranks can talk.
 
     Raises:
-        OSError: if they cannot be written.
+        CannotWrite: if they cannot be written.
         ValueError: if some rank had no rows.
     """
     group = 1 + max(files.groups, default=-1)

@@ -68,22 +68,19 @@ class RowFiles(nn.Module):
         """Make the folder and write a byte into it.
 
         Raises:
-            OSError: if that cannot be done.
+            CannotWrite: if that cannot be done.
             RuntimeError: if no folder was given.
         """
-        path = self.place() / f".writable_{rank_and_world()[0]}_{os.getpid()}.tmp"
-        try:
-            write_atomic(path, b"?")
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise unwritten(self.place(), error) from error
+        path = self.place() / f".writable_{rank_and_world()[0]}_{os.getpid()}"
+        write_atomic(path, b"?")
+        path.unlink(missing_ok=True)
 
     @contextmanager
     def spool(self) -> Iterator[Spool]:
         """Open a file of this rank for rows of which some will stay; it is gone afterwards.
 
         Raises:
-            OSError: if the folder takes no file.
+            CannotWrite: if the folder takes no file.
         """
         path = self._spool_path(rank_and_world()[0])
         try:
@@ -109,7 +106,7 @@ class RowFiles(nn.Module):
             device: where ranks can talk.
 
         Raises:
-            OSError: on every rank, if one cannot write, or does not see what another wrote.
+            CannotWrite: on every rank, if one cannot write, or does not see what another wrote.
         """
         self.row_bytes = spool.row_bytes
         counts = agreed(lambda: str(spool.finish()), self.place(), device)

@@ -126,7 +126,7 @@ def tags_of(batch: Batch) -> Tensor:
 
 def _tag(word: str) -> int:
     # Python's own hash of a text is another in every process.
-    return int.from_bytes(blake2b(word.encode(), digest_size=8).digest()) >> 1
+    return int.from_bytes(blake2b(word.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _expect_text(batch: Batch, task: str) -> None:

@@ -154,12 +154,7 @@ class References(nn.Module):
                 "policy is 'balanced' and labels is None: give the class of every sample, "
                 "or choose policy='reservoir'"
             )
-        for name, given in (("labels", labels), ("sizes", sizes), ("places", places)):
-            if given is not None and given.shape != samples.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(given.shape)} and samples {tuple(samples.shape)}: "
-                    "give one for each sample"
-                )
+        _expect_one_each(samples, {"labels": labels, "sizes": sizes, "places": places})
         samples = samples.cpu()
         unknown = torch.full((), -1).expand(len(samples))
         labels = unknown if labels is None else labels.cpu()
@@ -171,15 +166,9 @@ class References(nn.Module):
             ranks = ranks_of(self.seed, task, samples[part])
             if places is not None:
                 ranks = _with_place(ranks, places[part].cpu())
-            self._admit(
-                {
-                    "task": torch.full_like(samples[part], task),
-                    "sample": samples[part],
-                    "labels": labels[part],
-                    "bytes": sizes[part],
-                    "ranks": ranks,
-                }
-            )
+            named = {"task": torch.full_like(ranks, task), "sample": samples[part]}
+            rest = {"labels": labels[part], "bytes": sizes[part], "ranks": ranks}
+            self._admit({**named, **rest})
 
     def _expect_sizes(self, sizes: Tensor) -> None:
         if not self.capacity_bytes or not len(sizes):
@@ -248,6 +237,15 @@ class References(nn.Module):
         """Hold what a checkpoint held."""
         self._columns = {name: state[name].cpu() for name in _COLUMNS}
         self._bound = int(state["bound"])
+
+
+def _expect_one_each(samples: Tensor, given: Mapping[str, Tensor | None]) -> None:
+    for name, column in given.items():
+        if column is not None and column.shape != samples.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(column.shape)} and samples {tuple(samples.shape)}: "
+                "give one for each sample"
+            )
 
 
 def _with_place(ranks: Tensor, places: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmcl.core.atomic import CannotWrite
 from mmcl.core.distributed import gather_texts, rank_and_world
 
 _LOOKS, _SECONDS_BETWEEN = 20, 0.5
@@ -41,7 +42,7 @@ class Spool:
             (R,) int64, a number for each row that no other rank gives away.
 
         Raises:
-            OSError: if the disk is full; on several ranks not yet, but by ``finish``, so that the
+            CannotWrite: if the disk is full; on several ranks not yet, but by ``finish``, so that the
                 others do not wait for this one.
             ValueError: if rows are longer or shorter than those before.
         """
@@ -89,28 +90,27 @@ def agreed(do: Callable[[], str], folder: Path, device: torch.device) -> list[st
         what each rank said, rank after rank.
 
     Raises:
-        OSError: of the first rank that failed.
+        CannotWrite: of the first rank that failed.
     """
     try:
         own = f"done {do()}"
     except OSError as error:
         told = unwritten(folder, error) if error.strerror else error
-        sentence = " ".join(str(told.strerror or told).split())
-        own = f"failed {error.errno or errno.ENOENT} {sentence}"
+        own = f"failed {error.errno or errno.ENOENT} {' '.join(str(told).split())}"
     said = gather_texts([own], device)
     for text in said:
         if text.startswith("failed "):
             _, number, sentence = text.split(" ", 2)
-            raise OSError(int(number), sentence)
+            raise CannotWrite(sentence, int(number))
     return [text.removeprefix("done ") for text in said]
 
 
-def unwritten(folder: Path, error: OSError) -> OSError:
+def unwritten(folder: Path, error: OSError) -> CannotWrite:
     """Return an error that says what to do about one that the system raised."""
-    return OSError(
-        error.errno or errno.EIO,
+    return CannotWrite(
         f"remembered rows cannot be written to {folder} ({error.strerror or error}): make room or "
         "give another folder, then start the run again, which goes on from its last checkpoint",
+        error.errno,
     )
 
 

@@ -4,6 +4,8 @@ Processes are forked off one that has imported everything and done nothing, so a
 import, and no test inherits what another left in memory.
 """
 
+import hashlib
+import json
 import multiprocessing
 import os
 import shutil
@@ -40,13 +42,14 @@ def in_process(work, *arguments, wait=True):
     return process.exitcode
 
 
-def command(words, said=None, kill=None):
+def command(words, said=None, kill=None, before=()):
     """Run mmcl's command line in this process and leave with its status.
 
     Args:
         words: of the command line.
         said: file for what is printed.
         kill: (moment, count): die at the count-th such moment.
+        before: functions that are called first.
     """
     from mmcl.commands import main, sequence
 
@@ -57,6 +60,8 @@ def command(words, said=None, kill=None):
     sequence.write_report = lambda folder: folder / "report.html"
     if kill is not None:
         arm(*kill)
+    for call in before:
+        call()
     with Path(said or os.devnull).open("w") as file, redirect_stdout(file), redirect_stderr(file):
         try:
             status = main(words)
@@ -66,40 +71,100 @@ def command(words, said=None, kill=None):
     os._exit(status)
 
 
-def arm(moment, count):
-    """Make this process kill itself when something happens for the count-th time."""
-    from webdataset.writer import TarWriter
+def arm(moment, count, act=None):
+    """Make this process kill itself when something happens for the count-th time.
 
-    from mmcl.lightning.answering import AnswerScorer
-    from mmcl.lightning.cells import ColumnScorer
-    from mmcl.lightning.running import TaskHooks
-
-    places = {
-        "step": (TaskHooks, "on_train_batch_end", None),
-        "write": (Path, "replace", _halve),
-        "ended": (TaskHooks, "_cost", None),
-        "score": (ColumnScorer, "finish", None),
-        "answers": (AnswerScorer, "finish", None),
-        "sample": (TarWriter, "write", None),
-    }
-    owner, name, before = places[moment]
+    Args:
+        moment: what happens.
+        count: from 1.
+        act: what is done instead of dying.
+    """
+    owner, name, before = _moments()[moment]
     own = getattr(owner, name)
     met = [0]
 
     def counted(*arguments, **named):
         met[0] += 1
-        if met[0] == count:
-            if before is not None:
-                before(*arguments)
-            os.kill(os.getpid(), signal.SIGKILL)
+        if met[0] != count:
+            return own(*arguments, **named)
+        if before is not None:
+            before(own, *arguments)
+        (act or _die)()
         return own(*arguments, **named)
 
     setattr(owner, name, counted)
 
 
-def _halve(temporary, target):
+def _die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _moments():
+    from webdataset.writer import TarWriter
+
+    from mmcl.lightning.answering import AnswerScorer
+    from mmcl.lightning.cells import ColumnScorer
+    from mmcl.lightning.data import ContinualData
+    from mmcl.lightning.folder import RunFolder
+    from mmcl.lightning.hooks import StrategyHooks
+    from mmcl.lightning.running import TaskHooks
+    from mmcl.metrics import AccuracyMatrix
+    from mmcl.metrics.cost import Ledger
+
+    return {
+        "step": (TaskHooks, "on_train_batch_end", None),
+        "write": (Path, "replace", _halve),
+        "written": (Path, "replace", _rename),
+        "ending": (StrategyHooks, "on_train_end", None),
+        "copies": (ContinualData, "keep", None),
+        "ended": (TaskHooks, "_cost", None),
+        "ledger": (Ledger, "write", None),
+        "state": (RunFolder, "save", None),
+        "score": (ColumnScorer, "finish", None),
+        "answers": (AnswerScorer, "finish", None),
+        "matrix": (AccuracyMatrix, "write", None),
+        "sample": (TarWriter, "write", None),
+    }
+
+
+def _halve(own, temporary, target):
     """Leave half of a file that is about to be renamed, as a process that dies while writing."""
     os.truncate(temporary, temporary.stat().st_size // 2)
+
+
+def _rename(own, temporary, target):
+    """Put a file in its place, to die before anything follows from it."""
+    own(temporary, target)
+
+
+def note_steps(file):
+    """Add a line to a file for every step: its task, its number, its samples, its weights."""
+    from mmcl.lightning.running import TaskHooks
+
+    batch_end = TaskHooks.on_train_batch_end
+
+    def note(hooks, trainer, module, outputs, batch, batch_idx):
+        digest = hashlib.sha256()
+        for name, value in sorted(module.kept_state().items()):
+            if isinstance(value, torch.Tensor):
+                digest.update(name.encode() + value.detach().numpy().tobytes())
+        samples = torch.stack([batch.task, batch.sample], 1).tolist()
+        line = [hooks.task.index, trainer.fit_loop.total_batch_idx, samples, digest.hexdigest()]
+        with file.open("a") as notes:
+            notes.write(json.dumps(line) + "\n")
+        batch_end(hooks, trainer, module, outputs, batch, batch_idx)
+
+    TaskHooks.on_train_batch_end = note
+
+
+def noted(file):
+    """What happened in each step, (task, number) -> all that was noted of it, no entry twice."""
+    steps = {}
+    for task, number, samples, digest in map(json.loads, file.read_text().splitlines()):
+        seen = steps.setdefault((task, number), [])
+        if (samples, digest) not in seen:
+            seen.append((samples, digest))
+    return steps
 
 
 def snapshots_of(words, run, folder):

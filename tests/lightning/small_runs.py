@@ -151,10 +151,10 @@ class SmallRuns:
             *options,
         ]
 
-    def start(self, name, strategy="Finetune", kill=None, **changes):
+    def start(self, name, strategy="Finetune", kill=None, before=(), **changes):
         """Give the command of a run; return its exit status and what it said."""
         said = self.folder / f"{name}.said"
-        status = in_process(command, self.words(name, strategy, **changes), said, kill)
+        status = in_process(command, self.words(name, strategy, **changes), said, kill, before)
         return status, " ".join(said.read_text().split())
 
     def finish(self, name, strategy="Finetune", **changes):

@@ -93,11 +93,21 @@ def test_a_checkpoint_goes_on_as_the_original():
 
 
 def test_wrong_arguments_say_what_to_do():
-    with pytest.raises(ValueError, match="samples is 0: remember at least 1, or use Finetune"):
+    with pytest.raises(ValueError, match="memory_bytes 0: remember at least 1, or use Finetune"):
         ExperienceReplay(samples=0)
+    with pytest.raises(ValueError, match="memory_bytes -5: remember at least 1"):
+        ExperienceReplay(memory_bytes=-5)
+    with pytest.raises(ValueError, match="policy is 'ring': choose one of reservoir, balanced, h"):
+        ExperienceReplay(policy="ring")
+    with pytest.raises(ValueError, match="allocation is 'most': choose one of flat, equal_tasks"):
+        ExperienceReplay(allocation="most")
+    with pytest.raises(ValueError, match="scores is 'low' and policy 'herding'"):
+        ExperienceReplay(policy="herding", scores="low")
+    with pytest.raises(ValueError, match="pool is 0, expected 1 or more"):
+        ExperienceReplay(policy="loss", pool=0)
     with pytest.raises(ValueError, match="share is 1.0, expected more than 0 and less than 1"):
         ExperienceReplay(share=1.0)
-    with pytest.raises(ValueError, match="keep is 'none': choose 'references' or 'copies'"):
+    with pytest.raises(ValueError, match="keep is 'none': choose 'references' or 'copies'; with"):
         ExperienceReplay(keep="none")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmcl.core import Batch, Chain, Output, begin_task, end_task, step, trainable
+from mmcl.core import UNSCORED, Batch, Chain, Output, begin_task, end_task, step, trainable
 from mmcl.strategies.lora import LoRA
 from mmcl.strategies.lwf import LwF
 from tests.stand_in import StandIn, a_batch, a_task, task_batches
@@ -258,3 +258,44 @@ def test_what_a_task_adds_to_a_model_is_not_taught_as_it_moves():
     moved(model)
     taught = strategy._ask_teacher(model, a_batch(task=1))
     torch.testing.assert_close(taught, old(a_batch(task=1)).logits.detach())
+
+
+def with_sources(batch, places):
+    """The batch with some of its rows from a general set."""
+    is_general = torch.zeros(len(batch), dtype=torch.bool)
+    is_general[places] = True
+    return replace(
+        batch,
+        task=batch.task.masked_fill(is_general, -1),
+        labels=batch.labels.masked_fill(is_general, UNSCORED),
+        source=is_general.long(),
+        scored=~is_general,
+        recalled=is_general,
+    )
+
+
+def test_rows_of_sources_are_distilled_and_no_others():
+    model, old, _ = after_a_task()
+    strategy = LwF(rows="sources")
+    task = replace(a_task(1), mix=((1, 0.5),))
+    learned, strategy = learn(StandIn(), strategy, [replace(a_task(0), mix=((1, 0.5),))])
+    old = copy.deepcopy(learned)
+    begin_task(learned, strategy, task)
+    with torch.no_grad():
+        for parameter in learned.parameters():
+            parameter.add_(0.1)
+    batch = with_sources(a_batch(rows=6, task=1), [1, 4, 5])
+    done = step(learned, strategy, batch)
+    asked = [1, 4, 5]
+    teacher = old(batch).logits.detach()[asked, :2].double()
+    student = done.output.logits.detach()[asked, :2].double()
+    expected = divergence(teacher, student, 2.0)
+    assert float(done.terms["lwf"].detach()) == pytest.approx(expected, rel=1e-4)
+    assert "lwf" not in step(learned, strategy, a_batch(task=1)).terms
+
+
+def test_a_task_that_mixes_in_no_source_is_refused():
+    with pytest.raises(ValueError, match="mixes in none"):
+        begin_task(StandIn(), LwF(rows="sources"), a_task(0))
+    with pytest.raises(ValueError, match="rows is 'old'"):
+        LwF(rows="old")

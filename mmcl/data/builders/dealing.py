@@ -53,7 +53,7 @@ class DealtTask:
 
 def deal(
     train: Looked, test: Looked | None, options: MakeOptions, known: Sequence[str] = ()
-) -> list[DealtTask]:
+) -> tuple[list[DealtTask], list[str]]:
     """Deal records to tasks.
 
     Args:
@@ -62,6 +62,9 @@ def deal(
             share of it, of every class, byte-identical pictures on one side.
         options: see there.
         known: classes that the card has already, whose numbers stay.
+
+    Returns:
+        The tasks, and all classes in the order of their numbers.
 
     Raises:
         ValueError: if a task would have nothing to learn from or to test on, or tasks are stated
@@ -89,7 +92,7 @@ def deal(
         _expect_some(name, learned, scored, options)
         both = np.union1d(learned.labels, scored.labels) if classes else ()
         dealt.append(DealtTask(name, tuple(classes[label] for label in both), learned, scored))
-    return dealt
+    return dealt, classes
 
 
 def held_out(content: npt.NDArray[np.uint64], group: Numbers, share: float, seed: int) -> Bits:

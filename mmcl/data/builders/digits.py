@@ -17,7 +17,7 @@ import PIL
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from mmcl.data.builders.card import card_task, card_text
+from mmcl.data.builders.card import card_counts, card_task, card_text
 from mmcl.data.builders.digits_looks import LOOKS
 from mmcl.data.builders.shards import Progress, Sample, ShardPlan, build_stream
 
@@ -186,6 +186,7 @@ def _finish(
             "tasks": list(tasks),
             "probes": [],
             "hashes": dict(hashes),
+            "counts": card_counts(plans),
         }
         return {f"{name}.yaml": card_text(fields, header)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmcl.data.builders.card import card_task, card_text
+from mmcl.data.builders.card import card_counts, card_task, card_text
 from mmcl.data.builders.emoji_table import LANGUAGES, Emoji
 from mmcl.data.builders.shards import ShardPlan
 
@@ -76,6 +76,7 @@ def card_texts(
             "tasks": own,
             "probes": [],
             "hashes": dict(hashes),
+            "counts": card_counts([plan for pair in cells.values() for plan in pair]),
         }
         texts[f"{name}.yaml"] = card_text(card, header)
     return texts

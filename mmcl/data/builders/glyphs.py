@@ -18,7 +18,7 @@ import PIL
 from numpy.random import Generator
 from PIL import Image
 
-from mmcl.data.builders.card import card_task, card_text
+from mmcl.data.builders.card import card_counts, card_task, card_text
 from mmcl.data.builders.glyph_faces import FACES, HELD_OUT_FACES, LETTER_FACES, draw_print
 from mmcl.data.builders.glyph_scenes import SIDE, colour, place_freely, scan_coarsely
 from mmcl.data.builders.glyph_shapes import COLOURS, SHAPES, draw_shape
@@ -185,6 +185,7 @@ def write_card(
         "tasks": [card_task("glyphs", learn, [held_out])],
         "probes": [describe_probe(name, plan) for name, plan in probes.items()],
         "hashes": dict(hashes),
+        "counts": card_counts(plans),
     }
     header = (
         f"Made by: mmcl data build glyphs --seed {seed}",

@@ -18,7 +18,7 @@ import numpy as np
 import PIL
 from numpy.random import Generator
 
-from mmcl.data.builders.card import card_task, card_text
+from mmcl.data.builders.card import card_counts, card_task, card_text
 from mmcl.data.builders.scene_drawing import draw_scene
 from mmcl.data.builders.scene_tasks import LOOKS, SKILLS, Made, make_look, make_object
 from mmcl.data.builders.scene_words import OBJECTS, SHAPES
@@ -252,6 +252,7 @@ def write(
             tasks = card["tasks"]
             fields = {key: value for key, value in card.items() if key != "tasks"}
             whole = {**fields, "tasks": tasks, "probes": [], "hashes": own}
+            whole["counts"] = card_counts(plans)
             found[file] = card_text(whole, header)
         return found
 

@@ -17,6 +17,7 @@ from typing import Any
 from webdataset.writer import TarWriter
 
 from mmcl.core.atomic import write_atomic
+from mmcl.data.builders.processes import in_processes
 from mmcl.data.lock import exclusive
 from mmcl.data.source import sha256_of
 
@@ -100,6 +101,7 @@ def build_stream(
     *,
     recipe: Mapping[str, Any],
     progress: Progress | None = None,
+    workers: int = 1,
 ) -> list[Path]:
     """Make the shards that are missing or not as they were written, then the missing cards.
 
@@ -113,7 +115,9 @@ def build_stream(
         card_texts: makes the cards' texts from the shards' hashes.
         recipe: everything that the bytes depend on, as JSON values: seed, sizes, versions.
             Shards and cards of another recipe with this name are removed first.
-        progress: told after every sample; finished shards count at once.
+        progress: told after every sample, with several workers after every shard; finished
+            shards count at once.
+        workers: processes that write; the plans have to be picklable for more than one.
 
     Returns:
         The paths of the cards, in the order of ``cards``.
@@ -127,15 +131,7 @@ def build_stream(
         record = _open_record(record_path, cards, json.loads(json.dumps(recipe)))
         for file in (*cards, *(plan.name for plan in plans), record_path.name):
             _remove_leftovers(folder, file)
-        done, total = 0, sum(plan.count for plan in plans)
-        for plan in plans:
-            path = folder / plan.name
-            if not (path.is_file() and record["shards"].get(plan.name) == sha256_of(path)):
-                record["shards"][plan.name] = _write_plan(path, plan, done, total, progress)
-                _save_record(record_path, record)
-            done += plan.count
-            if progress is not None:
-                progress(done, total)
+        _make_shards(folder, plans, record_path, record, progress, workers)
         texts = card_texts({plan.name: record["shards"][plan.name] for plan in plans})
         for card in cards:
             if not (folder / card).exists():
@@ -143,14 +139,53 @@ def build_stream(
     return [folder / card for card in cards]
 
 
-def _write_plan(
-    path: Path, plan: ShardPlan, done: int, total: int, progress: Progress | None
+def _make_shards(
+    folder: Path,
+    plans: Sequence[ShardPlan],
+    record_path: Path,
+    record: dict[str, Any],
+    progress: Progress | None,
+    workers: int,
+) -> None:
+    """Write what is missing, and note every shard in the record when it is whole."""
+    made, done, total = record["shards"], 0, sum(plan.count for plan in plans)
+
+    def told(number: int) -> None:
+        if progress is not None:
+            progress(done + number, total)
+
+    # A process of its own cannot tell how far it is inside of a shard.
+    watch = told if workers < 2 else None
+    is_saved = True
+    work = ((folder, plan, made.get(plan.name), watch) for plan in plans)
+    for number, (plan, sha256) in enumerate(
+        zip(plans, in_processes(_make_shard, work, workers), strict=True), start=1
+    ):
+        if made.get(plan.name) != sha256:
+            made[plan.name], is_saved = sha256, False
+        # With many shards the record is long, so it is not written after each: of a thousand that
+        # were made, ten may have to be made again.
+        if not is_saved and (number == len(plans) or number % max(1, number // 100) == 0):
+            _save_record(record_path, record)
+            is_saved = True
+        done += plan.count
+        told(0)
+
+
+def _make_shard(
+    work: tuple[Path, ShardPlan, str | None, Callable[[int], None] | None],
 ) -> str:
+    """Write a shard unless it is there as it was written; return its sha256."""
+    folder, plan, stated, told = work
+    path = folder / plan.name
+    if stated is not None and path.is_file() and sha256_of(path) == stated:
+        return stated
+
     def counted() -> Iterator[Sample]:
         for number, sample in enumerate(plan.samples(), start=1):
             yield sample
-            if progress is not None:
-                progress(done + number, total)
+            if told is not None:
+                told(number)
 
     count, sha256 = write_shard(path, counted())
     if count != plan.count:

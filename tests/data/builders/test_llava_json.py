@@ -34,7 +34,7 @@ def made(folder, records=None, options=HALF, name="vqa", out="out", per_picture=
 
 
 def contents(folder):
-    names = (path for path in sorted(folder.iterdir()) if not path.name.endswith(".npz"))
+    names = (path for path in sorted(folder.iterdir()) if path.suffix != ".index")
     return {path.name: path.read_bytes() for path in names}
 
 

@@ -1,0 +1,68 @@
+"""Runs whose card mixes in other sources, states the share, and groups rows of like length."""
+
+import json
+
+import pytest
+
+from tests.data.small_stream import labelled, write_tar
+from tests.lightning.killing import KILLED
+from tests.lightning.small_runs import SmallRuns
+
+pytestmark = pytest.mark.slow
+CHAIN = {
+    "class_path": "mmcl.core.Chain",
+    "init_args": {
+        "strategies": [
+            {"class_path": "mmcl.strategies.ExperienceReplay", "init_args": {"samples": 12}},
+            {
+                "class_path": "mmcl.strategies.LwF",
+                "init_args": {"rows": "sources", "teacher": "base"},
+            },
+        ]
+    },
+}
+
+
+def mixed_runs(folder, kind="classify", source="kind: picture", **options):
+    runs = SmallRuns(folder, sizes=(20, 17), kind=kind, **options)
+    write_tar(runs.card.parent / "general.tar", labelled(9, name="general"))
+    mixed = (
+        f"sources: {{general: {{{source}, shards: general.tar}}}}\nmix: {{general: 0.25}}\n"
+        f"share: 0.125\n"
+    )
+    runs.card.write_text(mixed + runs.card.read_text())
+    return runs
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"data__device_batch": 4}, {"data__workers": 2}],
+    ids=["whole", "parts", "workers"],
+)
+def test_a_killed_run_over_sources_goes_on_exactly(tmp_path, options):
+    runs = mixed_runs(tmp_path)
+    runs.finish("alone", CHAIN, **options)
+    for moment in (("step", 3), ("step", 8)):
+        status, said = runs.start("killed", CHAIN, kill=moment, **options)
+        assert status == KILLED, said
+    runs.finish("killed", CHAIN, **options)
+    assert runs.differences("killed", "alone") == []
+
+
+def test_captions_of_like_length_come_together_and_a_killed_run_goes_on_exactly(tmp_path):
+    runs = mixed_runs(tmp_path, kind="caption", source="kind: caption, scored: false")
+    options = {"data__group_lengths": 3}
+    runs.finish("alone", "ExperienceReplay", **options)
+    status, said = runs.start("killed", "ExperienceReplay", kill=("step", 4), **options)
+    assert status == KILLED, said
+    runs.finish("killed", "ExperienceReplay", **options)
+    assert runs.differences("killed", "alone") == []
+
+
+def test_the_ledger_counts_rows_of_sources_and_the_share_of_the_card(tmp_path):
+    runs = mixed_runs(tmp_path)
+    runs.finish("alone", CHAIN)
+    tasks = json.loads((runs.path("alone") / "ledger.json").read_text())["tasks"]
+    # 8 rows a batch: 2 of the source, from the second task on 1 recalled, the rest new.
+    assert [task["samples_new"] for task in tasks] == [2 * 20, 2 * 17]
+    assert [task["samples_recalled"] for task in tasks] == [2 * 4 * 2, 2 * 4 * 3]
