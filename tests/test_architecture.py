@@ -39,7 +39,7 @@ OTHERS = {
         "huggingface_hub",
     },
     "data": {"torch", "numpy", "webdataset", "fsspec", "PIL", "simplejpeg"},
-    "data/builders": {"numpy", "PIL", "sklearn", "emoji", "matplotlib", "rich", "yaml"},
+    "data/builders": {"numpy", "PIL", "sklearn", "emoji", "matplotlib", "rich", "yaml", "pyarrow"},
     "metrics": {"torch", "torchmetrics", "sacrebleu"},
     "report": {"torch", "matplotlib", "jinja2", "markupsafe", "rich"},
     "strategies": {"torch", "peft"},

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mmcl.commands.words import CommandParser
+from mmcl.data.cache import bytes_of
 from mmcl.data.checking import check_stream
 from mmcl.data.decode import MAX_PIXELS
 from mmcl.data.findings import PartFindings, StreamFindings, TaskFindings
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
             given.card,
             workers=given.workers,
             cache=given.cache,
+            cache_limit=given.cache_limit,
             allow_pipes=given.allow_pipes,
             progress=progress,
             pixels=given.pixels,
@@ -64,6 +66,9 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cache", type=Path, help="folder for remote shards and indexes ($MMCL_CACHE, ~/.cache)"
+    )
+    parser.add_argument(
+        "--cache_limit", type=bytes_of, metavar="SIZE", help="of remote shards there, as 50GB"
     )
     parser.add_argument(
         "--allow_pipes", action="store_true", help="run 'pipe:' addresses, which are commands"

@@ -27,7 +27,6 @@ _EXAMPLES = """\
   mmcl data show data/mine/mine.yaml --samples 16 --limit 0 --out mine.html
 """
 _LIMIT, _SHARDS = 2000, 64
-_SCENARIOS = {"task": "task", "class": "class", "domain": "domain"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
             given.card,
             workers=given.workers,
             cache=given.cache,
+            cache_limit=given.cache_limit,
             allow_pipes=given.allow_pipes,
             progress=progress,
             limit=given.limit or None,
@@ -51,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
     out = given.out or given.card.with_suffix(".html")
     write_atomic(out, stream_page(_stream(found, given)))
     if found.faults:
-        print(f"{len(found.faults)} lines of faults are on the page")
+        count = len(found.faults)
+        print(f"{count} faults are" if count > 1 else "1 fault is", "listed on the page")
     print(f"page: {out}")
     if given.open:
         webbrowser.open(out.absolute().as_uri())
@@ -120,7 +121,7 @@ def _facts(stream: TaskStream, found: StreamFindings) -> tuple[tuple[str, str], 
     held = sum(part.size_bytes for part in parts)
     is_part = any(part.counted < part.shards for part in parts)
     facts = [
-        ("scenario", f"{_SCENARIOS[stream.scenario]}-incremental"),
+        ("scenario", f"{stream.scenario}-incremental"),
         ("tasks", str(len(stream.tasks))),
         ("probes", str(len(stream.probes))),
         ("sources", str(len(stream.sources))),
@@ -147,6 +148,7 @@ def _task(stream: TaskStream, found: TaskFindings, given: argparse.Namespace) ->
         given.samples,
         seed=given.seed,
         cache=given.cache,
+        cache_limit=given.cache_limit,
         allow_pipes=given.allow_pipes,
         max_pixels=given.max_pixels,
     )
@@ -166,12 +168,13 @@ def _task(stream: TaskStream, found: TaskFindings, given: argparse.Namespace) ->
 
 def _task_facts(found: TaskFindings, first: PartFindings) -> tuple[tuple[str, str], ...]:
     task = found.task
+    has_classes = task.kind == "classify" or task.decode == "candidates"
     facts = [
         ("kind", task.kind),
         ("training", f"{_count(found, found.train):,}"),
         ("test", f"{_count(found, found.test):,}"),
         ("size", size(sum(part.size_bytes for part in found.parts))),
-        ("classes", f"{len(found.classes):,}" if found.classes else ""),
+        ("classes", f"{len(found.classes):,}" if has_classes else ""),
         ("scorer", task.scorer),
         ("pictures", _sizes(first)),
         ("letters", "{:,}, up to {:,}".format(*first.lengths) if first.lengths else ""),

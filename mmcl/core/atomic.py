@@ -124,7 +124,14 @@ def _is_about(error: OSError, path: Path, temporary: Path) -> bool:
 
 
 def _room(path: Path, needs: int | None) -> str:
-    known = [] if needs is None else [f"{needs / 1e6:.1f} MB are needed"]
+    known = [] if needs is None else [f"{_size(needs)} are needed"]
     with contextlib.suppress(OSError):
-        known.append(f"{shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free")
+        known.append(f"{_size(shutil.disk_usage(path.parent).free)} are free")
     return f" ({', '.join(known)})" if known else ""
+
+
+def _size(count: int) -> str:
+    unit, name = next(
+        ((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if count >= unit), (1e3, "kB")
+    )
+    return f"{count / unit:.1f} {name}"

@@ -1,7 +1,9 @@
 """From tar to Batch."""
 
+from mmcl.data.checking import check_stream
 from mmcl.data.decode import MAX_PIXELS, decode_image
 from mmcl.data.faults import BadSample
+from mmcl.data.findings import StreamFindings
 from mmcl.data.keep import CopiesReader, keep_copies, prune_copies
 from mmcl.data.loader import train_loader
 from mmcl.data.passes import Pass, pass_loader, test_loader
@@ -18,6 +20,8 @@ __all__ = [
     "Reader",
     "Sample",
     "SampleReader",
+    "StreamFindings",
+    "check_stream",
     "decode_image",
     "keep_copies",
     "pass_loader",

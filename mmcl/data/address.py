@@ -37,9 +37,11 @@ def cached_name(address: str, sha256: str) -> str:
         address: of the shard.
         sha256: of its content as the card has it, "" = unknown; another content is another file.
     """
-    path = address if address.startswith("pipe:") else unquote(urlsplit(address).path)
-    # Behind the path of a command's file there may be options with a password.
-    last = re.split(r"[\s?&|;'\"]", PurePosixPath(path.strip()).name)[0]
+    if address.startswith("pipe:"):
+        # Behind the path of a command's file there may be options with a password.
+        last = re.split(r"[\s?&|;'\"]", address.rpartition("/")[2])[0]
+    else:
+        last = PurePosixPath(unquote(urlsplit(address).path)).name
     name = re.sub(r"[^\w.-]", "_", last, flags=re.ASCII)[-80:] or "shard"
     stated = f"\n{sha256}" if sha256 else ""
     return f"{_hex(without_secrets(address) + stated, 16)}-{name}"

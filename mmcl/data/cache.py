@@ -121,10 +121,12 @@ class ShardCache:
             self.patience.sleep(_TURN_SECONDS)
 
     def _grow(self, file: FileIO, had: int, needed: int, wanted: int) -> int:
-        free = shutil.disk_usage(self.folder).free
-        if free < needed - had:
+        if shutil.disk_usage(self.folder).free < needed - had:
             raise self._full(needed - had)
-        file.truncate(wanted)
+        try:
+            file.truncate(wanted)
+        except OSError as error:
+            raise self._unwritable(error, needed - had) from None
         return wanted
 
     def _unwritable(self, error: OSError, missing: int = 0) -> BadShard:
@@ -141,8 +143,8 @@ class ShardCache:
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(self.folder).free
         return BadShard(
-            f"could not be stored, the disk of {self.folder} is full ({missing:,} more bytes are "
-            f"needed, {free:,} are free): make room, lower the cache limit, or name a folder on a "
+            f"could not be stored, the disk of {self.folder} is full (room for {missing:,} more bytes is "
+            f"wanted, {free:,} are free): make room, set a lower cache limit, or name a folder on a "
             "larger disk with $MMCL_CACHE"
         )
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from mmcl.core.card import survey_card
 from mmcl.data.decode import MAX_PIXELS
 from mmcl.data.findings import StreamFindings, everything_in
 from mmcl.data.gathering import Gathering
+from mmcl.data.limit import expect_limit
+from mmcl.data.opening import Place
 from mmcl.data.part_check import PARTS
 from mmcl.data.prepare import Part, Progress
 from mmcl.data.shard_check import ShardFindings, ShardWork, check_shard, places_looked_at
@@ -34,6 +37,7 @@ def check_stream(
     *,
     workers: int | None = None,
     cache: Path | None = None,
+    cache_limit: int | None = None,
     allow_pipes: bool = False,
     progress: Progress | None = None,
     pixels: bool = False,
@@ -44,21 +48,18 @@ def check_stream(
 ) -> StreamFindings:
     """Verify card, shards and samples of a stream, and count what it holds.
 
-    Every sample is made into a row by the rules of training. Test pictures that are trained on, in
-    any task, are faults. Needs 24 bytes of memory for every sample, and 40 more at the end.
+    Samples are made into rows as in training. Needs 24 bytes for each, and 40 more at the end.
 
     Args:
         card: of the stream.
-        workers: processes that go through shards; None = as many as there are cores, or none
-            besides this one if the stream is small.
+        workers: processes; None = one for each core, or this one alone if the stream is small.
         cache: see ``prepare``.
+        cache_limit: see ``prepare``.
         allow_pipes: see ``prepare``.
         progress: told after every shard: (shards done, shards in all).
-        pixels: compare pictures by their pixels, so that the same picture in another file is found.
-        limit: 200 = look into about 200 samples of every part of every task, 0.02 = into that share
-            of them, spread evenly; shards, counts, keys and hashes are verified in whole.
-        shards: for a glance: open at most so many shards of every part, spread evenly, and verify
-            neither hashes nor counts.
+        pixels: compare pictures by pixels, so that one saved again in another file is found.
+        limit: samples of every part that are looked into, as in ``prepare`` but spread evenly.
+        shards: for a glance: open at most so many of every part, without hashes and counts.
         max_pixels: of the largest picture that is no fault.
         scorers: names that tasks may give theirs, none = any.
 
@@ -74,21 +75,11 @@ def check_stream(
         read, faults = survey_card(card, scorers)
     except ValueError as error:
         return StreamFindings(card.stem, None, (str(error),), (), ())
+    place = Place(cache or default_cache(), cache_limit, allow_pipes)
     # What is wrong with samples may hang on what is wrong with the card, so they wait.
-    limit = 0 if faults else limit
-    stream = TaskStream.of_card(read, card)
-    works = _Works(stream, cache or default_cache(), allow_pipes, pixels, limit, shards, max_pixels)
-    gathering = Gathering(stream)
-    for fault in faults:
-        gathering.faults.add(fault)
-    if faults:
-        gathering.remarks.append("no sample was looked into: correct the card first")
-    count = workers if workers is not None else _fitting(works)
-    for done, (work, found) in enumerate(_results(iter(works), count), start=1):
-        gathering.add(work, found)
-        if progress is not None:
-            progress(done, len(works))
-    return gathering.findings()
+    look = 0 if faults else limit
+    works = _Works(TaskStream.of_card(read, card), place, pixels, look, shards, max_pixels)
+    return _go_through(works, faults, _fitting(works) if workers is None else workers, progress)
 
 
 class _Works:
@@ -96,27 +87,25 @@ class _Works:
 
     Args:
         stream: to be checked.
-        cache: and all others see ``ShardWork``.
-        allow_pipes: as there.
-        by_pixels: as there.
+        place: how its shards are opened, without hash and count of any.
+        by_pixels: see ``ShardWork``.
         limit: of ``check_stream``.
         shards: of ``check_stream``.
-        max_pixels: as there.
+        max_pixels: see ``ShardWork``.
     """
 
     def __init__(
         self,
         stream: TaskStream,
-        cache: Path,
-        allow_pipes: bool,
+        place: Place,
         by_pixels: bool,
         limit: float | int | None,
         shards: int | None,
         max_pixels: int,
     ) -> None:
-        self.stream, self.cache, self.allow_pipes = stream, cache, allow_pipes
+        self.stream, self.place, self.tasks = stream, place, everything_in(stream)
         self.by_pixels, self.limit, self.max_pixels = by_pixels, limit, max_pixels
-        self.shards, self.tasks = shards, everything_in(stream)
+        self.shards = shards
 
     def __len__(self) -> int:
         return sum(len(self.names(task, part)) for task in self.tasks for part in PARTS)
@@ -136,20 +125,27 @@ class _Works:
         return [names[place] for place in places_looked_at(len(names), self.shards)]
 
     def work(self, task: Task, part: Part, name: str, look: float | int | None) -> ShardWork:
-        stream, is_glance = self.stream, self.shards is not None
-        return ShardWork(
-            task=task,
-            part=part,
-            name=name,
-            url=stream.shard(name),
-            sha256="" if is_glance else stream.hashes.get(name, ""),
-            count=0 if is_glance else stream.counts.get(name, 0),
-            cache=self.cache,
-            allow_pipes=self.allow_pipes,
-            look=look,
-            max_pixels=self.max_pixels,
-            by_pixels=self.by_pixels,
-        )
+        stream, place = self.stream, self.place
+        if self.shards is None:
+            sha256 = stream.hashes.get(name, "").lower()
+            place = replace(place, sha256=sha256, count=stream.counts.get(name))
+        url = stream.shard(name)
+        return ShardWork(task, part, name, url, place, look, self.max_pixels, self.by_pixels)
+
+
+def _go_through(
+    works: _Works, card_faults: Sequence[str], workers: int, progress: Progress | None
+) -> StreamFindings:
+    gathering, count = Gathering(works.stream), len(works)
+    for fault in card_faults:
+        gathering.faults.add(fault)
+    if card_faults:
+        gathering.remarks.append("no sample was looked into: correct the card first")
+    for done, (work, found) in enumerate(_results(iter(works), workers), start=1):
+        gathering.add(work, found)
+        if progress is not None:
+            progress(done, count)
+    return gathering.findings()
 
 
 def _results(works: Iterator[ShardWork], workers: int) -> Iterator[tuple[ShardWork, ShardFindings]]:
@@ -200,10 +196,6 @@ def _is_share(limit: float | int) -> bool:
 
 
 def _expect_sense(limit: float | int | None, workers: int | None) -> None:
-    if limit is not None and not (limit > 0 and (_is_share(limit) or limit == int(limit))):
-        raise ValueError(
-            f"limit is {limit!r}, expected a whole number of samples such as 200, or a share "
-            "such as 0.02"
-        )
+    expect_limit(limit)
     if workers is not None and workers < 0:
         raise ValueError(f"workers is {workers}, expected 0 (none besides this process) or more")

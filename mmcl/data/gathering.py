@@ -120,23 +120,17 @@ class Gathering:
         return None if found is None else found.part_findings()
 
     def remark_absent(self, tasks: tuple[TaskFindings, ...]) -> None:
-        """Note the classes of a task that have no sample in one of its parts."""
-        for each in tasks:
-            parts = (("training", each.train), ("test", each.test))
-            for word, part in parts:
-                if part is None or each.task.kind != "classify" or not part.is_all:
-                    continue
-                absent = [
-                    f"'{name}'"
-                    for name, count in zip(each.classes, part.labels, strict=True)
-                    if count == 0
-                ]
-                if absent:
-                    more = f" and {len(absent) - NAMED} more" if len(absent) > NAMED else ""
-                    self.remarks.append(
-                        f"task '{each.task.name}' has no {word} sample of {len(absent)} of its "
-                        f"{len(each.classes)} classes: {', '.join(absent[:NAMED])}{more}"
-                    )
+        """Note the classes of tasks that have no sample in one of their parts."""
+        lines = [
+            line
+            for each in tasks
+            for word, part in (("training", each.train), ("test", each.test))
+            if part is not None and each.task.kind == "classify"
+            for line in _absent(each, word, part)
+        ]
+        self.remarks += lines[:NAMED]
+        if len(lines) > NAMED:
+            self.remarks.append(f"and {len(lines) - NAMED} more parts of tasks lack classes")
 
     def remark_hashes(self) -> None:
         """Note shards whose content the card cannot vouch for, and hashes of none."""
@@ -154,3 +148,16 @@ class Gathering:
                 f"the card has hashes of {len(unused)} shards that it lists nowhere, such as "
                 f"{min(unused)}"
             )
+
+
+def _absent(found: TaskFindings, word: str, part: PartFindings) -> list[str]:
+    """Say in a line which classes of a task have no sample in a part, if any and if it is known."""
+    counts = zip(found.classes, part.labels, strict=True) if part.is_all else ()
+    absent = [f"'{name}'" for name, count in counts if count == 0]
+    if not absent:
+        return []
+    more = f" and {len(absent) - NAMED} more" if len(absent) > NAMED else ""
+    return [
+        f"{called(found.task)} has no {word} sample of {len(absent)} of its "
+        f"{len(found.classes)} classes: {', '.join(absent[:NAMED])}{more}"
+    ]

@@ -15,7 +15,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -82,28 +82,23 @@ def read_index(places: Sequence[Path], file: BinaryIO | None) -> ShardIndex | No
             one, which is compared when it is fetched.
     """
     for place in places:
-        with _opened(place) as stored:
-            header = None if stored is None else _header(stored)
-            if stored is None or header is None or not _is_of(header, file):
-                continue
-            index = _index(stored, header)
-            if index is not None and _makes_sense(index):
-                return index
+        with contextlib.suppress(OSError):
+            found = _read(place, file)
+            if found is not None:
+                return found
     return None
 
 
 def read_key_hashes(places: Sequence[Path], index: ShardIndex) -> Hashes | None:
     """Return the (n,) hashes of the keys from the file of an index, None if they are not there."""
     for place in places:
-        with _opened(place) as stored:
-            header = None if stored is None else _header(stored)
-            if stored is None or header is None:
+        with contextlib.suppress(OSError), place.open("rb") as stored:
+            header = _header(stored)
+            if header is None or (header.samples, header.edges) != (len(index), index.edges):
                 continue
             stored.seek(-8 * header.samples, os.SEEK_END)
             data = stored.read(8 * header.samples)
-            if (header.samples, header.edges) == (len(index), index.edges) and (
-                zlib.crc32(data) == header.sum_of_hashes
-            ):
+            if zlib.crc32(data) == header.sum_of_hashes:
                 return np.frombuffer(data, "<u8")
     return None
 
@@ -130,14 +125,15 @@ def _packed(index: ShardIndex, key_hash: Hashes, time: int) -> bytes:
     return _SUMS.pack(_MAGIC, zlib.crc32(guarded), zlib.crc32(hashes)) + guarded + hashes
 
 
-@contextlib.contextmanager
-def _opened(place: Path) -> Iterator[BinaryIO | None]:
-    """Open what may be the file of an index; None if there is none or it cannot be read."""
-    with contextlib.ExitStack() as stack:
-        file: BinaryIO | None = None
-        with contextlib.suppress(OSError):
-            file = stack.enter_context(place.open("rb")) if place.is_file() else None
-        yield file
+def _read(place: Path, file: BinaryIO | None) -> ShardIndex | None:
+    if not place.is_file():
+        return None
+    with place.open("rb") as stored:
+        header = _header(stored)
+        if header is None or not _is_of(header, file):
+            return None
+        index = _index(stored, header)
+    return index if index is not None and _makes_sense(index) else None
 
 
 def _header(stored: BinaryIO) -> _Header | None:

@@ -201,7 +201,7 @@ def _piece(path: Path, file: BinaryIO) -> npt.NDArray[np.uint8]:
     piece = file.read(_PIECE)
     while piece.endswith(b"\\") and (more := file.read(1 << 16)):
         piece += more
-        if len(piece) > 4 * _PIECE:
+        if len(piece) > 4 * MAX_RECORD_BYTES + _PIECE:
             raise ValueError(f"{path} is not JSON, it holds megabytes of backslashes")
     return np.frombuffer(piece, np.uint8)
 

@@ -62,12 +62,13 @@ class LooseShard:
     Args:
         origin: the ``.loose.json``.
         name: of it as the card has it.
-        cache: folder for the index of a JSON that lies in a read-only folder.
+        cache: folder for the index of a JSON that lies in a read-only folder; None = keep none
+            there.
     """
 
     origin: Origin | Path | str
     name: str
-    cache: Path
+    cache: Path | None
     is_remote: bool = field(default=False, init=False)
     _opened: _Opened | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -178,7 +179,7 @@ def read_loose_set(path: Path) -> LooseSet:
     return LooseSet(**{**own, "records": folder / own["records"], "images": folder / own["images"]})
 
 
-def _opened(path: Path, cache: Path) -> _Opened:
+def _opened(path: Path, cache: Path | None) -> _Opened:
     stated = read_loose_set(path)
     try:
         index = open_loose_index(stated.records, stated.answer_field, cache)

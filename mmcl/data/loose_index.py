@@ -37,7 +37,7 @@ class LooseIndex:
     sha256: str
 
 
-def open_loose_index(path: Path, answer_field: str, cache: Path) -> LooseIndex:
+def open_loose_index(path: Path, answer_field: str, cache: Path | None) -> LooseIndex:
     """Return the index of a JSON, from the file beside it or by a pass that writes this file.
 
     The file is ``<name>.index.npz``, in ``cache`` where the folder of the JSON is read-only. It is
@@ -47,7 +47,7 @@ def open_loose_index(path: Path, answer_field: str, cache: Path) -> LooseIndex:
     Args:
         path: of the JSON list or JSON lines.
         answer_field: of records with ``text`` in place of ``conversations``.
-        cache: folder for what cannot stand beside the JSON.
+        cache: folder for what cannot stand beside the JSON; None = keep it nowhere else.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -57,10 +57,9 @@ def open_loose_index(path: Path, answer_field: str, cache: Path) -> LooseIndex:
         raise FileNotFoundError(f"there is no file {path}: correct the path")
     stamp = _stamp(path, answer_field)
     hashed = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
-    places = [
-        path.with_name(f"{path.name}.index.npz"),
-        cache / "indexes" / f"{hashed}-{path.name}.index.npz",
-    ]
+    places = [path.with_name(f"{path.name}.index.npz")]
+    if cache is not None:
+        places.append(cache / "indexes" / f"{hashed}-{path.name}.index.npz")
     for place in places:
         found = _load(place, path, stamp) if place.is_file() else None
         if found is not None:
@@ -125,8 +124,9 @@ def _own_hash(arrays: dict[str, npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
 
 def _save(place: Path, index: LooseIndex, stamp: npt.NDArray[np.uint8]) -> None:
     arrays = _arrays(index)
+    stored: dict[str, Any] = {**arrays, "stamp": stamp, "own": _own_hash(arrays)}
     with place.open("wb") as file:
-        np.savez(file, stamp=stamp, own=_own_hash(arrays), **arrays)
+        np.savez(file, **stored)
 
 
 def _load(place: Path, path: Path, stamp: npt.NDArray[np.uint8]) -> LooseIndex | None:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mmcl.data.findings import PartFindings, spread_of
+from mmcl.data.opening import open_shard
 from mmcl.data.prepare import Part
+from mmcl.data.reader import Reader
 from mmcl.data.shard import Numbers
-from mmcl.data.shard_check import NAMED, ShardFindings, ShardWork, open_shard, places_looked_at
+from mmcl.data.shard_check import NAMED, ShardFindings, ShardWork, places_looked_at
 from mmcl.data.twins import Prints
 
 PARTS: tuple[Part, Part] = ("train", "test")
@@ -82,8 +84,7 @@ class PartSoFar:
         work = self.works[shard]
         if not of_all:
             own = int(places_looked_at(self.samples[shard], work.look)[own])
-        _, reader = open_shard(work.name, work.url, work.cache, work.allow_pipes)
-        return reader.where(own)
+        return Reader([open_shard(work.name, work.url, work.place)[1]]).where(own)
 
     def part_findings(self) -> PartFindings:
         """Sum up what was found."""

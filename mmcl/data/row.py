@@ -74,21 +74,24 @@ def make_row(
     Raises:
         BadSample: if a member is missing or broken, or the label is not one of the task's.
     """
-    taken = sum(map(len, sample.members.values()))
-    made = MadeRow(Row(None), UNSCORED, task.index, number, sample.key, is_recalled, bytes=taken)
+    label, reference = UNSCORED, None
     if task.kind == "answer":
         dialogue, pixels = _asked(sample, task, max_pixels)
         row = transform(pixels, dialogue, seed)
         if row.labels is not None and not bool((row.labels != UNSCORED).any()):
             raise BadSample("its answer lies behind the model's max_length: raise it or shorten it")
-        return replace(made, row=row, reference=dialogue.reference)
-    label, text = UNSCORED, None
-    if task.kind == "classify":
-        label = _column(sample, task)
-    elif task.kind != "picture":
-        text = _text(sample, task.text.lower())
-    pixels = decode_image(_picture(sample), max_pixels)
-    return replace(made, row=transform(pixels, text, seed), label=label)
+        reference = dialogue.reference
+    else:
+        text = None
+        if task.kind == "classify":
+            label = _column(sample, task)
+        elif task.kind != "picture":
+            text = _text(sample, task.text.lower())
+        row = transform(decode_image(_picture(sample), max_pixels), text, seed)
+    taken = sum(map(len, sample.members.values()))
+    return MadeRow(
+        row, label, task.index, number, sample.key, is_recalled, bytes=taken, reference=reference
+    )
 
 
 def collate(rows: Sequence[MadeRow], faults: Sequence[str] = (), weight: float = 1.0) -> Batch:

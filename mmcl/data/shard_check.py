@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +15,12 @@ from mmcl.core import Dialogue, Row, Task
 from mmcl.data.faults import BadSample, BadShard
 from mmcl.data.findings import called
 from mmcl.data.index import IMAGES, is_read
+from mmcl.data.loose import LooseShard
+from mmcl.data.opening import Place, expect_hash, open_shard
 from mmcl.data.prepare import Part
 from mmcl.data.reader import Reader
 from mmcl.data.row import READ_KINDS, make_row
-from mmcl.data.shard import Numbers, Sample
-from mmcl.data.source import LocalOrigin, local_shard, sha256_of
-from mmcl.data.tar_shard import TarShard
+from mmcl.data.shard import Numbers, Sample, Shard
 from mmcl.data.twins import Prints, hash_of, print_of
 
 NAMED = 5
@@ -39,10 +38,7 @@ class ShardWork:
         part: of the task.
         name: of the shard as the card has it.
         url: where it lies.
-        sha256: of the card, "" = not stated.
-        count: samples as the card says, 0 = not stated.
-        cache: see ``prepare``.
-        allow_pipes: see ``prepare``.
+        place: how it is opened.
         look: 200 = look into so many samples, 0.02 = into that share; None = into all.
         max_pixels: of the largest picture that is decoded.
         by_pixels: tell pictures by their pixels instead of their files.
@@ -52,10 +48,7 @@ class ShardWork:
     part: Part
     name: str
     url: str
-    sha256: str
-    count: int
-    cache: Path
-    allow_pipes: bool
+    place: Place
     look: float | int | None
     max_pixels: int
     by_pixels: bool
@@ -67,7 +60,7 @@ class ShardFindings:
 
     Attributes:
         fault: why the shard as a whole cannot be used, "" if it can.
-        size_bytes: of its file.
+        size_bytes: of its file; of the samples looked into where they lie in place.
         samples: n.
         keys: (n,) hashes of the keys.
         places: (k,) places of the samples that were looked into.
@@ -101,18 +94,14 @@ def check_shard(work: ShardWork) -> ShardFindings:
         what was found; a shard that cannot be used has ``fault`` and nothing else.
     """
     try:
-        path, reader = open_shard(work.name, work.url, work.cache, work.allow_pipes)
-        _expect_hash(path, work.sha256)
-        if len(reader) == 0:
+        origin, shard = open_shard(work.name, work.url, work.place)
+        expect_hash(origin, work.place.sha256)
+        if len(shard) == 0:
             raise BadShard(
                 "holds no samples: members are named <key>.png, <key>.cls, <key>.txt and so on"
             )
-        if work.count not in (0, len(reader)):
-            raise BadShard(
-                f"holds {len(reader)} samples and the card counts {work.count}: correct the card "
-                "or fetch the shard again"
-            )
-        return _Look(work, reader).all_samples(path.stat().st_size)
+        size_bytes = 0 if isinstance(shard, LooseShard) else origin.path().stat().st_size
+        return _Look(work, shard).all_samples(size_bytes)
     except BadShard as fault:
         return ShardFindings(fault=str(fault))
     except OSError as error:
@@ -124,9 +113,10 @@ def check_shard(work: ShardWork) -> ShardFindings:
 def unreadable(task: Task) -> str:
     """Return why no sample of a task could be read, "" if they can."""
     where = called(task)
-    if task.kind not in (*READ_KINDS, "picture"):
+    kinds = READ_KINDS if task.index >= 0 else (*READ_KINDS, "picture")
+    if task.kind not in kinds:
         return (
-            f"{where} is of kind '{task.kind}', expected {', '.join(READ_KINDS)}: "
+            f"{where} is of kind '{task.kind}', expected {', '.join(kinds)}: "
             "this version reads no others"
         )
     if task.kind not in ("classify", "picture") and not is_read(task.text.lower()):
@@ -135,17 +125,6 @@ def unreadable(task: Task) -> str:
             "in .txt, such as .de.txt"
         )
     return ""
-
-
-def open_shard(name: str, url: str, cache: Path, allow_pipes: bool) -> tuple[Path, Reader]:
-    """Return the local file of a shard and a reader of it.
-
-    Raises:
-        BadShard: if it is missing, refused or no whole shard.
-        OSError: if it cannot be read.
-    """
-    path = local_shard(url, cache, allow_pipes)
-    return path, Reader([TarShard(LocalOrigin(path), name, cache)])
 
 
 @dataclass(frozen=True)
@@ -183,14 +162,14 @@ def look_at(sample: Sample, task: Task, max_pixels: int) -> Looked:
 class _Look:
     """Goes through the samples of one shard and gathers what it finds."""
 
-    def __init__(self, work: ShardWork, reader: Reader) -> None:
-        self.work, self.reader = work, reader
+    def __init__(self, work: ShardWork, shard: Shard) -> None:
+        self.work, self.shard, self.reader = work, shard, Reader([shard])
         self.found = ShardFindings()
         columns = work.task.labels if work.task.kind == "classify" else ()
         self.column_place = {column: place for place, column in enumerate(columns)}
 
     def all_samples(self, size_bytes: int) -> ShardFindings:
-        found, count = self.found, len(self.reader)
+        found, count = self.found, len(self.shard)
         found.size_bytes, found.samples = size_bytes, count
         found.keys = self.reader.shards[0].key_hashes()
         if not unreadable(self.work.task):
@@ -200,7 +179,7 @@ class _Look:
         found.labels = np.zeros(len(self.column_place), np.int64)
         for row, place in enumerate(found.places.tolist()):
             try:
-                self.one_sample(row, self.reader.read(place))
+                self.one_sample(row, self.shard.read(place))
             except BadSample as bad:
                 self.note(place, str(bad))
         found.answers = Counter(dict(found.answers.most_common(_ANSWERS)))
@@ -209,6 +188,8 @@ class _Look:
     def one_sample(self, row: int, sample: Sample) -> None:
         looked = look_at(sample, self.work.task, self.work.max_pixels)
         found = self.found
+        if isinstance(self.shard, LooseShard):
+            found.size_bytes += sum(map(len, sample.members.values()))
         picture = _shown(sample, looked, self.work.by_pixels)
         asked = ""
         if isinstance(looked.text, Dialogue):
@@ -264,14 +245,3 @@ def _contents(sample: Sample) -> Iterator[bytes]:
     for extension in sorted(sample.members):
         yield extension.encode()
         yield sample.members[extension]
-
-
-def _expect_hash(path: Path, stated: str) -> None:
-    if not stated:
-        return
-    own = sha256_of(path)
-    if own != stated.lower():
-        raise BadShard(
-            f"has the sha256 {own} and the card says {stated.lower()}: it is not the shard that "
-            f"the card was written for; delete {path} and fetch or build it again"
-        )

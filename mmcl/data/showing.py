@@ -15,9 +15,10 @@ from torch import Tensor
 from mmcl.core import PICTURE, Dialogue, Task, TaskStream
 from mmcl.data.decode import MAX_PIXELS
 from mmcl.data.faults import BadSample, BadShard
+from mmcl.data.opening import Place, open_shard
 from mmcl.data.prepare import Part
 from mmcl.data.reader import Reader
-from mmcl.data.shard_check import look_at, open_shard
+from mmcl.data.shard_check import look_at
 from mmcl.data.source import default_cache
 
 _LARGEST_SIDE = 320
@@ -56,6 +57,7 @@ def draw_samples(
     *,
     seed: int = 0,
     cache: Path | None = None,
+    cache_limit: int | None = None,
     allow_pipes: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> list[DrawnSample]:
@@ -71,6 +73,7 @@ def draw_samples(
         count: samples wanted.
         seed: of the choice.
         cache: see ``prepare``.
+        cache_limit: see ``prepare``.
         allow_pipes: see ``prepare``.
         max_pixels: of the largest picture that is decoded.
     """
@@ -78,10 +81,11 @@ def draw_samples(
     draw = np.random.default_rng([seed, group])
     names = task.train if part == "train" else task.test
     readers: list[Reader] = []
+    opened = Place(cache or default_cache(), cache_limit, allow_pipes)
     for place in draw.permutation(len(names))[:count].tolist():
         try:
             url = stream.shard(names[place])
-            reader = open_shard(names[place], url, cache or default_cache(), allow_pipes)[1]
+            reader = Reader([open_shard(names[place], url, opened)[1]])
         except (BadShard, OSError):
             continue
         readers += [reader] * (len(reader) > 0)

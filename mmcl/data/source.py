@@ -16,7 +16,7 @@ from mmcl.data.fetch import Patience
 from mmcl.data.shard import Origin
 from mmcl.data.web import WEB
 
-_REMOTE = WEB | FILE_SYSTEMS | COMMANDS
+_REMOTE = WEB | FILE_SYSTEMS | COMMANDS.keys()
 
 
 def default_cache() -> Path:
@@ -100,11 +100,6 @@ def origin_of(
     elif scheme in WEB and not is_web:
         raise BadShard("has an address without a server: correct the card")
     return CachedOrigin(url, _cache_at(cache / "shards", limit_bytes, patience), sha256.lower())
-
-
-def local_shard(url: str, cache: Path, allow_pipes: bool = False) -> Path:
-    """Return a path that holds a shard; ``origin_of`` and its path at once."""
-    return origin_of(url, cache, allow_pipes=allow_pipes).path()
 
 
 def sha256_of(path: Path) -> str:

@@ -114,23 +114,22 @@ class TrainingRows(Dataset[Batch]):
 
     def _row(self, entry: int, epoch: int, faults: list[str]) -> MadeRow:
         """Make the row of an entry, or of the first of its stand-ins that can be read."""
-        first = entry
-        place = self._found(first)
+        first = place = self._found(entry)
         own: list[str] = []
         for attempt in range(1, MAX_STAND_INS + 1):
             try:
-                made = self._made(entry, epoch)
+                made = self._made(place, epoch)
             except BadSample as bad:
-                there = self._found(entry)
-                own.append(f"{there.reader.where(there.number)}: {bad}")
-                draw = mix(self.seed, place.rows.index - place.source, place.number, attempt)
-                entry = self._stand_in(first, draw)
+                own.append(f"{place.reader.where(place.number)}: {bad}")
+                draw = mix(self.seed, first.rows.index - first.source, first.number, attempt)
+                place = self._found(self._stand_in(entry, draw))
             else:
-                faults.extend(dict.fromkeys(own))
+                if own:
+                    faults.extend(dict.fromkeys(own))
                 return made
         raise ValueError(
             f"{MAX_STAND_INS} samples in a row could not be read in "
-            f"{'source' if place.source else 'task'} '{place.rows.name}', the last is {own[-1]}; "
+            f"{'source' if first.source else 'task'} '{first.rows.name}', the last is {own[-1]}; "
             "repair its shards"
         )
 
@@ -153,8 +152,7 @@ class TrainingRows(Dataset[Batch]):
         source = self.sources[kind - 2]
         return Place(source.rows, number, self.source_readers[kind - 2], source.number)
 
-    def _made(self, entry: int, epoch: int) -> MadeRow:
-        place = self._found(entry)
+    def _made(self, place: Place, epoch: int) -> MadeRow:
         own = place.rows.index - place.source
         is_new = not (place.is_recalled or place.source)
         seed = mix(self.seed, own, place.number, epoch, *([] if is_new else [self.task]))

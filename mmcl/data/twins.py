@@ -83,13 +83,11 @@ class TrainedOn:
 
     def _same(self, left: Prints, right: Prints) -> npt.NDArray[np.bool_]:
         columns = slice(0, 2 if self.by_picture else 3)
-        same: npt.NDArray[np.bool_] = (left[..., columns] == right[..., columns]).all(axis=-1)
-        return same
+        return np.asarray((left[..., columns] == right[..., columns]).all(axis=-1))
 
     def _can_have_twins(self, prints: Prints) -> npt.NDArray[np.bool_]:
         columns = slice(0, 2 if self.by_picture else 3)
-        can: npt.NDArray[np.bool_] = prints[:, columns].any(axis=1)
-        return can
+        return np.asarray(prints[:, columns].any(axis=1))
 
 
 def repeats_of(hashes: npt.NDArray[np.uint64]) -> tuple[Numbers, Numbers]:

@@ -8,7 +8,8 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from email.message import Message
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPResponse, InvalidURL
 from typing import Any
@@ -120,7 +121,7 @@ def _pieces(answer: HTTPResponse) -> Iterator[bytes]:
         raise ConnectionError(type(error).__name__) from None
 
 
-def _refusal(status: int, headers: Mapping[str, str]) -> Exception:
+def _refusal(status: int, headers: Message) -> Exception:
     if status in _PASSING:
         return PassingFault(f"status {status}", _stated_wait(headers.get("Retry-After", "")))
     if status == 416:

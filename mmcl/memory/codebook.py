@@ -111,5 +111,5 @@ def _some_tokens(features: Tensor, batch: Batch, seed: int) -> Tensor:
     rows, count = features.shape[:2]
     samples = torch.arange(rows) if batch.sample is None else batch.sample.cpu()
     numbers = samples[:, None] * count + torch.arange(count)
-    places = ranks_of(seed, count, numbers).argsort(1, stable=True)[:, :_TOKENS]
+    places = ranks_of(seed, count, numbers).argsort(dim=1, stable=True)[:, :_TOKENS]
     return features[torch.arange(rows)[:, None], places.to(features.device)]

@@ -122,7 +122,9 @@ class Probes(nn.Module):
             for name, column in held.items()
             if name.startswith(beginning)
         }
-        exact, stored = _apart(now, held["exact"]), _apart(now, unpack(packed))
+        length = held["exact"].double().norm()
+        exact = _apart(now, held["exact"], length)
+        stored = _apart(now, unpack(packed), length)
         self.seen = {
             "probes": float(len(self)),
             "relative_l2": exact[0],
@@ -171,9 +173,8 @@ def _some_tokens(features: Tensor) -> Tensor:
     return features[:, places.to(features.device)].detach().float()
 
 
-def _apart(now: Tensor, then: Tensor) -> tuple[float, float]:
-    """Return the relative distance of all, and the mean cosine of tokens."""
+def _apart(now: Tensor, then: Tensor, length: Tensor) -> tuple[float, float]:
+    """Return the distance of all over a length, and the mean cosine of tokens."""
     now, then = now.double(), then.double()
-    length = then.square().sum().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-    distance = (now - then).square().sum().sqrt() / length
+    distance = (now - then).norm() / length.clamp(min=torch.finfo(torch.float32).tiny)
     return float(distance), float(functional.cosine_similarity(now, then, dim=-1).mean())

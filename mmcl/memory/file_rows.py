@@ -59,8 +59,9 @@ def fill_file(
         rows.set_extra_state(before)
         raise
     rows.put("slot", torch.where(is_new, is_new.cumsum(0) - 1, held["slot"]))
-    for unused in set(files.groups) - set(held["file"].unique().tolist()):
-        files.let_go(unused)
+    for group in files.groups:
+        if not bool((held["file"] == group).any()):
+            files.let_go(group)
 
 
 def _as_bytes(columns: Iterable[Tensor]) -> Tensor:

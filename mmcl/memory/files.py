@@ -204,7 +204,8 @@ class RowFiles(nn.Module):
         return _map(path, count, self.row_bytes)
 
     def _pieces(self, spools: list[Tensor], slots: Tensor) -> Iterable[bytes]:
-        for some in slots.split(max(1, _PIECE_BYTES // self.row_bytes)):
+        together = max(1, _PIECE_BYTES // self.row_bytes)
+        for some in slots.split(together):  # type: ignore[no-untyped-call]
             rows = torch.empty(len(some), self.row_bytes, dtype=torch.uint8)
             for rank, spool in enumerate(spools):
                 is_there = some % len(spools) == rank

@@ -14,7 +14,7 @@ from mmcl.memory.selection import lowest, lowest_of_range
 Balance = Literal["reservoir", "balanced"]
 
 _CHUNK = 1 << 20
-_COLUMNS = ("task", "sample", "labels", "bytes", "ranks")
+_COLUMNS = ("task", "sample", "labels", "bytes", "order")
 _NO_BOUND = torch.iinfo(torch.int64).max
 _PLACE_BITS, _MOST_PLACES = 40, 1 << 22
 
@@ -39,7 +39,7 @@ class References(nn.Module):
             would never fit is passed over, and large ones are a little rarer for it.
         by_task: share the room equally between tasks first.
 
-    **Remembers** 40 bytes per sample: task, sample, label, bytes, rank, all int64 on the CPU.
+    **Remembers** 40 bytes per sample: task, sample, label, bytes, order, all int64 on the CPU.
     **Asks of the model** nothing.
     """
 
@@ -89,9 +89,9 @@ class References(nn.Module):
         return self._columns["bytes"]
 
     @property
-    def ranks(self) -> Tensor:
+    def order(self) -> Tensor:
         """(R,) int64, the smallest of a task (or of a class of it) stays longest."""
-        return self._columns["ranks"]
+        return self._columns["order"]
 
     def __len__(self) -> int:
         """Return R, the number of samples held."""
@@ -167,7 +167,7 @@ class References(nn.Module):
             if places is not None:
                 ranks = _with_place(ranks, places[part].cpu())
             named = {"task": torch.full_like(ranks, task), "sample": samples[part]}
-            rest = {"labels": labels[part], "bytes": sizes[part], "ranks": ranks}
+            rest = {"labels": labels[part], "bytes": sizes[part], "order": ranks}
             self._admit({**named, **rest})
 
     def _expect_sizes(self, sizes: Tensor) -> None:
@@ -187,14 +187,14 @@ class References(nn.Module):
     def _largest(self) -> int:
         """Return the rank from which on nothing new would be held, whatever else is offered."""
         is_full = self.capacity and len(self) == self.capacity
-        return min(self._bound, int(self.ranks.max()) if is_full else _NO_BOUND)
+        return min(self._bound, int(self.order.max()) if is_full else _NO_BOUND)
 
     def _admit(self, columns: Mapping[str, Tensor]) -> None:
-        is_open = torch.ones(len(columns["ranks"]), dtype=torch.bool)
+        is_open = torch.ones(len(columns["order"]), dtype=torch.bool)
         if self.capacity_bytes:
             is_open &= columns["bytes"] <= self.capacity_bytes
         if self.policy == "reservoir" and not self.by_task:
-            is_open &= columns["ranks"] < self._largest()
+            is_open &= columns["order"] < self._largest()
         joined = {n: torch.cat([self._columns[n], columns[n][is_open]]) for n in _COLUMNS}
         order = torch.argsort(joined["sample"], stable=True)
         order = order[torch.argsort(joined["task"][order], stable=True)]
@@ -208,7 +208,7 @@ class References(nn.Module):
 
     def _kept(self, columns: Mapping[str, Tensor]) -> Tensor:
         """Return the places of the rows that stay, rising."""
-        ranks, tasks = columns["ranks"], columns["task"]
+        ranks, tasks = columns["order"], columns["task"]
         groups = None
         if self.policy == "balanced":
             groups = torch.where(columns["labels"] >= 0, columns["labels"], -1 - tasks)

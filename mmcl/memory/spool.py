@@ -42,8 +42,8 @@ class Spool:
             (R,) int64, a number for each row that no other rank gives away.
 
         Raises:
-            CannotWrite: if the disk is full; on several ranks not yet, but by ``finish``, so that the
-                others do not wait for this one.
+            CannotWrite: if the disk is full; on several ranks not here, but by ``finish``, so that
+                the others do not wait for this one.
             ValueError: if rows are longer or shorter than those before.
         """
         rank, world = rank_and_world()

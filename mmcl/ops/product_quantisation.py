@@ -70,7 +70,7 @@ def encode(vectors: Tensor, centroids: Tensor) -> Tensor:
     lengths, across = centroids.square().sum(-1)[:, None], centroids.transpose(1, 2)
     codes = [
         torch.baddbmm(lengths, piece, across, alpha=-2).argmin(-1).to(torch.uint8)
-        for piece in cut.split(_VECTORS_TOGETHER, dim=1)
+        for piece in cut.split(_VECTORS_TOGETHER, dim=1)  # type: ignore[no-untyped-call]
     ]
     return torch.cat(codes, 1).T.reshape(*vectors.shape[:-1], parts)
 

@@ -99,7 +99,7 @@ def stream_page(stream: ShownStream) -> str:
     Returns:
         the HTML.
     """
-    learned = [task for task in stream.tasks if task.role == "task"]
+    learned = [task for task in stream.tasks if task.role == "task" and task.classes]
     names = list(dict.fromkeys(each[0] for task in learned for each in task.classes))
     return render_template(
         "stream.html.j2",
@@ -108,10 +108,24 @@ def stream_page(stream: ShownStream) -> str:
             "sizes": _sizes(stream.tasks),
             "map": _class_map(learned, names),
             "classes": len(names),
-            "columns": list(dict.fromkeys(word for task in stream.tasks for word, _ in task.facts)),
+            "columns": _columns(stream.tasks),
             "tasks": [_task(task, place) for place, task in enumerate(stream.tasks)],
         },
     )
+
+
+def _columns(tasks: Sequence[ShownTask]) -> list[tuple[str, bool]]:
+    """Give the words of all facts in their order, and whether they count something."""
+    words = dict.fromkeys(word for task in sorted(tasks, key=_facts) for word, _ in task.facts)
+    given = [[dict(task.facts).get(word, "0") for task in tasks] for word in words]
+    return [
+        (word, all(each.replace(",", "").isdigit() for each in own))
+        for word, own in zip(words, given, strict=True)
+    ]
+
+
+def _facts(task: ShownTask) -> int:
+    return -len(task.facts)
 
 
 def _sizes(tasks: Sequence[ShownTask]) -> Markup:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from mmcl.report.canvas import (
     ACCENT,
@@ -82,6 +83,7 @@ def class_bars(classes: Counts, name: str, format: Format = "svg") -> bytes:
         axes.set_xlim(-0.5, len(ordered) - 0.5)
         axes.set_xlabel(f"{len(ordered):,} classes, the one with most samples first", color=MUTED)
     axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     tidy(axes)
     return render(figure, name, format)
 
@@ -105,8 +107,8 @@ def answer_bars(
             share + max(shares) / 80, place, f"{share:.1f} %", va="center", fontsize=7.5, color=INK
         )
     name_ticks(axes.yaxis, range(len(answers)), [shorten(answer, 40) for answer, _ in answers])
-    axes.set_ylim(len(answers) - 0.5, -0.5)
-    axes.set_xlim(0, 1.16 * max(shares, default=1.0))
+    axes.set_ylim(max(len(answers), 1) - 0.5, -0.5)
+    axes.set_xlim(0, 1.16 * max(shares, default=1.0) or 1)
     axes.set_xticks([])
     tidy(axes, "x")
     axes.grid(visible=False)

@@ -72,9 +72,8 @@ class ExperienceReplay(Strategy):
         keep: "references" reads old samples from their shards, "copies" writes them under the
             run's folder, for data that has to be let go.
         seed: of the choice.
-        memory_bytes: bytes that the remembered samples take in their shards at most, 0 = not
-            bounded by bytes; with ``samples``, both hold. Needs a loader that states sizes, and a
-            pass over each task.
+        memory_bytes: bytes of the remembered samples' members at most, 0 = not bounded by bytes;
+            with ``samples``, both hold. Needs a loader that states them, and a pass over each task.
         allocation: "flat" = as the policy has it; "equal_tasks" = equally many of every task;
             "inscl" = equally many are remembered, and of each task those come back more often
             whose questions or captions lie further from the present ones: in proportion to the
@@ -155,7 +154,7 @@ class ExperienceReplay(Strategy):
         task, sample = self.memory.task, self.memory.sample
         counts = self._counts()
         if counts:
-            order = torch.argsort(self.memory.ranks, stable=True)
+            order = torch.argsort(self.memory.order, stable=True)
             places = order[repeated(task[order], counts)].sort().values
             task, sample = task[places], sample[places]
         return Recall(task, sample, self.share, self.keep)

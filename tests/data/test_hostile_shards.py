@@ -1,6 +1,7 @@
 """Each test carries an attack and shows that it does nothing."""
 
 import bz2
+import contextlib
 import gzip
 import io
 import lzma
@@ -8,6 +9,7 @@ import os
 import pickle
 import random
 import tarfile
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +17,7 @@ import mmcl.data.tar
 from mmcl.data import prepare, test_loader, train_loader
 from mmcl.data.faults import BadSample, BadShard
 from mmcl.data.reader import MAX_TEXT_BYTES
-from mmcl.data.source import LocalOrigin, local_shard
+from mmcl.data.source import LocalOrigin, origin_of
 from mmcl.data.tar import MAX_EXTENDED_BYTES
 from mmcl.data.tar_shard import TarShard
 from tests.data.small_stream import CutAndNoise, labelled, picture, write_stream, write_tar
@@ -86,12 +88,12 @@ def test_a_pipe_url_runs_where_its_user_allows_it(tmp_path):
 @pytest.mark.parametrize("url", ["gopher://x/y.tar", "ldap://x", "-oProxyCommand=x://y"])
 def test_other_schemes_are_refused(tmp_path, url):
     with pytest.raises(ValueError, match="has the scheme"):
-        local_shard(url, tmp_path)
+        origin_of(url, tmp_path)
 
 
 def test_file_urls_are_plain_paths(tmp_path):
     path = write_tar(tmp_path / "a b.tar", labelled(2))
-    assert local_shard(f"file://{str(path).replace(' ', '%20')}", tmp_path) == path
+    assert origin_of(f"file://{str(path).replace(' ', '%20')}", tmp_path).path() == path
 
 
 def test_absolute_and_climbing_names_and_links_are_harmless(tmp_path):
@@ -289,19 +291,22 @@ def test_no_flipped_byte_of_a_header_changes_what_is_read(tmp_path):
     path = write_tar(tmp_path / "x.tar", [("a.txt", b"one"), ("a.png", b"two"), ("b.txt", b"x")])
     whole, shard = path.read_bytes(), opened(path)
     expected = [shard.read(place) for place in range(2)]
-    refused = 0
+    refused = []
     for number in range(1024, 1536):
         data = bytearray(whole)
         data[number] ^= 1 << number % 8
-        path.write_bytes(data)
+        # Each under its own name: some file systems flush a file that is cut off and written anew.
+        other = tmp_path / f"{number}.tar"
+        other.write_bytes(data)
         try:
-            again = opened(path)
+            again = opened(other)
         except BadShard as fault:
-            assert "is damaged: there is no tar header at byte 1024" in str(fault)
-            refused += 1
+            refused.append(str(fault))
         else:
-            assert [again.read(place) for place in range(2)] == expected
-    assert refused >= 510
+            found = [replace(again.read(place), shard="x.tar") for place in range(2)]
+            assert found == expected
+    assert len(refused) >= 510
+    assert all("is damaged: there is no tar header at byte 1024" in fault for fault in refused)
 
 
 def test_plain_headers_are_read_as_tarfile_reads_them():
@@ -334,38 +339,46 @@ def test_plain_headers_are_read_as_tarfile_reads_them():
     assert plain > 500
 
 
+def damaged(whole, draw):
+    """A tar with one change: a bit, a block, a cut, a repeated block, or a header that adds up."""
+    data, start = bytearray(whole), draw.randrange(len(whole))
+    block = slice(start // 512 * 512, start // 512 * 512 + 512)
+    change = draw.choice(["flip", "zero", "cut", "copy", "sum"])
+    if change == "flip":
+        data[start] ^= 1 << draw.randrange(8)
+    elif change == "zero":
+        data[block] = bytes(len(data[block]))
+    elif change == "cut":
+        del data[start : start + draw.choice([1, 512, 1024])]
+    elif change == "copy":
+        data[start:start] = data[block]
+    elif len(data[block]) == 512:
+        data[block.start + start % 148] = draw.randrange(256)
+        data[block.start + 148 : block.start + 156] = b" " * 8
+        data[block.start + 148 : block.start + 155] = b"%06o\0" % sum(data[block])
+    return data or bytearray(1)
+
+
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_a_tar_damaged_at_random_is_refused_or_read_but_never_a_crash(tmp_path, format):
     draw = random.Random(1)
     members = [("d/" * 80 + "é.txt", b"x"), ("a.png", b"y" * 600), ("a.cls", b"1"), ("b.txt", b"")]
-    path = write_tar(tmp_path / "x.tar", members, format)
-    whole = path.read_bytes()[: 13 * 512]
-    for _ in range(300):
-        data = bytearray(whole)
+    whole = write_tar(tmp_path / "x.tar", members, format).read_bytes()[: 13 * 512]
+    read, refused = 0, 0
+    for number in range(300):
+        data = whole
         for _ in range(draw.randint(1, 4)):
-            start = draw.randrange(len(data))
-            change = draw.choice(["flip", "zero", "cut", "copy", "sum"])
-            if change == "flip":
-                data[start] ^= 1 << draw.randrange(8)
-            elif change == "zero":
-                data[start : start + 512] = bytes(len(data[start : start + 512]))
-            elif change == "cut":
-                del data[start : start + draw.choice([1, 512, 1024])]
-            elif change == "copy":
-                data[start:start] = data[start // 512 * 512 :][:512]
-            block = start // 512 * 512
-            if change == "sum" and len(data) >= block + 512:
-                data[block + start % 148] = draw.randrange(256)
-                data[block + 148 : block + 156] = b" " * 8
-                data[block + 148 : block + 155] = b"%06o\0" % sum(data[block : block + 512])
-            data = data or bytearray(1)
+            data = damaged(data, draw)
+        path = tmp_path / f"{number}.tar"
         path.write_bytes(data)
         try:
             shard = opened(path)
         except BadShard:
+            refused += 1
             continue
         for place in range(len(shard)):
-            try:
+            with contextlib.suppress(BadSample):
                 assert shard.read(place).key == shard.key(place)
-            except BadSample as bad:
-                assert "bytes, more than" in str(bad)
+                read += 1
+    assert read > 30
+    assert refused > 100

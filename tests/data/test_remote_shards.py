@@ -1,68 +1,413 @@
-"""Remote shards, without a network: what opens a url is replaced."""
+"""Remote shards from a server on this machine, good and bad."""
 
-import io
+import errno
+import hashlib
+import pickle
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 
-import mmcl.data.source
-from mmcl.data.source import default_cache, local_shard
+import mmcl.data.cache
+import mmcl.data.clouds
+from mmcl.data.fetch import Patience
+from mmcl.data.source import LocalOrigin, default_cache, origin_of
+from tests.data.loopback import cut, lie, replaced, serving, stall, status, without_length
 
-URL = "https://example.org/a/../train%20000.tar?key=1"
-
-
-class Stream(io.BytesIO):
-    """Like webdataset's: it learns only at its end that the command failed."""
-
-    fault = None
-
-    def __exit__(self, *what):
-        if self.fault is not None:
-            raise OSError(self.fault)
+CONTENT = bytes(range(256)) * 4000
+HALF = 600_000
 
 
-def remote(monkeypatch, content=b"content", fault=None):
-    """Serve one content for every url and count how often it is asked for."""
-    asked = []
-
-    def gopen(url, mode):
-        asked.append(url)
-        stream = Stream(content)
-        stream.fault = fault
-        return stream
-
-    monkeypatch.setattr(mmcl.data.source, "gopen", gopen)
-    return asked
+@pytest.fixture
+def site(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    with serving() as site:
+        yield site
 
 
-def test_a_remote_shard_is_fetched_once(tmp_path, monkeypatch):
-    asked = remote(monkeypatch)
-    first = local_shard(URL, tmp_path)
-    assert local_shard(URL, tmp_path) == first
-    assert asked == [URL]
-    assert first.read_bytes() == b"content"
-    assert first.parent == tmp_path / "shards"
+@pytest.fixture
+def waits():
+    return []
 
 
-def test_two_urls_of_one_file_name_do_not_meet(tmp_path, monkeypatch):
-    remote(monkeypatch)
-    assert local_shard(URL, tmp_path) != local_shard("https://other.org/train%20000.tar", tmp_path)
+@pytest.fixture
+def patience(waits):
+    return Patience(stall_seconds=0.2, jitter=0.0, sleep=waits.append)
 
 
-def test_a_fetch_that_fails_half_way_leaves_nothing_and_tells_no_secret(tmp_path, monkeypatch):
-    remote(monkeypatch, fault="['curl', '-H', 'Authorization:Bearer hf_secret']: exit 22 (read)")
-    with pytest.raises(ValueError, match="ended with status 22") as caught:
-        local_shard(URL, tmp_path)
-    assert "secret" not in str(caught.value)
-    assert not list((tmp_path / "shards").glob("*.tar*tmp"))
-    remote(monkeypatch)
-    assert local_shard(URL, tmp_path).read_bytes() == b"content"
+def fetched(url, folder, patience, **settings):
+    return origin_of(url, folder, patience=patience, **settings).path().read_bytes()
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
-    remote(monkeypatch)
+def left(folder):
+    """Names in the cache, without the lock of the folder."""
+    return sorted(p.name for p in (folder / "shards").iterdir() if p.name != ".lock")
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_a_remote_shard_is_fetched_once(tmp_path, site, patience):
+    url = site.put("/a/train%20000.tar", CONTENT) + "?part=1"
+    origin = origin_of(url, tmp_path, patience=patience)
+    assert origin.is_remote
+    assert site.asked == []
+    assert origin.path().read_bytes() == CONTENT
+    assert origin.path() == origin.path()
+    assert [path for path, _ in site.asked] == ["/a/train%20000.tar?part=1"]
+    assert origin.path().name.endswith("-train_000.tar")
+    assert left(tmp_path) == [origin.path().name]
+
+
+def test_two_urls_of_one_file_name_do_not_meet(tmp_path, site, patience):
+    first = site.put("/a/x.tar", b"first")
+    second = site.put("/b/x.tar", b"second")
+    for query in ("?key=1", "?key=2", "?part=2"):
+        assert fetched(first + query, tmp_path, patience) == b"first"
+    assert fetched(second, tmp_path, patience) == b"second"
+    assert len(left(tmp_path)) == 4
+
+
+def test_a_server_that_fails_twice_is_asked_a_third_time(tmp_path, site, patience, waits):
+    url = site.put("/x.tar", CONTENT, status(500), status(503))
+    assert fetched(url, tmp_path, patience) == CONTENT
+    assert waits == [1.0, 2.0]
+
+
+def test_a_server_that_always_fails_is_told_with_every_attempt(tmp_path, site, patience, waits):
+    url = site.put("/x.tar", CONTENT, status(500), status(500), stall(HALF), cut(HALF), status(502))
+    with pytest.raises(ValueError, match="could not be fetched after 5 attempts") as caught:
+        fetched(url, tmp_path, patience)
+    assert (
+        "(status 500, 2 times; it stalled for 0.2 s at byte 600,000 of 1,024,000; it was cut off "
+        "at byte 600,000 of 1,024,000; status 502): check the address and the network" in
+        str(caught.value)
+    )  # fmt: skip
+    assert waits == [1.0, 2.0, 4.0, 8.0]
+    assert left(tmp_path) == []
+
+
+def test_waits_are_bounded_and_drawn_apart(waits):
+    patience = Patience(sleep=waits.append)
+    for attempts in (1, 5, 6, 60):
+        patience.wait(attempts)
+    for seconds, least in zip(waits, (1, 16, 30, 30), strict=True):
+        assert least <= seconds <= 1.25 * least
+
+
+def test_a_server_may_ask_for_patience_within_bounds(tmp_path, site, patience, waits):
+    answers = (
+        status(429, Retry_After="7"),
+        status(503, Retry_After="86400"),
+        status(503, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT"),
+        status(503, Retry_After="soon"),
+    )
+    url = site.put("/x.tar", CONTENT, *answers)
+    assert fetched(url, tmp_path, patience) == CONTENT
+    assert waits == [7.0, 120.0, 4.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (404, "is not at its address"),
+        (401, "is not given to us"),
+        (403, "is not given to us"),
+        (418, "answers with status 418"),
+    ],
+)
+def test_an_answer_that_stays_is_told_at_once(tmp_path, site, patience, waits, code, reason):
+    url = site.put("/x.tar", CONTENT, status(code, b"who asks?"))
+    with pytest.raises(ValueError, match=reason) as caught:
+        fetched(url, tmp_path, patience)
+    assert str(code) in str(caught.value)
+    assert waits == []
+    assert left(tmp_path) == []
+
+
+def test_a_server_that_is_not_there_is_told(tmp_path, site, patience):
+    url = site.put("/x.tar", b"").replace(str(site.port), "1")
+    with pytest.raises(ValueError, match=r"after 5 attempts \(connection refused, 5 times\)"):
+        fetched(url, tmp_path, patience)
+
+
+def test_no_answer_at_all_is_a_stall(tmp_path, site, patience):
+    url = site.put("/x.tar", CONTENT, lambda request: site.over.wait(20))
+    with pytest.raises(ValueError, match=r"after 1 attempt \(no answer within 0.2 s\)"):
+        fetched(url, tmp_path, replace(patience, attempts=1))
+
+
+@pytest.mark.parametrize("fault", [cut, stall])
+def test_a_broken_transfer_goes_on_where_it_broke(tmp_path, site, patience, fault):
+    url = site.put("/x.tar", CONTENT, fault(HALF), cut(HALF + 9), tag='"1"')
+    assert fetched(url, tmp_path, patience, sha256=sha256(CONTENT)) == CONTENT
+    ranges = [headers.get("Range") for _, headers in site.asked]
+    assert ranges == [None, f"bytes={HALF}-", f"bytes={HALF + 9}-"]
+
+
+@pytest.mark.parametrize("tag", ["", 'W/"1"'])
+def test_without_a_strong_tag_a_broken_transfer_begins_again(tmp_path, site, patience, tag):
+    url = site.put("/x.tar", CONTENT, cut(HALF), cut(HALF), tag=tag)
+    assert fetched(url, tmp_path, patience, sha256=sha256(CONTENT)) == CONTENT
+    assert [headers.get("Range") for _, headers in site.asked] == [None] * 3
+
+
+@pytest.mark.parametrize("length", [10, len(CONTENT) + 10])
+def test_two_contents_are_never_glued(tmp_path, site, patience, length):
+    new = b"n" * length
+    url = site.put("/x.tar", CONTENT, cut(HALF), replaced(new, '"2"'), tag='"1"')
+    assert fetched(url, tmp_path, patience) == new
+    assert site.asked[1][1]["If-Range"] == '"1"'
+
+
+def test_a_part_that_was_not_asked_for_begins_again(tmp_path, site, patience):
+    def shifted(request):
+        request.begin(206, 10, Content_Range=f"bytes 5-14/{len(CONTENT)}")
+        request.wfile.write(CONTENT[5:15])
+
+    too_far = status(416, Content_Range=f"bytes */{len(CONTENT)}")
+    url = site.put("/x.tar", CONTENT, cut(HALF), shifted, cut(HALF), too_far, tag='"1"')
+    assert fetched(url, tmp_path, patience, sha256=sha256(CONTENT)) == CONTENT
+    assert site.count("/x.tar") == 5
+    assert "Range" not in site.asked[2][1]
+
+
+def test_a_shard_shorter_than_stated_is_never_taken(tmp_path, site, patience):
+    url = site.put("/x.tar", b"short", *[lie(9)] * 5)
+    with pytest.raises(ValueError, match=r"\(it was cut off at byte 5 of 9, 5 times\)"):
+        fetched(url, tmp_path, patience)
+    assert left(tmp_path) == []
+
+
+def test_a_shard_without_a_stated_length_is_fetched(tmp_path, site, patience):
+    url = site.put("/x.tar", CONTENT, without_length)
+    assert fetched(url, tmp_path, patience) == CONTENT
+    url = site.put("/y.tar", CONTENT, without_length, without_length)
+    assert fetched(url, tmp_path, patience, limit_bytes=len(CONTENT)) == CONTENT
+    with pytest.raises(ValueError, match="the cache may hold 1,023,999"):
+        fetched(url + "?2", tmp_path, patience, limit_bytes=len(CONTENT) - 1)
+
+
+def test_a_shard_that_is_not_the_cards_is_fetched_a_second_time(tmp_path, site, patience):
+    stated = sha256(CONTENT)
+    url = site.put("/x.tar", CONTENT, lie(len(CONTENT) - 1))
+    assert fetched(url, tmp_path, patience, sha256=stated.upper()) == CONTENT
+    url = site.put("/y.tar", b"other")
+    with pytest.raises(ValueError, match="also when it is fetched again") as caught:
+        fetched(url, tmp_path, patience, sha256=stated)
+    assert sha256(b"other") in str(caught.value)
+    assert stated in str(caught.value)
+    assert site.count("/y.tar") == 2
+    assert len(left(tmp_path)) == 1
+
+
+def test_a_redirect_is_followed_and_a_password_stays_with_its_host(tmp_path, site, patience):
+    there = site.put("/there.tar", CONTENT, cut(HALF), tag='"1"')
+    other = there.replace("127.0.0.1", "localhost")
+    moved = [status(code, Location=other) for code in (302, 308)]
+    url = site.put("/here.tar", b"", *moved).replace("//", "//me:hush@")
+    assert fetched(url, tmp_path, patience) == CONTENT
+    secrets = [(path, headers.get("Authorization")) for path, headers in site.asked]
+    assert secrets == [("/here.tar", "Basic bWU6aHVzaA=="), ("/there.tar", None)] * 2
+    assert site.asked[-1][1]["Range"] == f"bytes={HALF}-"
+
+
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/x"])
+def test_a_redirect_out_of_the_web_is_refused(tmp_path, site, patience, target):
+    url = site.put("/x.tar", b"", status(302, Location=target))
+    with pytest.raises(ValueError, match="points from http to ftp|with status 302"):
+        fetched(url, tmp_path, patience)
+
+
+def test_a_redirect_in_a_circle_ends(tmp_path, site, patience):
+    url = site.put("/x.tar", b"", *[status(302, Location="/x.tar")] * 50)
+    with pytest.raises(ValueError, match="answers with status 302"):
+        fetched(url, tmp_path, patience)
+
+
+def test_no_secret_of_an_address_is_shown_or_becomes_a_name(tmp_path, site, patience):
+    url = site.put("/x.tar", b"", *[status(403)] * 9)
+    url = url.replace("//", "//me:hushhush@") + "?token=hushhush&X-Amz-Signature=hushhush&part=2"
+    origin = origin_of(url, tmp_path, patience=patience)
+    with pytest.raises(ValueError, match="status 403") as caught:
+        origin.path()
+    site.script["/x.tar"] = []
+    assert site.asked[0][0].endswith("?token=hushhush&X-Amz-Signature=hushhush&part=2")
+    for text in (str(caught.value), origin.url, repr(origin), str(origin.path())):
+        assert "hushhush" not in text
+    assert origin.url.endswith("part=2")
+    signed_anew = origin_of(url.replace("Signature=hush", "Signature=new"), tmp_path)
+    assert signed_anew.path() == origin.path()
+
+
+def test_a_packed_answer_is_refused(tmp_path, site, patience):
+    url = site.put("/x.tar", b"", status(200, b"\x1f\x8b", Content_Encoding="gzip"))
+    with pytest.raises(ValueError, match="sends it packed"):
+        fetched(url, tmp_path, patience)
+
+
+@pytest.mark.parametrize("url", ["http://", "http://[x/y.tar", "https:///x.tar"])
+def test_an_address_that_makes_no_sense_is_refused(tmp_path, url):
+    with pytest.raises(ValueError, match="address"):
+        origin_of(url, tmp_path)
+
+
+def test_local_shards_are_paths(tmp_path):
+    (tmp_path / "a b.tar").write_bytes(b"here")
+    for url in (str(tmp_path / "a b.tar"), f"file://{tmp_path}/a%20b.tar"):
+        origin = origin_of(url, tmp_path)
+        assert origin == LocalOrigin(str(tmp_path / "a b.tar"))
+        assert not origin.is_remote
+        assert origin.path().read_bytes() == b"here"
+    with pytest.raises(ValueError, match=r"is missing, there is no file .*no\.tar: build"):
+        origin_of(str(tmp_path / "no.tar"), tmp_path).path()
+
+
+def test_many_origins_share_one_cache_and_travel(tmp_path):
+    origins = [origin_of(f"https://example.org/{n}.tar", tmp_path) for n in range(1000)]
+    assert len({id(origin.cache) for origin in origins}) == 1
+    stored = pickle.dumps(origins)
+    assert len(stored) < 100 * len(origins)
+    assert pickle.loads(stored) == origins
+
+
+class Store(MemoryFileSystem):
+    """A cloud in memory."""
+
+    protocol = "s3"
+    store, pseudo_dirs, faults = {}, [""], []
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.removeprefix("s3://").strip("/")
+
+    def _open(self, path, mode="rb", **settings):
+        if self.faults and mode == "rb":
+            raise self.faults.pop(0)
+        return super()._open(path, mode, **settings)
+
+
+@pytest.fixture
+def cloud(monkeypatch):
+    monkeypatch.setitem(_registry, "s3", Store)
+    Store.store.clear()
+    Store.faults.clear()
+    store = fsspec.filesystem("s3")
+    store.pipe("/bucket/x.tar", CONTENT)
+    return store
+
+
+def test_a_shard_in_a_cloud_is_fetched_by_its_file_system(tmp_path, cloud, patience, waits):
+    cloud.faults += [OSError("slow down s3://bucket/x.tar?token=hush"), TimeoutError()]
+    assert fetched("s3://bucket/x.tar", tmp_path, patience, sha256=sha256(CONTENT)) == CONTENT
+    assert waits == [1.0, 2.0]
+    assert cloud.faults == []
+
+
+def test_a_cloud_that_always_fails_is_told(tmp_path, cloud, patience):
+    cloud.faults += [OSError("slow down https://me:hush@h/x.tar?token=hush now")] * 5
+    with pytest.raises(ValueError, match=r"slow down https://h/x.tar\?... now, 5 times") as caught:
+        fetched("s3://bucket/x.tar", tmp_path, patience)
+    assert "hush" not in str(caught.value)
+
+
+def test_what_is_not_in_a_cloud_or_not_ours_is_told_at_once(tmp_path, cloud, patience, waits):
+    with pytest.raises(ValueError, match="is not at its address"):
+        fetched("s3://bucket/no.tar", tmp_path, patience)
+    cloud.faults.append(PermissionError("Access Denied"))
+    with pytest.raises(ValueError, match="log in with the server's own tool"):
+        fetched("s3://bucket/x.tar", tmp_path, patience)
+    with pytest.raises(ValueError, match="name one shard on one server"):
+        fetched("s3://bucket/x.tar::file:///etc/passwd", tmp_path, patience)
+    assert waits == []
+
+
+def test_a_shard_replaced_in_its_cloud_while_it_is_read_is_read_again(
+    tmp_path, cloud, patience, monkeypatch
+):
+    monkeypatch.setattr(mmcl.data.clouds, "_BLOCK", 1000)
+    real, new = Store._open, b"n" * len(CONTENT)
+
+    def replacing(self, path, mode="rb", **settings):
+        file = real(self, path, mode, **settings)
+        if mode == "rb" and self.cat_file(path) != new:
+            self.pipe(path, new)
+        return file
+
+    monkeypatch.setattr(Store, "cat_file", lambda self, path: self.store[path].getvalue())
+    monkeypatch.setattr(Store, "_open", replacing)
+    assert fetched("s3://bucket/x.tar", tmp_path, patience) == new
+
+
+def test_a_cloud_that_hangs_is_given_up(tmp_path, cloud, patience, site, monkeypatch):
+    monkeypatch.setattr(Store, "info", lambda *_, **__: site.over.wait(20))
+    with pytest.raises(ValueError, match=r"\(no answer within 0.2 s\)"):
+        fetched("s3://bucket/x.tar", tmp_path, replace(patience, attempts=1))
+    site.over.set()
+
+
+@pytest.mark.parametrize("url", ["oci://bucket/x.tar", "ais://bucket/x.tar"])
+def test_what_is_missing_to_open_an_address_is_named(tmp_path, patience, url, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="Install ocifs|no command 'ais' here: install it"):
+        fetched(url, tmp_path, patience)
+
+
+def test_a_command_that_hangs_or_fails_is_tried_again(tmp_path, patience, monkeypatch):
+    for name, body in (("ais", "sleep 20"), ("curl", "echo half; exit 22")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    patience = replace(patience, attempts=2)
+    with pytest.raises(ValueError, match=r"\(it stalled for 0.2 s at byte 0, 2 times\)"):
+        fetched("ais://bucket/x.tar", tmp_path, patience)
+    with pytest.raises(ValueError, match=r"\(the fetching command ended with status 22, 2 times\)"):
+        fetched("ftps://me:hush@host/x.tar", tmp_path, patience)
+    assert left(tmp_path) == []
+
+
+def test_a_pipe_is_run_once_and_its_command_is_no_name(tmp_path, patience, waits):
+    (tmp_path / "x.tar").write_bytes(b"content")
+    command = f"pipe:TOKEN=hush cat {tmp_path}/x.tar"
+    origin = origin_of(command, tmp_path, allow_pipes=True, patience=patience)
+    assert origin.path().read_bytes() == b"content"
+    assert "hush" not in f"{origin.path()} {origin.url} {origin}"
+    with pytest.raises(ValueError, match="the command ended with status 3: try it in a shell"):
+        fetched("pipe:exit 3", tmp_path, patience, allow_pipes=True)
+    assert waits == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, site, patience):
+    url = site.put("/x.tar", CONTENT)
     (tmp_path / "shards").write_text("a file stands here")
-    with pytest.raises(ValueError, match="give cache=<a folder|could not be fetched"):
-        local_shard(URL, tmp_path)
+    with pytest.raises(ValueError, match=r"cache folder .*shards is not writable .*MMCL_CACHE"):
+        fetched(url, tmp_path, patience)
+
+
+def test_a_full_disk_is_told_before_and_while_a_shard_is_fetched(
+    tmp_path, site, patience, monkeypatch
+):
+    url = site.put("/x.tar", CONTENT)
+    usage = SimpleNamespace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(ValueError, match=r"full \(room for 1,024,000 more bytes .* 1,000 are free\)"):
+            fetched(url, tmp_path, patience)
+
+    def filled(address, file, *, reserve, **_):
+        reserve(len(CONTENT), len(CONTENT))
+        file.write(CONTENT[:HALF])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(mmcl.data.cache, "fetch", filled)
+    with pytest.raises(ValueError, match=r"shards is full \(room for 424,000 more bytes .*MMCL_CACHE"):
+        fetched(url, tmp_path, patience)
+    assert left(tmp_path) == []
 
 
 def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):

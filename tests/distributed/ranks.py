@@ -29,7 +29,7 @@ def on_ranks(words, folder, kill=None, world=WORLD, way="ddp"):
     folder.mkdir(exist_ok=True)
     if world > 1:
         words = [*words, f"--trainer.devices={world}", f"--trainer.strategy={way}"]
-    port = _free_port()
+    port = free_port()
     started = [
         in_process(_one_rank, rank, world, port, words, folder, kill, wait=False)
         for rank in range(world)
@@ -49,21 +49,27 @@ def seen(folder, rank=0):
     return torch.load(folder / f"seen_{rank}.pt", weights_only=True)
 
 
-def _free_port():
+def free_port():
+    """A port of this machine that nobody listens at."""
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
         return door.getsockname()[1]
 
 
-def _one_rank(rank, world, port, words, folder, kill):
+def stand_among(rank, world, port):
+    """Make this process one of several, as its environment says it under ``torchrun``."""
     from pytorch_lightning.utilities import rank_zero_only
 
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+        "WORLD_SIZE": str(world), "NODE_RANK": "0", "LOCAL_RANK": str(rank),
+    }  # fmt: skip
+    rank_zero_only.rank = rank  # which Lightning reads from the environment at its import
+
+
+def _one_rank(rank, world, port, words, folder, kill):
     if world > 1:
-        os.environ |= {
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
-            "WORLD_SIZE": str(world), "NODE_RANK": "0", "LOCAL_RANK": str(rank),
-        }  # fmt: skip
-        rank_zero_only.rank = rank  # which Lightning reads from the environment at its import
+        stand_among(rank, world, port)
     if kill is not None and rank == 0:
         arm(*kill)
     _note_what_is_seen(folder / f"seen_{rank}.pt")

@@ -128,8 +128,12 @@ def _moments():
 
 
 def _halve(own, temporary, target):
-    """Leave half of a file that is about to be renamed, as a process that dies while writing."""
-    os.truncate(temporary, temporary.stat().st_size // 2)
+    """Leave half of a file that is about to be renamed, as a process that dies while writing.
+
+    Of a folder that is about to be renamed every file is complete.
+    """
+    if temporary.is_file():
+        os.truncate(temporary, temporary.stat().st_size // 2)
 
 
 def _rename(own, temporary, target):

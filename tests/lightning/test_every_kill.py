@@ -62,9 +62,7 @@ def test_a_run_with_four_workers_goes_on_with_none(three_tasks):
     runs, alone = three_tasks
     before = [partial(note_steps, runs.folder / "workers.steps")]
     for step in (3, 6):
-        killed = runs.start(
-            "workers", "ExperienceReplay", ("step", step), before, data__workers=4
-        )
+        killed = runs.start("workers", "ExperienceReplay", ("step", step), before, data__workers=4)
         assert killed[0] == KILLED, killed[1]
     runs.finish("workers", "ExperienceReplay", before=before)
     assert noted(runs.folder / "workers.steps") == alone
@@ -76,7 +74,7 @@ def test_half_an_index_is_made_anew_between_two_starts(three_tasks, bytes_left):
     runs, _ = three_tasks
     name = f"index{bytes_left}"
     assert runs.start(name, "ExperienceReplay", ("step", 7))[0] == KILLED
-    indexes = sorted(runs.card.parent.rglob("*.index.npz"))
+    indexes = sorted(runs.card.parent.rglob("*.index*"))
     assert len(indexes) == 2 * len(SIZES)
     whole = [index.read_bytes() for index in indexes]
     for index in indexes:
@@ -102,7 +100,7 @@ def test_a_clock_that_jumps_back_changes_nothing(three_tasks):
     before = [clock_that_jumps_back, partial(note_steps, runs.folder / "clock.steps")]
     assert runs.start("clock", "ExperienceReplay", ("step", 7), before)[0] == KILLED
     early = 10**9
-    for file in [*runs.path("clock").rglob("*"), *runs.card.parent.glob("*.npz")]:
+    for file in [*runs.path("clock").rglob("*"), *runs.card.parent.glob("*.index*")]:
         os.utime(file, (early, early))
     runs.finish("clock", "ExperienceReplay", before=before)
     assert noted(runs.folder / "clock.steps") == alone

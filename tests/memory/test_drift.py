@@ -104,12 +104,14 @@ def test_probes_stay_those_of_the_first_task_with_pictures():
     assert len(probes) == 0
     probes.look(CPU, encode, unpack)
     assert probes.seen == {}
+    held = []
     for task in (1, 2):
         for _ in probes.watched(task_batches(task), task):
             pass
         probes.settle(CPU, encode, pack)
-        first = probes.held.get("images") if task == 1 else first
-    assert torch.equal(probes.held.get("images"), first)
+        held.append(probes.held.get("images"))
+    assert len(held[0]) == 5
+    assert torch.equal(*held)
 
 
 def test_no_probes_are_wanted_with_a_count_of_0():

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from mmcl.core import Batch
 from mmcl.core.atomic import CannotWrite
-from mmcl.memory import RowFiles, Rows, fill_file, files, spool
+from mmcl.memory import RowFiles, Rows, files, fill_file, spool
 
 CPU = torch.device("cpu")
 
@@ -71,9 +71,9 @@ def test_chosen_rows_are_written_in_pieces_in_their_order(tmp_path, monkeypatch)
 def test_a_disk_that_is_full_while_spooling_leaves_what_was_there(tmp_path):
     made = settled(tmp_path)
     before, state = names(tmp_path), made.get_extra_state()
-    with pytest.raises(CannotWrite, match="cannot be written to .*: make room") as caught:
-        with made.spool() as own, full_after(420):
-            own.add(rows_of(50))
+    with made.spool() as own, full_after(420):
+        own.add(rows_of(50))
+        with pytest.raises(CannotWrite, match="cannot be written to .*: make room") as caught:
             own.add(rows_of(60))
     assert caught.value.errno == errno.EFBIG
     assert names(tmp_path) == before
@@ -86,7 +86,10 @@ def test_a_disk_that_is_full_while_settling_leaves_what_was_there(tmp_path):
     before, state = names(tmp_path), made.get_extra_state()
     with made.spool() as own:
         slots = own.add(rows_of(50))
-        with full_after(120), pytest.raises(CannotWrite, match="rows_001_.* cannot be written, for"):
+        with (
+            full_after(120),
+            pytest.raises(CannotWrite, match="rows_001_.* cannot be written, for"),
+        ):
             made.settle(own, 1, slots, CPU)
         assert made.get_extra_state() == state
         made.settle(own, 1, slots, CPU)  # somebody made room
@@ -143,8 +146,7 @@ def test_a_folder_that_takes_no_file_is_named_at_once(tmp_path):
     with pytest.raises(CannotWrite, match="cannot be written, for a part of the path is a file"):
         made.expect_writable()
     with pytest.raises(CannotWrite, match="cannot be written to .*features .*: make room or give"):
-        with made.spool():
-            pass
+        made.spool().__enter__()
 
 
 def test_a_read_only_folder_is_named_at_once(tmp_path, monkeypatch):
@@ -159,8 +161,8 @@ def test_a_read_only_folder_is_named_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(CannotWrite, match="cannot be written, for its disk is read-only"):
         made.expect_writable()
-    with pytest.raises(CannotWrite, match="Read-only"), made.spool():
-        pass
+    with pytest.raises(CannotWrite, match="Read-only"):
+        made.spool().__enter__()
 
 
 def test_a_folder_that_went_away_is_named(tmp_path):
@@ -179,7 +181,9 @@ def test_a_spool_that_rank_0_does_not_see_is_an_error_and_no_garbage(tmp_path, m
     with made.spool() as own:
         slots = own.add(rows_of(0))
         (tmp_path / ".spool_0").unlink()
-        with pytest.raises(CannotWrite, match="rank 0 does not see the 6 rows of rank 0 in .*: give a"):
+        with pytest.raises(
+            CannotWrite, match="rank 0 does not see the 6 rows of rank 0 in .*: give a"
+        ):
             made.settle(own, 0, slots, CPU)
     assert names(tmp_path) == []
 
@@ -193,7 +197,10 @@ def test_what_killed_runs_left_is_removed(tmp_path):
 
 def test_rows_of_another_length_are_refused(tmp_path):
     made = settled(tmp_path)
-    with made.spool() as own, pytest.raises(ValueError, match="a row takes 40 bytes and those held"):
+    with (
+        made.spool() as own,
+        pytest.raises(ValueError, match="a row takes 40 bytes and those held"),
+    ):
         own.add(rows_of(0, width=40))
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mmcl.core.randomness import ranks_of
-from mmcl.memory import class_balanced, herding, k_centre, lowest, reservoir
+from mmcl.memory import class_balanced, herding, k_centre, lowest, lowest_of_range, reservoir
 
 
 def test_lowest_without_groups_is_a_sort():
@@ -33,6 +33,17 @@ def test_groups_take_turns(capacity):
     groups = torch.randint(5, (40,), generator=g) ** 2
     expected = loop_balanced(ranks.tolist(), groups.tolist(), capacity)
     assert lowest(ranks, capacity, groups).tolist() == expected
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 40, 500, 0])
+def test_a_long_range_is_sifted_piece_by_piece(monkeypatch, capacity):
+    monkeypatch.setattr("mmcl.memory.selection._PIECE", 64)
+    ranks = ranks_of(5, 2, torch.arange(333))
+    expected = ranks.argsort()[: capacity or None].sort().values
+    assert torch.equal(lowest_of_range(333, capacity, 5, 2), expected)
+    middle = int(ranks.sort().values[100])
+    below = [n for n in expected.tolist() if int(ranks[n]) < middle]
+    assert lowest_of_range(333, capacity, 5, 2, bound=middle).tolist() == below
 
 
 def test_choosing_in_pieces_equals_choosing_at_once():

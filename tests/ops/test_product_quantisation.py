@@ -27,7 +27,9 @@ def test_each_part_is_replaced_by_its_nearest_centroid():
             piece = vectors[row, 2 * part : 2 * part + 2]
             distances = [float((piece - centroid).square().sum()) for centroid in centroids[part]]
             assert distances[code] == min(distances)
-    expected = [torch.cat([centroids[p, c] for p, c in enumerate(own)]) for own in codes[2].tolist()]
+    expected = [
+        torch.cat([centroids[p, c] for p, c in enumerate(own)]) for own in codes[2].tolist()
+    ]
     assert torch.equal(decode(codes, centroids)[2], torch.stack(expected))
 
 

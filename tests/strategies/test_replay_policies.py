@@ -287,10 +287,10 @@ def test_inscl_recalls_more_of_the_tasks_that_ask_other_things():
     assert recall.share == 0.5
     first = Counter(recall.sample[recall.task == 0].tolist())
     assert sorted(first.values()) == [1] * 7 + [2] * 3
-    lowest = set(strategy.memory.ranks[strategy.memory.task == 1].sort().values[:7].tolist())
+    lowest = set(strategy.memory.order[strategy.memory.task == 1].sort().values[:7].tolist())
     came = recall.sample[recall.task == 1].tolist()
     is_there = torch.isin(strategy.memory.sample, torch.tensor(came)) & (strategy.memory.task == 1)
-    assert set(strategy.memory.ranks[is_there].tolist()) == lowest
+    assert set(strategy.memory.order[is_there].tolist()) == lowest
 
 
 def test_inscl_compares_whole_distributions_of_questions():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmcl.data.builders.record import Piece, Record, Unusable
+from mmcl.data.builders.record import Piece, Record, Source, Unusable
 from mmcl.data.faults import BadSample
 from mmcl.data.picture_files import extension_of, read_file
 from mmcl.data.shard import Numbers
@@ -17,18 +17,6 @@ _PIECE = 1000
 _PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test",
           "val": "test", "valid": "test", "validation": "test"}  # fmt: skip
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-
-
-@dataclass(frozen=True)
-class FolderSource:
-    """All classes of a folder; see ``Source``."""
-
-    kind: str
-    where: str
-    classes: Sequence[str]
-    tasks: Sequence[str]
-    pieces: Sequence[Piece]
-    is_spread: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,7 +59,7 @@ def natural(name: str) -> tuple[object, ...]:
     return tuple((int(text), text) if place % 2 else text for place, text in enumerate(split))
 
 
-def open_folder(path: Path, tasks_are_folders: bool = False) -> FolderSource:
+def open_folder(path: Path, tasks_are_folders: bool = False) -> Source:
     """List the pictures of ``<class>/*``, below ``train/`` and ``test/`` where these are there.
 
     Hidden files and folders are passed over; so are files that do not look like pictures by name.
@@ -96,8 +84,13 @@ def open_folder(path: Path, tasks_are_folders: bool = False) -> FolderSource:
                     classes.add(label)
                     tasks[task] = None
                     pieces += _pieces(folder, label, task, own)
-    return FolderSource(
-        "classify", str(path), sorted(classes, key=natural), tuple(filter(None, tasks)), pieces
+    return Source(
+        "classify",
+        str(path),
+        pieces,
+        sorted(classes, key=natural),
+        tuple(filter(None, tasks)),
+        is_spread=True,
     )
 
 

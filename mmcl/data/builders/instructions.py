@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmcl.data.builders.llava_json import read_sample
-from mmcl.data.builders.record import Piece, Record, Unusable
+from mmcl.data.builders.record import Piece, Record, Source, Unusable
 from mmcl.data.faults import BadSample
 from mmcl.data.json_records import JsonRecords, find_records
 from mmcl.data.picture_files import PictureFolder, picture_folder
 from mmcl.data.shard import Numbers
 
 _PIECE = 1000
-
-
-@dataclass(frozen=True)
-class InstructionSource:
-    """All records of an instruction file; see ``Source``."""
-
-    kind: str
-    where: str
-    classes: Sequence[str]
-    tasks: Sequence[str]
-    pieces: Sequence[Piece]
-    is_spread: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +54,7 @@ class InstructionPiece:
                 yield Unusable(name, str(fault))
 
 
-def open_instructions(path: Path, images: Path | None) -> InstructionSource:
+def open_instructions(path: Path, images: Path | None) -> Source:
     """Find the records of a JSON list or JSON lines.
 
     Args:
@@ -83,4 +71,4 @@ def open_instructions(path: Path, images: Path | None) -> InstructionSource:
         InstructionPiece(records.part(slice(first, first + _PIECE)), pictures)
         for first in range(0, len(records), _PIECE)
     ]
-    return InstructionSource("answer", str(path), (), (), pieces)
+    return Source("answer", str(path), pieces)

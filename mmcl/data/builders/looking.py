@@ -12,7 +12,7 @@ import numpy.typing as npt
 from mmcl.data.builders.llava_pictures import ends_well
 from mmcl.data.builders.llava_survey import Told
 from mmcl.data.builders.llava_task import LeftOut
-from mmcl.data.builders.processes import in_processes
+from mmcl.data.builders.processes import Spread
 from mmcl.data.builders.record import PARTS, Piece, Record, Source, Unusable
 from mmcl.data.decode import MAX_PIXELS, decode_image, size_of
 from mmcl.data.faults import BadSample
@@ -82,13 +82,13 @@ class _Glance:
         self.part = np.zeros(self.count, dtype=np.int8)
 
 
-def look_through(source: Source, workers: int, told: Told) -> Looked:
+def look_through(source: Source, told: Told, spread: Spread = map) -> Looked:
     """Read a source once.
 
     Args:
         source: to read.
-        workers: processes that do it.
         told: called after every piece.
+        spread: ``map``, or one over processes.
 
     Raises:
         RuntimeError: if a file changed meanwhile.
@@ -101,7 +101,7 @@ def look_through(source: Source, workers: int, told: Told) -> Looked:
         np.zeros(total, np.int32), np.zeros(total, np.int8), [], [], [], "",
     )  # fmt: skip
     digest, first = hashlib.sha256(), 0
-    for glance in in_processes(glance_at, source.pieces, workers):
+    for glance in spread(glance_at, source.pieces):
         own = slice(first, first + glance.count)
         looked.size[own], looked.content[own] = glance.size, glance.content
         looked.part[own] = glance.part

@@ -21,12 +21,15 @@ from mmcl.data.builders.looking import Looked, look_through
 from mmcl.data.builders.making_loose import Loose, write_loose
 from mmcl.data.builders.making_options import MakeOptions
 from mmcl.data.builders.making_shards import plan_task, stems
+from mmcl.data.builders.processes import Processes
 from mmcl.data.builders.record import Source
 from mmcl.data.builders.shards import build_stream
 from mmcl.data.lock import exclusive
 
 RECIPE = 1  # counts up whenever the same source would give other bytes
 _NAMED = 10
+_WORTH = 2000
+"""Samples for which one process more is started."""
 _TEMPLATE = "a photo of a {}."
 
 
@@ -84,18 +87,18 @@ def make(
     path = _card_path(folder, options, append, card)
     content = load_card(path)
     known = read_card(path).classes if content else ()
-    looked = [
-        look_through(source, options.workers, progress) for source in (train, test) if source
-    ]
-    faults = _expect_good(looked, options)
-    tasks, classes = deal(looked[0], looked[1] if test else None, options, known)
+    sources = [source for source in (train, test) if source is not None]
+    with Processes(_workers(sources, options)) as processes:
+        looked = [look_through(source, progress, processes.spread) for source in sources]
+        faults = _expect_good(looked, options)
+        tasks, classes = deal(looked[0], looked[1] if test else None, options, known)
+        record = stems([tasks[0].name])[0] if append else options.name
+        if loose is not None:
+            built = write_loose(folder, tasks, loose)
+        else:
+            recipe = _recipe(looked, options, tasks, classes)
+            built = _write_shards(folder, record, tasks, recipe, options, progress, processes)
     left_out = [fault for one in looked for fault in one.left_out]
-    record = tasks[0].name if append else options.name
-    if loose is not None:
-        built = write_loose(folder, tasks, loose)
-    else:
-        recipe = _recipe(looked, options, tasks, classes)
-        built = _write_shards(folder, record, tasks, recipe, options, progress)
     write_left_out(folder / f"{record}.left_out.txt", left_out)
     with exclusive(folder):
         _put_on_card(path, load_card(path), tasks, classes, built, train, options, append)
@@ -105,6 +108,12 @@ def make(
 
 Built = tuple[list[dict[str, Any]], dict[str, str], dict[str, int]]
 """Entries of tasks, hashes of shards, and their counts."""
+
+
+def _workers(sources: Sequence[Source], options: MakeOptions) -> int:
+    """Return how many processes are worth the seconds that they take to start."""
+    total = sum(len(piece) for source in sources for piece in source.pieces)
+    return min(options.workers, 1 + total // _WORTH)
 
 
 def _card_path(folder: Path, options: MakeOptions, append: bool, card: Path | None) -> Path:
@@ -138,6 +147,7 @@ def _write_shards(
     recipe: Mapping[str, Any],
     options: MakeOptions,
     progress: Told,
+    processes: Processes,
 ) -> Built:
     folder.mkdir(parents=True, exist_ok=True)
     expect_free(folder, record, recipe)
@@ -160,7 +170,7 @@ def _write_shards(
         note,
         recipe=recipe,
         progress=lambda done, total: progress("writing shards", done, total),
-        workers=options.workers,
+        spread=processes.spread,
     )
     return [one.entry for one in planned], hashes, {plan.name: plan.count for plan in plans}
 
@@ -197,7 +207,7 @@ def _put_on_card(
     entries, hashes, counts = built
     for entry in entries:
         entry["kind"] = train.kind
-        if train.kind == "answer" and options.scorer != content.get("scorer", "exact"):
+        if train.kind == "answer":
             entry["scorer"] = options.scorer
         if append and options.licence:
             entry["description"] = f"licence: {options.licence}"

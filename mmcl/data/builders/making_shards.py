@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -78,6 +78,50 @@ def _plans(stem: str, hand: Hand, options: MakeOptions, has_labels: bool) -> lis
         order = own.start + np.argsort(hand.numbers[own], kind="stable")
         numbers = hand.numbers[order]
         labels = hand.labels[order] if has_labels else None
-        samples = partial(_samples, stem, pieces, ends, numbers, labels)
+        samples = _Samples(stem, pieces, ends, numbers, labels)
         plans.append(ShardPlan(f"{stem}-{place:05d}.tar", len(numbers), samples))
     return plans
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """The samples of one shard, when they are called for.
+
+    On its way to another process it turns into the few pieces that the shard needs.
+    """
+
+    stem: str
+    pieces: Sequence[Piece]
+    ends: Numbers
+    numbers: Numbers
+    labels: Numbers | None
+
+    def __call__(self) -> Iterator[Sample]:
+        return _give(self.stem, self.shares())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (_give, self.stem, list(self.shares()))
+
+    def shares(self) -> Iterator[_Share]:
+        which = np.searchsorted(self.ends, self.numbers, side="right")
+        bounds = [0, *(np.flatnonzero(np.diff(which)) + 1).tolist(), len(which)]
+        for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+            number = int(which[first])
+            piece = self.pieces[number]
+            own = self.numbers[first:last]
+            places = own - (int(self.ends[number]) - len(piece))
+            labels = None if self.labels is None else self.labels[first:last]
+            yield _Share(piece.some(places), own, labels)
+
+
+def _give(stem: str, shares: Iterable[_Share]) -> Iterator[Sample]:
+    for share in shares:
+        for place, record in enumerate(share.piece.read()):
+            if not isinstance(record, Record):
+                raise RuntimeError(
+                    f"{record.name or 'a sample'} changed while the stream was made "
+                    f"({record.reason}): give the same command again"
+                )
+            key = sample_key(stem, int(share.numbers[place]), record.name)
+            label = {} if share.labels is None else {"cls": str(int(share.labels[place]))}
+            yield {"__key__": key, **record.members, **label}

@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mmcl.data.builders.columns import Columns, find_columns, record_of, shown
-from mmcl.data.builders.record import Piece, Record, Unusable
+from mmcl.data.builders.record import Piece, Record, Source, Unusable
 from mmcl.data.faults import BadSample
 from mmcl.data.picture_files import PictureFolder, picture_folder
 from mmcl.data.shard import Numbers
 
 _PART = re.compile(r"(train|test)([-_.].*)?", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class ParquetSource:
-    """All rows of one file or of a folder of files; see ``Source``."""
-
-    kind: str
-    where: str
-    classes: Sequence[str]
-    tasks: Sequence[str]
-    pieces: Sequence[Piece]
-    is_spread: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +80,7 @@ class ParquetPiece:
             return Unusable(shown(row), str(fault))
 
 
-def open_parquet(path: Path, kind: str | None = None, images: Path | None = None) -> ParquetSource:
+def open_parquet(path: Path, kind: str | None = None, images: Path | None = None) -> Source:
     """Find the groups of rows of a file, or of all ``.parquet`` files of a folder.
 
     Files called ``train...`` and ``test...`` are these parts. Names of classes are taken from
@@ -112,7 +100,8 @@ def open_parquet(path: Path, kind: str | None = None, images: Path | None = None
     if not files or not files[0].is_file():
         raise FileNotFoundError(f"there is no file {path}: correct the path")
     pieces: list[Piece] = []
-    columns, classes = None, ()
+    columns: Columns | None = None
+    classes: tuple[str, ...] = ()
     for file in files:
         own, classes, counts = _look(file, kind)
         if columns is not None and own != columns:
@@ -128,7 +117,7 @@ def open_parquet(path: Path, kind: str | None = None, images: Path | None = None
         ]
     if columns is None or not pieces:
         raise ValueError(f"{path} has no rows")
-    return ParquetSource(columns.kind, str(path), classes, (), pieces)
+    return Source(columns.kind, str(path), pieces, classes)
 
 
 def parquet_files(folder: Path) -> list[Path]:

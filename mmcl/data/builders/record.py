@@ -70,22 +70,23 @@ class Piece(Protocol):
         ...
 
 
-class Source(Protocol):
+@dataclass(frozen=True)
+class Source:
     """Data of somebody's own.
 
     Attributes:
         kind: "classify", "caption", "retrieve" or "answer".
         where: names it for a person.
-        classes: in the order of their numbers, where it knows them without reading; else ().
-        tasks: in their order, where it knows them; else () and the first ones met come first.
         pieces: all of it.
+        classes: in the order of their numbers, where that is known without reading.
+        tasks: in their order, where that is known; others come in the order in which they are met.
         is_spread: whether each shard is to hold some of every class; not where taking single
             records out of a piece costs much.
     """
 
     kind: str
     where: str
-    classes: Sequence[str]
-    tasks: Sequence[str]
     pieces: Sequence[Piece]
-    is_spread: bool
+    classes: Sequence[str] = ()
+    tasks: Sequence[str] = ()
+    is_spread: bool = False

@@ -17,7 +17,7 @@ from typing import Any
 from webdataset.writer import TarWriter
 
 from mmcl.core.atomic import write_atomic
-from mmcl.data.builders.processes import in_processes
+from mmcl.data.builders.processes import Spread
 from mmcl.data.lock import exclusive
 from mmcl.data.source import sha256_of
 
@@ -101,7 +101,7 @@ def build_stream(
     *,
     recipe: Mapping[str, Any],
     progress: Progress | None = None,
-    workers: int = 1,
+    spread: Spread = map,
 ) -> list[Path]:
     """Make the shards that are missing or not as they were written, then the missing cards.
 
@@ -115,9 +115,9 @@ def build_stream(
         card_texts: makes the cards' texts from the shards' hashes.
         recipe: everything that the bytes depend on, as JSON values: seed, sizes, versions.
             Shards and cards of another recipe with this name are removed first.
-        progress: told after every sample, with several workers after every shard; finished
-            shards count at once.
-        workers: processes that write; the plans have to be picklable for more than one.
+        progress: told after every sample, over processes after every shard; finished shards
+            count at once.
+        spread: ``map``, or one over processes, for which plans have to be picklable.
 
     Returns:
         The paths of the cards, in the order of ``cards``.
@@ -131,7 +131,7 @@ def build_stream(
         record = _open_record(record_path, cards, json.loads(json.dumps(recipe)))
         for file in (*cards, *(plan.name for plan in plans), record_path.name):
             _remove_leftovers(folder, file)
-        _make_shards(folder, plans, record_path, record, progress, workers)
+        _make_shards(folder, plans, record_path, record, progress, spread)
         texts = card_texts({plan.name: record["shards"][plan.name] for plan in plans})
         for card in cards:
             if not (folder / card).exists():
@@ -145,7 +145,7 @@ def _make_shards(
     record_path: Path,
     record: dict[str, Any],
     progress: Progress | None,
-    workers: int,
+    spread: Spread,
 ) -> None:
     """Write what is missing, and note every shard in the record when it is whole."""
     made, done, total = record["shards"], 0, sum(plan.count for plan in plans)
@@ -155,11 +155,11 @@ def _make_shards(
             progress(done + number, total)
 
     # A process of its own cannot tell how far it is inside of a shard.
-    watch = told if workers < 2 else None
+    watch = told if spread is map else None
     is_saved = True
     work = ((folder, plan, made.get(plan.name), watch) for plan in plans)
     for number, (plan, sha256) in enumerate(
-        zip(plans, in_processes(_make_shard, work, workers), strict=True), start=1
+        zip(plans, spread(_make_shard, work), strict=True), start=1
     ):
         if made.get(plan.name) != sha256:
             made[plan.name], is_saved = sha256, False

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from mmcl.data.builders.columns import Columns, find_columns, record_of, shown
-from mmcl.data.builders.record import Piece, Record, Unusable
+from mmcl.data.builders.record import Piece, Record, Source, Unusable
 from mmcl.data.faults import BadSample
 from mmcl.data.picture_files import PictureFolder, picture_folder
 from mmcl.data.shard import Numbers
@@ -18,18 +18,6 @@ from mmcl.data.shard import Numbers
 _PIECE = 1000
 _MAX_LINE = 4 << 20
 _MARK = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True)
-class TableSource:
-    """All rows of a table; see ``Source``."""
-
-    kind: str
-    where: str
-    classes: Sequence[str]
-    tasks: Sequence[str]
-    pieces: Sequence[Piece]
-    is_spread: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,7 +70,7 @@ class TablePiece:
             return Unusable(shown(values), str(fault))
 
 
-def open_table(path: Path, kind: str | None = None, images: Path | None = None) -> TableSource:
+def open_table(path: Path, kind: str | None = None, images: Path | None = None) -> Source:
     """Find the rows of a csv or tsv file.
 
     Args:
@@ -119,7 +107,7 @@ def open_table(path: Path, kind: str | None = None, images: Path | None = None) 
         TablePiece(path, size, start, own, tuple(header), delimiter, columns, pictures)
         for start, own in zip(starts, counts, strict=False)
     ]
-    return TableSource(columns.kind, str(path), (), (), pieces)
+    return Source(columns.kind, str(path), pieces, is_spread=True)
 
 
 def _rows(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[list[str], int]]:
