@@ -15,6 +15,7 @@ from mmcl.data.builders.making_loose import Loose
 from mmcl.data.builders.making_options import MakeOptions
 from mmcl.data.builders.open_source import is_instructions, open_source
 from mmcl.metrics.scorers import find_scorer
+from mmcl.report.words import clean
 
 _NAMED = 5
 _EXAMPLES = """\
@@ -48,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
         raise UnknownWords("--card names a card to append to: give --append as well")
     if given.in_place and not is_instructions(given.source):
         raise UnknownWords("--in_place needs LLaVA-style JSON, folders and tables become shards")
+    options = _options(given)
     made = with_bar(
         lambda progress: make(
             open_source(given.source, given.kind, given.images, given.tasks_are_folders),
@@ -55,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
                 given.test, given.kind, given.test_images or given.images, given.tasks_are_folders
             ),
             given.out,
-            _options(given),
+            options,
             append=given.append,
             card=given.card,
             loose=_loose(given),
@@ -127,7 +129,7 @@ def _report(made: MadeStream) -> None:
     for entry in made.entries:
         classes = f" of {len(entry['classes'])} classes" if entry.get("classes") else ""
         print(
-            f"{entry['name']:16} {entry['size']:,} to learn from, {entry['test_size']:,} to test "
+            f"{clean(entry['name']):16} {entry['size']:,} to learn from, {entry['test_size']:,} to test "
             f"on{classes}"
         )
     if made.twins:

@@ -143,9 +143,9 @@ class ShardCache:
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(self.folder).free
         return BadShard(
-            f"could not be stored, the disk of {self.folder} is full (room for {missing:,} more bytes is "
-            f"wanted, {free:,} are free): make room, set a lower cache limit, or name a folder on a "
-            "larger disk with $MMCL_CACHE"
+            f"could not be stored, the disk of {self.folder} is full (room for {missing:,} more "
+            f"bytes is wanted, {free:,} are free): make room, set a lower cache limit, or name a "
+            "folder on a larger disk with $MMCL_CACHE"
         )
 
 

@@ -16,9 +16,11 @@ import torch
 from mmcl.core import Task, TaskStream
 from mmcl.core.card import survey_card
 from mmcl.data.decode import MAX_PIXELS
+from mmcl.data.faults import BadShard
 from mmcl.data.findings import StreamFindings, everything_in
 from mmcl.data.gathering import Gathering
 from mmcl.data.limit import expect_limit
+from mmcl.data.loose import SUFFIX, read_loose_set
 from mmcl.data.opening import Place
 from mmcl.data.part_check import PARTS
 from mmcl.data.prepare import Part, Progress
@@ -27,6 +29,12 @@ from mmcl.data.source import default_cache
 
 _SMALL_STREAM_BYTES = 32 << 20
 """Streams up to here are gone through sooner than a second process has started."""
+
+_PIECE_BYTES, _MOST_PIECES = 32 << 20, 64
+"""Where shards are few, one is cut into pieces of so many bytes, and into so many at most."""
+
+_PICTURES_PER_TEXT = 50
+"""Bytes of pictures that come with a byte of instructions in LLaVA's own data, about."""
 
 _WAITING = 4
 """Shards handed out ahead for each process."""
@@ -56,7 +64,7 @@ def check_stream(
         cache: see ``prepare``.
         cache_limit: see ``prepare``.
         allow_pipes: see ``prepare``.
-        progress: told after every shard: (shards done, shards in all).
+        progress: told after every shard, or piece of a large one: (done, in all).
         pixels: compare pictures by pixels, so that one saved again in another file is found.
         limit: samples of every part that are looked into, as in ``prepare`` but spread evenly.
         shards: for a glance: open at most so many of every part, without hashes and counts.
@@ -106,9 +114,10 @@ class _Works:
         self.stream, self.place, self.tasks = stream, place, everything_in(stream)
         self.by_pixels, self.limit, self.max_pixels = by_pixels, limit, max_pixels
         self.shards = shards
+        self.piece_bytes: int | None = None
 
     def __len__(self) -> int:
-        return sum(len(self.names(task, part)) for task in self.tasks for part in PARTS)
+        return sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[ShardWork]:
         for task in self.tasks:
@@ -118,7 +127,16 @@ class _Works:
                 if look is not None and not _is_share(look):
                     look = -(-int(look) // max(1, len(names)))
                 for name in names:
-                    yield self.work(task, part, name, look)
+                    work = self.work(task, part, name, look)
+                    pieces = self.pieces(work)
+                    for number in range(pieces):
+                        yield replace(work, piece=(number, pieces)) if pieces > 1 else work
+
+    def pieces(self, work: ShardWork) -> int:
+        """Return into how many pieces a shard is cut, so that few large ones occupy all cores."""
+        if self.piece_bytes is None:
+            return 1
+        return max(1, min(_MOST_PIECES, -(-_bytes_of(work) // self.piece_bytes)))
 
     def names(self, task: Task, part: Part) -> Sequence[str]:
         names = task.train if part == "train" else task.test
@@ -136,7 +154,10 @@ class _Works:
 def _go_through(
     works: _Works, card_faults: Sequence[str], workers: int, progress: Progress | None
 ) -> StreamFindings:
-    gathering, count = Gathering(works.stream), len(works)
+    gathering, shards = Gathering(works.stream), len(works)
+    if workers > 1 and shards < _MOST_PIECES * workers:
+        works.piece_bytes = _PIECE_BYTES
+    count = len(works)
     for fault in card_faults:
         gathering.faults.add(fault)
     if card_faults:
@@ -177,18 +198,24 @@ def _results(works: Iterator[ShardWork], workers: int) -> Iterator[tuple[ShardWo
 
 
 def _fitting(works: _Works) -> int:
-    """Return how many processes a stream is worth: one if it is small or has one shard."""
+    """Return how many processes a stream is worth: one if it is small."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     total = 0
     for work in works:
-        try:
-            total += os.path.getsize(work.url)
-        except OSError:
-            if "://" in work.url:
-                total += _SMALL_STREAM_BYTES
+        total += _bytes_of(work)
         if total > _SMALL_STREAM_BYTES:
-            return min(cores or 1, len(works))
+            return cores or 1
     return 1
+
+
+def _bytes_of(work: ShardWork) -> int:
+    """Return about how many bytes there are to be gone through in a shard."""
+    try:
+        if work.name.endswith(SUFFIX):
+            return _PICTURES_PER_TEXT * read_loose_set(Path(work.url)).bytes
+        return os.path.getsize(work.url)
+    except (BadShard, OSError):
+        return _SMALL_STREAM_BYTES if "://" in work.url else 0
 
 
 def _is_share(limit: float | int) -> bool:

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NothingYet
-from typing import Any
+from typing import IO, Any, cast
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -41,7 +41,8 @@ def open_cloud(address: str, start: int, version: str, seconds: float) -> Iterat
         address: of one of the schemes above, or a ``pipe:`` that is allowed.
         start: byte to go on from, 0 = from the beginning.
         version: of the content that the first ``start`` bytes came from.
-        seconds: to wait for the next byte; a ``pipe:`` may take as long as it likes.
+        seconds: to wait for the next block (8 MiB of a file system, 64 KiB of a command); a
+            ``pipe:`` may take as long as it likes.
 
     Raises:
         PassingFault: if it fails in a way that may pass.
@@ -156,9 +157,9 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _read_command(process: subprocess.Popen[bytes], is_own: bool) -> Generator[bytes, None, None]:
-    assert process.stdout is not None
+    output = cast(IO[bytes], process.stdout)
     with process:
-        while piece := process.stdout.read(1 << 16):
+        while piece := output.read(1 << 16):
             yield piece
     if process.returncode and is_own:
         raise BadShard(

@@ -12,7 +12,7 @@ from mmcl.data.opening import open_shard
 from mmcl.data.prepare import Part
 from mmcl.data.reader import Reader
 from mmcl.data.shard import Numbers
-from mmcl.data.shard_check import NAMED, ShardFindings, ShardWork, places_looked_at
+from mmcl.data.shard_check import NAMED, ShardFindings, ShardWork
 from mmcl.data.twins import Prints
 
 PARTS: tuple[Part, Part] = ("train", "test")
@@ -25,8 +25,9 @@ class PartSoFar:
 
     Attributes:
         names: of all its shards.
-        works: of the shards that can be used, in order.
-        samples: in each of them.
+        works: of the shards that can be used, or of their pieces, in order.
+        samples: that each of them counts.
+        in_shard: samples in the shard of each of them.
         prints: of the samples that were looked into, an array for each shard; kept to the end.
         keys: hashes of the keys, an array for each shard; given up at the end of the part.
         contents: hashes of whole samples, likewise.
@@ -42,6 +43,7 @@ class PartSoFar:
 
     works: list[ShardWork] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)
+    in_shard: list[int] = field(default_factory=list)
     prints: list[Prints] = field(default_factory=list)
     keys: list[Prints] = field(default_factory=list)
     contents: list[Prints] = field(default_factory=list)
@@ -55,12 +57,18 @@ class PartSoFar:
     @property
     def is_whole(self) -> bool:
         """Whether every shard was counted."""
-        return len(self.works) == len(self.names)
+        return self.counted == len(self.names)
+
+    @property
+    def counted(self) -> int:
+        """Number of shards whose samples were counted."""
+        return sum(work.piece[0] == 0 for work in self.works)
 
     def add(self, work: ShardWork, found: ShardFindings) -> None:
         """Take in what was found in the next shard."""
         self.works.append(work)
         self.samples.append(found.samples)
+        self.in_shard.append(found.in_shard)
         self.prints.append(found.prints)
         self.keys.append(found.keys)
         self.contents.append(found.contents)
@@ -83,7 +91,7 @@ class PartSoFar:
         own = row - int(ends[shard]) + counts[shard]
         work = self.works[shard]
         if not of_all:
-            own = int(places_looked_at(self.samples[shard], work.look)[own])
+            own = int(work.places(self.in_shard[shard])[own])
         return Reader([open_shard(work.name, work.url, work.place)[1]]).where(own)
 
     def part_findings(self) -> PartFindings:
@@ -91,7 +99,7 @@ class PartSoFar:
         middle = spread_of(self.lengths, lambda length: length)
         return PartFindings(
             shards=len(self.names),
-            counted=len(self.works),
+            counted=self.counted,
             samples=sum(self.samples),
             looked=sum(map(len, self.prints)),
             bad=sum(count for count, _ in self.bad.values()),

@@ -15,12 +15,12 @@ from mmcl.core import Dialogue, Row, Task
 from mmcl.data.faults import BadSample, BadShard
 from mmcl.data.findings import called
 from mmcl.data.index import IMAGES, is_read
-from mmcl.data.loose import LooseShard
 from mmcl.data.opening import Place, expect_hash, open_shard
 from mmcl.data.prepare import Part
 from mmcl.data.reader import Reader
 from mmcl.data.row import READ_KINDS, make_row
 from mmcl.data.shard import Numbers, Sample, Shard
+from mmcl.data.tar_shard import TarShard
 from mmcl.data.twins import Prints, hash_of, print_of
 
 NAMED = 5
@@ -42,6 +42,8 @@ class ShardWork:
         look: 200 = look into so many samples, 0.02 = into that share; None = into all.
         max_pixels: of the largest picture that is decoded.
         by_pixels: tell pictures by their pixels instead of their files.
+        piece: k of m: of the samples to look into, only this one of m equal pieces; piece 0 also
+            verifies the shard as a whole.
     """
 
     task: Task
@@ -52,6 +54,14 @@ class ShardWork:
     look: float | int | None
     max_pixels: int
     by_pixels: bool
+    piece: tuple[int, int] = (0, 1)
+
+    def places(self, count: int) -> Numbers:
+        """Return the places to look into in a shard of ``count`` samples."""
+        number, pieces = self.piece
+        places = places_looked_at(count, self.look)
+        edges = [len(places) * edge // pieces for edge in (number, number + 1)]
+        return places[edges[0] : edges[1]]
 
 
 @dataclass
@@ -61,7 +71,8 @@ class ShardFindings:
     Attributes:
         fault: why the shard as a whole cannot be used, "" if it can.
         size_bytes: of its file; of the samples looked into where they lie in place.
-        samples: n.
+        samples: n; 0 where another piece of the shard counts them.
+        in_shard: n.
         keys: (n,) hashes of the keys.
         places: (k,) places of the samples that were looked into.
         prints: (k, 3) fingerprints; zeros where a sample cannot be read.
@@ -76,6 +87,7 @@ class ShardFindings:
     fault: str = ""
     size_bytes: int = 0
     samples: int = 0
+    in_shard: int = 0
     keys: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
     places: Numbers = field(default_factory=lambda: np.zeros(0, np.int64))
     prints: Prints = field(default_factory=lambda: np.zeros((0, 3), np.uint64))
@@ -95,12 +107,13 @@ def check_shard(work: ShardWork) -> ShardFindings:
     """
     try:
         origin, shard = open_shard(work.name, work.url, work.place)
-        expect_hash(origin, work.place.sha256)
+        if work.piece[0] == 0:
+            expect_hash(origin, work.place.sha256)
         if len(shard) == 0:
             raise BadShard(
                 "holds no samples: members are named <key>.png, <key>.cls, <key>.txt and so on"
             )
-        size_bytes = 0 if isinstance(shard, LooseShard) else origin.path().stat().st_size
+        size_bytes = shard.index.size if isinstance(shard, TarShard) else 0
         return _Look(work, shard).all_samples(size_bytes)
     except BadShard as fault:
         return ShardFindings(fault=str(fault))
@@ -170,10 +183,12 @@ class _Look:
 
     def all_samples(self, size_bytes: int) -> ShardFindings:
         found, count = self.found, len(self.shard)
-        found.size_bytes, found.samples = size_bytes, count
-        found.keys = self.reader.shards[0].key_hashes()
+        found.in_shard = count
+        if self.work.piece[0] == 0:
+            found.size_bytes, found.samples = size_bytes, count
+            found.keys = self.shard.key_hashes()
         if not unreadable(self.work.task):
-            found.places = places_looked_at(count, self.work.look)
+            found.places = self.work.places(count)
         found.prints = np.zeros((len(found.places), 3), np.uint64)
         found.contents = np.zeros(len(found.places), np.uint64)
         found.labels = np.zeros(len(self.column_place), np.int64)
@@ -188,7 +203,7 @@ class _Look:
     def one_sample(self, row: int, sample: Sample) -> None:
         looked = look_at(sample, self.work.task, self.work.max_pixels)
         found = self.found
-        if isinstance(self.shard, LooseShard):
+        if not isinstance(self.shard, TarShard):
             found.size_bytes += sum(map(len, sample.members.values()))
         picture = _shown(sample, looked, self.work.by_pixels)
         asked = ""

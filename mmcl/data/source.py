@@ -80,7 +80,7 @@ def origin_of(
     """
     try:
         scheme = urlparse(url).scheme.lower()
-        is_web = bool(urlparse(url).hostname)
+        has_server = bool(urlparse(url).hostname)
     except ValueError:
         raise BadShard("has an address that makes no sense: correct the card") from None
     if scheme == "file":
@@ -97,7 +97,7 @@ def origin_of(
         raise BadShard(
             f"has the scheme '{scheme}', expected one of {', '.join(sorted(_REMOTE))} or a path"
         )
-    elif scheme in WEB and not is_web:
+    elif scheme in WEB and not has_server:
         raise BadShard("has an address without a server: correct the card")
     return CachedOrigin(url, _cache_at(cache / "shards", limit_bytes, patience), sha256.lower())
 

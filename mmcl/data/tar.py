@@ -43,7 +43,9 @@ class Member(NamedTuple):
     length: int
 
 
-class _Header(NamedTuple):
+class Header(NamedTuple):
+    """What is read of a 512-byte header: the name, the type's byte, and the bytes of content."""
+
     name: bytes
     kind: bytes
     size: int
@@ -108,7 +110,7 @@ def _expect_tar(piece: Piece, size: int) -> None:
             raise BadShard(f"is compressed with {method}: unpack it to a plain .tar first")
 
 
-def _header(piece: Piece, offset: int, size: int) -> _Header | None:
+def _header(piece: Piece, offset: int, size: int) -> Header | None:
     """Return the header at an offset, None at the end mark."""
     block = piece(offset, BLOCK)
     if len(block) < BLOCK:
@@ -118,7 +120,7 @@ def _header(piece: Piece, offset: int, size: int) -> _Header | None:
         )
     if block == _EMPTY:
         return None
-    plain = _plain(block)
+    plain = plain_header(block)
     if plain is not None:
         return plain
     try:
@@ -128,10 +130,10 @@ def _header(piece: Piece, offset: int, size: int) -> _Header | None:
             f"is damaged: there is no tar header at byte {offset} ({error}): "
             "fetch or build it again"
         ) from None
-    return _Header(header.name.encode("utf-8", "surrogateescape"), header.type, header.size)
+    return Header(header.name.encode("utf-8", "surrogateescape"), header.type, header.size)
 
 
-def _plain(block: bytes) -> _Header | None:
+def plain_header(block: bytes) -> Header | None:
     """Read a header with octal numbers, a true checksum and a name in one piece; None = another.
 
     Several times as fast as ``tarfile``, which parses every field and adds the bytes up twice.
@@ -146,7 +148,7 @@ def _plain(block: bytes) -> _Header | None:
         is_true, length = int(stated, 8) == counted, int(digits, 8)
     except ValueError:
         return None
-    return _Header(block[:100].split(b"\0", 1)[0], kind, length) if is_true else None
+    return Header(block[:100].split(b"\0", 1)[0], kind, length) if is_true else None
 
 
 def _extended(piece: Piece, start: int, length: int, size: int) -> bytes:

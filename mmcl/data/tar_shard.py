@@ -14,13 +14,17 @@ from mmcl.data.index import Hashes, ShardIndex, edges_of, scan, split
 from mmcl.data.index_file import index_places, read_index, read_key_hashes, write_index
 from mmcl.data.reader import expect_length
 from mmcl.data.shard import Numbers, Origin, Sample
-from mmcl.data.tar import members
+from mmcl.data.tar import BLOCK, members, plain_header
 
 _MAPS, _REMOTE_MAPS = 128, 8
 """Maps kept open in a process; each holds a file descriptor, and one of a remote shard the disk
 space of a file that the cache may have given up."""
 _ATTEMPTS = 3
 _BUFFER_BYTES = 1 << 12
+_LONG_NAMES = (b"path=", b"@LongLink")
+"""What stands before a header whose name is not the member's whole name."""
+_NEAR = 8 * BLOCK
+"""Bytes before a member up to which they are searched for these; beyond, headers are walked."""
 
 _maps: OrderedDict[object, mmap.mmap] = OrderedDict()
 _remote_maps: OrderedDict[object, mmap.mmap] = OrderedDict()
@@ -96,7 +100,7 @@ class TarShard:
             RuntimeError: if the shard changed since it was indexed or cannot be opened.
         """
         index = self._opened()
-        return self._key(index, self._map(index), place)
+        return self._key(index, self._map(index), place, next(index.members(place)))
 
     def key_hashes(self) -> Hashes:
         """Return (n,) hashes of the keys, to find repeated ones; they are not kept in RAM.
@@ -124,10 +128,11 @@ class TarShard:
         index = self._opened()
         data = self._map(index)
         found: dict[str, bytes] = {}
-        for extension, offset, length in index.members(place):
+        listed = list(index.members(place))
+        for extension, offset, length in listed:
             expect_length(extension, length)
             found[extension] = data[offset : offset + length]
-        return Sample(self._key(index, data, place), self._name, found)
+        return Sample(self._key(index, data, place, listed[0]), self._name, found)
 
     def lengths(self, member: str) -> Numbers:
         """Return (n,) bytes of a member, 0 where a sample has none; see ``Shard``.
@@ -215,14 +220,21 @@ class TarShard:
             self._compared = own
         return own == self._compared
 
-    def _key(self, index: ShardIndex, data: mmap.mmap, place: int) -> str:
+    def _key(
+        self, index: ShardIndex, data: mmap.mmap, place: int, first: tuple[str, int, int]
+    ) -> str:
         """Read a key from the headers before the first member of a sample."""
-        extension, offset, _ = next(index.members(place))
+        extension, offset, _ = first
+        start = index.before(place)
+        between = data[start : offset - BLOCK] if offset - start <= _NEAR else _LONG_NAMES[0]
+        if not any(mark in between for mark in _LONG_NAMES):
+            header = plain_header(data[offset - BLOCK : offset])
+            key, own = split(header.name) if header is not None else (b"", "")
+            if own == extension:
+                return key.decode("utf-8", "backslashreplace")
         with contextlib.suppress(BadShard):
-            headers = members(
-                lambda start, length: data[start : start + length], index.size, index.before(place)
-            )
-            name = next((name for name, start, _ in headers if start == offset), b"")
+            walk = members(lambda at, length: data[at : at + length], index.size, start)
+            name = next((name for name, begins, _ in walk if begins == offset), b"")
             key, own = split(name)
             if own == extension:
                 return key.decode("utf-8", "backslashreplace")

@@ -57,7 +57,9 @@ class ExperienceReplay(Strategy):
     What is kept does not hang on the number of processes or the size of batches, but for rounding.
     Policies other than the first two make an ordered list of samples when a task ends, of each of
     its classes or, where rows have none, of the task; a memory that has to shrink keeps the same
-    number of each list's beginning, and nothing is read again.
+    number of each list's beginning, and nothing is read again. What embeds texts for "inscl" should
+    stay as it is, as a guide does. "loss" and "uncertainty" ask the model without other members'
+    prompts.
 
     Args:
         samples: samples remembered over all tasks, 0 = not bounded by samples.
@@ -87,9 +89,7 @@ class ExperienceReplay(Strategy):
     **Remembers** 40 bytes per sample (copies, if kept, are files). "inscl" also remembers 2 E + 8
     bytes for each of ``instructions`` text embeddings a task.
 
-    **Asks of the model** nothing. "herding", "k_centre" and "inscl" ask for ``embed``, of pictures
-    or of texts; it should stay as it is, by a frozen tower or a guide. "loss" and "uncertainty"
-    run the model without prompts of other strategies.
+    **Asks of the model** nothing; ``embed`` for "herding", "k_centre" and "inscl".
     """
 
     def __init__(

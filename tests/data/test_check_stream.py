@@ -3,12 +3,17 @@
 import hashlib
 import io
 import json
+from collections import Counter
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
+from mmcl.data import checking
 from mmcl.data.checking import check_stream
+from mmcl.data.findings import spread_of
+from mmcl.data.shard_check import check_shard
 from tests.data.small_stream import (
     coloured,
     dialogue,
@@ -354,3 +359,65 @@ def test_two_processes_find_what_one_finds(tmp_path):
     assert len(alone.faults) == 3
     both = check_stream(tmp_path / "small.yaml", cache=tmp_path / "cache", workers=2)
     assert both.plain() == alone.plain()
+
+
+def test_loose_files_are_checked_where_they_lie(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "noise"}]
+    records = [{"id": n, "image": f"{n}.png", "conversations": turns} for n in range(6)]
+    for number in range(5):
+        (tmp_path / "pictures" / f"{number}.png").write_bytes(picture(number))
+    (tmp_path / "all.json").write_text(json.dumps(records))
+    np.save(tmp_path / "train.npy", np.arange(4))
+    np.save(tmp_path / "test.npy", np.array([4, 5]))
+    content = (tmp_path / "all.json").read_bytes()
+    for part, samples in (("train", 4), ("test", 2)):
+        stated = {
+            "format": "mmcl-loose/1", "records": "all.json", "images": "pictures", "keys": part,
+            "samples": samples, "sha256": hashlib.sha256(content).hexdigest(),
+            "bytes": len(content), "places": f"{part}.npy",
+        }  # fmt: skip
+        (tmp_path / f"{part}.loose.json").write_text(json.dumps(stated))
+    task = {"name": "asked", "train": "train.loose.json", "test": "test.loose.json", "size": 4}
+    card = {"name": "x", "scenario": "domain", "kind": "answer", "tasks": [task]}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(card))
+    found = check(tmp_path)
+    assert found.faults == (
+        "task 'asked' (test): test-0000005-5 in test.loose.json: its picture '5.png' is missing",
+    )
+    assert found.tasks[0].train.answers == (("noise", 4),)
+    shown = sum(len(picture(number)) for number in range(4))
+    assert shown < found.tasks[0].train.size_bytes < shown + 1000
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_the_median_is_the_lower_of_the_two_in_the_middle(count):
+    values = np.random.default_rng(count).integers(0, 5, count).tolist()
+    ordered = sorted(values)
+    wanted = ordered[0], ordered[(count - 1) // 2], ordered[-1]
+    assert spread_of(Counter(values), lambda value: value) == wanted
+    assert spread_of(Counter(), lambda value: value) is None
+
+
+@pytest.mark.parametrize("limit", [None, 6, 0.5])
+def test_a_shard_in_pieces_is_found_to_be_what_it_is_as_a_whole(tmp_path, limit, monkeypatch):
+    members = labelled(25, name="atrain") + labelled(2, name="atrain")
+    bad = {"atrain003.png": b"x", "atrain012.cls": b"9", "atrain024.png": b""}
+    shared = {"ctest001.png": dict(members)["atrain020.png"]}
+    write_stream(
+        tmp_path, a_train=replaced(members, bad),
+        c_test=replaced(labelled(5, (4, 5), name="ctest"), shared),
+    )  # fmt: skip
+    rewrite(tmp_path, lambda card: card["tasks"][0].update(size=27))
+    whole = check(tmp_path, limit=limit)
+    assert len(whole.faults) >= 2
+    one_by_one = lambda works, workers: ((work, check_shard(work)) for work in works)  # noqa: E731
+    monkeypatch.setattr(checking, "_results", one_by_one)
+    monkeypatch.setattr(checking, "_PIECE_BYTES", 7000)
+    told = []
+    found = check_stream(
+        tmp_path / "small.yaml", cache=tmp_path, workers=2, limit=limit,
+        progress=lambda done, total: told.append((done, total)),
+    )  # fmt: skip
+    assert found.plain() == whole.plain()
+    assert told[-1][0] == told[-1][1] > 12

@@ -322,7 +322,7 @@ def test_plain_headers_are_read_as_tarfile_reads_them():
         if draw.random() < 0.9:
             block[148:156] = b" " * 8
             block[148:155] = b"%06o\0" % sum(block)
-        found = mmcl.data.tar._plain(bytes(block))
+        found = mmcl.data.tar.plain_header(bytes(block))
         if found is None:
             continue
         plain += 1

@@ -226,6 +226,14 @@ def test_an_empty_pass_leaves_an_empty_memory_which_is_reported(policy):
     assert strategy.idle() == ("memory is empty",)
 
 
+def test_ordered_samples_without_numbers_are_named_by_their_place():
+    batches = [replace(batch, sample=None) for batch in task_batches()]
+    numbered = after(ExperienceReplay(samples=6, policy="herding"), 1)
+    placed = ExperienceReplay(samples=6, policy="herding")
+    end_task(StandIn(), placed, a_task(), batches)
+    assert recalled(placed) == recalled(numbered)
+
+
 def test_a_policy_leaves_model_and_mode_as_they_were():
     model = StandIn().train()
     before = copy.deepcopy(model.state_dict())

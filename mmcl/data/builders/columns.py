@@ -62,7 +62,7 @@ def find_columns(found: Sequence[str], kind: str | None, where: str) -> Columns:
         for use, known in _NAMES.items()
         if any(name in plain for name in known)
     }
-    listed = ", ".join(name[:40] for name in found[:20])
+    listed = ", ".join(name[:40] if name.isprintable() else repr(name[:40]) for name in found[:20])
     if kind is None:
         possible = [
             name

@@ -195,7 +195,7 @@ def _tasks_of(
         if any(stated):
             raise ValueError(
                 f"{sources[0].source.where} says itself which tasks there are "
-                f"({', '.join(stated[:5])}): leave out --classes_per_task"
+                f"({', '.join(map(repr, stated[:5]))}): leave out --classes_per_task"
             )
         if not classes:
             raise ValueError("--classes_per_task cuts classes into tasks, and there are no classes")
@@ -246,11 +246,11 @@ def _chosen(
 def _expect_some(name: str, learned: Hand, scored: Hand, options: MakeOptions) -> None:
     if not len(learned.numbers):
         raise ValueError(
-            f"task '{name}' has nothing to learn from in {learned.looked.source.where}: every "
+            f"task {name!r} has nothing to learn from in {learned.looked.source.where}: every "
             "sample is in the test part or left out"
         )
     if not len(scored.numbers):
         raise ValueError(
-            f"task '{name}' has nothing to test on in {scored.looked.source.where}: give --test, "
-            f"or more samples than the {len(learned.numbers)} that are there"
+            f"task {name!r} has nothing to test on in {scored.looked.source.where}: give --test, "
+            f"or more pictures than its {len(learned.numbers)} samples have"
         )

@@ -85,8 +85,7 @@ def make(
             folder uses shards of these names that were made from something else.
     """
     path = _card_path(folder, options, append, card)
-    content = load_card(path)
-    known = read_card(path).classes if content else ()
+    known = read_card(path).classes if path.is_file() else ()
     sources = [source for source in (train, test) if source is not None]
     with Processes(_workers(sources, options)) as processes:
         looked = [look_through(source, progress, processes.spread) for source in sources]
