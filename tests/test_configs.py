@@ -46,6 +46,8 @@ every_file = pytest.mark.parametrize("file", FILES, ids=title)
 
 @every_file
 def test_a_configuration_builds_module_data_and_trainer(file):
+    if file.stem == "deepspeed":
+        pytest.importorskip("deepspeed")
     cli = ContinualCLI(words(file))
     module, data = cli.make_module(), cli.make_data()
     assert isinstance(module, ContinualModule)

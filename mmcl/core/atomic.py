@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _NO_ROOM = {
-    errno.ENOSPC: "its disk is full",
-    errno.EDQUOT: "the quota is used up",
-    errno.EFBIG: "it is larger than a file may be there",
+    errno.ENOSPC: ("its disk is full", "make room"),
+    errno.EDQUOT: ("the quota is used up", "make room, or ask for more"),
+    errno.EFBIG: ("it is larger than a file may be there", "raise the limit (ulimit -f)"),
 }
 _CLOSED = {
     errno.EROFS: "its disk is read-only",
@@ -99,7 +99,8 @@ def _refusal(
     for found in _system_errors(error):
         number = found.errno or 0
         if number in _NO_ROOM:
-            why, advice = f"{_NO_ROOM[number]}{_room(path, needs)}", "make room"
+            why, advice = _NO_ROOM[number]
+            why += _room(path, needs)
         elif number in _CLOSED and _is_about(found, path, temporary):
             why, advice = _CLOSED[number], "change that, or give another folder"
         else:

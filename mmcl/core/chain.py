@@ -52,6 +52,12 @@ class Chain(Strategy):
         for member in self._list:
             begin_task(model, member, task)
 
+    def preview(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
+        """Give every member that wants it its own look at the task."""
+        wanting = [member for member in self._list if member.uses("preview")]
+        for member, own in zip(wanting, _shared(batches, len(wanting)), strict=True):
+            member.preview(model, task, own)
+
     def recall(self) -> Recall | None:
         """Return the recall of the one member that has one."""
         found = [(m, recall) for m in self._list if (recall := m.recall()) is not None]
@@ -108,11 +114,7 @@ class Chain(Strategy):
 
     def end_task(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
         """Give every member its own exact pass."""
-        if hasattr(batches, "__len__"):
-            passes: Sequence[Iterable[Batch]] = [batches] * len(self._list)
-        else:
-            passes = tee(batches, len(self._list))
-        for member, own in zip(self._list, passes, strict=True):
+        for member, own in zip(self._list, _shared(batches, len(self._list)), strict=True):
             member.end_task(model, task, own)
 
     def folded(self, model: VLM) -> AbstractContextManager[None]:
@@ -142,6 +144,10 @@ class Chain(Strategy):
     def idle(self) -> tuple[str, ...]:
         """Name what did nothing, after the member it belongs to."""
         return tuple(f"{type(m).__name__}: {part}" for m in self._list for part in m.idle())
+
+
+def _shared(batches: Iterable[Batch], members: int) -> Sequence[Iterable[Batch]]:
+    return [batches] * members if hasattr(batches, "__len__") else tee(batches, members)
 
 
 def _clash(what: str, members: Sequence[Strategy]) -> str:

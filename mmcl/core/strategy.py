@@ -26,9 +26,9 @@ class Strategy(nn.Module):
     parameter, a buffer, or plain values and tensors in ``get_extra_state``.
 
     Hooks run in this order: ``attach`` and ``keep_in`` once; for each task ``begin_task``,
-    ``recall``; for each step ``replay``, ``prompts``, (the model), ``refine``, ``objective``,
-    ``penalty``, (backward), ``project``, (the optimiser), ``observe``; then ``end_task``. At test
-    only ``prompts`` and ``refine`` run.
+    ``preview``, ``recall``; for each step ``replay``, ``prompts``, (the model), ``refine``,
+    ``objective``, ``penalty``, (backward), ``project``, (the optimiser), ``observe``; then
+    ``end_task``. At test only ``prompts`` and ``refine`` run.
 
     Attributes:
         current: the task being learned, None before the first; set by ``mmcl.core.begin_task``.
@@ -47,6 +47,16 @@ class Strategy(nn.Module):
 
     def begin_task(self, model: VLM, task: Task) -> None:
         """Grow or reset for a task, as a function of the task alone; before its optimiser."""
+
+    def preview(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
+        """See some of a task's rows before ``recall`` is asked.
+
+        Args:
+            model: on its device, before the task's first step; of a task that goes on, at it.
+            task: that was begun.
+            batches: this rank's stride of a uniform part of the task's training data, which is
+                the same for any number of processes; read lazily.
+        """
 
     def recall(self) -> Recall | None:
         """Return which old samples the task's loader mixes in, or None."""

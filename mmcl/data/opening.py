@@ -31,8 +31,14 @@ class Place:
     count: int | None = None
 
 
-def open_shard(name: str, url: str, place: Place) -> tuple[Origin, Shard]:
+def open_shard(name: str, url: str, place: Place, *, is_lazy: bool = False) -> tuple[Origin, Shard]:
     """Return where a shard comes from, and its samples.
+
+    Args:
+        name: as the card has it.
+        url: a path or an address.
+        place: how it is opened.
+        is_lazy: leave a tar of a stated count for later.
 
     Raises:
         BadShard: if it is missing, refused, no whole shard, or of another count than the card says.
@@ -48,7 +54,10 @@ def open_shard(name: str, url: str, place: Place) -> tuple[Origin, Shard]:
     if name.endswith(SUFFIX):
         return origin, LooseShard(origin, name, place.cache)
     shard = TarShard(origin, name, place.cache, place.count)
-    _ = shard.index
+    if place.count is None or not is_lazy:
+        _ = shard.index
+    elif not origin.is_remote:
+        origin.path()
     return origin, shard
 
 

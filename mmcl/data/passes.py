@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmcl.core import Batch, Task, Transform
-from mmcl.core.randomness import mix
+from mmcl.core.randomness import mix, ranks_of
 from mmcl.data.decode import MAX_PIXELS
 from mmcl.data.faults import BadSample
 from mmcl.data.loader import batch_loader
@@ -95,15 +96,15 @@ class _OrderedRows(Dataset[Batch]):
 class _Strides(Sampler[Numbers]):
     """One rank's share of each global batch of an ordered pass."""
 
-    def __init__(self, count: int, batch: int, rank: int, world: int) -> None:
-        self.count = count
-        self.steps = -(-count // (batch * world))
+    def __init__(self, numbers: range | Numbers, batch: int, rank: int, world: int) -> None:
+        self.numbers = numbers
+        self.steps = -(-len(numbers) // (batch * world))
         self.rank = rank
         self.world = world
 
     def _share(self, step: int) -> Numbers:
-        start, end = (edge * self.count // self.steps for edge in (step, step + 1))
-        return np.arange(start + self.rank, end, self.world, dtype=np.int64)
+        start, end = (edge * len(self.numbers) // self.steps for edge in (step, step + 1))
+        return np.asarray(self.numbers[start + self.rank : end : self.world], dtype=np.int64)
 
     def __len__(self) -> int:
         return sum(len(self._share(step)) > 0 for step in range(self.steps))
@@ -151,33 +152,39 @@ def pass_loader(
     world: int = 1,
     workers: int = 0,
     max_pixels: int = MAX_PIXELS,
+    few: int | None = None,
 ) -> Pass:
-    """Return the ordered pass over the training part of a task, for ``Strategy.end_task``.
+    """Return an ordered pass over the training part of a task, for the hooks of a strategy.
 
     Args:
         prepared: the stream.
-        task: index of the task just learned.
+        task: index of the task.
         transform: of the model, not augmenting.
         batch: rows of one rank's batch, at most.
         rank: of this process.
         world: number of processes.
         workers: processes that read and decode.
         max_pixels: larger pictures are bad samples.
+        few: samples to see at most, a uniform part of the task; None = all.
     """
     return _ordered(
-        prepared, task, "train", transform, batch, rank, world, workers, max_pixels
+        prepared, task, "train", transform, batch, rank, world, workers, max_pixels, few
     )  # fmt: skip
 
 
 def _ordered(
     prepared: PreparedStream, column: int, part: Part, transform: Transform,
-    batch: int, rank: int, world: int, workers: int, max_pixels: int,
+    batch: int, rank: int, world: int, workers: int, max_pixels: int, few: int | None = None,
 ) -> Pass:  # fmt: skip
     if batch < 1:
         raise ValueError(f"batch is {batch}, expected at least 1")
     task, reader = prepared.stream.column(column), prepared.reader(column, part)
     rows = _OrderedRows(reader, task, transform, 0, max_pixels)
-    strides = _Strides(len(reader), batch, rank, world)
+    numbers: range | Numbers = range(len(reader))
+    if few is not None and few < len(reader):
+        ranks = ranks_of(0, column, torch.arange(len(reader)))
+        numbers = ranks.topk(few, largest=False).indices.sort().values.numpy()
+    strides = _Strides(numbers, batch, rank, world)
     return Pass(
         batch_loader(rows, strides, workers, seed=0, stay=False),
         f"the {part} part of '{task.name}'",

@@ -16,11 +16,11 @@ from mmcl.core import Task, TaskStream
 from mmcl.data.faults import BadShard, Faults
 from mmcl.data.index import is_read
 from mmcl.data.limit import choice, expect_limit, limited
-from mmcl.data.loose import SUFFIX, LooseShard
-from mmcl.data.reader import Reader
+from mmcl.data.opening import Place, expect_hash, open_shard
+from mmcl.data.reader import Reader, shown
 from mmcl.data.row import READ_KINDS
 from mmcl.data.shard import Shard
-from mmcl.data.source import default_cache, origin_of, sha256_of
+from mmcl.data.source import default_cache, is_remote
 from mmcl.data.tar_shard import TarShard
 
 Part = Literal["train", "test"]
@@ -105,7 +105,7 @@ def prepare(
         ValueError: one line for every fault of the stream, or a bad limit.
     """
     expect_limit(limit)
-    work = _Work(stream, cache or default_cache(), cache_limit, allow_pipes, verify_hashes)
+    work = _Work(stream, Place(cache or default_cache(), cache_limit, allow_pipes), verify_hashes)
     parts: list[tuple[Task, Part]] = [
         (task, part)
         for task in stream.columns
@@ -132,9 +132,7 @@ class _Work:
     """What is known while a stream is gone through."""
 
     stream: TaskStream
-    cache: Path
-    cache_limit: int | None
-    allow_pipes: bool
+    place: Place
     verify_hashes: bool
     faults: Faults = field(default_factory=Faults)
     opened: dict[str, Shard | str] = field(default_factory=dict)
@@ -162,31 +160,12 @@ class _Work:
             return f"cannot be read ({error})"
 
     def shard_of(self, name: str, is_eager: bool) -> Shard:
-        url, stated = self.stream.shard(name), self.stream.hashes.get(name, "").lower()
-        origin = origin_of(
-            url,
-            self.cache,
-            allow_pipes=self.allow_pipes,
-            limit_bytes=self.cache_limit,
-            sha256=stated,
-        )
-        if self.verify_hashes and stated:
-            own = sha256_of(origin.path())
-            if own != stated:
-                raise BadShard(
-                    f"has the sha256 {own} and the card says {stated}: it is not the shard that "
-                    f"the card was written for; delete {origin.path()} and fetch or build it again"
-                )
-        count = self.stream.counts.get(name)
-        shard: Shard
-        if name.endswith(SUFFIX):
-            shard = LooseShard(origin, name, self.cache)
-        else:
-            shard = tar = TarShard(origin, name, self.cache, count)
-            if count is None or (is_eager and not origin.is_remote):
-                _ = tar.index
-            elif not origin.is_remote:
-                origin.path()
+        stated = self.stream.hashes.get(name, "").lower()
+        place = replace(self.place, sha256=stated, count=self.stream.counts.get(name))
+        url = self.stream.shard(name)
+        origin, shard = open_shard(name, url, place, is_lazy=not is_eager or is_remote(url))
+        if self.verify_hashes:
+            expect_hash(origin, stated)
         if len(shard) == 0:
             raise BadShard(
                 "holds no samples: members are named <key>.png, <key>.cls, <key>.txt and so on"
@@ -242,7 +221,7 @@ class _Work:
         # Shards that are opened later are left to `mmcl data check`.
         indexes = [shard for shard in shards if not self.is_lazy(shard)]
         lines = [
-            f"{where}: key '{key}' comes twice, in {first} and in {second}: "
+            f"{where}: key '{shown(key)}' comes twice, in {first} and in {second}: "
             "give every sample its own key"
             for key, first, second in _repeated(indexes)
         ]

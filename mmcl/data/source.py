@@ -102,6 +102,11 @@ def origin_of(
     return CachedOrigin(url, _cache_at(cache / "shards", limit_bytes, patience), sha256.lower())
 
 
+def is_remote(url: str) -> bool:
+    """Tell whether a shard named so would have to be fetched, or opened by a command."""
+    return url.startswith("pipe:") or ("://" in url and not url.lower().startswith("file:"))
+
+
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file in hex, read in pieces of 1 MiB."""
     digest = hashlib.sha256()

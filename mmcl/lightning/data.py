@@ -13,10 +13,15 @@ import pytorch_lightning as pl
 from mmcl.core import Recall, Strategy, Task, TaskStream
 from mmcl.data import CopiesReader, keep_copies, pass_loader, prepare, test_loader, train_loader
 from mmcl.data.builders.streams import card_path, find_stream
+from mmcl.data.cache import bytes_of
 from mmcl.data.loader import WINDOW
+from mmcl.lightning.hooks import OnDevice
 from mmcl.lightning.scoring import Column, asked_of
 from mmcl.lightning.suited import expect_suited
 from mmcl.metrics.scorers import SCORERS
+
+PREVIEWED = 1024
+"""Samples of a task that a strategy may see before the task's loader is made."""
 
 
 class ContinualData(pl.LightningDataModule):
@@ -76,7 +81,7 @@ class ContinualData(pl.LightningDataModule):
         self.limit = int(limit) if limit is not None and limit >= 1 else limit
         self.allow_pipes, self.verify_hashes = allow_pipes, verify_hashes
         self.cache = None if cache is None else Path(cache).expanduser()
-        self.cache_limit = None if cache_limit is None else _bytes_of(cache_limit)
+        self.cache_limit = None if cache_limit is None else bytes_of(cache_limit)
         self.window, self.group_lengths = window, group_lengths
         self.task, self.seed = task, seed
         self.memory: Path | None = None
@@ -185,8 +190,8 @@ class ContinualData(pl.LightningDataModule):
             group=self.group_lengths,
         )
 
-    def exact_pass(self) -> Any:
-        """Return this rank's part of one unaugmented pass over the selected task."""
+    def exact_pass(self, few: int | None = None) -> Any:
+        """Return this rank's part of one unaugmented pass over the selected task, or few of it."""
         trainer = self._running()
         return pass_loader(
             self.prepared,
@@ -196,6 +201,7 @@ class ContinualData(pl.LightningDataModule):
             rank=trainer.global_rank,
             world=trainer.world_size,
             workers=self.workers,
+            few=few,
         )
 
     def test_loaders(self, columns: Sequence[int]) -> list[Any]:
@@ -273,6 +279,10 @@ class ContinualData(pl.LightningDataModule):
 
     def _recall(self, strategy: Strategy) -> Recall | None:
         """Return what the strategy recalls, at the share that the card states for the task."""
+        if strategy.uses("preview"):
+            module = self._running().lightning_module
+            few = OnDevice(self.exact_pass(few=PREVIEWED), module.device)
+            strategy.preview(module.model, self.stream[self.task], few)
         recall, share = strategy.recall(), self.stream[self.task].share
         if recall is None or recall.share is None or share is None:
             return recall
@@ -297,9 +307,3 @@ class ContinualData(pl.LightningDataModule):
         if self.trainer is None:
             raise RuntimeError("the data has no trainer yet: pass it as datamodule= to fit or test")
         return self.trainer
-
-
-def _bytes_of(size: str | int) -> int:
-    from mmcl.data.source import bytes_of  # type: ignore[attr-defined]
-
-    return int(bytes_of(size))

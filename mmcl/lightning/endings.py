@@ -46,10 +46,12 @@ def told_in_a_sentence(where: Callable[[], str]) -> Iterator[None]:
             raise KeyboardInterrupt from None
         raise
     except OSError as error:
-        if not isinstance(error, CannotWrite) and error.errno not in _NO_ROOM:
+        sentence = _refusal(error)
+        if not sentence:
             raise
-        sentence = f"{error}. Then the same command goes on {where()}"
-        raise CannotWrite(sentence, error.errno) from error
+        raise CannotWrite(
+            f"{sentence}. Then the same command goes on {where()}", error.errno
+        ) from error
     except RuntimeError as error:
         if rank_and_world()[1] == 1 or not _LOST.search(str(error)):
             raise
@@ -57,6 +59,15 @@ def told_in_a_sentence(where: Callable[[], str]) -> Iterator[None]:
             f"another process of this run ended or cannot be reached ({_first_line(error)}): see "
             f"what it said; the same command goes on {where()}"
         ) from error
+
+
+def _refusal(error: OSError) -> str:
+    """Say what could not be written, "" if the error is another one."""
+    if isinstance(error, CannotWrite):
+        return str(error)
+    if error.errno not in _NO_ROOM:
+        return ""
+    return f"{error.filename or 'a file'} cannot be written ({error.strerror}): make room"
 
 
 def _first_line(error: Exception) -> str:

@@ -120,6 +120,13 @@ class ContinualModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         """Build a new optimiser over everything that learns now."""
+        optimizer = self._optimizer()
+        for group in optimizer.param_groups:
+            # A checkpoint in shards gives back only what is there before it is loaded.
+            group.setdefault("initial_lr", group["lr"])
+        return optimizer
+
+    def _optimizer(self) -> Optimizer:
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
         if self._make_optimizer is not None:
             return self._make_optimizer([p for _, p in named])

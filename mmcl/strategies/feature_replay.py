@@ -51,7 +51,8 @@ class FeatureReplay(Strategy):
         store: "float16"; "int8" with a float16 scale for each of the N tokens, which is off by
             half a 127th of the token's largest number at most; or "pq", product-quantised: each
             token is cut into ``subvectors`` parts of one byte, the number of the nearest of 256
-            centroids, which are learned from the first task and then stay. That task is read twice.
+            centroids, which are learned from the first task and then stay. That task is read twice,
+            and has to show what later ones are like: after a narrow one "int8" remembers better.
         place: "memory" holds features in main memory and in every checkpoint. "disk" writes them
             to one file a task, which checkpoints name by sha256; a file that no remembered row
             needs goes at the first step of the next task.
