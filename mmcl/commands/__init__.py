@@ -23,7 +23,7 @@ COMMANDS = {
     "report": "write a run's report.html again",
     "export": "the learned model for open_clip, transformers or peft to load",
     "compare": "one table and one figure over runs and seeds",
-    "data": "list and build the streams that mmcl can make",
+    "data": "make a stream of data of your own, check it, show it; list and build known ones",
     "strategies": "what exists, what it remembers, what it asks of the model",
 }
 LIGHTNING = ("fit", "validate", "test", "predict")

@@ -151,7 +151,7 @@ def _take_owned(images: Tensor, owner: Tensor, rows: Tensor) -> tuple[Tensor, Te
 def _with_marks(batch: Batch, other: Batch) -> Batch:
     """Fill in the marks that this batch lacks, and those that the other has."""
     labels, rows = batch.labels, len(batch)
-    marks = {
+    marks: dict[str, Any] = {
         "recalled": labels.new_zeros(rows, dtype=torch.bool),
         "sample": labels.new_full((rows,), -1),
     }

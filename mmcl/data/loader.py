@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmcl.core import Batch, Recall, Task, Transform
 from mmcl.core.randomness import generator, mix
+from mmcl.data.cache import CachedOrigin
 from mmcl.data.decode import MAX_PIXELS
 from mmcl.data.order import EpochPlan, Mixture, dealt
 from mmcl.data.prepare import PreparedStream
-from mmcl.data.reader import SampleReader
+from mmcl.data.reader import Reader, SampleReader
 from mmcl.data.shard import Numbers
 from mmcl.data.shuffle import InWindows
 from mmcl.data.training import Recalled, Request, TrainingRows
@@ -38,6 +39,7 @@ class PlannedBatches(Sampler[Request]):
         position: asked at every ``iter``: (epoch, micro-batches already done in it). An epoch that
             is done to its end counts as the start of the next.
         scored: tells how many of some entries have a part in the task loss.
+        begins: told of a plan and the batch that is asked for next.
         accumulation: micro-batches of a global batch on every rank.
         rank: of this process.
         world: number of processes.
@@ -49,6 +51,7 @@ class PlannedBatches(Sampler[Request]):
         steps: int,
         position: Callable[[], tuple[int, int]],
         scored: Callable[[Numbers], int] = len,
+        begins: Callable[[EpochPlan, int], None] = lambda plan, step: None,
         *,
         accumulation: int,
         rank: int,
@@ -57,7 +60,7 @@ class PlannedBatches(Sampler[Request]):
         self.plan = plan
         self.steps = steps
         self.position = position
-        self.scored = scored
+        self.scored, self.begins = scored, begins
         self.accumulation = accumulation
         self.rank = rank
         self.world = world
@@ -73,6 +76,7 @@ class PlannedBatches(Sampler[Request]):
         parts = self.world * self.accumulation
         for number in range(done, len(self)):
             step, part = divmod(number, self.accumulation)
+            self.begins(plan, step)
             whole = plan.batch(step)
             entries = dealt(whole, part, self.accumulation, self.rank, self.world)
             weight = self.scored(entries) * parts / self.scored(whole)
@@ -135,7 +139,9 @@ def train_loader(
     lengths = _lengths(rows) if group > 1 else None
     plan = partial(_plan, rows, mixture, lengths=lengths, window=window, group=group)
     dealt = {"accumulation": accumulation, "rank": rank, "world": world}
-    batches = PlannedBatches(plan, mixture.steps, position, rows.scored, **dealt)
+    batches = PlannedBatches(
+        plan, mixture.steps, position, rows.scored, _Ahead(rows.reader), **dealt
+    )
     return batch_loader(rows, batches, workers, seed=seed)
 
 
@@ -146,6 +152,25 @@ def _plan(
     if rows.reader.is_remote and mixture.once == mixture.new:
         order = InWindows(mix(rows.seed, rows.task, epoch), rows.reader.sizes, window)
     return EpochPlan(mixture, seed=rows.seed, task=rows.task, epoch=epoch, order=order, **how)
+
+
+class _Ahead:
+    """Begins to fetch remote shards a window before their samples are asked for."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self._asked: set[int] = set()
+
+    def __call__(self, plan: EpochPlan, step: int) -> None:
+        """Fetch what comes behind the window in which a batch begins."""
+        if not isinstance(plan.order, InWindows):
+            return
+        ahead = set(plan.order.ahead(plan.mixture.edge(step)).tolist())
+        for number in sorted(ahead - self._asked):
+            origin = getattr(self.reader.shards[number], "origin", None)
+            if isinstance(origin, CachedOrigin):
+                origin.fetch_ahead()
+        self._asked = ahead
 
 
 def _lengths(rows: TrainingRows) -> Numbers:
@@ -175,6 +200,7 @@ def batch_loader(
         collate_fn=_as_it_is,
         num_workers=workers,
         persistent_workers=stay and workers > 0,
+        pin_memory=torch.cuda.is_available(),
         # A generator of its own: otherwise every iter() draws from torch's global one.
         generator=generator(seed),
     )

@@ -117,7 +117,7 @@ class EpochPlan:
         group: int = 0,
     ) -> None:
         self.mixture, self.lengths, self.group = mixture, lengths, group
-        self._order = order or shuffled(mix(seed, task, _NEW, epoch), mixture.once)
+        self.order = order or shuffled(mix(seed, task, _NEW, epoch), mixture.once)
         self._seed, self._task, self._epoch = seed, task, epoch
         self._window: tuple[int, list[Numbers]] | None = None
 
@@ -160,7 +160,7 @@ class EpochPlan:
         return kinds
 
     def _once(self, start: int, stop: int) -> Numbers:
-        return self._order.take(self.mixture.edge(start), self.mixture.edge(stop))
+        return self.order.take(self.mixture.edge(start), self.mixture.edge(stop))
 
     def _endless(
         self, seed: int, count: int, slots: int, first: int

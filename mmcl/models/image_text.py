@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmcl.core import NO_PROMPTS, UNSCORED, Batch, Modality, Output, Prompts, Transform
+from mmcl.core.blocks import stacks
 from mmcl.core.gates import Gates
 from mmcl.core.rest import evaluating
 from mmcl.models.candidates import best_of, likelihoods
@@ -22,7 +23,7 @@ from mmcl.models.families import family_of
 from mmcl.models.fingerprint import Fingerprint, frozen_own
 from mmcl.models.generation import Refine, generated, prompt_lengths
 from mmcl.models.guide import guided, one_a_row
-from mmcl.models.parts import Kind, linears_of, parameters_of, touching
+from mmcl.models.parts import Kind, linears_of, parameters_of, places_of, touching
 from mmcl.models.parts import Part as Part
 from mmcl.models.pixels import Pixels
 from mmcl.models.precision import Precision
@@ -99,7 +100,8 @@ class ImageTextToText(nn.Module):
         self._own = frozenset(name for name, _ in self.named_parameters())
         self._fingerprint = Fingerprint()
         # Walking through a tower takes as long as a layer of a small model.
-        self._looking = (list(self.tower("image")), list(self.tower("projector")))
+        looking: tuple[Part, ...] = ("image", "projector")
+        self._looking = [places_of(self.lm, self.tower(part)) for part in looking]
 
     def forward(self, batch: Batch, prompts: Prompts = NO_PROMPTS) -> Output:
         """Score the words of the answers.
@@ -226,6 +228,11 @@ class ImageTextToText(nn.Module):
     def is_frozen(self, part: Part) -> bool:
         """Tell whether nothing in a part learns."""
         return not any(parameter.requires_grad for parameter in self.tower(part))
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the layers of the language model, which every step runs, with pictures or not."""
+        language = self.lm.model.get_submodule(self.family.language)
+        return [layer for stack in stacks(language) for layer in stack]
 
     def fingerprint(self) -> str:
         """Return the sha256 of frozen weights, their types, sizes and the preprocessing."""

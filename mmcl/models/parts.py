@@ -66,7 +66,23 @@ def linears_of(model: nn.Module, prefix: str, which: Kind) -> dict[str, nn.Linea
     }
 
 
-def touching(logits: Tensor, *parts: Iterable[nn.Parameter]) -> Tensor:
+Place = tuple[nn.Module, str]
+"""A module and the name of one of its own parameters."""
+
+
+def places_of(module: nn.Module, parameters: Iterable[nn.Parameter]) -> list[Place]:
+    """Return where parameters are, as the objects themselves give way where weights are sharded.
+
+    Args:
+        module: that they lie in, at any depth.
+        parameters: any of its.
+    """
+    wanted = {id(parameter) for parameter in parameters}
+    owned = [(part, name, p) for part in module.modules() for name, p in part._parameters.items()]
+    return [(part, name) for part, name, parameter in owned if id(parameter) in wanted]
+
+
+def touching(logits: Tensor, *parts: Iterable[Place]) -> Tensor:
     """Return the logits with a graph to all parameters that learn, whatever had part in them.
 
     The end of a learning tower has none, behind the layer whose features are taken, and a batch
@@ -75,9 +91,10 @@ def touching(logits: Tensor, *parts: Iterable[nn.Parameter]) -> Tensor:
 
     Args:
         logits: of a forward pass.
-        parts: lists of parameters.
+        parts: where parameters are, see ``places_of``.
     """
-    learning = [p for part in parts for p in part if p.requires_grad]
+    held = [module._parameters[name] for part in parts for module, name in part]
+    learning = [parameter for parameter in held if parameter is not None and parameter.requires_grad]
     if not learning or not torch.is_grad_enabled():
         return logits
     return logits + (torch.stack([p.flatten()[0] for p in learning]).sum() * 0).to(logits.dtype)

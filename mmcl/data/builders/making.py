@@ -28,8 +28,8 @@ from mmcl.data.lock import exclusive
 
 RECIPE = 1  # counts up whenever the same source would give other bytes
 _NAMED = 10
-_WORTH = 2000
-"""Samples for which one process more is started."""
+_WORTH = 10_000
+"""Samples for which one process more is started; one makes thousands in the seconds it takes."""
 _TEMPLATE = "a photo of a {}."
 
 
