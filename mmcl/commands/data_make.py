@@ -129,8 +129,8 @@ def _report(made: MadeStream) -> None:
     for entry in made.entries:
         classes = f" of {len(entry['classes'])} classes" if entry.get("classes") else ""
         print(
-            f"{clean(entry['name']):16} {entry['size']:,} to learn from, {entry['test_size']:,} to test "
-            f"on{classes}"
+            f"{clean(entry['name']):16} {entry['size']:,} to learn from, "
+            f"{entry['test_size']:,} to test on{classes}"
         )
     if made.twins:
         print(f"{made.twins:,} test samples have a picture that is also learned from")

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from mmcl.core.card_entries import Card, TaskEntry
 from mmcl.core.card_fields import expand
 from mmcl.core.card_reader import CardReader
+from mmcl.core.card_yaml import parse_yaml
 
 __all__ = ["Card", "TaskEntry", "expand", "read_card", "survey_card"]
 
 MAX_CARD_BYTES = 64 << 20
+MAX_FAULTS = 100
+"""Faults of a card that are written out; the rest is counted."""
 
 
 def read_card(path: Path, scorers: Sequence[str] = ()) -> Card:
@@ -57,8 +58,11 @@ def survey_card(path: Path, scorers: Sequence[str] = ()) -> tuple[Card, list[str
     if path.stat().st_size > MAX_CARD_BYTES:
         raise ValueError(f"{path} is larger than {MAX_CARD_BYTES} bytes: this is not a card")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     faults: list[str] = []
-    return CardReader(faults, scorers).card(raw), faults
+    card = CardReader(faults, scorers).card(raw)
+    if len(faults) > MAX_FAULTS:
+        faults[MAX_FAULTS:] = [f"and {len(faults) - MAX_FAULTS} more"]
+    return card, faults

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmcl.core.card_entries import Card, SourceEntry, TaskEntry
-from mmcl.core.card_fields import CardFields
+from mmcl.core.card_fields import MAX_NAME, CardFields, shown
 
 KINDS = ("caption", "classify", "retrieve", "answer", "prefer", "edit")
 SUITED = {
@@ -56,7 +56,7 @@ class CardReader(CardFields):
         self.mixtures(tasks, sources)
         probes = raw.get("probes") or []
         if not isinstance(probes, list):
-            self.faults.append(f"'probes' is {probes!r}, expected a list of test-only tasks")
+            self.faults.append(f"'probes' is {shown(probes)}, expected a list of test-only tasks")
             probes = []
         scored = [
             self.task(entry, raw, stated, f"probe {n}", is_probe=True)
@@ -88,10 +88,12 @@ class CardReader(CardFields):
     ) -> TaskEntry:
         """Return a task or probe; ``stated`` are the card's own classes."""
         if not isinstance(raw, Mapping):
-            self.faults.append(f"{where} is {raw!r}, expected a mapping with name, train, test")
+            self.faults.append(
+                f"{where} is {shown(raw)}, expected a mapping with name, train, test"
+            )
             raw = {}
         if isinstance(raw.get("name"), str):
-            where = f"{where} ('{raw['name']}')"
+            where = f"{where} ({shown(raw['name'][:MAX_NAME])})"
         self.known_keys(raw, _TASK_KEYS, where)
         both = {**card, **raw}
         kind = self.choice(both, "kind", KINDS, "classify", where)
@@ -99,9 +101,12 @@ class CardReader(CardFields):
         named = own or stated
         if kind == "classify" and not named:
             self.faults.append(f"{where} has no 'classes': name them here or at the top")
-        unknown = [name for name in own if stated and name not in stated and not is_probe]
+        known = set(stated)
+        unknown = [name for name in own if stated and name not in known and not is_probe]
         if unknown:
-            self.faults.append(f"{where} has classes {unknown} that the card's 'classes' lack")
+            self.faults.append(
+                f"{where} has classes {shown(unknown)} that the card's 'classes' lack"
+            )
         train, test = self.parts(raw, where, is_probe)
         return TaskEntry(
             name=self.string(raw, "name", where, required=True),
@@ -130,7 +135,7 @@ class CardReader(CardFields):
         train = () if is_probe else self.shards(raw, "train", where)
         both = sorted(set(train) & set(test))
         if both:
-            self.faults.append(f"{where} tests on shards it trains on: {both}")
+            self.faults.append(f"{where} tests on shards it trains on: {shown(both)}")
         return train, test
 
     def decode(self, raw: Mapping[str, Any], kind: str, named: tuple[str, ...], where: str) -> str:
@@ -147,7 +152,9 @@ class CardReader(CardFields):
         """Return (source, its part of every batch)."""
         value = raw.get("mix") or {}
         if not isinstance(value, Mapping):
-            self.faults.append(f"{where} has mix {value!r}, expected name of a source: its share")
+            self.faults.append(
+                f"{where} has mix {shown(value)}, expected name of a source: its share"
+            )
             return ()
         shares = {str(name): self.share(value, name, f"{where}, mix") for name in value}
         return tuple((name, share) for name, share in shares.items() if share is not None)
@@ -156,31 +163,33 @@ class CardReader(CardFields):
         """Return the general and reference sets."""
         value = raw.get("sources") or {}
         if not isinstance(value, Mapping):
-            self.faults.append(f"'sources' is {value!r}, expected name: kind and shards of each")
+            self.faults.append(
+                f"'sources' is {shown(value)}, expected name: kind and shards of each"
+            )
             return []
         return [self.source(str(name), entry, stated) for name, entry in value.items()]
 
     def source(self, name: str, raw: Any, stated: tuple[str, ...]) -> SourceEntry:
         """Return one of them."""
-        where = f"source '{name}'"
+        where = f"source {shown(name[:MAX_NAME])}"
         if not isinstance(raw, Mapping):
-            self.faults.append(f"{where} is {raw!r}, expected a mapping with kind and shards")
+            self.faults.append(f"{where} is {shown(raw)}, expected a mapping with kind and shards")
             raw = {}
         self.known_keys(raw, _SOURCE_KEYS, where)
         kinds = tuple(dict.fromkeys(kind for suited in SUITED.values() for kind in suited))
         kind = self.choice(raw, "kind", kinds, "picture", where)
         classes = self.names(raw, "classes", where) or (stated if kind == "classify" else ())
-        foreign = [name for name in classes if name not in stated]
+        foreign = sorted(set(classes) - set(stated))
         if kind == "classify" and (foreign or not classes):
             self.faults.append(
-                f"{where} is of kind 'classify' and has classes {foreign or 'none'} that the "
-                "card's own 'classes' lack: list them at the top"
+                f"{where} is of kind 'classify' and has classes "
+                f"{shown(foreign) if foreign else 'none'} that the card's own 'classes' lack: list them at the top"
             )
         scored = raw.get("scored", kind != "picture")
         if not isinstance(scored, bool) or (scored and kind == "picture"):
             self.faults.append(
-                f"{where} has scored {scored!r}, expected true or false, and false for pictures "
-                "alone, which have no loss of their own"
+                f"{where} has scored {shown(scored)}, expected true or false, and false for "
+                "pictures alone, which have no loss of their own"
             )
         return SourceEntry(
             name=name,
@@ -197,17 +206,17 @@ class CardReader(CardFields):
         """Check that what stands in one batch fits together."""
         kinds = {source.name: source.kind for source in sources}
         for task in tasks:
-            where = f"task '{task.name}'"
+            where = f"task {shown(task.name[:MAX_NAME])}"
             for name, _ in task.mix:
                 suited = SUITED.get(task.kind, ())
                 if name not in kinds:
                     self.faults.append(
-                        f"{where} mixes in '{name}', which is none of the card's 'sources' "
-                        f"({', '.join(kinds) or 'there are none'})"
+                        f"{where} mixes in {shown(name)}, which is none of the card's 'sources' "
+                        f"({', '.join(kinds)[:MAX_NAME] or 'there are none'})"
                     )
                 elif kinds[name] not in suited:
                     self.faults.append(
-                        f"{where} is of kind '{task.kind}' and mixes in '{name}' of kind "
+                        f"{where} is of kind '{task.kind}' and mixes in {shown(name)} of kind "
                         f"'{kinds[name]}', expected {' or '.join(suited) or 'no source'}: rows of "
                         "one batch carry the same things"
                     )

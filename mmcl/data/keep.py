@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from webdataset.writer import TarWriter
 
-from mmcl.core import Recall, write_atomic
+from mmcl.core import Recall, TaskStream, write_atomic
 from mmcl.data.faults import BadSample
 from mmcl.data.prepare import PreparedStream
 from mmcl.data.reader import SampleReader, shown
 from mmcl.data.shard import Numbers, Sample
-from mmcl.data.source import LocalOrigin, sha256_of
+from mmcl.data.source import LocalOrigin, is_remote, sha256_of
 from mmcl.data.tar_shard import TarShard
 
 _KEY = "mmcl-key.txt"
@@ -130,6 +130,19 @@ def prune_copies(recall: Recall, folder: Path, task: int) -> None:
     kept, wanted = CopiesReader(folder, task), _wanted(recall, task)
     if len(wanted) < len(kept):
         _write(_shard(folder, task), kept, wanted.tolist())
+
+
+def given_up(stream: TaskStream, folder: Path) -> list[int]:
+    """Return the tasks whose old samples were copied and whose training shards are gone."""
+    copied = [task.index for task in stream if _shard(folder, task.index).exists()]
+    return [
+        index
+        for index in copied
+        if not all(
+            is_remote(stream.shard(name)) or Path(stream.shard(name)).exists()
+            for name in stream[index].train
+        )
+    ]
 
 
 def _wanted(recall: Recall, task: int) -> Numbers:

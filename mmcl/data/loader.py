@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -90,17 +89,10 @@ def train_loader(
     *,
     recall: Recall | None,
     recall_readers: Mapping[int, SampleReader] | None = None,
-    global_batch: int,
-    accumulation: int = 1,
-    seed: int,
-    rank: int = 0,
-    world: int = 1,
-    workers: int = 0,
-    position: Callable[[], tuple[int, int]] = at_start,
-    max_pixels: int = MAX_PIXELS,
-    window: int = WINDOW,
-    group: int = 0,
-) -> DataLoader[Batch]:
+    global_batch: int, accumulation: int = 1, seed: int, rank: int = 0, world: int = 1,
+    workers: int = 0, position: Callable[[], tuple[int, int]] = at_start,
+    max_pixels: int = MAX_PIXELS, window: int = WINDOW, group: int = 0,
+) -> DataLoader[Batch]:  # fmt: skip
     """Build the loader of a task's training part, with old samples and other sources mixed in.
 
     Its length is the micro-batches of an epoch. The same seed gives the same global batches on
@@ -120,10 +112,9 @@ def train_loader(
         workers: processes that read and decode; they stay for the next epoch.
         position: asked at every ``iter``: (epoch, micro-batches already done in it).
         max_pixels: larger pictures are bad samples.
-        window: shards whose samples are shuffled together where any of them is remote; local ones
-            are shuffled all together.
-        group: batches over which rows are sorted by the bytes of their text, so that rows of like
-            length stand together; 0 = not. Needs the index of every shard.
+        window: shards whose samples are shuffled together, if any is remote; local ones all are.
+        group: batches over which rows are sorted by the bytes of their text, which brings rows of
+            like length together; 0 = not. Opens every shard.
 
     Raises:
         ValueError: if a rank would go without rows, or the recall names what cannot be read.
@@ -131,27 +122,35 @@ def train_loader(
     """
     recalled = _recalled(prepared, task, recall, recall_readers)
     rows = TrainingRows(prepared, task, transform, recalled, seed=seed, max_pixels=max_pixels)
-    new, old, *others = rows.counts
-    shares = [share for _, share in prepared.stream.tasks[task].mix]
-    share = None if recall is None else recall.share
-    mixture = Mixture(new, global_batch, old, share, tuple(zip(others, shares, strict=True)))
-    _expect_rows(prepared.stream.tasks[task], mixture, accumulation, world)
-    lengths = _lengths(rows) if group > 1 else None
-    plan = partial(_plan, rows, mixture, lengths=lengths, window=window, group=group)
+    mixture = _mixture(rows, None if recall is None else recall.share, global_batch)
+    _expect_rows(rows.tasks[task], mixture, accumulation, world)
+    plan = _planner(rows, mixture, window, group)
+    told = (position, rows.scored, _Ahead(rows.reader))
     dealt = {"accumulation": accumulation, "rank": rank, "world": world}
-    batches = PlannedBatches(
-        plan, mixture.steps, position, rows.scored, _Ahead(rows.reader), **dealt
+    return batch_loader(
+        rows, PlannedBatches(plan, mixture.steps, *told, **dealt), workers, seed=seed
     )
-    return batch_loader(rows, batches, workers, seed=seed)
 
 
-def _plan(
-    rows: TrainingRows, mixture: Mixture, *, epoch: int, window: int, **how: Any
-) -> EpochPlan:
-    order = None
-    if rows.reader.is_remote and mixture.once == mixture.new:
-        order = InWindows(mix(rows.seed, rows.task, epoch), rows.reader.sizes, window)
-    return EpochPlan(mixture, seed=rows.seed, task=rows.task, epoch=epoch, order=order, **how)
+def _mixture(rows: TrainingRows, share: float | None, global_batch: int) -> Mixture:
+    new, old, *others = rows.counts
+    parts = [part for _, part in rows.tasks[rows.task].mix]
+    return Mixture(new, global_batch, old, share, tuple(zip(others, parts, strict=True)))
+
+
+def _planner(
+    rows: TrainingRows, mixture: Mixture, window: int, group: int
+) -> Callable[..., EpochPlan]:
+    lengths = _lengths(rows) if group > 1 else None
+
+    def plan(epoch: int) -> EpochPlan:
+        order = None
+        if rows.reader.is_remote and mixture.once == mixture.new:
+            order = InWindows(mix(rows.seed, rows.task, epoch), rows.reader.sizes, window)
+        own = {"seed": rows.seed, "task": rows.task, "epoch": epoch}
+        return EpochPlan(mixture, order=order, lengths=lengths, group=group, **own)
+
+    return plan
 
 
 class _Ahead:

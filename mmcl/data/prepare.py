@@ -91,8 +91,8 @@ def prepare(
             least 1): a seeded choice that depends on the task's name alone, in recorded order.
         seed: of the limit's choice.
         allow_pipes: run ``pipe:`` urls, which are shell commands.
-        cache: folder for remote shards, and for indexes of shards in read-only folders; default
-            $MMCL_CACHE or the user's cache folder.
+        cache: folder for remote shards, and for indexes of read-only ones; None = $MMCL_CACHE or
+            the user's cache folder.
         cache_limit: bytes that remote shards may take there; None = no limit.
         verify_hashes: read every shard that has a hash on the card and compare.
         finished: tasks whose training shards are not opened; they may be gone.
@@ -113,18 +113,12 @@ def prepare(
         if part == "test" or task.index not in finished
     ]
     mixed = sorted({number for task in stream.tasks for number, _ in task.mix})
-    beside = [stream.sources[number - 1].rows for number in mixed]
-    work.open_all([*parts, *((rows, "train") for rows in beside)], progress)
+    own = {number: stream.sources[number - 1].rows for number in mixed}
+    work.open_all([*parts, *((rows, "train") for rows in own.values())], progress)
     readers = {(task.index, part): work.reader(task, part, limit, seed) for task, part in parts}
-    sources = {
-        number: work.reader(rows, "train", limit, seed)
-        for number, rows in zip(mixed, beside, strict=True)
-    }
+    sources = {number: work.reader(rows, "train", limit, seed) for number, rows in own.items()}
     work.faults.raise_all(stream.name)
-    sized = copy.copy(stream)
-    sized.tasks = tuple(_sized(task, readers, limit) for task in stream.tasks)
-    sized.probes = tuple(_sized(task, readers, limit) for task in stream.probes)
-    return PreparedStream(sized, readers, sources)
+    return PreparedStream(_counted(stream, readers, limit), readers, sources)
 
 
 @dataclass
@@ -255,6 +249,15 @@ def _repeated(indexes: Sequence[Shard]) -> list[tuple[str, str, str]]:
             found.append((key, seen[key], index.name))
         seen.setdefault(key, index.name)
     return found
+
+
+def _counted(
+    stream: TaskStream, readers: Mapping[tuple[int, Part], Reader], limit: float | int | None
+) -> TaskStream:
+    sized = copy.copy(stream)
+    sized.tasks = tuple(_sized(task, readers, limit) for task in stream.tasks)
+    sized.probes = tuple(_sized(task, readers, limit) for task in stream.probes)
+    return sized
 
 
 def _sized(

@@ -60,6 +60,21 @@ def save_whole(trainer: pl.Trainer, path: Path, *, weights_only: bool) -> None:
             raise writer.failure
 
 
+def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write a checkpoint as one file, flushed to the disk and renamed into place.
+
+    Raises:
+        CannotWrite: if there is no room.
+    """
+
+    def write(temporary: Path) -> None:
+        # Through a file of Python's own: torch's tells nothing of what the system refused.
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+
+    write_atomic(path, write, needs=tensor_bytes(checkpoint))
+
+
 @contextmanager
 def all_or_none(trainer: pl.Trainer) -> Iterator[None]:
     """Let every rank fail where one cannot write, so that none waits for it.
@@ -67,12 +82,12 @@ def all_or_none(trainer: pl.Trainer) -> Iterator[None]:
     All ranks enter and leave this together.
 
     Raises:
-        CannotWrite: if any rank cannot write, with its sentence.
+        OSError: on a rank that cannot write, and CannotWrite with its sentence on the others.
     """
-    failure: CannotWrite | None = None
+    failure: OSError | None = None
     try:
         yield
-    except CannotWrite as error:
+    except OSError as error:
         failure = error
     own = [] if failure is None else [" ".join(str(failure).split())]
     said = gather_texts(own, trainer.strategy.root_device)
@@ -100,12 +115,7 @@ class _Writer(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
         """Write a checkpoint, or note why it cannot be written."""
-
-        def write(temporary: Path) -> None:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-
         try:
-            write_atomic(Path(path), write, needs=tensor_bytes(checkpoint))
+            write_checkpoint(Path(path), checkpoint)
         except CannotWrite as error:
             self.failure = error

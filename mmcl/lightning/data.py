@@ -14,6 +14,7 @@ from mmcl.core import Recall, Strategy, Task, TaskStream
 from mmcl.data import CopiesReader, keep_copies, pass_loader, prepare, test_loader, train_loader
 from mmcl.data.builders.streams import card_path, find_stream
 from mmcl.data.cache import bytes_of
+from mmcl.data.keep import given_up
 from mmcl.data.loader import WINDOW
 from mmcl.lightning.hooks import OnDevice
 from mmcl.lightning.scoring import Column, asked_of
@@ -71,9 +72,9 @@ class ContinualData(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, rows in (("global_batch", global_batch), ("test_batch", test_batch)):
+        for what, rows in (("global_batch", global_batch), ("test_batch", test_batch)):
             if rows < 1:
-                raise ValueError(f"data.{name} is {rows}, expected a number of rows, 1 or more")
+                raise ValueError(f"data.{what} is {rows}, expected a number of rows, 1 or more")
         self.stream_name, self.root = stream, Path(root)
         self.global_batch, self.device_batch = global_batch, device_batch
         self.test_batch, self.workers = test_batch, workers
@@ -123,15 +124,7 @@ class ContinualData(pl.LightningDataModule):
     @property
     def given_up(self) -> list[int]:
         """Tasks whose old samples were copied and whose training shards are gone."""
-        if self.memory is None:
-            return []
-        copied = [
-            t.index for t in self.on_card if (self.memory / f"task_{t.index:03d}.tar").exists()
-        ]
-        stream = self.on_card
-        return [
-            t for t in copied if not all(Path(stream.shard(n)).exists() for n in stream[t].train)
-        ]
+        return [] if self.memory is None else given_up(self.on_card, self.memory)
 
     @property
     def prepared(self) -> Any:
@@ -182,9 +175,7 @@ class ContinualData(pl.LightningDataModule):
             global_batch=self.global_batch,
             accumulation=trainer.accumulate_grad_batches,
             seed=self.seed,
-            rank=trainer.global_rank,
-            world=trainer.world_size,
-            workers=self.workers,
+            **self._dealt(),
             position=self._next_position,
             window=self.window,
             group=self.group_lengths,
@@ -198,9 +189,7 @@ class ContinualData(pl.LightningDataModule):
             self.task,
             trainer.lightning_module.model.transform(False),
             batch=self.test_batch,
-            rank=trainer.global_rank,
-            world=trainer.world_size,
-            workers=self.workers,
+            **self._dealt(),
             few=few,
         )
 
@@ -226,9 +215,7 @@ class ContinualData(pl.LightningDataModule):
                 column,
                 trainer.lightning_module.model.transform(False),
                 batch=self.test_batch,
-                rank=trainer.global_rank,
-                world=trainer.world_size,
-                workers=self.workers,
+                **self._dealt(),
             )
             for column in columns
         ]
@@ -278,15 +265,14 @@ class ContinualData(pl.LightningDataModule):
         self._start = (state["epoch"], state["batches"])
 
     def _recall(self, strategy: Strategy) -> Recall | None:
-        """Return what the strategy recalls, at the share that the card states for the task."""
+        """Let the strategy look at the task; return what it recalls, at the card's share if any."""
         if strategy.uses("preview"):
             module = self._running().lightning_module
             few = OnDevice(self.exact_pass(few=PREVIEWED), module.device)
             strategy.preview(module.model, self.stream[self.task], few)
         recall, share = strategy.recall(), self.stream[self.task].share
-        if recall is None or recall.share is None or share is None:
-            return recall
-        return replace(recall, share=share)
+        stated = recall is not None and recall.share is not None and share is not None
+        return replace(recall, share=share) if recall is not None and stated else recall
 
     def _default_numbers(self) -> list[int]:
         probes = range(len(self.stream), len(self.stream.columns))
@@ -303,7 +289,12 @@ class ContinualData(pl.LightningDataModule):
         tasks = sorted(set(recall.task.tolist()))
         return {task: CopiesReader(self.memory, task) for task in tasks}
 
+    def _dealt(self) -> dict[str, int]:
+        trainer = self._running()
+        ranks = {"rank": trainer.global_rank, "world": trainer.world_size}
+        return {**ranks, "workers": self.workers}
+
     def _running(self) -> Any:
         if self.trainer is None:
-            raise RuntimeError("the data has no trainer yet: pass it as datamodule= to fit or test")
+            raise RuntimeError("the data has no trainer: pass it as datamodule= to fit or test")
         return self.trainer

@@ -20,7 +20,7 @@ from mmcl.lightning.endings import told_in_a_sentence
 from mmcl.lightning.folder import RunFolder, RunState, check_grown, task_mark
 from mmcl.lightning.module import ContinualModule, check_state
 from mmcl.lightning.running import TaskHooks
-from mmcl.lightning.sharing import forget_inside
+from mmcl.lightning.sharing import expect_readable, forget_devices, forget_inside
 from mmcl.metrics import AccuracyMatrix
 from mmcl.metrics.cost import Ledger
 
@@ -171,6 +171,7 @@ class SequenceRun:
         self.data.task = max(0, row - 1)
         trainer = self._trainer([])
         faults = record_cells(module, self.data, trainer, matrix, self.folder, row, columns)
+        forget_devices(trainer)
         state.faults += [fault for fault in faults if fault not in state.faults]
         if faults and state.tasks:
             self.folder.save(state)
@@ -199,6 +200,7 @@ class SequenceRun:
         trainer = self._trainer([hooks], **epochs)
         trainer.accumulate_grad_batches = self.data.accumulation(trainer.world_size)
         last = None if state.last is None else self.folder.path / state.last
+        expect_readable(trainer, last)
         with warnings.catch_warnings():
             # Our loader goes on by itself; Lightning cannot know that.
             warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")
@@ -208,6 +210,7 @@ class SequenceRun:
         if trainer.interrupted:
             raise KeyboardInterrupt
         self._end(state, hooks, trainer)
+        forget_devices(trainer)
 
     def _end(self, state: RunState, hooks: TaskHooks, trainer: pl.Trainer) -> None:
         state.done, state.last, state.step = hooks.task.index + 1, None, 0

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import _composable_state
 from torch.distributed.device_mesh import DeviceMesh
@@ -122,13 +121,6 @@ def devices_of(mesh: DeviceMesh) -> DeviceMesh:
     if copies.size() > 1 and sharing.size() > 1:
         return mesh
     return copies if sharing.size() == 1 else sharing
-
-
-def forget_devices(mesh: DeviceMesh) -> None:
-    """Close the process groups of a mesh, which Lightning makes anew for every Trainer."""
-    for group in mesh.get_all_groups():
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
 
 
 def _stay_whole(module: Any, blocks: list[nn.Module]) -> set[Parameter]:

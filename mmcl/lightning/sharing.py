@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
+import torch.distributed as dist
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mmcl.core import Strategy
-from mmcl.core.atomic import CannotWrite, write_atomic
-from mmcl.lightning.checkpoint_file import all_or_none, save_whole, tensor_bytes
+from mmcl.core.atomic import CannotWrite
+from mmcl.lightning.checkpoint_file import all_or_none, save_whole, write_checkpoint
 
 _TEMPORARY = ".last.ckpt.tmp"
 _OVERLAY = "lay configs/overlay/fsdp.yaml over the configuration"
@@ -51,6 +51,27 @@ def expect_shareable(trainer: pl.Trainer, strategy: Strategy) -> None:
         )
 
 
+def expect_readable(trainer: pl.Trainer, last: Path | None) -> None:
+    """Check that a trainer can go on from the checkpoint inside of a task.
+
+    Raises:
+        ValueError: if that is in shards and the trainer's devices share nothing out.
+    """
+    if last is not None and last.is_dir() and not is_shared(trainer):
+        raise ValueError(
+            f"{last} is in shards, and trainer.strategy is now {type(trainer.strategy).__name__}: "
+            f"{_OVERLAY}, with any number of devices, one of them too"
+        )
+
+
+def forget_devices(trainer: pl.Trainer) -> None:
+    """Close the groups of processes that Lightning makes anew for every Trainer."""
+    mesh = vars(trainer.strategy).get("_device_mesh")
+    for group in [] if mesh is None else mesh.get_all_groups():
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
 def save_after(trainer: pl.Trainer, module: Any, path: Path) -> None:
     """Write the checkpoint of a finished task, whole under any way of using devices.
 
@@ -74,8 +95,7 @@ def save_after(trainer: pl.Trainer, module: Any, path: Path) -> None:
     module.on_save_checkpoint(checkpoint)
     with all_or_none(trainer):
         if trainer.is_global_zero:
-            needs = tensor_bytes(checkpoint)
-            write_atomic(path, lambda temporary: torch.save(checkpoint, temporary), needs=needs)
+            write_checkpoint(path, checkpoint)
 
 
 def save_inside(trainer: pl.Trainer, folder: Path, step: int) -> Path:

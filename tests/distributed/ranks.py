@@ -1,5 +1,6 @@
 """Runs on two processes, forked as ``torchrun`` would start them, each noting what it saw."""
 
+import copy
 import os
 import signal
 import socket
@@ -89,7 +90,7 @@ def _note_what_is_seen(file):
 
     def note_state(hooks, trainer, module):
         train_end(hooks, trainer, module)
-        states.append(module.kept_state())
+        states.append(copy.deepcopy(dict(module.kept_state())))  # of now: weights move on
         torch.save({"batches": batches, "states": states}, file)
 
     TaskHooks.on_train_batch_end, TaskHooks.on_train_end = note_batch, note_state

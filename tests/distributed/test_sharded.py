@@ -1,0 +1,93 @@
+"""Weights shared out over two processes (FSDP2): the same run as on one, killed or not."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.distributed.ranks import on_ranks, seen
+from tests.distributed.test_two_processes import PLAIN, far
+from tests.lightning.killing import KILLED
+from tests.lightning.small_runs import SmallRuns, same
+
+pytestmark = pytest.mark.slow
+OVERLAY = Path(__file__).parents[2] / "configs" / "overlay" / "fsdp.yaml"
+SHARDS = yaml.safe_load(OVERLAY.read_text())["trainer"]["strategy"]
+WHOLE = {**SHARDS, "init_args": {**SHARDS["init_args"], "save_distributed_checkpoint": False}}
+LAYERS = {"layers": 2}
+
+
+def start(runs, name, strategy, way, kill=None, world=2, **options):
+    """Start a run, or go on with it; return the exit status of every rank."""
+    way = json.dumps(way) if isinstance(way, dict) else way
+    words = runs.words(name, strategy, **options)
+    return on_ranks(words, runs.folder / name, kill=kill, world=world, way=way)
+
+
+def finish(runs, *arguments, world=2, **options):
+    status = start(runs, *arguments, world=world, **options)
+    said = (runs.folder / arguments[0] / "said_0").read_text()
+    assert status == [0] * world, said
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kind"),
+    [
+        ("Finetune", "classify"),
+        ("EWC", "classify"),
+        ("WiseFT", "classify"),
+        ("LwF", "classify"),
+        ("OLoRA", "answer"),
+    ],
+)
+def test_two_processes_with_shares_learn_as_one_with_all(tmp_path, strategy, kind):
+    vision = {} if kind == "answer" else LAYERS
+    runs = SmallRuns(tmp_path, (20, 17, 16), kind, test_size=7, **vision)
+    finish(runs, "one", strategy, "auto", world=1, **PLAIN)
+    finish(runs, "two", strategy, SHARDS, **PLAIN)
+    one, two = seen(tmp_path / "one"), [seen(tmp_path / "two", rank) for rank in (0, 1)]
+    assert len(two[0]["states"]) == 3
+    for first, second, alone in zip(two[0]["states"], two[1]["states"], one["states"], strict=True):
+        assert same(dict(first), dict(second))
+        assert [name for name in far(first, alone, 1e-5) if name.startswith(".model.")] == []
+        # What EWC remembers is squares of gradients.
+        assert far(first, alone, 1e-3) == []
+    assert runs.matrix("one").values == runs.matrix("two").values
+
+
+@pytest.mark.parametrize("strategy", ["EWC", "ExperienceReplay"])
+def test_a_run_in_shards_that_is_killed_goes_on_to_the_same_weights(tmp_path, strategy):
+    runs = SmallRuns(tmp_path, (20, 17), **LAYERS)
+    finish(runs, "alone", strategy, SHARDS)
+    checkpoints = runs.path("killed") / "checkpoints"
+    for moment in (("step", 5), ("write", 6), ("ended", 2), ("step", 3)):
+        assert start(runs, "killed", strategy, SHARDS, kill=moment)[0] == KILLED
+        state = json.loads((runs.path("killed") / "run.json").read_text())
+        assert (checkpoints.parent / state["last"]).is_dir()
+    finish(runs, "killed", strategy, SHARDS)
+    assert runs.differences("killed", "alone") == []
+    assert sorted(file.name for file in checkpoints.iterdir()) == ["task_00.ckpt", "task_01.ckpt"]
+
+
+def test_a_whole_checkpoint_goes_from_shares_to_one_process_and_back(tmp_path):
+    runs = SmallRuns(tmp_path, (20, 17), **LAYERS)
+    finish(runs, "alone", "EWC", "auto", world=1)
+    for name, first, then in (("there", WHOLE, "auto"), ("back", "auto", WHOLE)):
+        kill, worlds = ("step", 5), (2, 1) if first is WHOLE else (1, 2)
+        assert start(runs, name, "EWC", first, kill=kill, world=worlds[0])[0] == KILLED
+        assert (runs.path(name) / "checkpoints" / "last.ckpt").is_file()
+        finish(runs, name, "EWC", then, world=worlds[1])
+        # Adam would blow up rounding wherever a gradient is next to nothing.
+        assert far(runs.kept(name, 0), runs.kept("alone", 0), 1e-2) == []
+
+
+def test_shards_of_two_are_taken_up_by_one_and_refused_without_sharing(tmp_path):
+    runs = SmallRuns(tmp_path, (20,), **LAYERS)
+    assert start(runs, "run", "Finetune", SHARDS, kill=("step", 5), **PLAIN)[0] == KILLED
+    assert start(runs, "run", "Finetune", "auto", world=1, **PLAIN) == [1]
+    assert "is in shards" in (tmp_path / "run" / "said_0").read_text()
+    strategy = json.dumps(SHARDS)
+    finish(runs, "run", "Finetune", "auto", world=1, trainer__strategy=strategy, **PLAIN)
+    finish(runs, "alone", "Finetune", "auto", world=1, **PLAIN)
+    assert far(runs.kept("run"), runs.kept("alone"), 1e-5) == []
