@@ -183,7 +183,8 @@ class CardReader(CardFields):
         if kind == "classify" and (foreign or not classes):
             self.faults.append(
                 f"{where} is of kind 'classify' and has classes "
-                f"{shown(foreign) if foreign else 'none'} that the card's own 'classes' lack: list them at the top"
+                f"{shown(foreign) if foreign else 'none'} that the card's own 'classes' lack: "
+                "list them at the top"
             )
         scored = raw.get("scored", kind != "picture")
         if not isinstance(scored, bool) or (scored and kind == "picture"):

@@ -7,12 +7,14 @@ else through Pillow. The size is read from the header first, before a decoder al
 from __future__ import annotations
 
 import io
+import math
+import re
 import warnings
 
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from mmcl.data.faults import BadSample
@@ -20,8 +22,13 @@ from mmcl.data.faults import BadSample
 MAX_PIXELS = 64_000_000
 """Pictures of more pixels are bad samples, unless a caller says otherwise."""
 
+MAX_SCANS = 100
+"""Passes over the canvas that a progressive JPEG may ask for; usual files have about ten."""
+
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_SCAN = b"\xff\xda"
+_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -32,7 +39,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
 
     Args:
         data: the whole file.
-        max_pixels: largest height x width that is decoded.
+        max_pixels: largest height x width that is decoded; no side may be twice as long as that of
+            a square of so many, which some models would make of it.
 
     Returns:
         (3, H, W) uint8 RGB, channels last in memory.
@@ -47,6 +55,12 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
         raise BadSample(
             f"its picture is {width} x {height}, more than {max_pixels} pixels: shrink it or "
             "raise max_pixels"
+        )
+    longest = 2 * math.isqrt(max_pixels)
+    if max(height, width) > longest:
+        raise BadSample(
+            f"its picture is {width} x {height}, a side of more than {longest} pixels: shrink it "
+            "or raise max_pixels"
         )
     pixels = _decode_jpeg(data) if data.startswith(_JPEG) else None
     if pixels is None:
@@ -95,8 +109,23 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     return int.from_bytes(data[28:30], "little") & 0x3FFF, width
 
 
+def _scans(data: bytes) -> int:
+    """Count the scans of a JPEG, up to one more than allowed: each may take as long as a file."""
+    place, count = 2, 0
+    while count <= MAX_SCANS and (found := _MARKER.search(data, place)):
+        place, marker = found.end(), data[found.end() - 1]
+        if marker == 0xD9:
+            break
+        count += marker == _SCAN[1]
+        if marker not in (0x01, 0xD8):
+            place += int.from_bytes(data[place : place + 2], "big")
+    return count
+
+
 def _decode_jpeg(data: bytes) -> np.ndarray | None:
     """Decode a JPEG with exact flags; None = Pillow must see it (CMYK, odd but whole files)."""
+    if data.count(_SCAN) > MAX_SCANS and _scans(data) > MAX_SCANS:
+        raise BadSample(f"its JPEG is drawn in more than {MAX_SCANS} scans: save it anew")
     try:
         if simplejpeg.decode_jpeg_header(data)[2] in ("CMYK", "YCCK"):
             return None
@@ -126,7 +155,9 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
                     grey = (np.array(picture).astype(np.int64) >> 8).clip(0, 255)
                     return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
                 return np.array(picture.convert("RGB"))
+    except UnidentifiedImageError:
+        raise BadSample("its picture cannot be decoded (its header is broken)") from None
     # Pillow's plugins raise anything from struct.error to SyntaxError on hostile bytes.
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:200]
         raise BadSample(f"its picture cannot be decoded ({reason})") from None

@@ -42,6 +42,14 @@ def read_dialogue(data: bytes) -> Dialogue:
     return Dialogue(turns, _answers(raw.get("answers"), turns[-1].text))
 
 
+def says_something(text: str) -> bool:
+    """Tell whether there is more in a text than spaces, controls and marks that show nothing."""
+    stripped = text.strip()
+    return bool(stripped) and (
+        stripped.isprintable() or any(mark.isprintable() and mark != " " for mark in stripped)
+    )
+
+
 def templated(dialogue: Dialogue, template: str) -> Dialogue:
     """Return the dialogue with its first question put into a template.
 
@@ -62,14 +70,15 @@ def templated(dialogue: Dialogue, template: str) -> Dialogue:
 
 
 def _turn(raw: Any, place: int) -> Turn:
-    speaker = _SPEAKERS.get(str(raw.get("from"))) if isinstance(raw, dict) else None
-    text = raw.get("value") if isinstance(raw, dict) else None
+    stated, text = (raw.get("from"), raw.get("value")) if isinstance(raw, dict) else (None, None)
+    speaker = _SPEAKERS.get(stated) if isinstance(stated, str) else None
     wanted = "assistant" if place % 2 else "human"
-    if speaker != wanted or not isinstance(text, str) or not text.strip():
+    if speaker != wanted or not isinstance(text, str) or not says_something(text):
         raise BadSample(
             f"turn {place} of its dialogue is not a text from "
             f"{'gpt' if place % 2 else 'human'}: human and gpt take turns, human first"
         )
+    _expect_characters(text)
     return Turn("assistant" if place % 2 else "human", text if place % 2 == 0 else text.strip())
 
 
@@ -78,5 +87,14 @@ def _answers(raw: Any, said: str) -> tuple[str, ...]:
         return (said,)
     if not isinstance(raw, list) or not raw or not all(isinstance(item, str) for item in raw):
         raise BadSample("its 'answers' are not a list of texts")
-    kept = tuple(item for item in raw if item.strip())
+    kept = tuple(item for item in raw if says_something(item))
+    _expect_characters("".join(kept))
     return kept or (said,)
+
+
+def _expect_characters(text: str) -> None:
+    # JSON can write half of a character, which no tokenizer takes.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadSample("its dialogue holds half of a character (a lone surrogate)") from None

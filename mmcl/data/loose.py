@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,8 +205,11 @@ def _opened(path: Path, cache: Path | None) -> _Opened:
 def _places(path: Path, count: int) -> Numbers:
     """Read the records' numbers that belong to a set."""
     try:
-        stored = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            stored = np.load(path, allow_pickle=False)
+    # A broken header fails in any way, and one that promises too much for want of memory.
+    except Exception:
         raise BadShard(f"names {path.name}, which cannot be read: make it again") from None
     is_good = isinstance(stored, np.ndarray) and stored.dtype == np.int64 and stored.ndim == 1
     if not is_good or (

@@ -82,13 +82,13 @@ def prepare(
 ) -> PreparedStream:
     """Find, index and count all shards of a stream, several at a time.
 
-    A shard whose samples the card counts is opened when its first sample is read, if it is remote
-    or one of more than ``EAGER``; what is wrong with it ends the run then.
+    A shard whose samples the card counts is opened at its first read, if it is remote or one of
+    more than ``EAGER``; what is wrong with it ends the run then.
 
     Args:
         stream: as its card says.
-        limit: 200 = at most 200 samples of every part of every task, 0.02 = that share of them (at
-            least 1): a seeded choice that depends on the task's name alone, in recorded order.
+        limit: 200 = at most 200 samples of every part of every task, 0.02 = that share of them: a
+            seeded choice that depends on the task's name alone, in recorded order.
         seed: of the limit's choice.
         allow_pipes: run ``pipe:`` urls, which are shell commands.
         cache: folder for remote shards, and for indexes of read-only ones; None = $MMCL_CACHE or
@@ -106,12 +106,8 @@ def prepare(
     """
     expect_limit(limit)
     work = _Work(stream, Place(cache or default_cache(), cache_limit, allow_pipes), verify_hashes)
-    parts: list[tuple[Task, Part]] = [
-        (task, part)
-        for task in stream.columns
-        for part in _parts(task)
-        if part == "test" or task.index not in finished
-    ]
+    all_parts: list[tuple[Task, Part]] = [(t, p) for t in stream.columns for p in _parts(t)]
+    parts = [(t, p) for t, p in all_parts if p == "test" or t.index not in finished]
     mixed = sorted({number for task in stream.tasks for number, _ in task.mix})
     own = {number: stream.sources[number - 1].rows for number in mixed}
     work.open_all([*parts, *((rows, "train") for rows in own.values())], progress)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmcl.core import PICTURE, UNSCORED, Batch, Dialogue, Reference, Row, Task, Transform, Turn
 from mmcl.data.decode import decode_image
-from mmcl.data.dialogue import read_dialogue, templated
+from mmcl.data.dialogue import read_dialogue, says_something, templated
 from mmcl.data.faults import BadSample
 from mmcl.data.index import IMAGES
 from mmcl.data.shard import Sample
@@ -207,6 +207,6 @@ def _text(sample: Sample, member: str) -> str:
         text = sample.members[member].decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise BadSample(f"its caption (.{member}) is not UTF-8 ({error.reason})") from None
-    if not text:
+    if not says_something(text):
         raise BadSample(f"its caption (.{member}) is empty")
     return text

@@ -110,7 +110,8 @@ class ContinualModule(pl.LightningModule):
                 f"torch {torch.__version__} cannot share weights out: install torch 2.6 or later, "
                 "or use strategy ddp"
             ) from error
-        self.shards = Shards(self, devices_of(self.device_mesh), self.fingerprint())
+        mesh = self.trainer.strategy.device_mesh
+        self.shards = Shards(self, devices_of(mesh), self.fingerprint())
 
     def gather_weights(self) -> None:
         """Make the weights whole again on every device, after the last step of a task."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def save_after(trainer: pl.Trainer, module: Any, path: Path) -> None:
     checkpoint = {
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
-        "pytorch-lightning_version": pl.__version__,
+        "pytorch-lightning_version": version("pytorch-lightning"),
         "state_dict": module.state_dict(),
     }
     module.on_save_checkpoint(checkpoint)

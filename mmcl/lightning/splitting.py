@@ -66,16 +66,22 @@ def _names(module: Any, optimizer: Any) -> list[str]:
 
 
 def _by_name(state: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Return an optimiser's state with names where it has numbers."""
+    """Return an optimiser's state with names where it has numbers.
+
+    Args:
+        state: of one optimiser; {} on ranks that leave it to rank 0.
+        names: of the weight of every number, "" = of none that we know.
+    """
     groups = state.get("param_groups", [])
-    numbers = [number for group in groups for number in group["params"]]
-    is_numbered = all(isinstance(number, int) and number < len(names) for number in numbers)
-    if not numbers or not is_numbered or "" in names:
+    keys = [key for group in groups for key in group["params"]]
+    is_numbered = all(isinstance(key, int) and key < len(names) for key in keys)
+    if not keys or (is_numbered and "" in names):
         return state
-    told = {names[number]: value for number, value in state["state"].items()}
+    told = {key: names[key] if is_numbered else key for key in keys}
     return {
         **state,
-        # Lightning asks the first entry whether it has a name; plain SGD has no entries.
-        "state": told or {names[numbers[0]]: {}},
-        "param_groups": [{**g, "params": [names[n] for n in g["params"]]} for g in groups],
+        "state": {told[key]: value for key, value in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [told[k] for k in group["params"]]} for group in groups
+        ],
     }

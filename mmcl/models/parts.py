@@ -94,7 +94,9 @@ def touching(logits: Tensor, *parts: Iterable[Place]) -> Tensor:
         parts: where parameters are, see ``places_of``.
     """
     held = [module._parameters[name] for part in parts for module, name in part]
-    learning = [parameter for parameter in held if parameter is not None and parameter.requires_grad]
+    learning = [
+        parameter for parameter in held if parameter is not None and parameter.requires_grad
+    ]
     if not learning or not torch.is_grad_enabled():
         return logits
     return logits + (torch.stack([p.flatten()[0] for p in learning]).sum() * 0).to(logits.dtype)
