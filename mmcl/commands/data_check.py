@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mmcl.commands.words import CommandParser
+from mmcl.data.builders.streams import card_path
 from mmcl.data.cache import bytes_of
 from mmcl.data.checking import check_stream
 from mmcl.data.decode import MAX_PIXELS
@@ -60,7 +61,9 @@ def main(argv: Sequence[str]) -> int:
 
 def add_reading_options(parser: argparse.ArgumentParser) -> None:
     """Take the options of every command that reads a whole stream."""
-    parser.add_argument("card", type=Path, metavar="CARD", help="of the stream, a .yaml")
+    parser.add_argument(
+        "card", type=a_card, metavar="CARD", help="of the stream: a .yaml, its folder, or a name"
+    )
     parser.add_argument(
         "--workers", type=int, help="processes (as many as there are cores; a small stream needs 0)"
     )
@@ -80,6 +83,14 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of the largest picture that is decoded (%(default)s)",
     )
+
+
+def a_card(text: str) -> Path:
+    """Find a card by its path, its folder, or the name of a stream that mmcl builds."""
+    try:
+        return card_path(text, Path("data"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def count_or_share(text: str) -> int | float:

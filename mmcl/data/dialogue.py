@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from typing import Any
+from unicodedata import category
 
 from mmcl.core import PICTURE, Dialogue, Turn
 from mmcl.data.faults import BadSample
 
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "assistant", "assistant": "assistant"}
+_NOT_SHOWN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp", "Zs"})
 MAX_TURNS = 200
 
 
@@ -46,7 +48,7 @@ def says_something(text: str) -> bool:
     """Tell whether there is more in a text than spaces, controls and marks that show nothing."""
     stripped = text.strip()
     return bool(stripped) and (
-        stripped.isprintable() or any(mark.isprintable() and mark != " " for mark in stripped)
+        stripped.isprintable() or any(category(mark) not in _NOT_SHOWN for mark in stripped)
     )
 
 

@@ -40,9 +40,7 @@ def held(folder: Path) -> Iterator[None]:
         OSError: if the folder cannot be made or written to.
         RuntimeError: if another process holds it.
     """
-    _expect_writable(folder)
-    # A record lock and not flock: the loader's workers would inherit that, and outlive the run.
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = _opened(folder)
     try:
         _lock(handle, folder)
         _sweep(folder)
@@ -51,16 +49,20 @@ def held(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _expect_writable(folder: Path) -> None:
+def _opened(folder: Path) -> int:
+    """Open the lock of a folder that takes files, in itself and in the folders inside."""
     place = folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for place in (folder, *(entry for entry in folder.iterdir() if entry.is_dir())):
             with tempfile.TemporaryFile(dir=place) as trial:
                 trial.write(bytes(_ROOM_TRIED))
+        place = folder / LOCK
+        return os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
+        what = "file" if place.name == LOCK else "folder"
         raise OSError(
-            f"the run's folder {place} cannot be written to ({error.strerror}): nothing was begun; "
+            f"the run's {what} {place} cannot be written to ({error.strerror}): nothing was begun; "
             "change that, or give --runs another folder"
         ) from error
 
@@ -69,6 +71,7 @@ def _lock(handle: int, folder: Path) -> None:
     if fcntl is None:
         return
     try:
+        # Not flock: the loader's workers would inherit that, and outlive a run that is killed.
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in _TAKEN:

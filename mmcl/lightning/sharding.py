@@ -33,10 +33,11 @@ class Shards:
         mark: of the frozen weights, which cannot be hashed while they are shared out.
 
     Raises:
-        ValueError: if a single number learns, which cannot be shared out.
+        ValueError: if something learns whose gradient cannot be shared out.
     """
 
     def __init__(self, module: Any, mesh: DeviceMesh, mark: str = "") -> None:
+        _expect_shareable(module)
         self.module, self.mark = module, mark
         blocks = blocks_of(module.model)
         whole = _stay_whole(module, blocks)
@@ -123,20 +124,30 @@ def devices_of(mesh: DeviceMesh) -> DeviceMesh:
     return copies if sharing.size() == 1 else sharing
 
 
-def _stay_whole(module: Any, blocks: list[nn.Module]) -> set[Parameter]:
-    """Return what is not shared out: frozen and outside of blocks, single, or quantised."""
-    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
-    whole = set()
+def _expect_shareable(module: Any) -> None:
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and parameter.ndim == 0:
             raise ValueError(
                 f"'{name}' is a single number that learns, which cannot be shared out over "
                 "devices: freeze it (train_scale: false), or use strategy ddp"
             )
-        is_shareable = parameter.is_floating_point() and parameter.ndim > 0
-        if not parameter.requires_grad and (id(parameter) not in inside or not is_shareable):
-            whole.add(parameter)
-    return whole
+        if parameter.requires_grad and parameter._backward_hooks:
+            raise ValueError(
+                f"{type(module.strategy).__name__} edits the gradient of '{name}' whole as it "
+                "comes, and a share of it is all that a device has: use strategy ddp, or take "
+                "OLoRA instead"
+            )
+
+
+def _stay_whole(module: Any, blocks: list[nn.Module]) -> set[Parameter]:
+    """Return the frozen parameters that are outside of blocks, single numbers, or quantised."""
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    return {
+        parameter
+        for parameter in module.parameters()
+        if not parameter.requires_grad
+        if id(parameter) not in inside or not parameter.is_floating_point() or not parameter.ndim
+    }
 
 
 def _owned(module: nn.Module) -> Iterator[tuple[nn.Module, str, Parameter]]:

@@ -94,3 +94,16 @@ def test_shards_of_two_are_taken_up_by_one_and_refused_without_sharing(tmp_path)
     finish(runs, "run", "Finetune", "auto", world=1, trainer__strategy=strategy, **PLAIN)
     finish(runs, "alone", "Finetune", "auto", world=1, **PLAIN)
     assert far(runs.kept("run"), runs.kept("alone"), 1e-5) == []
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kind", "refusal"),
+    [
+        ("AGEM", "classify", "AGEM edits whole gradients, and ModelParallelStrategy gives every"),
+        ("OSF", "answer", "use strategy ddp, or take OLoRA instead"),
+    ],
+)
+def test_a_strategy_that_needs_whole_gradients_names_another(tmp_path, strategy, kind, refusal):
+    runs = SmallRuns(tmp_path, (20,), kind)
+    assert start(runs, "run", strategy, SHARDS) == [1, 1]
+    assert refusal in " ".join((tmp_path / "run" / "said_0").read_text().split())

@@ -217,13 +217,3 @@ def test_a_folder_that_cannot_be_made_is_named_before_anything_begins(two_tasks)
     expected = f"error: the run's folder {file / 'nowhere'} cannot be written to (Not a directory)"
     assert f"{expected}: nothing was begun; change that, or give --runs another folder" in said
     assert "Traceback" not in said
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write where nobody may")
-def test_a_closed_folder_is_named_before_anything_begins(two_tasks):
-    folder = two_tasks.path("shut")
-    folder.mkdir(mode=0o555)
-    status, said = two_tasks.start("shut", "ExperienceReplay")
-    assert status == 1
-    assert f"the run's folder {folder} cannot be written to (Permission denied)" in said
-    assert list(folder.iterdir()) == []

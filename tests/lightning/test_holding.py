@@ -3,6 +3,8 @@
 import errno
 import fcntl
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -83,6 +85,29 @@ def test_the_names_of_half_written_files_are_those_that_are_removed(tmp_path):
     kept.rename(kept.with_suffix(""))
     hold(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == [LOCK]
+
+
+@pytest.mark.parametrize(
+    ("inside", "what"), [("", "folder"), ("checkpoints", "folder"), (LOCK, "file")]
+)
+def test_what_is_closed_to_the_user_is_named(inside, what):
+    def hold_as_somebody():
+        if os.geteuid() == 0:  # who may write where nobody may
+            os.seteuid(65534)
+        hold(run)
+
+    with tempfile.TemporaryDirectory() as open_to_all:
+        run = Path(open_to_all) / "run"
+        (run / "checkpoints").mkdir(parents=True)
+        (run / LOCK).touch()
+        for place in (run.parent, run, run / "checkpoints", run / LOCK):
+            place.chmod(0o777)
+        (run / inside).chmod(0o444 if inside == LOCK else 0o555)
+        said = in_child(hold_as_somebody)
+    assert said == (
+        f"the run's {what} {run / inside} cannot be written to (Permission denied): "
+        "nothing was begun; change that, or give --runs another folder"
+    )
 
 
 def test_a_folder_is_held_once_however_often_it_is_asked_for(tmp_path):
