@@ -133,7 +133,7 @@ def _expect_good(looked: Sequence[Looked], options: MakeOptions) -> int:
     lines = "".join(f"\n  - {fault}" for fault in listed)
     more = f"\n  - and {faults - len(listed):,} more" if faults > len(listed) else ""
     where = " and ".join(one.source.where for one in looked)
-    if all(fault.endswith("is missing") for fault in listed):
+    if all(str(fault).endswith("is missing") for fault in listed):
         more += "\nPicture paths start from the folder of --images: is it the right one?"
     raise ValueError(
         f"{faults:,} of {sum(map(len, looked)):,} samples in {where} cannot be used: correct them, "
