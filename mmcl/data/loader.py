@@ -125,11 +125,11 @@ def train_loader(
     mixture = _mixture(rows, None if recall is None else recall.share, global_batch)
     _expect_rows(rows.tasks[task], mixture, accumulation, world)
     plan = _planner(rows, mixture, window, group)
-    told = (position, rows.scored, _Ahead(rows.reader))
-    dealt = {"accumulation": accumulation, "rank": rank, "world": world}
-    return batch_loader(
-        rows, PlannedBatches(plan, mixture.steps, *told, **dealt), workers, seed=seed
-    )
+    batches = PlannedBatches(
+        plan, mixture.steps, position, rows.scored, _Ahead(rows.reader),
+        accumulation=accumulation, rank=rank, world=world,
+    )  # fmt: skip
+    return batch_loader(rows, batches, workers, seed=seed)
 
 
 def _mixture(rows: TrainingRows, share: float | None, global_batch: int) -> Mixture:

@@ -205,6 +205,11 @@ class ContinualModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Score the columns of the datamodule where nobody chose any."""
+        if self.shards is not None:
+            raise ValueError(
+                "weights are shared out over devices, which would wait for each other where one "
+                "has fewer rows to validate: set trainer.limit_val_batches to 0, and use test"
+            )
         self._default_columns()
 
     def on_test_epoch_end(self) -> None:

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mmcl.core import Strategy
 from mmcl.core.atomic import CannotWrite
 from mmcl.lightning.checkpoint_file import all_or_none, save_whole, write_checkpoint
+from mmcl.lightning.shard_folder import METADATA, expect_plain
 
 _TEMPORARY = ".last.ckpt.tmp"
 _OVERLAY = "lay configs/overlay/fsdp.yaml over the configuration"
@@ -56,13 +57,18 @@ def expect_readable(trainer: pl.Trainer, last: Path | None) -> None:
     """Check that a trainer can go on from the checkpoint inside of a task.
 
     Raises:
-        ValueError: if that is in shards and the trainer's devices share nothing out.
+        ValueError: if that is in shards and the trainer's devices share nothing out, or if it holds
+            pickled objects.
     """
-    if last is not None and last.is_dir() and not is_shared(trainer):
+    if last is None or not last.is_dir():
+        return
+    if not is_shared(trainer):
         raise ValueError(
             f"{last} is in shards, and trainer.strategy is now {type(trainer.strategy).__name__}: "
             f"{_OVERLAY}, with any number of devices, one of them too"
         )
+    if (last / METADATA).is_file():
+        expect_plain(last)
 
 
 def forget_devices(trainer: pl.Trainer) -> None:
