@@ -73,12 +73,12 @@ class CopiesReader:
     def read(self, number: int) -> Sample:
         """Return the copy of a sample, under the key of the original."""
         sample = self._copies.read(self._place(number))
-        members = dict(sample.members)
-        return replace(sample, key=members.pop(_KEY).decode(), members=members)
+        own = {name: data for name, data in sample.members.items() if name != _KEY}
+        return replace(sample, key=_original(sample), members=own)
 
     def key(self, number: int) -> str:
         """Return the key of the original."""
-        return self._copies.read(self._place(number)).members[_KEY].decode()
+        return _original(self._copies.read(self._place(number)))
 
     def where(self, number: int) -> str:
         """Name a sample for a person: ``<key> in <shard>``."""
@@ -189,12 +189,19 @@ def _note(path: Path) -> Path:
 def _stated(path: Path) -> dict[str, Any]:
     try:
         note = json.loads(_note(path).read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         note = None
     return note if isinstance(note, dict) else {}
 
 
+def _original(copy: Sample) -> str:
+    """Return the key that a copy carries, or its own where it carries none."""
+    return copy.members.get(_KEY, copy.key.encode()).decode("utf-8", "backslashreplace")
+
+
 def _number(key: str) -> int:
-    if not key.isdigit():
-        raise ValueError(f"the copy {key!r} is not named by a number: keep_copies did not write it")
+    if not (key.isascii() and key.isdigit() and len(key) <= 18):
+        raise ValueError(
+            f"the copy {key[:80]!r} is not named by a number: keep_copies did not write it"
+        )
     return int(key)

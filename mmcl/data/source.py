@@ -97,6 +97,8 @@ def origin_of(
         raise BadShard(
             f"has the scheme '{scheme}', expected one of {', '.join(sorted(_REMOTE))} or a path"
         )
+    elif not url.isprintable():
+        raise BadShard("has an address with control characters: correct the card")
     elif scheme in WEB and not has_server:
         raise BadShard("has an address without a server: correct the card")
     return CachedOrigin(url, _cache_at(cache / "shards", limit_bytes, patience), sha256.lower())

@@ -114,9 +114,11 @@ class RunFolder:
         if not file.is_file():
             return None
         try:
-            return RunState(**json.loads(file.read_text()))
-        except (TypeError, ValueError) as error:
+            state = RunState(**json.loads(file.read_text(encoding="utf-8")))
+            _expect_state(state)
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not the state of a run ({error}): move it away") from None
+        return state
 
     def save(self, state: RunState) -> None:
         """Write ``run.json``."""
@@ -138,7 +140,7 @@ class RunFolder:
         file = self.path / "config.yaml"
         has_results = any((self.path / name).exists() for name in ("run.json", "matrix.json"))
         if file.is_file() and has_results:
-            there = flat(yaml.safe_load(file.read_text()) or {})
+            there = flat(_config(file))
             here = flat(json.loads(json.dumps(config, default=str)))
             keys = sorted(k for k in there.keys() | here.keys() if not _is_free(k))
             differ = [k for k in keys if there.get(k) != here.get(k)]
@@ -155,6 +157,27 @@ class RunFolder:
         else:
             plain = json.loads(json.dumps(config, default=str))
             self.write("config.yaml", yaml.safe_dump(plain, sort_keys=False))
+
+
+def _expect_state(state: RunState) -> None:
+    counts = (state.done, state.task, state.step, state.steps)
+    is_good = all(type(count) is int and count >= 0 for count in counts)
+    is_good = is_good and isinstance(state.last, str | None)
+    for listed in (state.tasks, state.warnings, state.faults):
+        is_good = is_good and isinstance(listed, list) and all(isinstance(t, str) for t in listed)
+    if not is_good or len(state.tasks) < state.done:
+        raise ValueError("a field of it is of another kind than was written")
+
+
+def _config(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{file} is not the configuration of a run ({reason}): restore it, or use another "
+            "--name"
+        ) from None
 
 
 def _is_free(key: str) -> bool:

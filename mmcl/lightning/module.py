@@ -69,6 +69,7 @@ class ContinualModule(pl.LightningModule):
         self.in_sequence = False
         self.scorers: list[ColumnScorer] = []
         self.shards: Any = None
+        self.mesh: Any = None  # that weights were shared out over
         self.done: Step | None = None
         self._folds = ExitStack()
 
@@ -110,8 +111,9 @@ class ContinualModule(pl.LightningModule):
                 f"torch {torch.__version__} cannot share weights out: install torch 2.6 or later, "
                 "or use strategy ddp"
             ) from error
-        mesh = self.trainer.strategy.device_mesh
-        self.shards = Shards(self, devices_of(mesh), self.fingerprint())
+        if self.mesh is None:
+            self.mesh = self.trainer.strategy.device_mesh
+        self.shards = Shards(self, devices_of(self.mesh), self.fingerprint())
 
     def gather_weights(self) -> None:
         """Make the weights whole again on every device, after the last step of a task."""

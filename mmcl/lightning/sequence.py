@@ -171,7 +171,7 @@ class SequenceRun:
         self.data.task = max(0, row - 1)
         trainer = self._trainer([])
         faults = record_cells(module, self.data, trainer, matrix, self.folder, row, columns)
-        forget_devices(trainer)
+        forget_devices(trainer, module)
         state.faults += [fault for fault in faults if fault not in state.faults]
         if faults and state.tasks:
             self.folder.save(state)
@@ -210,7 +210,7 @@ class SequenceRun:
         if trainer.interrupted:
             raise KeyboardInterrupt
         self._end(state, hooks, trainer)
-        forget_devices(trainer)
+        forget_devices(trainer, module)
 
     def _end(self, state: RunState, hooks: TaskHooks, trainer: pl.Trainer) -> None:
         state.done, state.last, state.step = hooks.task.index + 1, None, 0

@@ -71,10 +71,14 @@ def expect_readable(trainer: pl.Trainer, last: Path | None) -> None:
         expect_plain(last)
 
 
-def forget_devices(trainer: pl.Trainer) -> None:
-    """Close the groups of processes that Lightning makes anew for every Trainer."""
+def forget_devices(trainer: pl.Trainer, module: Any) -> None:
+    """Close the groups of processes that Lightning makes anew for every Trainer.
+
+    Those that a module's weights were first shared out over stay, for torch remembers operations on
+    a mesh by its ranks and would look for these groups again.
+    """
     mesh = vars(trainer.strategy).get("_device_mesh")
-    for group in [] if mesh is None else mesh.get_all_groups():
+    for group in [] if mesh is None or mesh is module.mesh else mesh.get_all_groups():
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
 

@@ -26,7 +26,7 @@ def flat(value, name=""):
 
     Where a row sits in the table hangs on how many came at once, and nothing hangs on that.
     """
-    if isinstance(value, dict) and "ranks" in value:
+    if isinstance(value, dict) and "columns" in value:
         order = value["ranks"].argsort()
         columns = {name: column[order] for name, column in value["columns"].items()}
         value = {**columns, "ranks": value["ranks"][order], "groups": value["groups"][order]}
