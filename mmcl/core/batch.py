@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,9 @@ _ROW_FIELDS = (
     "labels", "task", "tokens", "mask", "features", "sample", "recalled", "source", "scored",
     "bytes",
 )  # fmt: skip
+
+_SMALL_BYTES = 1 << 16
+_BY_VALUE = (torch.int64, torch.bool, torch.uint8, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,11 @@ class Batch:
     references: tuple[Reference, ...] = ()
     faults: tuple[str, ...] = ()
     weight: float = 1.0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle small tensors by value: a loader's worker sends every other one as a file."""
+        sent = {field.name: _by_value(getattr(self, field.name)) for field in fields(self)}
+        return _received, (sent,)
 
     def __len__(self) -> int:
         """Return B, the number of rows."""
@@ -132,6 +141,20 @@ class Batch:
     def _row_tensors(self) -> dict[str, Tensor]:
         values = {name: getattr(self, name) for name in _ROW_FIELDS}
         return {name: value for name, value in values.items() if value is not None}
+
+
+def _by_value(value: Any) -> Any:
+    if not isinstance(value, Tensor) or not value.is_cpu or value.dtype not in _BY_VALUE:
+        return value
+    return value if value.requires_grad or value.nbytes > _SMALL_BYTES else value.numpy()
+
+
+def _received(sent: dict[str, Any]) -> Batch:
+    values = {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in sent.items()
+    }
+    return Batch(**values)
 
 
 def _owners(batch: Batch) -> Tensor:

@@ -25,7 +25,7 @@ def parse_yaml(text: str) -> Any:
         ValueError: saying what is wrong with it, in one line.
     """
     try:
-        return yaml.load(text, Loader=_PlainLoader)
+        return _PlainLoader(text).get_single_data()
     except RecursionError:
         raise ValueError("its lists and mappings lie too deep inside each other") from None
     # A tag that does not fit its value (!!int '', !!timestamp x) fails in any way.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from mmcl.core import Batch, Recall, Task, Transform
 from mmcl.core.randomness import generator, mix
@@ -19,6 +19,7 @@ from mmcl.data.reader import Reader, SampleReader
 from mmcl.data.shard import Numbers
 from mmcl.data.shuffle import InWindows
 from mmcl.data.training import Recalled, Request, TrainingRows
+from mmcl.data.transport import SlotLoader, can_share
 
 WINDOW = 16
 """Remote shards whose samples are shuffled together."""
@@ -190,18 +191,23 @@ def _text_lengths(reader: SampleReader, task: Task, numbers: Numbers | None = No
 
 
 def batch_loader(
-    rows: Dataset[Batch], batches: Sampler[Any], workers: int, *, seed: int, stay: bool = True
+    rows: TrainingRows | Any, batches: Sampler[Any], workers: int, *, seed: int, stay: bool = True
 ) -> DataLoader[Batch]:
     """Return a torch loader that asks for whole batches; workers may stay between passes."""
+    options: dict[str, Any] = {
+        "collate_fn": _as_it_is,
+        # A generator of its own: otherwise every iter() draws from torch's global one.
+        "generator": generator(seed),
+    }
+    if workers and can_share():
+        return SlotLoader(rows, batches, workers, persistent_workers=stay, **options)
     return DataLoader(
         rows,
         batch_sampler=batches,
-        collate_fn=_as_it_is,
         num_workers=workers,
         persistent_workers=stay and workers > 0,
         pin_memory=torch.cuda.is_available(),
-        # A generator of its own: otherwise every iter() draws from torch's global one.
-        generator=generator(seed),
+        **options,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmcl.core import Batch, Task, Transform
@@ -79,6 +80,9 @@ class _OrderedRows(Dataset[Batch]):
         self.max_pixels = max_pixels
 
     def __getitems__(self, numbers: Numbers) -> _Found:
+        return self.make(numbers)
+
+    def make(self, numbers: Numbers, room: Tensor | None = None) -> _Found:
         rows: list[MadeRow] = []
         faults: list[str] = []
         for number in numbers.tolist():
@@ -90,7 +94,7 @@ class _OrderedRows(Dataset[Batch]):
                 rows.append(made)
             except BadSample as bad:
                 faults.append(f"{self.reader.where(number)}: {bad}")
-        return _Found(collate(rows) if rows else None, tuple(faults))
+        return _Found(collate(rows, room=room) if rows else None, tuple(faults))
 
 
 class _Strides(Sampler[Numbers]):

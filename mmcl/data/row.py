@@ -94,13 +94,19 @@ def make_row(
     )
 
 
-def collate(rows: Sequence[MadeRow], faults: Sequence[str] = (), weight: float = 1.0) -> Batch:
+def collate(
+    rows: Sequence[MadeRow],
+    faults: Sequence[str] = (),
+    weight: float = 1.0,
+    room: Tensor | None = None,
+) -> Batch:
     """Put rows together; texts are padded with 0 to the longest, rows without text are all padding.
 
     Args:
         rows: at least one, pictures of one size.
         faults: what could not be read on the way.
         weight: see ``Batch.weight``.
+        room: (bytes,) uint8 into which pictures are laid if they fit; None = new memory.
     """
     shown = [(place, made.row.image) for place, made in enumerate(rows)]
     images = [image for _, image in shown if image is not None]
@@ -112,7 +118,7 @@ def collate(rows: Sequence[MadeRow], faults: Sequence[str] = (), weight: float =
             [place for place, image in shown if image is not None], dtype=torch.int64
         )
     return Batch(
-        images=torch.stack(images) if images else None,
+        images=_stacked(images, room) if images else None,
         owner=owner if images else None,
         labels=_labels(rows),
         task=torch.tensor([made.task for made in rows]),
@@ -130,6 +136,13 @@ def collate(rows: Sequence[MadeRow], faults: Sequence[str] = (), weight: float =
         faults=tuple(faults),
         weight=weight,
     )
+
+
+def _stacked(images: Sequence[Tensor], room: Tensor | None) -> Tensor:
+    size = len(images) * images[0].nbytes
+    if room is None or images[0].dtype != torch.uint8 or size > len(room):
+        return torch.stack(list(images))
+    return torch.stack(list(images), out=room[:size].view(len(images), *images[0].shape))
 
 
 def _padded(texts: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmcl.core import UNSCORED, Batch, Source, Task, Transform
@@ -108,9 +109,13 @@ class TrainingRows(Dataset[Batch]):
 
     def __getitems__(self, request: Request) -> Batch:
         """Read, decode and put together one micro-batch."""
+        return self.make(request)
+
+    def make(self, request: Request, room: Tensor | None = None) -> Batch:
+        """Read, decode and put together one micro-batch, its pictures in ``room``."""
         faults: list[str] = []
         rows = [self._row(int(entry), request.epoch, faults) for entry in request.entries]
-        return collate(rows, faults, request.weight)
+        return collate(rows, faults, request.weight, room)
 
     def _row(self, entry: int, epoch: int, faults: list[str]) -> MadeRow:
         """Make the row of an entry, or of the first of its stand-ins that can be read."""

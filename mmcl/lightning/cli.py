@@ -16,6 +16,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from mmcl.lightning.data import ContinualData
 from mmcl.lightning.mistakes import Misconfigured, config_files, explain, file_faults, refusal
 from mmcl.lightning.module import ContinualModule
+from mmcl.lightning.shard_folder import METADATA, expect_plain
 from mmcl.strategies import discover
 
 _DEFAULTS = {"trainer.logger": False, "trainer.max_epochs": 1}
@@ -104,8 +105,12 @@ class ContinualCLI(LightningCLI):
             raise Misconfigured(f"the configuration has {len(faults)} faults:\n{listed}")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        # Lightning unpickles remote checkpoints unless told not to.
-        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+        # Lightning unpickles remote checkpoints unless told not to, and those in shards always.
+        given = {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+        folder = Path(str(given.get("ckpt_path")))
+        if (folder / METADATA).is_file():
+            expect_plain(folder)
+        return given
 
     def instantiate_classes(self) -> None:
         """Build everything for a subcommand, nothing yet for the sequence."""

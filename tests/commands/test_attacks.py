@@ -1,6 +1,8 @@
 """Files from strangers: what they carry is never run."""
 
+import json
 import os
+import pickle
 
 import pytest
 import torch
@@ -111,3 +113,26 @@ def test_members_with_climbing_names_write_nothing(desk):
     desk.stream(a_train=[*labelled(16, name="atrain"), *extra])
     desk.run("--data.max_faults", "0.5", command=["check"])
     assert list(desk.folder.parent.rglob("escaped*")) == []
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_a_checkpoint_in_shards_with_a_pickle_is_refused(desk, crater, bomb, command):
+    folder = desk.folder / "shards.ckpt"
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(pickle.dumps(Bomb(crater)))
+    (folder / "meta.pt").write_bytes(bomb.read_bytes())
+    assert refused(desk.run("--ckpt_path", folder, command=[command]), "shards.ckpt", "never run")
+    assert not crater.exists()
+
+
+@pytest.mark.parametrize("last", ["checkpoints/last_0000001.ckpt", "../../elsewhere"])
+def test_a_mid_task_checkpoint_in_shards_with_a_pickle_is_refused(learned, crater, bomb, last):
+    state = json.loads((learned.results / "run.json").read_text())
+    state.update(done=2, task=2, last=last)
+    (learned.results / "run.json").write_text(json.dumps(state))
+    folder = learned.results / last
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(pickle.dumps(Bomb(crater)))
+    (folder / "meta.pt").write_bytes(bomb.read_bytes())
+    assert refused(learned.run(), folder.name)
+    assert not crater.exists()

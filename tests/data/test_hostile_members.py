@@ -173,5 +173,7 @@ def test_bad_members_are_named_with_sample_and_shard(tmp_path):
 def test_a_dialogue_of_brackets_is_named_with_sample_and_shard(tmp_path):
     members = [("deep.png", picture()), ("deep.json", b"[" * MAX_TEXT_BYTES)]
     stream = write_answer_stream(tmp_path, sizes=(4,), a_test=members)
-    (batch,) = test_loader(prepare(stream), 0, CutAndNoise(), batch=8)
-    assert batch.faults[0].startswith("deep in a-test.tar: its dialogue (.json) is not JSON")
+    with pytest.raises(
+        ValueError, match=r"deep in a-test\.tar: its dialogue \(\.json\) is not JSON"
+    ):
+        list(test_loader(prepare(stream), 0, CutAndNoise(), batch=8))

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 
+import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,6 +70,7 @@ def test_the_card_that_the_others_are_made_of_is_a_good_one(tmp_path):
     assert read(tmp_path, yaml.safe_dump(CARD)) is not None
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(path=st.sampled_from(PATHS), value=ANYTHING, key=st.none() | st.text(max_size=8))
 def test_anything_in_any_place_of_a_card_is_a_value_or_a_fault(tmp_path_factory, path, value, key):
@@ -91,6 +93,7 @@ def test_anything_at_all_is_a_card_or_a_fault(tmp_path_factory, value):
         read(tmp_path_factory.getbasetemp(), yaml.safe_dump(value))
 
 
+@pytest.mark.slow
 @settings(max_examples=250)
 @given(changes=CHANGES, flow=st.booleans())
 def test_a_changed_file_is_a_card_or_a_fault(tmp_path_factory, changes, flow):

@@ -90,6 +90,7 @@ def test_the_shards_that_the_others_are_made_of_are_good_ones(tmp_path, wholes):
         assert read_all(path) == 4
 
 
+@pytest.mark.slow
 @settings(max_examples=1200)
 @given(format=st.integers(0, 2), changes=CHANGES, sums=st.booleans())
 def test_a_changed_shard_is_read_or_refused(tmp_path_factory, wholes, format, changes, sums):
@@ -104,6 +105,7 @@ FIELDS = {"name": (0, 100), "size": (124, 136), "kind": (156, 157), "link": (157
           "magic": (257, 265), "prefix": (345, 500)}  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=1200)
 @given(
     format=st.integers(0, 2),
@@ -129,6 +131,7 @@ def test_headers_that_add_up_are_believed_no_further(
     read_all(path)
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(changes=CHANGES)
 def test_a_changed_index_says_what_a_scan_says_or_is_made_anew(tmp_path_factory, wholes, changes):

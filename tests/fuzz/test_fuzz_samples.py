@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,6 +54,7 @@ def test_the_pictures_that_the_others_are_made_of_are_good_ones():
     assert all(shown(data) is not None for data in PICTURES)
 
 
+@pytest.mark.slow
 @settings(max_examples=1500)
 @given(data=st.sampled_from(PICTURES), changes=CHANGES)
 def test_a_changed_picture_is_pixels_or_a_bad_sample(data, changes):
@@ -114,6 +116,7 @@ def expect_dialogue(data):
     assert templated(found, "Q: {}").turns[0].text.encode()
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(raw=RAW)
 def test_any_json_is_a_dialogue_or_a_bad_sample(raw):

@@ -81,6 +81,7 @@ def test_the_records_that_the_others_are_made_of_are_good_ones(loose, name, data
     assert read_all(point(loose, name, data), None) == 4
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(changes=CHANGES, lines=st.booleans(), count=st.integers(1, 5))
 def test_changed_records_are_read_or_refused(loose, changes, lines, count):
