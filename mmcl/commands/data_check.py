@@ -13,10 +13,10 @@ from rich.table import Table
 
 from mmcl.commands.words import CommandParser
 from mmcl.data.builders.streams import card_path
-from mmcl.data.cache import bytes_of
-from mmcl.data.checking import check_stream
+from mmcl.data.checks.checking import check_stream
+from mmcl.data.checks.findings import PartFindings, StreamFindings, TaskFindings
 from mmcl.data.decode import MAX_PIXELS
-from mmcl.data.findings import PartFindings, StreamFindings, TaskFindings
+from mmcl.data.remote.cache import bytes_of
 from mmcl.metrics.scorers import SCORERS
 from mmcl.report.words import clean, shorten, size
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from mmcl.commands.data_options import with_bar
 from mmcl.commands.words import CommandParser, UnknownWords
-from mmcl.data.builders.making import MadeStream, make
-from mmcl.data.builders.making_loose import Loose
-from mmcl.data.builders.making_options import MakeOptions
-from mmcl.data.builders.open_source import is_instructions, open_source
+from mmcl.data.making.loose import Loose
+from mmcl.data.making.open_source import is_instructions, open_source
+from mmcl.data.making.options import MakeOptions
+from mmcl.data.making.stream import MadeStream, make
 from mmcl.metrics.scorers import find_scorer
 from mmcl.report.words import clean
 

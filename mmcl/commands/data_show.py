@@ -11,9 +11,9 @@ from mmcl.commands.data_check import add_reading_options, count_or_share, with_s
 from mmcl.commands.words import CommandParser
 from mmcl.core import TaskStream, write_atomic
 from mmcl.core.card import survey_card
-from mmcl.data.checking import check_stream
-from mmcl.data.findings import PartFindings, StreamFindings, TaskFindings
-from mmcl.data.showing import DrawnSample, draw_samples
+from mmcl.data.checks.checking import check_stream
+from mmcl.data.checks.findings import PartFindings, StreamFindings, TaskFindings
+from mmcl.data.checks.showing import DrawnSample, draw_samples
 from mmcl.metrics.scorers import SCORERS
 from mmcl.report.stream_page import ShownSample, ShownStream, ShownTask, stream_page
 from mmcl.report.words import shorten, size

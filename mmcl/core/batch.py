@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,8 +68,9 @@ class Batch:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle small tensors by value: a loader's worker sends every other one as a file."""
-        sent = {field.name: _by_value(getattr(self, field.name)) for field in fields(self)}
-        return _received, (sent,)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        small = {name: value.numpy() for name, value in values.items() if _is_small(value)}
+        return _received, ({n: v for n, v in values.items() if n not in small}, small)
 
     def __len__(self) -> int:
         """Return B, the number of rows."""
@@ -143,18 +143,18 @@ class Batch:
         return {name: value for name, value in values.items() if value is not None}
 
 
-def _by_value(value: Any) -> Any:
-    if not isinstance(value, Tensor) or not value.is_cpu or value.dtype not in _BY_VALUE:
-        return value
-    return value if value.requires_grad or value.nbytes > _SMALL_BYTES else value.numpy()
+def _is_small(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.is_cpu
+        and value.dtype in _BY_VALUE
+        and value.nbytes <= _SMALL_BYTES
+        and not value.requires_grad
+    )
 
 
-def _received(sent: dict[str, Any]) -> Batch:
-    values = {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        for name, value in sent.items()
-    }
-    return Batch(**values)
+def _received(values: dict[str, Any], small: dict[str, Any]) -> Batch:
+    return Batch(**values, **{name: torch.from_numpy(array) for name, array in small.items()})
 
 
 def _owners(batch: Batch) -> Tensor:

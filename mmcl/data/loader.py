@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader, Sampler
 
 from mmcl.core import Batch, Recall, Task, Transform
 from mmcl.core.randomness import generator, mix
-from mmcl.data.cache import CachedOrigin
 from mmcl.data.decode import MAX_PIXELS
 from mmcl.data.order import EpochPlan, Mixture, dealt
 from mmcl.data.prepare import PreparedStream
 from mmcl.data.reader import Reader, SampleReader
+from mmcl.data.remote.cache import CachedOrigin
 from mmcl.data.shard import Numbers
 from mmcl.data.shuffle import InWindows
 from mmcl.data.training import Recalled, Request, TrainingRows

@@ -14,14 +14,14 @@ import numpy as np
 
 from mmcl.core import Task, TaskStream
 from mmcl.data.faults import BadShard, Faults
-from mmcl.data.index import is_read
 from mmcl.data.limit import choice, expect_limit, limited
-from mmcl.data.opening import Place, expect_hash, open_shard
 from mmcl.data.reader import Reader, shown
 from mmcl.data.row import READ_KINDS
 from mmcl.data.shard import Shard
+from mmcl.data.shards.index import is_read
+from mmcl.data.shards.opening import Place, expect_hash, open_shard
+from mmcl.data.shards.tar_shard import TarShard
 from mmcl.data.source import default_cache, is_remote
-from mmcl.data.tar_shard import TarShard
 
 Part = Literal["train", "test"]
 Progress = Callable[[int, int], None]

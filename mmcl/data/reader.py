@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mmcl.data.faults import BadSample, BadShard
-from mmcl.data.index import IMAGES
 from mmcl.data.shard import Numbers, Sample, Shard
+from mmcl.data.shards.index import IMAGES
 
 MAX_PICTURE_BYTES = 1 << 28
 MAX_TEXT_BYTES = 1 << 20

@@ -13,8 +13,8 @@ from mmcl.core import PICTURE, UNSCORED, Batch, Dialogue, Reference, Row, Task, 
 from mmcl.data.decode import decode_image
 from mmcl.data.dialogue import read_dialogue, says_something, templated
 from mmcl.data.faults import BadSample
-from mmcl.data.index import IMAGES
 from mmcl.data.shard import Sample
+from mmcl.data.shards.index import IMAGES
 
 READ_KINDS = ("classify", "caption", "retrieve", "answer")
 _WHOLE_NUMBER = re.compile(rb"\s*([0-9]{1,18})\s*")

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from mmcl.data.cache import CachedOrigin, ShardCache
-from mmcl.data.clouds import COMMANDS, FILE_SYSTEMS
 from mmcl.data.faults import BadShard
-from mmcl.data.fetch import Patience
+from mmcl.data.remote.cache import CachedOrigin, ShardCache
+from mmcl.data.remote.clouds import COMMANDS, FILE_SYSTEMS
+from mmcl.data.remote.fetch import Patience
+from mmcl.data.remote.web import WEB
 from mmcl.data.shard import Origin
-from mmcl.data.web import WEB
 
 _REMOTE = WEB | FILE_SYSTEMS | COMMANDS.keys()
 

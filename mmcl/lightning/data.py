@@ -13,9 +13,9 @@ import pytorch_lightning as pl
 from mmcl.core import Recall, Strategy, Task, TaskStream
 from mmcl.data import CopiesReader, keep_copies, pass_loader, prepare, test_loader, train_loader
 from mmcl.data.builders.streams import card_path, find_stream
-from mmcl.data.cache import bytes_of
-from mmcl.data.keep import given_up
 from mmcl.data.loader import WINDOW
+from mmcl.data.remote.cache import bytes_of
+from mmcl.data.shards.keep import given_up
 from mmcl.lightning.hooks import OnDevice
 from mmcl.lightning.scoring import Column, asked_of
 from mmcl.lightning.suited import expect_suited

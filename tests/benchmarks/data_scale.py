@@ -13,8 +13,8 @@ from webdataset.writer import TarWriter
 from mmcl.core import TaskStream
 from mmcl.data import Reader, prepare, train_loader
 from mmcl.data.order import EpochPlan, Mixture
+from mmcl.data.shards.tar_shard import TarShard
 from mmcl.data.source import LocalOrigin
-from mmcl.data.tar_shard import TarShard
 from mmcl.models.pictures import ClipTransform
 from tests.benchmarks.data_arms import BATCH, CROP, SIDE
 

@@ -18,8 +18,8 @@ import torch
 from mmcl.core import TaskStream
 from mmcl.data import decode_image, prepare
 from mmcl.data.order import EpochPlan, Mixture
+from mmcl.data.shards.tar_shard import TarShard
 from mmcl.data.source import LocalOrigin
-from mmcl.data.tar_shard import TarShard
 from mmcl.models.pictures import ClipTransform
 from tests.benchmarks.data_arms import CROP, SIDE, write_pictures
 

@@ -1,3 +1,7 @@
+import io
+import pickle
+from multiprocessing.reduction import ForkingPickler
+
 import pytest
 import torch
 
@@ -55,3 +59,16 @@ def test_a_batch_that_is_there_already_is_not_copied():
 
 def test_unscored_is_what_cross_entropy_ignores():
     assert torch.nn.CrossEntropyLoss().ignore_index == UNSCORED
+
+
+def test_a_pickled_batch_is_the_same_and_holds_no_shared_files():
+    batch = Batch(
+        torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([1, -100]), torch.tensor([0, -1]),
+        scored=torch.tensor([True, False]), keys=("a", "b"), weight=0.5,
+    )  # fmt: skip
+    sent = bytes(ForkingPickler.dumps(batch))
+    assert b"rebuild_storage" not in sent
+    again = pickle.load(io.BytesIO(sent))
+    for name, value in vars(batch).items():
+        other = getattr(again, name)
+        assert value.equal(other) if isinstance(value, torch.Tensor) else value == other

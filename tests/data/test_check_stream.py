@@ -10,10 +10,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from mmcl.data import checking
-from mmcl.data.checking import check_stream
-from mmcl.data.findings import spread_of
-from mmcl.data.shard_check import check_shard
+from mmcl.data.checks import checking
+from mmcl.data.checks.checking import check_stream
+from mmcl.data.checks.findings import spread_of
+from mmcl.data.checks.shard_check import check_shard
 from tests.data.small_stream import (
     coloured,
     dialogue,

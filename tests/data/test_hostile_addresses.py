@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-import mmcl.data.clouds
+import mmcl.data.remote.clouds
 from mmcl.core import TaskStream
 from mmcl.data import prepare
-from mmcl.data.clouds import COMMANDS
 from mmcl.data.faults import BadShard
-from mmcl.data.fetch import Patience
+from mmcl.data.remote.clouds import COMMANDS
+from mmcl.data.remote.fetch import Patience
 from mmcl.data.source import origin_of
 from tests.data.loopback import serving
 from tests.data.small_stream import labelled, write_stream, write_tar
@@ -88,7 +88,7 @@ def test_what_follows_an_address_is_part_of_it(
         raise BadShard(f"was asked for as {address}")
         yield
 
-    monkeypatch.setattr(mmcl.data.clouds, "_read_file", closed)
+    monkeypatch.setattr(mmcl.data.remote.clouds, "_read_file", closed)
     monkeypatch.setenv("no_proxy", "*")
     with pytest.raises(BadShard, match="could not be fetched|was asked for as hf://d/x.* ?x?"):
         origin_of(start + tail, tmp_path / "cache", patience=ONCE).path()

@@ -13,13 +13,13 @@ from dataclasses import replace
 
 import pytest
 
-import mmcl.data.tar
+import mmcl.data.shards.tar
 from mmcl.data import prepare, test_loader, train_loader
 from mmcl.data.faults import BadSample, BadShard
 from mmcl.data.reader import MAX_TEXT_BYTES
+from mmcl.data.shards.tar import MAX_EXTENDED_BYTES
+from mmcl.data.shards.tar_shard import TarShard
 from mmcl.data.source import LocalOrigin, origin_of
-from mmcl.data.tar import MAX_EXTENDED_BYTES
-from mmcl.data.tar_shard import TarShard
 from tests.data.small_stream import CutAndNoise, labelled, picture, write_stream, write_tar
 
 
@@ -322,7 +322,7 @@ def test_plain_headers_are_read_as_tarfile_reads_them():
         if draw.random() < 0.9:
             block[148:156] = b" " * 8
             block[148:155] = b"%06o\0" % sum(block)
-        found = mmcl.data.tar.plain_header(bytes(block))
+        found = mmcl.data.shards.tar.plain_header(bytes(block))
         if found is None:
             continue
         plain += 1

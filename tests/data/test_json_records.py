@@ -6,9 +6,9 @@ import tracemalloc
 
 import pytest
 
-import mmcl.data.json_records as json_records
+import mmcl.data.shards.json_records as json_records
 from mmcl.data.faults import BadSample
-from mmcl.data.json_records import find_records
+from mmcl.data.shards.json_records import find_records
 from tests.data.builders.llava_files import put
 
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from mmcl.core import Batch, Row, Task
-from mmcl.data.builders.instructions import open_instructions
-from mmcl.data.builders.making import make
-from mmcl.data.builders.making_loose import Loose
-from mmcl.data.builders.making_options import MakeOptions
 from mmcl.data.faults import BadSample, BadShard
-from mmcl.data.loose import LooseShard
+from mmcl.data.making.instructions import open_instructions
+from mmcl.data.making.loose import Loose
+from mmcl.data.making.options import MakeOptions
+from mmcl.data.making.stream import make
 from mmcl.data.reader import Reader
 from mmcl.data.row import collate, make_row
+from mmcl.data.shards.loose import LooseShard
+from mmcl.data.shards.tar_shard import TarShard
 from mmcl.data.source import LocalOrigin, sha256_of
-from mmcl.data.tar_shard import TarShard
 from tests.data.builders.llava_files import asked, jpeg, put, train_set
 from tests.data.builders.shard_files import read_samples
 

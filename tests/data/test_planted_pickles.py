@@ -14,10 +14,10 @@ import yaml
 from mmcl.core import Recall
 from mmcl.data import CopiesReader, keep_copies, prepare
 from mmcl.data.faults import BadShard
-from mmcl.data.loose import LooseShard
-from mmcl.data.loose_index import open_loose_index
+from mmcl.data.shards.loose import LooseShard
+from mmcl.data.shards.loose_index import open_loose_index
+from mmcl.data.shards.tar_shard import TarShard
 from mmcl.data.source import LocalOrigin, sha256_of
-from mmcl.data.tar_shard import TarShard
 from mmcl.lightning.folder import RunFolder
 from mmcl.memory import RowFiles
 from mmcl.metrics.cost import Ledger

@@ -10,8 +10,8 @@ from webdataset.writer import TarWriter
 from mmcl.core.randomness import ranks_of
 from mmcl.data import prepare
 from mmcl.data.reader import Reader
+from mmcl.data.shards.tar_shard import TarShard
 from mmcl.data.source import LocalOrigin
-from mmcl.data.tar_shard import TarShard
 from tests.data.small_stream import labelled, picture, write_stream, write_tar
 
 

@@ -12,9 +12,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
-import mmcl.data.cache
-import mmcl.data.clouds
-from mmcl.data.fetch import Patience
+import mmcl.data.remote.cache
+import mmcl.data.remote.clouds
+from mmcl.data.remote.fetch import Patience
 from mmcl.data.source import LocalOrigin, default_cache, origin_of
 from tests.data.loopback import cut, lie, replaced, serving, stall, status, without_length
 
@@ -330,7 +330,7 @@ def test_what_is_not_in_a_cloud_or_not_ours_is_told_at_once(tmp_path, cloud, pat
 def test_a_shard_replaced_in_its_cloud_while_it_is_read_is_read_again(
     tmp_path, cloud, patience, monkeypatch
 ):
-    monkeypatch.setattr(mmcl.data.clouds, "_BLOCK", 1000)
+    monkeypatch.setattr(mmcl.data.remote.clouds, "_BLOCK", 1000)
     real, new = Store._open, b"n" * len(CONTENT)
 
     def replacing(self, path, mode="rb", **settings):
@@ -404,7 +404,7 @@ def test_a_full_disk_is_told_before_and_while_a_shard_is_fetched(
         file.write(CONTENT[:HALF])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(mmcl.data.cache, "fetch", filled)
+    monkeypatch.setattr(mmcl.data.remote.cache, "fetch", filled)
     with pytest.raises(ValueError, match=r"is full \(room for 424,000 more .*MMCL_CACHE"):
         fetched(url, tmp_path, patience)
     assert left(tmp_path) == []

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import mmcl.data.lock
-from mmcl.data.cache import bytes_of
-from mmcl.data.fetch import Patience
 from mmcl.data.lock import exclusive, remove_left_over, written_once
+from mmcl.data.remote.cache import bytes_of
+from mmcl.data.remote.fetch import Patience
 from mmcl.data.source import origin_of
 from tests.data.loopback import cut, serving, stall, status, whole, without_length
 
@@ -294,9 +294,9 @@ def test_a_failure_ahead_of_time_is_told_when_the_shard_is_needed(origin, site):
 READING = """
 import sys, random
 from pathlib import Path
-from mmcl.data.fetch import Patience
+from mmcl.data.remote.fetch import Patience
 from mmcl.data.source import origin_of
-from mmcl.data.tar_shard import open_at_once
+from mmcl.data.shards.tar_shard import open_at_once
 url, folder, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 order = random.Random(seed)
 print("ready", flush=True)

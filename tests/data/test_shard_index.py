@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import mmcl.data.index_file
-import mmcl.data.tar_shard
+import mmcl.data.shards.index_file
+import mmcl.data.shards.tar_shard
 from mmcl.data import prepare
-from mmcl.data.index import MAX_EXTENSIONS, hash_of_key
-from mmcl.data.index_file import read_index
+from mmcl.data.shards.index import MAX_EXTENSIONS, hash_of_key
+from mmcl.data.shards.index_file import read_index
+from mmcl.data.shards.tar_shard import TarShard
 from mmcl.data.source import LocalOrigin
-from mmcl.data.tar_shard import TarShard
 from tests.data.small_stream import labelled, write_stream, write_tar
 
 
@@ -35,7 +35,7 @@ def test_the_index_is_written_once_and_read_afterwards(tmp_path, monkeypatch):
     stream = write_stream(tmp_path)
     first = prepare(stream)
     assert (tmp_path / "a-train.tar.index").is_file()
-    monkeypatch.setattr(mmcl.data.tar_shard, "scan", never)
+    monkeypatch.setattr(mmcl.data.shards.tar_shard, "scan", never)
     again = prepare(stream)
     for number in range(10):
         assert again.reader(0, "train").read(number) == first.reader(0, "train").read(number)
@@ -76,7 +76,7 @@ def test_key_hashes_are_those_of_the_keys_and_come_from_the_file(tmp_path, monke
     path = write_tar(tmp_path / "x.tar", labelled(7))
     expected = [hash_of_key(f"s{n:03d}".encode()) for n in range(7)]
     assert shard_of(path).key_hashes().tolist() == expected
-    monkeypatch.setattr(mmcl.data.tar_shard, "scan", never)
+    monkeypatch.setattr(mmcl.data.shards.tar_shard, "scan", never)
     assert shard_of(path).key_hashes().tolist() == expected
 
 
@@ -111,7 +111,7 @@ def test_a_clock_that_jumps_does_not_save_a_stale_index(tmp_path, monkeypatch, s
     with path.open("rb") as file:
         assert read_index([tmp_path / "x.tar.index"], file) is None
     assert len(shard_of(path)) == 3
-    monkeypatch.setattr(mmcl.data.tar_shard, "scan", never)
+    monkeypatch.setattr(mmcl.data.shards.tar_shard, "scan", never)
     assert len(shard_of(path)) == 3
 
 
@@ -193,7 +193,7 @@ def _write_absurd(place, index, name, change, time):
     for field, value in changed.items():
         object.__setattr__(absurd, field, value)
     hashes = np.zeros(len(index), np.uint64)
-    mmcl.data.index_file.write_index([place], absurd, hashes, time)
+    mmcl.data.shards.index_file.write_index([place], absurd, hashes, time)
 
 
 def test_a_deeply_nested_list_of_extensions_is_no_crash(tmp_path):
@@ -212,18 +212,18 @@ def test_a_deeply_nested_list_of_extensions_is_no_crash(tmp_path):
 
 def test_the_index_of_a_read_only_folder_lies_in_the_cache(tmp_path, monkeypatch):
     stream = write_stream(tmp_path, sizes=(4,))
-    write = mmcl.data.index_file.write_atomic
+    write = mmcl.data.shards.index_file.write_atomic
 
     def only_cache(path, data):
         if "cache" not in str(path):
             raise PermissionError(13, "read-only")
         write(path, data)
 
-    monkeypatch.setattr(mmcl.data.index_file, "write_atomic", only_cache)
+    monkeypatch.setattr(mmcl.data.shards.index_file, "write_atomic", only_cache)
     prepare(stream, cache=tmp_path / "cache")
     assert not list(tmp_path.glob("*.index"))
     assert len(list((tmp_path / "cache" / "indexes").glob("*a-train.tar.index"))) == 1
-    monkeypatch.setattr(mmcl.data.tar_shard, "scan", never)
+    monkeypatch.setattr(mmcl.data.shards.tar_shard, "scan", never)
     assert prepare(stream, cache=tmp_path / "cache").stream[0].size == 4
 
 
@@ -233,11 +233,11 @@ def test_on_a_full_disk_the_index_is_kept_in_memory_with_its_hashes(tmp_path, mo
     def full(path, data):
         raise OSError(28, "no space left")
 
-    monkeypatch.setattr(mmcl.data.index_file, "write_atomic", full)
+    monkeypatch.setattr(mmcl.data.shards.index_file, "write_atomic", full)
     assert prepare(stream, cache=tmp_path / "cache").stream[0].size == 4
     shard = shard_of(tmp_path / "a-train.tar")
     assert len(shard.key_hashes()) == 4
-    monkeypatch.setattr(mmcl.data.tar_shard, "scan", never)
+    monkeypatch.setattr(mmcl.data.shards.tar_shard, "scan", never)
     assert len(shard.key_hashes()) == 4
     assert shard.read(3).key == "atrain003"
     assert not list(tmp_path.glob("**/*.index"))
@@ -273,6 +273,6 @@ def test_keys_with_dots_in_them_are_told_not_taken_for_many_extensions(tmp_path)
 
 
 def test_a_shard_beyond_two_tebibytes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(mmcl.data.index, "MAX_BYTES", 1000)
+    monkeypatch.setattr(mmcl.data.shards.index, "MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="bytes, more than 1000: write it in several shards"):
         len(shard_of(write_tar(tmp_path / "x.tar", labelled(1))))

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from mmcl.core import UNSCORED
-from mmcl.data.showing import draw_samples, small_picture
+from mmcl.data.checks.showing import draw_samples, small_picture
 from tests.data.small_stream import coloured, labelled, write_answer_stream, write_stream
 
 

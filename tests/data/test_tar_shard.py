@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import mmcl.data.tar_shard
+import mmcl.data.shards.tar_shard
 from mmcl.data.faults import BadSample, BadShard
+from mmcl.data.shards.tar_shard import TarShard, open_at_once
 from mmcl.data.source import LocalOrigin
-from mmcl.data.tar_shard import TarShard, open_at_once
 from tests.data.small_stream import labelled, picture, write_tar
 
 
@@ -143,19 +143,21 @@ def test_a_remote_shard_that_changed_since_it_was_indexed_is_an_error_once(far, 
 
 def test_a_remote_shard_is_compared_once_per_fetch(far, monkeypatch):
     compared = []
-    edges_of = mmcl.data.tar_shard.edges_of
+    edges_of = mmcl.data.shards.tar_shard.edges_of
     monkeypatch.setattr(
-        mmcl.data.tar_shard, "edges_of", lambda *given: compared.append(1) or edges_of(*given)
+        mmcl.data.shards.tar_shard,
+        "edges_of",
+        lambda *given: compared.append(1) or edges_of(*given),
     )
     assert len(distant(far)) == 5
     shard = distant(far)
     for place in [0, 1, 2, 0]:
         shard.read(place)
     assert len(compared) == 1
-    mmcl.data.tar_shard._remote_maps.clear()
+    mmcl.data.shards.tar_shard._remote_maps.clear()
     shard.read(3)
     assert len(compared) == 1
-    mmcl.data.tar_shard._remote_maps.clear()
+    mmcl.data.shards.tar_shard._remote_maps.clear()
     os.utime(far.cached, ns=(5, 5))
     shard.read(3)
     assert len(compared) == 2
@@ -167,7 +169,7 @@ def test_a_copy_that_the_cache_gave_up_stays_readable_while_mapped_and_is_fetche
     far.cached.unlink()
     assert shard.read(1).key == "s001"
     assert far.fetched == 1
-    mmcl.data.tar_shard._remote_maps.clear()
+    mmcl.data.shards.tar_shard._remote_maps.clear()
     assert shard.read(1).key == "s001"
     assert far.fetched == 2
 
@@ -201,7 +203,7 @@ def test_a_pickled_shard_is_small_and_reads_the_same(path, monkeypatch):
     before = shard.read(3)
     data = pickle.dumps(shard)
     assert len(data) < 1000
-    monkeypatch.setattr(mmcl.data.tar_shard, "scan", never)
+    monkeypatch.setattr(mmcl.data.shards.tar_shard, "scan", never)
     again = pickle.loads(data)
     assert again.nbytes == 0
     assert again.read(3) == before
@@ -258,8 +260,8 @@ def test_many_shards_hold_few_files_open(tmp_path, is_far, limit):
         os.link(path, own)
         far = Far(path, own, url=f"https://example.org/{number}.tar")
         shards.append(TarShard(far if is_far else LocalOrigin(own), "x.tar", None))
-    mmcl.data.tar_shard._maps.clear()
-    mmcl.data.tar_shard._remote_maps.clear()
+    mmcl.data.shards.tar_shard._maps.clear()
+    mmcl.data.shards.tar_shard._remote_maps.clear()
     before = len(os.listdir("/proc/self/fd"))
     assert all(len(shard) == 1 for shard in shards)
     assert len(os.listdir("/proc/self/fd")) == before
@@ -269,7 +271,7 @@ def test_many_shards_hold_few_files_open(tmp_path, is_far, limit):
 
 
 def test_threads_read_one_shard_at_a_time_or_together(path, monkeypatch):
-    monkeypatch.setattr(mmcl.data.tar_shard, "_MAPS", 1)
+    monkeypatch.setattr(mmcl.data.shards.tar_shard, "_MAPS", 1)
     shards = [local(path), local(path)]
     expected = [shards[0].read(place) for place in range(5)]
     wrong = []

@@ -6,8 +6,8 @@ import pytest
 
 from mmcl.data import prepare
 from mmcl.data.faults import BadShard
+from mmcl.data.shards.tar_shard import TarShard
 from mmcl.data.source import LocalOrigin
-from mmcl.data.tar_shard import TarShard
 from tests.data.small_stream import labelled, picture, write_stream, write_tar
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mmcl.data.twins import TrainedOn, hash_of, joined, print_of, repeats_of
+from mmcl.data.checks.twins import TrainedOn, hash_of, joined, print_of, repeats_of
 
 
 def prints_of(pairs):

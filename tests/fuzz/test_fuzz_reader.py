@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from mmcl.core import Row, Task
 from mmcl.data.faults import BadSample, BadShard
-from mmcl.data.index import split
 from mmcl.data.reader import Reader
 from mmcl.data.row import collate, make_row
+from mmcl.data.shards.index import split
+from mmcl.data.shards.tar_shard import TarShard
 from mmcl.data.source import LocalOrigin
-from mmcl.data.tar_shard import TarShard
 from tests.data.small_stream import dialogue, picture, write_tar
 from tests.fuzz.mutation import CHANGES, PLACES, expect_shown, mutated
 

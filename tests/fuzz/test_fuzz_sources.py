@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmcl.data.faults import BadSample, BadShard
-from mmcl.data.json_records import find_records
-from mmcl.data.loose import LooseShard
-from mmcl.data.loose_index import open_loose_index
 from mmcl.data.shard import Sample
+from mmcl.data.shards.json_records import find_records
+from mmcl.data.shards.loose import LooseShard
+from mmcl.data.shards.loose_index import open_loose_index
 from mmcl.data.source import origin_of, sha256_of
 from tests.data.small_stream import picture
 from tests.fuzz.mutation import CHANGES, PLACES, expect_shown, mutated

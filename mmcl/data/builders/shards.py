@@ -17,8 +17,8 @@ from typing import Any
 from webdataset.writer import TarWriter
 
 from mmcl.core.atomic import write_atomic
-from mmcl.data.builders.processes import Spread
 from mmcl.data.lock import exclusive
+from mmcl.data.making.processes import Spread
 from mmcl.data.source import sha256_of
 
 Sample = Mapping[str, Any]

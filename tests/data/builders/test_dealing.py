@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mmcl.data.builders.dealing import cuts, held_out, spread
+from mmcl.data.making.dealing import cuts, held_out, spread
 
 
 def contents(*numbers):

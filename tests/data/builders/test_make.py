@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from mmcl.core import TaskStream
-from mmcl.data.builders.making import make
-from mmcl.data.builders.making_options import MakeOptions
-from mmcl.data.builders.open_source import open_source
+from mmcl.data.making.open_source import open_source
+from mmcl.data.making.options import MakeOptions
+from mmcl.data.making.stream import make
 from mmcl.data.prepare import prepare
 from tests.data.builders.llava_files import jpeg, put, train_set
 from tests.data.builders.shard_files import read_samples
@@ -303,8 +303,8 @@ def test_processes_write_the_same_bytes_as_one_and_a_kill_loses_nothing(tmp_path
         import os, signal, sys
         from pathlib import Path
         from mmcl.data.builders import making
-        from mmcl.data.builders.making_options import MakeOptions
-        from mmcl.data.builders.open_source import open_source
+        from mmcl.data.making.options import MakeOptions
+        from mmcl.data.making.open_source import open_source
 
         def told(what, done, total):
             if sys.argv[1] == "kill" and what == "writing shards" and done > 900:

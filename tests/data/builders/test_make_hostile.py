@@ -8,9 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mmcl.data.builders.making import make
-from mmcl.data.builders.making_options import MakeOptions
-from mmcl.data.builders.open_source import open_source
+from mmcl.data.making.open_source import open_source
+from mmcl.data.making.options import MakeOptions
+from mmcl.data.making.stream import make
 from tests.data.builders.llava_files import asked, jpeg, put
 from tests.data.builders.test_make import class_folders, contents, made, pictures, read
 

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from mmcl.data.builders.processes import Processes
+from mmcl.data.making.processes import Processes
 
 
 def doubled(number):

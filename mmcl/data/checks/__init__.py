@@ -1,0 +1,1 @@
+"""Every sample of a stream gone through: ``mmcl data check`` and ``mmcl data show``."""

@@ -1,0 +1,1 @@
+"""Streams of what people have: ``mmcl data make``."""

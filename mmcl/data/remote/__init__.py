@@ -1,0 +1,1 @@
+"""Shards that lie elsewhere: addresses, fetching, and the cache."""

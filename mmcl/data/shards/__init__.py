@@ -1,0 +1,1 @@
+"""Shards: tars and loose files, their indexes, and copies that are kept."""
