@@ -154,7 +154,8 @@ def _is_small(value: Any) -> bool:
 
 
 def _received(values: dict[str, Any], small: dict[str, Any]) -> Batch:
-    return Batch(**values, **{name: torch.from_numpy(array) for name, array in small.items()})
+    tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in small.items()}
+    return Batch(**values, **tensors)
 
 
 def _owners(batch: Batch) -> Tensor:

@@ -105,7 +105,7 @@ class SlotLoader(DataLoader[Batch]):
             **options,
         )
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch's own has no such need
         """Iterate over what was made."""
         for found in super().__iter__():
             yield self.slots.taken(found) if isinstance(found, Placed) else found
