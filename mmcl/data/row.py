@@ -31,10 +31,10 @@ class MadeRow:
         sample: its number inside that task.
         key: its name.
         is_recalled: True where the row is not of the task that is learned.
+        reference: of rows that are answered.
         source: see ``Batch.source``.
         is_scored: False where it has no part in the task loss.
         bytes: of the sample's members.
-        reference: of rows that are answered.
     """
 
     row: Row
@@ -43,10 +43,10 @@ class MadeRow:
     sample: int
     key: str
     is_recalled: bool = False
+    reference: Reference | None = None
     source: int = 0
     is_scored: bool = True
     bytes: int = 0
-    reference: Reference | None = None
 
 
 def make_row(
