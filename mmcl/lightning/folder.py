@@ -167,6 +167,12 @@ def _expect_state(state: RunState) -> None:
         is_good = is_good and isinstance(listed, list) and all(isinstance(t, str) for t in listed)
     if not is_good or len(state.tasks) < state.done:
         raise ValueError("a field of it is of another kind than was written")
+    if state.last is not None and not _is_inside(state.last):
+        raise ValueError("it goes on from a checkpoint outside of its folder")
+
+
+def _is_inside(name: str) -> bool:
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _config(file: Path) -> Any:

@@ -217,6 +217,8 @@ def test_in_place_of_what_a_run_says_of_itself(tmp_path, planted):
         b'{"done": 2, "task": 2, "tasks": ["a"], "seed": 0}',
         b'{"done": 0, "task": 0, "tasks": [3], "seed": 0}',
         b'{"done": 0, "task": 0, "tasks": [], "seed": 0, "last": [1]}',
+        b'{"done": 0, "task": 0, "tasks": [], "seed": 0, "last": "../../other/last.ckpt"}',
+        b'{"done": 0, "task": 0, "tasks": [], "seed": 0, "last": "/tmp/last.ckpt"}',
     ],
 )  # fmt: skip
 def test_a_state_of_nonsense_is_one_sentence(tmp_path, content):

@@ -20,7 +20,7 @@ from mmcl.data.remote.download import Download, PassingFault, told
 FILE_SYSTEMS = frozenset(
     {"s3", "s3a", "gs", "gcs", "hf", "abfs", "az", "oss", "oci", "hdfs", "ftp", "sftp", "ssh"}
 )
-_CURL = ("curl", "--connect-timeout", "30", "-f", "-s", "-L")
+_CURL = ("curl", "--globoff", "--connect-timeout", "30", "-f", "-s", "-L")
 COMMANDS = {
     "gs": ("gsutil", "cat"), "ais": ("ais", "get"), "ftps": _CURL, "sftp": _CURL, "scp": _CURL,
 }  # fmt: skip
