@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -142,6 +143,11 @@ def _mixture(rows: TrainingRows, share: float | None, global_batch: int) -> Mixt
 def _planner(
     rows: TrainingRows, mixture: Mixture, window: int, group: int
 ) -> Callable[..., EpochPlan]:
+    if window < 1 or group < 0:
+        raise ValueError(
+            f"window is {window} and group_lengths {group}: give 1 or more shards, and 0 or more "
+            "batches"
+        )
     lengths = _lengths(rows) if group > 1 else None
 
     def plan(epoch: int) -> EpochPlan:
@@ -200,7 +206,9 @@ def batch_loader(
         "generator": generator(seed),
     }
     if workers and can_share():
-        return SlotLoader(rows, batches, workers, persistent_workers=stay, **options)
+        # Where so much address space is not given, pictures go torch's way.
+        with contextlib.suppress(OSError):
+            return SlotLoader(rows, batches, workers, persistent_workers=stay, **options)
     return DataLoader(
         rows,
         batch_sampler=batches,

@@ -182,3 +182,9 @@ def test_dialogues_of_an_unscored_source_are_said_and_not_scored(tmp_path):
         of_source = batch.source > 0
         assert (batch.labels[of_source] == UNSCORED).all()
         assert (batch.labels[~of_source] != UNSCORED).any(1).all()
+
+
+@pytest.mark.parametrize("options", [{"window": 0}, {"group": -1}])
+def test_a_window_of_nothing_is_refused(pictured, options):
+    with pytest.raises(ValueError, match="give 1 or more shards"):
+        load(pictured, **options)

@@ -70,3 +70,19 @@ def test_pictures_are_copied_out_of_their_slot():
     batch = slots.taken(Placed(Batch(None, nothing, nothing), 0, (1, 3, 2, 2)))
     room[:12] = 9
     assert (batch.images == 7).all()
+
+
+def test_without_room_for_slots_batches_come_torch_s_way(monkeypatch):
+    from mmcl.data import loader
+
+    def refuse(count):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("mmcl.data.transport.Slots", refuse)
+
+    class Rows(Maker):
+        def __getitems__(self, request):
+            return self.make(request)
+
+    batches = list(loader.batch_loader(Rows(), Numbers(5), 1, seed=0, stay=False))
+    assert [int(batch.images.max()) for batch in batches] == [0, 1, 2, 3, 4]
