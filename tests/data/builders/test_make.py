@@ -302,7 +302,7 @@ def test_processes_write_the_same_bytes_as_one_and_a_kill_loses_nothing(tmp_path
         f"""
         import os, signal, sys
         from pathlib import Path
-        from mmcl.data.builders import making
+        from mmcl.data.making import stream as making
         from mmcl.data.making.options import MakeOptions
         from mmcl.data.making.open_source import open_source
 
