@@ -125,8 +125,16 @@ def test_a_checkpoint_in_shards_with_a_pickle_is_refused(desk, crater, bomb, com
     assert not crater.exists()
 
 
-@pytest.mark.parametrize("last", ["checkpoints/last_0000001.ckpt", "../../elsewhere"])
-def test_a_mid_task_checkpoint_in_shards_with_a_pickle_is_refused(learned, crater, bomb, last):
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        ("checkpoints/last_0000001.ckpt", "last_0000001.ckpt"),
+        ("../../elsewhere", "a checkpoint outside of its folder"),
+    ],
+)
+def test_a_mid_task_checkpoint_in_shards_with_a_pickle_is_refused(
+    learned, crater, bomb, last, said
+):
     state = json.loads((learned.results / "run.json").read_text())
     state.update(done=2, task=2, last=last)
     (learned.results / "run.json").write_text(json.dumps(state))
@@ -134,5 +142,5 @@ def test_a_mid_task_checkpoint_in_shards_with_a_pickle_is_refused(learned, crate
     folder.mkdir()
     (folder / ".metadata").write_bytes(pickle.dumps(Bomb(crater)))
     (folder / "meta.pt").write_bytes(bomb.read_bytes())
-    assert refused(learned.run(), folder.name)
+    assert refused(learned.run(), said)
     assert not crater.exists()
