@@ -139,7 +139,8 @@ class OpenCLIP(nn.Module):
             return caption_loss(*pairs, self._scale(), batch.scored)
         logits = output.logits
         if self.loss_over == "task" and len(self._class_task) == logits.shape[1]:
-            foreign = self._class_task[None] != batch.task[:, None]
+            # Rows of no task, from another source, are compared with all classes.
+            foreign = (self._class_task[None] != batch.task[:, None]) & (batch.task[:, None] >= 0)
             logits = logits.masked_fill(foreign, float("-inf"))
         return class_loss(logits, batch.labels, self.label_smoothing)
 

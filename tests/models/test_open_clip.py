@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional
@@ -172,6 +174,26 @@ def test_a_task_loss_leaves_other_tasks_classes_out():
     logits = model(batch).logits
     want = functional.cross_entropy(logits[:, :2], batch.labels)
     torch.testing.assert_close(model.loss(model(batch), batch), want)
+
+
+def test_a_row_of_another_source_is_compared_with_all_classes():
+    model = OpenCLIP("tiny", loss_over="task")
+    model.set_classes(NAMES, TEMPLATES, tasks=[0, 0, 1])
+    batch = pictures(2)
+    batch = Batch(batch.images, torch.tensor([0, 2]), torch.tensor([0, -1]))
+    logits = model(batch).logits
+    own = functional.cross_entropy(logits[:1, :2], batch.labels[:1])
+    other = functional.cross_entropy(logits[1:], batch.labels[1:])
+    torch.testing.assert_close(model.loss(model(batch), batch), (own + other) / 2)
+
+
+def test_unscored_captions_are_no_negatives_either(clip):
+    batch = pictures(4)
+    tokens = torch.tensor([[5, 6, 7], [5, 8, 7], [9, 6, 7], [9, 9, 7]])
+    said = Batch(batch.images, batch.labels, batch.task, tokens=tokens, mask=tokens > 0)
+    some = replace(said, scored=torch.tensor([True, False, True, False]))
+    two = said.take(torch.tensor([0, 2]))
+    torch.testing.assert_close(clip.loss(clip(some), some), clip.loss(clip(two), two))
 
 
 def test_unscored_rows_are_left_out_of_the_mean(clip):
