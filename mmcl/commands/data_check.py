@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -41,15 +42,10 @@ def main(argv: Sequence[str]) -> int:
     found = with_shard_bar(
         lambda progress: check_stream(
             given.card,
-            workers=given.workers,
-            cache=given.cache,
-            cache_limit=given.cache_limit,
-            allow_pipes=given.allow_pipes,
             progress=progress,
             pixels=given.pixels,
             limit=given.limit,
-            max_pixels=given.max_pixels,
-            scorers=tuple(SCORERS),
+            **reading_options(given),
         )
     )
     if given.json:
@@ -83,6 +79,12 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of the largest picture that is decoded (%(default)s)",
     )
+
+
+def reading_options(given: argparse.Namespace) -> dict[str, Any]:
+    """Return these options as ``check_stream`` takes them."""
+    names = ("workers", "cache", "cache_limit", "allow_pipes", "max_pixels")
+    return {**{name: getattr(given, name) for name in names}, "scorers": tuple(SCORERS)}
 
 
 def a_card(text: str) -> Path:

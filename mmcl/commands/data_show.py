@@ -7,14 +7,18 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmcl.commands.data_check import add_reading_options, count_or_share, with_shard_bar
+from mmcl.commands.data_check import (
+    add_reading_options,
+    count_or_share,
+    reading_options,
+    with_shard_bar,
+)  # fmt: skip
 from mmcl.commands.words import CommandParser
 from mmcl.core import TaskStream, write_atomic
 from mmcl.core.card import survey_card
 from mmcl.data.checks.checking import check_stream
 from mmcl.data.checks.findings import PartFindings, StreamFindings, TaskFindings
 from mmcl.data.checks.showing import DrawnSample, draw_samples
-from mmcl.metrics.scorers import SCORERS
 from mmcl.report.stream_page import ShownSample, ShownStream, ShownTask, stream_page
 from mmcl.report.words import shorten, size
 
@@ -37,15 +41,10 @@ def main(argv: Sequence[str]) -> int:
     found = with_shard_bar(
         lambda progress: check_stream(
             given.card,
-            workers=given.workers,
-            cache=given.cache,
-            cache_limit=given.cache_limit,
-            allow_pipes=given.allow_pipes,
             progress=progress,
             limit=given.limit or None,
             shards=given.shards or None,
-            max_pixels=given.max_pixels,
-            scorers=tuple(SCORERS),
+            **reading_options(given),
         )
     )
     out = given.out or given.card.with_suffix(".html")

@@ -139,12 +139,6 @@ class EpochPlan:
         own = self.mixture.edge(number + 1) - self.mixture.edge(number)
         return own + sum(self.mixture.slots)
 
-    def micro_batch(
-        self, number: int, *, part: int = 0, accumulation: int = 1, rank: int = 0, world: int = 1
-    ) -> Numbers:
-        """Return the entries that one rank takes in one accumulated part of a global batch."""
-        return dealt(self.batch(number), part, accumulation, rank, world)
-
     @cached_property
     def _kinds(self) -> list[Callable[[int, int], Numbers]]:
         """What fills the slots: each maps batches ``start`` to ``stop`` to their entries."""

@@ -191,11 +191,6 @@ class _Work:
                 "in .txt, such as .de.txt"
             )
 
-    def is_lazy(self, shard: Shard) -> bool:
-        """Tell whether a shard is opened only when its first sample is read."""
-        is_counted = shard.name in self.stream.counts and isinstance(shard, TarShard)
-        return is_counted and (shard.is_remote or len(self.opened) > EAGER)
-
     def check_count(self, task: Task, part: Part, counted: int, where: str) -> None:
         stated = task.size if part == "train" else task.test_size
         field_name = "size" if part == "train" else "test_size"
@@ -209,7 +204,7 @@ class _Work:
 
     def check_keys(self, where: str, shards: Sequence[Shard]) -> None:
         # Shards that are opened later are left to `mmcl data check`.
-        indexes = [shard for shard in shards if not self.is_lazy(shard)]
+        indexes = [s for s in shards if not isinstance(s, TarShard) or s.nbytes]
         lines = [
             f"{where}: key '{shown(key)}' comes twice, in {first} and in {second}: "
             "give every sample its own key"

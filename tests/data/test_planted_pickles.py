@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import pickle
 import pickletools
 
@@ -22,16 +21,7 @@ from mmcl.lightning.folder import RunFolder
 from mmcl.memory import RowFiles
 from mmcl.metrics.cost import Ledger
 from tests.data.small_stream import dialogue, labelled, picture, write_stream, write_tar
-
-
-class Trap:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
+from tests.trap import Trap
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from mmcl.core.randomness import mix, ranks_of
-from mmcl.data.order import EpochPlan, Mixture
+from mmcl.data.order import EpochPlan, Mixture, dealt
 
 CASES = [  # new, recalled, share, global_batch, sources
     (23, 0, None, 4, ()),
@@ -109,9 +109,7 @@ def test_ranks_and_parts_together_hold_the_global_batch_in_order(parts):
             laid = np.full(len(whole), -1)
             for part in range(accumulation):
                 for rank in range(world):
-                    own = plan.micro_batch(
-                        number, part=part, accumulation=accumulation, rank=rank, world=world
-                    )
+                    own = dealt(whole, part, accumulation, rank, world)
                     laid[part * world + rank :: world * accumulation] = own
             assert (laid == whole).all()
 

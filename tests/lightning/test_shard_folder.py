@@ -1,6 +1,5 @@
 """Checkpoints in shards from strangers: pickles in them are found before torch runs them."""
 
-import os
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,16 +11,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 
 from mmcl.lightning.shard_folder import expect_plain
 from mmcl.lightning.sharing import expect_readable
-
-
-class Trap:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
+from tests.trap import Trap
 
 
 @pytest.fixture
