@@ -12,6 +12,9 @@ from typing import Any
 import pytorch_lightning as pl
 import yaml
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.exceptions import (
+    MisconfigurationException,  # type: ignore[attr-defined]  # handed on from Fabric
+)
 
 from mmcl.lightning.data import ContinualData
 from mmcl.lightning.mistakes import Misconfigured, config_files, explain, file_faults, refusal
@@ -160,11 +163,21 @@ class ContinualCLI(LightningCLI):
 
         Args:
             settings: win over the configuration; ``callbacks`` are added to its own.
+
+        Raises:
+            ValueError: if Lightning refuses them, a missing device or package among the reasons.
         """
         own = dict(self._build("trainer", pl.Trainer))
         given = own.get("callbacks") or []
         callbacks = [*(given if isinstance(given, list) else [given]), *settings.pop("callbacks")]
-        return pl.Trainer(**{**own, **settings, "callbacks": callbacks})
+        try:
+            return pl.Trainer(**{**own, **settings, "callbacks": callbacks})
+        except (MisconfigurationException, ModuleNotFoundError) as error:
+            reason = " ".join(str(error).split()).rstrip(".!")
+            raise ValueError(
+                f"Lightning refuses these trainer settings ({reason}): correct "
+                "trainer.accelerator, trainer.devices or trainer.strategy, or install what it names"
+            ) from error
 
     def _build(self, key: str, kind: type) -> Any:
         # A run makes two Trainers a task, and reading their options takes a tenth of a second.

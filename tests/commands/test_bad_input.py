@@ -4,6 +4,7 @@ import io
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 import mmcl.commands
@@ -40,6 +41,13 @@ def with_member(count, name, place, member, content):
 def test_a_missing_card(desk):
     said = desk.run("--data.stream", "nowhere/card.yaml")
     assert refused(said, "there is no stream card nowhere/card.yaml", "mmcl data build")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
+def test_a_device_that_is_not_there(desk):
+    desk.stream()
+    said = desk.run("--trainer.accelerator", "gpu")
+    assert refused(said, "Lightning refuses these trainer settings", "trainer.accelerator")
 
 
 def test_all_faults_of_a_card_are_told_at_once(desk):
