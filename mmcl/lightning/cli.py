@@ -12,8 +12,8 @@ from typing import Any
 import pytorch_lightning as pl
 import yaml
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.utilities.exceptions import (
-    MisconfigurationException,  # type: ignore[attr-defined]  # handed on from Fabric
+from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
+    MisconfigurationException,  # handed on from Fabric
 )
 
 from mmcl.lightning.data import ContinualData
