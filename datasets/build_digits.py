@@ -1,6 +1,6 @@
 """Build the stream `digits`: `python datasets/build_digits.py`."""
 
-from mmcl.data.builders.script import main
+from mmcl.streams.script import main
 
 if __name__ == "__main__":
     main("digits")

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from mmcl.lightning.cli import ContinualCLI
-from mmcl.lightning.data import ContinualData
+from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.module import ContinualModule
 
 HOUSE = Path(__file__).parent.parent
@@ -51,7 +51,7 @@ def test_a_configuration_builds_module_data_and_trainer(file):
     cli = ContinualCLI(words(file))
     module, data = cli.make_module(), cli.make_data()
     assert isinstance(module, ContinualModule)
-    assert isinstance(data, ContinualData)
+    assert isinstance(data, ContinualDataModule)
     assert data.card.suffix == ".yaml"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*GPU available but not used.*")

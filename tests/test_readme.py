@@ -1,4 +1,4 @@
-"""README says what is so: its code runs, its table is the command's, its files exist."""
+"""Code, tables and links of the README and the docs: they run, are the commands' and exist."""
 
 import re
 from pathlib import Path
@@ -7,18 +7,21 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from mmcl.commands import main
-from mmcl.core import begin_task, end_task, step
-from tests.stand_in import StandIn, a_task, task_batches
+import mmcl
+from mmcl.cli import main
+from tests.toys.toy_clip import StandIn, a_task, task_batches
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def code_of(place):
-    """Return a block with the small stand-in for the big model, its trainer kept quiet."""
-    text = BLOCKS[place].replace('OpenCLIP("ViT-B-16", pretrained="openai")', "StandIn()")
+def code(page, index):
+    """Return a python block of a page, with a small model for the big one and a quiet trainer."""
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL
+    )
+    text = blocks[index].replace('mmcl.OpenCLIP("ViT-B-16", pretrained="openai")', "StandIn()")
     quiet = (
         "max_epochs=1, accelerator='cpu', logger=False, enable_checkpointing=False, "
         "enable_progress_bar=False, enable_model_summary=False"
@@ -26,45 +29,99 @@ def code_of(place):
     return text.replace("max_epochs=1", quiet)
 
 
+def learn(model, strategy):
+    """Train on two tasks with the loop of docs/plugin.md."""
+    for index in range(2):
+        names = {
+            "mmcl": mmcl, "model": model, "strategy": strategy, "task": a_task(index),
+            "loader": task_batches(index),
+            "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        }  # fmt: skip
+        exec(code("docs/plugin.md", 0), names)
+    return names["out"]
+
+
+def test_the_example_of_the_readme_learns_two_tasks():
+    scope = {}
+    exec(code("README.md", 0), scope)
+    assert set(scope["out"].terms) == {"task", "ewc"}
+    assert scope["out"].terms["task"] < 0.5
+    assert scope["strategy"].current_task.index == 1
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_lightning_module_of_the_readme_learns_two_tasks():
     scope = {"StandIn": StandIn}
-    exec(code_of(0), scope)
-    module = scope["Mine"]()
+    exec(code("README.md", 1), scope)
+    module = scope["MyModule"]()
     scope["trainer"].fit(module, DataLoader(task_batches(0), batch_size=None))
-    assert len(module.strategy.holdings()) == 2
-    assert all(count > 0 for count in module.strategy.holdings().values())
-    exec("trainer =" + code_of(0).split("trainer =")[1], scope)
+    assert len(module.strategy.buffer_sizes()) == 2
+    assert all(count > 0 for count in module.strategy.buffer_sizes().values())
+    exec("trainer =" + code("README.md", 1).split("trainer =")[1], scope)
     scope["trainer"].fit(module, DataLoader(task_batches(1), batch_size=None))
-    assert module.strategy.current.index == 1
+    assert module.strategy.current_task.index == 1
     assert {"dark_logits", "ewc"} <= set(module.trainer.callback_metrics)
 
 
-def test_the_bare_loop_of_the_readme_learns():
+def test_the_bare_loop_of_the_docs_learns():
     scope = {"StandIn": StandIn}
-    exec(code_of(0).split("trainer =")[0], scope)
-    module = scope["Mine"]()
-    model, strategy = module.model, module.strategy
-    before = model.patch.weight.detach().clone()
-    for index in range(2):
-        names = {
-            "begin_task": begin_task, "end_task": end_task, "step": step, "model": model,
-            "strategy": strategy, "task": a_task(index), "loader": task_batches(index),
-            "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
-        }  # fmt: skip
-        exec(code_of(1), names)
-    assert not torch.equal(model.patch.weight, before)
-    assert all(count > 0 for count in strategy.holdings().values())
+    exec(code("README.md", 1).split("trainer =")[0], scope)
+    module = scope["MyModule"]()
+    before = module.model.patch.weight.detach().clone()
+    learn(module.model, module.strategy)
+    assert not torch.equal(module.model.patch.weight, before)
+    assert all(count > 0 for count in module.strategy.buffer_sizes().values())
 
 
-def test_the_table_of_strategies_is_the_commands(capsys):
-    assert main(["strategies", "--markdown"]) == 0
-    assert capsys.readouterr().out.strip() in README
+def test_the_generative_example_of_the_docs_gives_a_loss_and_a_prediction():
+    scope = {}
+    exec(code("docs/plugin.md", 1), scope)
+    assert scope["loss"].isfinite()
+    assert len(scope["predictions"]) == 1
 
 
-def test_what_the_readme_links_to_is_there():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
-    for config in re.findall(r"configs/[\w/]+\.yaml", README):
-        assert (ROOT / config).exists(), config
+def test_the_model_of_the_docs_learns_with_prompts():
+    scope = {}
+    exec(code("docs/own_model.md", 0), scope)
+    model, strategy = scope["PatchNet"](classes=6), mmcl.strategies.L2P(key_dim=32)
+    strategy.attach(model)
+    assert learn(model, strategy).loss.isfinite()
+
+
+def test_the_strategy_of_the_docs_trains_and_survives_a_checkpoint():
+    scope = {}
+    exec(code("docs/own_strategy.md", 0), scope)
+    model, strategy = StandIn(), scope["StayClose"](l2_lambda=0.5)
+    strategy.attach(model)
+    assert learn(model, strategy).terms["stay_close"] > 0
+    again = scope["StayClose"]()
+    again.load_state_dict(strategy.state_dict())
+    assert torch.equal(again.start["patch.weight"], strategy.start["patch.weight"])
+
+
+@pytest.mark.parametrize(
+    ("page", "options"), [("README.md", []), ("docs/strategies.md", ["--long"])]
+)
+def test_the_table_of_strategies_is_the_commands(capsys, page, options):
+    assert main(["strategies", "--markdown", *options]) == 0
+    assert capsys.readouterr().out.strip() in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_the_long_table_is_a_markdown_table(capsys):
+    assert main(["strategies", "--long"]) == 2
+    assert "add --markdown" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_that_a_page_names_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / target).exists(), target
+    for named in re.findall(r"(?<![\w/])(?:configs|tests|mmcl)/[\w/]+\.\w+", text):
+        assert (ROOT / named).exists(), named
+
+
+def test_the_number_of_strategies_in_the_readme_is_that_of_the_files():
+    count = len(list((ROOT / "mmcl/strategies").glob("*.py"))) - 1
+    assert f"**A strategy is one file**: {count} of them" in README

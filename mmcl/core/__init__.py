@@ -1,47 +1,46 @@
-"""The words everybody uses: batch, task, model, strategy, and the function where they meet."""
+"""Interfaces of mmcl: batch, task, stream, model, strategy, and ``step``, in which they meet."""
 
-from mmcl.core.atomic import write_atomic
-from mmcl.core.batch import UNSCORED, Batch
+from mmcl.core.atomic_write import write_atomic
+from mmcl.core.batch import IGNORE_INDEX, Batch
 from mmcl.core.chain import Chain
-from mmcl.core.model import VLM, answers_in_words, expect_shape, require, require_classes
+from mmcl.core.model import VLM, expect_shape, is_generative_model, require, require_classes
 from mmcl.core.output import NO_PROMPTS, Modality, Output, Prompts
-from mmcl.core.recall import Recall
-from mmcl.core.sample import PICTURE, Dialogue, Reference, Row, Transform, Turn
-from mmcl.core.step import Step, answer, begin_task, end_task, run, step
-from mmcl.core.strategy import Strategy, device_of, trainable
-from mmcl.core.task import Source, Task, TaskStream
+from mmcl.core.sample import IMAGE_TOKEN, Conversation, ProcessedSample, Reference, Transform, Turn
+from mmcl.core.step import StepOutput, begin_task, end_task, forward, generate, step
+from mmcl.core.strategy import ReplayPlan, Strategy, device_of, trainable_parameters
+from mmcl.core.task import DataSource, Task, TaskStream
 
 __all__ = [
     "NO_PROMPTS",
-    "PICTURE",
-    "UNSCORED",
+    "IMAGE_TOKEN",
+    "IGNORE_INDEX",
     "VLM",
     "Batch",
     "Chain",
-    "Dialogue",
+    "Conversation",
     "Modality",
     "Output",
     "Prompts",
-    "Recall",
+    "ReplayPlan",
     "Reference",
-    "Row",
-    "Source",
-    "Step",
+    "ProcessedSample",
+    "DataSource",
+    "StepOutput",
     "Strategy",
     "Task",
     "TaskStream",
     "Transform",
     "Turn",
-    "answer",
-    "answers_in_words",
+    "generate",
+    "is_generative_model",
     "begin_task",
     "device_of",
     "end_task",
     "expect_shape",
     "require",
     "require_classes",
-    "run",
+    "forward",
     "step",
-    "trainable",
+    "trainable_parameters",
     "write_atomic",
 ]

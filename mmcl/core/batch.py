@@ -1,7 +1,8 @@
-"""Batch: what one step sees."""
+"""Batch: the tensors of one step, with operations to select, join and move samples."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -10,12 +11,12 @@ from torch import Tensor
 
 from mmcl.core.sample import Reference
 
-UNSCORED = -100
-"""Label of a row (or token) that the task loss leaves out, as in torch's cross entropy."""
+IGNORE_INDEX = -100
+"""Label of a sample or token that the task loss ignores, as in torch's cross entropy."""
 
-_ROW_FIELDS = (
-    "labels", "task", "tokens", "mask", "features", "sample", "recalled", "source", "scored",
-    "bytes",
+_SAMPLE_FIELDS = (
+    "labels", "task_ids", "input_ids", "attention_mask", "features", "sample_ids", "is_replay",
+    "source_ids", "in_loss", "num_bytes",
 )  # fmt: skip
 
 _SMALL_BYTES = 1 << 16
@@ -24,113 +25,183 @@ _BY_VALUE = (torch.int64, torch.bool, torch.uint8, torch.float32)
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one step. B rows, M pictures, L tokens, N image tokens, D width.
+    """Samples of one step. B samples, M images, L tokens, N image tokens, D feature dim.
 
     Attributes:
-        images: (M, 3, H, W) uint8 as decoded and resized; the model normalises on its device.
-        labels: (B,) int64 class index (column of the class scores), -100 = not scored; for rows
-            that are answered (B, L), the tokens that are scored and -100 elsewhere.
-        task: (B,) int64, the task each row came from.
-        owner: (M,) int64, the row each picture belongs to; None = one each, in order.
-        tokens: (B, L) int64, padded; None when rows have no text of their own.
-        mask: (B, L) bool, True on real tokens.
-        features: (B, N, D) frozen-encoder output that stands in for images.
-        sample: (B,) int64, the number of each row inside its task; (task, sample) names it.
-        recalled: (B,) bool, True where the row is not of the task that is learned: remembered, or
-            of another source; None = all rows are new.
-        source: (B,) int64, 0 for rows of the task and of memory, n for rows of the stream's n-th
-            source (their ``task`` is -1); None = all 0.
-        scored: (B,) bool, False where a source's row has no part in the task loss; None = all have.
-        bytes: (B,) int64, what the row's sample takes in its shard; None = not known.
-        keys: sample keys, to trace a row back to its shard.
-        references: of rows that are answered: the question, and what counts as right.
-        faults: what could not be read while this batch was made, one sentence each.
-        weight: factor of the loss that makes the mean over ranks and accumulated parts the mean
-            over the global batch: own rows * ranks * parts / rows of the global batch.
+        images: (M, 3, H, W) uint8, decoded and resized; the model normalizes them on its device.
+        labels: (B,) int64 class index (column of the class scores); for generative samples (B, L)
+            int64 target token at each position. -100 = not in the loss.
+        task_ids: (B,) int64 index of the task that each sample belongs to.
+        image_owner: (M,) int64 index of the sample that each image belongs to; None = one image a
+            sample, in order.
+        input_ids: (B, L) int64 token ids, padded; None if samples have no text of their own.
+        attention_mask: (B, L) bool, True on real tokens, False on padding.
+        features: (B, N, D) output of the frozen encoder, used in place of images.
+        sample_ids: (B,) int64 number of each sample inside its task; (task, sample) identifies it.
+        is_replay: (B,) bool, True for samples that are not of the current task: replayed, or of
+            another source; None = all are of the current task.
+        source_ids: (B,) int64, 0 for samples of the task and of memory, n for those of the stream's
+            n-th source (their ``task_ids`` is -1); None = all 0.
+        in_loss: (B,) bool, False for samples of a source that the task loss leaves out; None = all
+            are in the loss.
+        num_bytes: (B,) int64 size of each sample in its shard; None = not known.
+        keys: B sample keys, which trace a sample back to its shard; or empty.
+        references: for generative samples, B questions with their right answers; or empty.
+        errors: one sentence for each sample that could not be read while this batch was made.
+        loss_weight: factor of the loss that turns the mean over ranks and accumulated micro-batches
+            into the mean over the global batch: own samples * ranks * micro-batches / samples of
+            the global batch.
     """
 
     images: Tensor | None
     labels: Tensor
-    task: Tensor
-    owner: Tensor | None = None
-    tokens: Tensor | None = None
-    mask: Tensor | None = None
+    task_ids: Tensor
+    image_owner: Tensor | None = None
+    input_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
     features: Tensor | None = None
-    sample: Tensor | None = None
-    recalled: Tensor | None = None
-    source: Tensor | None = None
-    scored: Tensor | None = None
-    bytes: Tensor | None = None
+    sample_ids: Tensor | None = None
+    is_replay: Tensor | None = None
+    source_ids: Tensor | None = None
+    in_loss: Tensor | None = None
+    num_bytes: Tensor | None = None
     keys: tuple[str, ...] = ()
     references: tuple[Reference, ...] = ()
-    faults: tuple[str, ...] = ()
-    weight: float = 1.0
+    errors: tuple[str, ...] = ()
+    loss_weight: float = 1.0
+
+    @classmethod
+    def from_images(
+        cls,
+        images: Tensor | Sequence[Tensor],
+        labels: Tensor | Sequence[int] | None = None,
+        *,
+        task: int | Tensor = 0,
+    ) -> Batch:
+        """Batch of one image a sample, with a class label each if they are known.
+
+        Args:
+            images: (B, 3, H, W) at the model's size, or B images (3, H, W): uint8, or floats from
+                0 to 1 as torchvision's ``ToTensor`` gives them, before any ``Normalize``.
+            labels: (B,) class indices; None = none, which is enough for inference.
+            task: index of the task that all samples come from, or (B,) one each.
+
+        Raises:
+            ValueError: if a shape differs, or the images are normalized.
+        """
+        pixels = as_uint8(images if isinstance(images, Tensor) else torch.stack(list(images)))
+        if pixels.dim() != 4 or pixels.shape[1] != 3:
+            raise ValueError(f"images has shape {tuple(pixels.shape)}, expected (B, 3, H, W)")
+        count, device = len(pixels), pixels.device
+        given = IGNORE_INDEX if labels is None else labels
+        return cls(pixels, _per_sample("labels", given, count, device),
+            _per_sample("task", task, count, device))  # fmt: skip
+
+    @classmethod
+    def from_texts(
+        cls,
+        texts: Sequence[str],
+        images: Tensor | Sequence[Tensor] | None = None,
+        *,
+        tokenizer: Callable[[Sequence[str]], Tensor],
+        task: int | Tensor = 0,
+    ) -> Batch:
+        """Batch of one text a sample, such as captions, with or without the images they describe.
+
+        Args:
+            texts: B texts.
+            images: as in ``from_images``; None = texts alone, for ``model.embed(batch, "text")``.
+            tokenizer: B texts -> (B, L) token ids padded with 0, such as ``model.tokenizer`` or
+                what ``open_clip.get_tokenizer`` returns.
+            task: index of the task that all samples come from, or (B,) one each.
+
+        Raises:
+            ValueError: if there are no texts, or not as many as images.
+        """
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"texts is {texts!r}: give a list with one text for each sample")
+        input_ids = tokenizer(list(texts)).long()
+        if images is None:
+            labels = _per_sample("labels", IGNORE_INDEX, len(texts), input_ids.device)
+            task_ids = _per_sample("task", task, len(texts), input_ids.device)
+            batch = cls(None, labels, task_ids)
+        else:
+            batch = cls.from_images(images, task=task)
+        if len(batch) != len(input_ids):
+            raise ValueError(f"there are {len(texts)} texts for {len(batch)} images: give one each")
+        input_ids = input_ids.to(batch.labels.device)
+        return replace(batch, input_ids=input_ids, attention_mask=input_ids != 0)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle small tensors by value: a loader's worker sends every other one as a file."""
+        """Pickle small tensors by value: torch opens a file for each one that it sends itself."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         small = {name: value.numpy() for name, value in values.items() if _is_small(value)}
         return _received, ({n: v for n, v in values.items() if n not in small}, small)
 
     def __len__(self) -> int:
-        """Return B, the number of rows."""
+        """Return B, the number of samples."""
         return int(self.labels.shape[0])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """Return the batch with every tensor on ``device``."""
+        """Return the batch with every tensor on a device; itself if ``labels`` is there already."""
         if self.labels.device == torch.device(device):
             return self
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """Return the batch in page-locked memory, from where a GPU copies faster."""
+        """Return the batch in page-locked memory, from which a GPU copies faster."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def take(self, rows: Tensor) -> Batch:
-        """Return the chosen rows, in the order asked.
+        """Return the selected samples, in the given order, with their images.
 
         Args:
-            rows: (R,) int64 row numbers, 0 to B-1; a number may appear twice.
+            rows: (R,) int64 sample indices, 0 to B-1; an index may appear twice.
         """
-        taken: dict[str, Any] = {name: value[rows] for name, value in self._row_tensors().items()}
+        taken: dict[str, Any] = {
+            name: value[rows] for name, value in self._sample_tensors().items()
+        }
         if self.images is not None:
-            if self.owner is None:
+            if self.image_owner is None:
                 taken["images"] = self.images[rows]
             else:
-                taken["images"], taken["owner"] = _take_owned(self.images, self.owner, rows)
-        places = rows.tolist()
-        taken["keys"] = tuple(self.keys[row] for row in places) if self.keys else ()
-        known = self.references
-        taken["references"] = tuple(known[row] for row in places) if known else ()
+                taken["images"], taken["image_owner"] = _take_owned(
+                    self.images, self.image_owner, rows
+                )
+        indices = rows.tolist()
+        for name in ("keys", "references"):
+            values = getattr(self, name)
+            taken[name] = tuple(values[index] for index in indices) if values else ()
         return replace(self, **taken)
 
     def join(self, other: Batch) -> Batch:
-        """Return the rows of both, this batch first.
+        """Return the samples of two batches, this one's first.
 
-        Texts are padded to the longer of the two. A field that one side lacks must be lacking in
-        the other, except ``recalled`` (None counts as all new), ``sample`` (None as -1),
-        ``source`` (as 0), ``scored`` (as all) and ``bytes`` (as -1).
+        Texts are padded to the longer of the two. A field that is None on one side must be None on
+        the other, except those with a default: ``is_replay`` (False), ``sample_ids`` (-1),
+            ``source_ids``
+        (0), ``in_loss`` (True) and ``num_bytes`` (-1).
 
         Raises:
-            ValueError: if one side has pictures, tokens or features that the other has not.
+            ValueError: if one side has images, tokens or features and the other has none.
         """
         joined: dict[str, Any] = {}
-        left, right = _with_marks(self, other), _with_marks(other, self)
+        left, right = _with_defaults(self, other), _with_defaults(other, self)
         left, right = _padded(left, right), _padded(right, left)
-        for name in _ROW_FIELDS:
+        for name in _SAMPLE_FIELDS:
             joined[name] = _joined(name, getattr(left, name), getattr(right, name))
         joined["images"] = _joined("images", left.images, right.images)
-        if left.owner is not None or right.owner is not None:
-            joined["owner"] = torch.cat([_owners(left), _owners(right) + len(left)])
+        if left.image_owner is not None or right.image_owner is not None:
+            joined["image_owner"] = torch.cat([_owners(left), _owners(right) + len(left)])
         for name in ("keys", "references"):
             ours, theirs = getattr(left, name), getattr(right, name)
             is_whole = len(ours) == len(left) and len(theirs) == len(right)
             joined[name] = ours + theirs if is_whole else ()
-        return replace(self, faults=self.faults + other.faults, **joined)
+        return replace(self, errors=self.errors + other.errors, **joined)
 
     @property
-    def is_answered(self) -> bool:
-        """Whether the rows' labels are tokens to be said, not classes."""
+    def is_generative(self) -> bool:
+        """Whether the labels are target tokens to be generated, not classes."""
         return self.labels.dim() == 2
 
     def _map(self, change: Any) -> Batch:
@@ -138,9 +209,44 @@ class Batch:
         changed = {name: change(v) for name, v in values if isinstance(v, Tensor)}
         return replace(self, **changed)
 
-    def _row_tensors(self) -> dict[str, Tensor]:
-        values = {name: getattr(self, name) for name in _ROW_FIELDS}
+    def _sample_tensors(self) -> dict[str, Tensor]:
+        values = {name: getattr(self, name) for name in _SAMPLE_FIELDS}
         return {name: value for name, value in values.items() if value is not None}
+
+
+def as_uint8(images: Tensor) -> Tensor:
+    """Images as uint8: floats from 0 to 1 are scaled by 255 and rounded.
+
+    Args:
+        images: (..., H, W) uint8 or floating.
+
+    Raises:
+        ValueError: if floats lie outside of 0 to 1, or the type is another.
+    """
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}: give uint8, or floats from 0 to 1")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"images range from {low:.2f} to {high:.2f}, expected 0 to 1: leave Normalize out of "
+            "the transform, the model normalizes on its device"
+        )
+    return images.mul(255).round().to(torch.uint8)
+
+
+def _per_sample(
+    name: str, given: Tensor | Sequence[int] | int, count: int, device: torch.device
+) -> Tensor:
+    if isinstance(given, int):
+        return torch.full((count,), given, dtype=torch.int64, device=device)
+    values = torch.as_tensor(given, dtype=torch.int64, device=device)
+    if values.shape != (count,):
+        raise ValueError(
+            f"{name} has shape {tuple(values.shape)} for {count} samples: give one for each"
+        )
+    return values
 
 
 def _is_small(value: Any) -> bool:
@@ -159,50 +265,48 @@ def _received(values: dict[str, Any], small: dict[str, Any]) -> Batch:
 
 
 def _owners(batch: Batch) -> Tensor:
-    return (
-        torch.arange(len(batch), device=batch.labels.device)
-        if batch.owner is None
-        else (batch.owner)
-    )
+    if batch.image_owner is not None:
+        return batch.image_owner
+    return torch.arange(len(batch), device=batch.labels.device)
 
 
 def _take_owned(images: Tensor, owner: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    pictures = [torch.nonzero(owner == row).flatten() for row in rows]
-    new_owner = [torch.full_like(found, place) for place, found in enumerate(pictures)]
-    return images[torch.cat(pictures)], torch.cat(new_owner)
+    found = [torch.nonzero(owner == row).flatten() for row in rows]
+    new_owner = [torch.full_like(own, index) for index, own in enumerate(found)]
+    return images[torch.cat(found)], torch.cat(new_owner)
 
 
-def _with_marks(batch: Batch, other: Batch) -> Batch:
-    """Fill in the marks that this batch lacks, and those that the other has."""
-    labels, rows = batch.labels, len(batch)
-    marks: dict[str, Any] = {
-        "recalled": labels.new_zeros(rows, dtype=torch.bool),
-        "sample": labels.new_full((rows,), -1),
+def _with_defaults(batch: Batch, other: Batch) -> Batch:
+    """Return the batch with defaults in those of its empty fields that the joined batch fills."""
+    labels, count = batch.labels, len(batch)
+    defaults: dict[str, Any] = {
+        "is_replay": labels.new_zeros(count, dtype=torch.bool),
+        "sample_ids": labels.new_full((count,), -1),
     }
-    absent = {
-        "source": labels.new_zeros(rows),
-        "scored": labels.new_ones(rows, dtype=torch.bool),
-        "bytes": labels.new_full((rows,), -1),
+    if_other_has = {
+        "source_ids": labels.new_zeros(count),
+        "in_loss": labels.new_ones(count, dtype=torch.bool),
+        "num_bytes": labels.new_full((count,), -1),
     }
-    marks |= {name: mark for name, mark in absent.items() if getattr(other, name) is not None}
-    if batch.tokens is not None:
-        marks["mask"] = torch.ones_like(batch.tokens, dtype=torch.bool)
-    lacking = {name: mark for name, mark in marks.items() if getattr(batch, name) is None}
-    return replace(batch, **lacking)
+    defaults |= {n: value for n, value in if_other_has.items() if getattr(other, n) is not None}
+    if batch.input_ids is not None:
+        defaults["attention_mask"] = torch.ones_like(batch.input_ids, dtype=torch.bool)
+    missing = {n: value for n, value in defaults.items() if getattr(batch, n) is None}
+    return replace(batch, **missing)
 
 
 def _padded(batch: Batch, other: Batch) -> Batch:
-    if batch.tokens is None or other.tokens is None or batch.mask is None:
+    if batch.input_ids is None or other.input_ids is None or batch.attention_mask is None:
         return batch
-    missing = other.tokens.shape[1] - batch.tokens.shape[1]
+    missing = other.input_ids.shape[1] - batch.input_ids.shape[1]
     if missing <= 0:
         return batch
     pad = torch.nn.functional.pad
     labels = batch.labels
-    if batch.is_answered:
-        labels = pad(labels, (0, missing), value=UNSCORED)
-    tokens, mask = pad(batch.tokens, (0, missing)), pad(batch.mask, (0, missing))
-    return replace(batch, tokens=tokens, mask=mask, labels=labels)
+    if batch.is_generative:
+        labels = pad(labels, (0, missing), value=IGNORE_INDEX)
+    tokens, mask = pad(batch.input_ids, (0, missing)), pad(batch.attention_mask, (0, missing))
+    return replace(batch, input_ids=tokens, attention_mask=mask, labels=labels)
 
 
 def _joined(name: str, left: Tensor | None, right: Tensor | None) -> Tensor | None:
@@ -211,6 +315,6 @@ def _joined(name: str, left: Tensor | None, right: Tensor | None) -> Tensor | No
     if left is None or right is None:
         raise ValueError(
             f"one batch has {name} and the other has not: join batches of the same kind "
-            f"(encode pictures first if the remembered rows are features)"
+            f"(encode the images first if the replayed samples are features)"
         )
     return torch.cat([left, right.to(left.device)])

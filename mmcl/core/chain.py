@@ -1,4 +1,4 @@
-"""Chain: several strategies as one."""
+"""Chain: several strategies combined into one."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ from torch import Tensor, nn
 from mmcl.core.batch import Batch
 from mmcl.core.model import VLM
 from mmcl.core.output import NO_PROMPTS, Output, Prompts
-from mmcl.core.recall import Recall
 from mmcl.core.step import begin_task
-from mmcl.core.strategy import Strategy
+from mmcl.core.strategy import ReplayPlan, Strategy
 from mmcl.core.task import Task
 
 
 class Chain(Strategy):
-    """Run strategies one after another, in list order, for every hook.
+    """Strategy that runs its members' hooks one after another, in list order.
 
-    Prompts are merged, penalties are added; two members that claim the same thing (a prompt
-    place, a penalty name, the objective, the recall) raise at their first meeting, by name.
+    Prompts are merged and penalties are summed. If two members provide the same thing (a prompt
+    position, a penalty name, the objective, a plan of samples to mix in), a ValueError names both.
 
     Args:
-        strategies: the members, each a Strategy; a chain in a chain is allowed.
+        strategies: at least one member; a member may be a chain.
 
-    **Remembers** what its members remember. **Asks of the model** what its members ask.
+    **Remembers** the state of its members. **Asks of the model** what its members ask.
     """
 
     def __init__(self, strategies: Sequence[Strategy]) -> None:
@@ -42,10 +41,10 @@ class Chain(Strategy):
         for member in self._list:
             member.attach(model)
 
-    def keep_in(self, folder: Path) -> None:
-        """Give every member a folder of its own."""
-        for place, member in enumerate(self._list):
-            member.keep_in(folder / f"member_{place}")
+    def set_memory_dir(self, folder: Path) -> None:
+        """Set a separate memory folder for every member: ``member_0``, ``member_1``, ..."""
+        for index, member in enumerate(self._list):
+            member.set_memory_dir(folder / f"member_{index}")
 
     def begin_task(self, model: VLM, task: Task) -> None:
         """Begin the task in every member."""
@@ -53,46 +52,62 @@ class Chain(Strategy):
             begin_task(model, member, task)
 
     def preview(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
-        """Give every member that wants it its own look at the task."""
-        wanting = [member for member in self._list if member.uses("preview")]
-        for member, own in zip(wanting, _shared(batches, len(wanting)), strict=True):
+        """Preview the task with every member that has this hook, each over all batches."""
+        users = [member for member in self._list if member.overrides("preview")]
+        for member, own in zip(users, _copies(batches, len(users)), strict=True):
             member.preview(model, task, own)
 
-    def recall(self) -> Recall | None:
-        """Return the recall of the one member that has one."""
-        found = [(m, recall) for m in self._list if (recall := m.recall()) is not None]
+    def replay_plan(self) -> ReplayPlan | None:
+        """Return the plan of the only member that has one.
+
+        Raises:
+            ValueError: if two members have one.
+        """
+        found = [(m, plan) for m in self._list if (plan := m.replay_plan()) is not None]
         if len(found) > 1:
-            raise ValueError(_clash("recall old samples", [m for m, _ in found]))
+            raise ValueError(_clash("have a plan of samples to mix in", [m for m, _ in found]))
         return found[0][1] if found else None
 
-    def replay(self, model: VLM, batch: Batch) -> Batch:
-        """Join every member's remembered rows."""
+    def extend_batch(self, model: VLM, batch: Batch) -> Batch:
+        """Return the batch with the replayed samples of every member joined."""
         for member in self._list:
-            batch = member.replay(model, batch)
+            batch = member.extend_batch(model, batch)
         return batch
 
     def prompts(self, model: VLM, batch: Batch) -> Prompts:
-        """Merge every member's prompts."""
+        """Return the merged prompts of all members.
+
+        Raises:
+            ValueError: if two members use the same position or name.
+        """
         merged = NO_PROMPTS
         for member in self._list:
             merged = merged.merge(member.prompts(model, batch))
         return merged
 
-    def refine(self, model: VLM, batch: Batch, output: Output) -> Output:
-        """Pass the output through every member."""
+    def transform_output(self, model: VLM, batch: Batch, output: Output) -> Output:
+        """Return the output after every member's transform, in list order."""
         for member in self._list:
-            output = member.refine(model, batch, output)
+            output = member.transform_output(model, batch, output)
         return output
 
     def objective(self, model: VLM, batch: Batch, output: Output) -> Tensor | None:
-        """Return the objective of the one member that has one."""
+        """Return the objective of the only member that has one.
+
+        Raises:
+            ValueError: if two members have one.
+        """
         found = [(m, o) for m in self._list if (o := m.objective(model, batch, output)) is not None]
         if len(found) > 1:
             raise ValueError(_clash("replace the objective", [m for m, _ in found]))
         return found[0][1] if found else None
 
     def penalty(self, model: VLM, batch: Batch, output: Output) -> Mapping[str, Tensor]:
-        """Collect every member's terms."""
+        """Return the penalty terms of all members by name.
+
+        Raises:
+            ValueError: if two members use the same name.
+        """
         terms: dict[str, Tensor] = {}
         owners: dict[str, Strategy] = {}
         for member in self._list:
@@ -102,51 +117,53 @@ class Chain(Strategy):
                 terms[name], owners[name] = term, member
         return terms
 
-    def project(self, model: VLM) -> None:
-        """Let every member edit the gradients."""
+    def project_gradients(self, model: VLM) -> None:
+        """Let every member edit the gradients, in list order."""
         for member in self._list:
-            member.project(model)
+            member.project_gradients(model)
 
-    def observe(self, model: VLM, batch: Batch, output: Output) -> None:
-        """Show the finished step to every member."""
+    def after_step(self, model: VLM, batch: Batch, output: Output) -> None:
+        """Run every member's hook after the step."""
         for member in self._list:
-            member.observe(model, batch, output)
+            member.after_step(model, batch, output)
 
     def end_task(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
-        """Give every member its own exact pass."""
-        for member, own in zip(self._list, _shared(batches, len(self._list)), strict=True):
+        """End the task in every member, each with its own exact pass."""
+        for member, own in zip(self._list, _copies(batches, len(self._list)), strict=True):
             member.end_task(model, task, own)
 
-    def folded(self, model: VLM) -> AbstractContextManager[None]:
-        """Merge the adapters of every member."""
+    def merged_adapters(self, model: VLM) -> AbstractContextManager[None]:
+        """Return a context in which the adapters of every member are merged into the weights."""
 
         @contextmanager
-        def all_of_them() -> Iterator[None]:
+        def all_merged() -> Iterator[None]:
             with ExitStack() as stack:
                 for member in self._list:
-                    stack.enter_context(member.folded(model))
+                    stack.enter_context(member.merged_adapters(model))
                 yield
 
-        return all_of_them()
+        return all_merged()
 
-    def uses(self, hook: str) -> bool:
-        """Tell whether any member has its own version of a hook."""
-        return any(member.uses(hook) for member in self._list)
+    def overrides(self, hook: str) -> bool:
+        """Whether any member overrides a hook."""
+        return any(member.overrides(hook) for member in self._list)
 
-    def holdings(self) -> Mapping[str, int]:
-        """Return every member's stores, named after the member."""
+    def buffer_sizes(self) -> Mapping[str, int]:
+        """Return the number of entries of every member's buffers; names start with the member's."""
         return {
             f"{type(member).__name__}.{name}": count
             for member in self._list
-            for name, count in member.holdings().items()
+            for name, count in member.buffer_sizes().items()
         }
 
-    def idle(self) -> tuple[str, ...]:
-        """Name what did nothing, after the member it belongs to."""
-        return tuple(f"{type(m).__name__}: {part}" for m in self._list for part in m.idle())
+    def inactive_parts(self) -> tuple[str, ...]:
+        """Return the inactive parts of all members, each after the name of its member."""
+        return tuple(
+            f"{type(m).__name__}: {part}" for m in self._list for part in m.inactive_parts()
+        )
 
 
-def _shared(batches: Iterable[Batch], members: int) -> Sequence[Iterable[Batch]]:
+def _copies(batches: Iterable[Batch], members: int) -> Sequence[Iterable[Batch]]:
     return [batches] * members if hasattr(batches, "__len__") else tee(batches, members)
 
 

@@ -1,6 +1,7 @@
-"""Several processes that must agree: rows in global order, sums, and gathers with gradients.
+"""Collectives over all ranks: sums, gathers in global order, gathers with gradient.
 
-Rows of a global batch are dealt to ranks by stride: row i of rank r stands at place i * W + r.
+A global batch is distributed over W ranks by stride: sample i of rank r has index i * W + r.
+torch's own gathers know neither this order nor ranks with different numbers of samples.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Return the sum of a same-shaped tensor over all ranks; the tensor itself on one process."""
     if rank_and_world()[1] == 1:
         return tensor
@@ -29,11 +30,11 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
-def _counts(rows: int, device: torch.device) -> list[int]:
+def _counts(count: int, device: torch.device) -> list[int]:
     _, world = rank_and_world()
     counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
-    dist.all_gather(counts, torch.tensor([rows], dtype=torch.int64, device=device))
-    return [int(count) for count in counts]
+    dist.all_gather(counts, torch.tensor([count], dtype=torch.int64, device=device))
+    return [int(size) for size in counts]
 
 
 def _gather_padded(tensor: Tensor, counts: list[int]) -> list[Tensor]:
@@ -48,26 +49,27 @@ def _gather_padded(tensor: Tensor, counts: list[int]) -> list[Tensor]:
     return [part[:count].to(tensor.dtype) for part, count in zip(parts, counts, strict=True)]
 
 
-def global_order(counts: list[int], device: torch.device | str = "cpu") -> Tensor:
-    """Return the permutation that turns rank-by-rank rows into global batch order.
+def interleave_ranks(counts: list[int], device: torch.device | str = "cpu") -> Tensor:
+    """Return the permutation from rank-after-rank order to the order of the global batch.
 
     Args:
-        counts: rows held by each rank.
-        device: where to make the result.
+        counts: number of samples on each rank.
+        device: device of the result.
 
     Returns:
-        (sum of counts,) int64: ``torch.cat(parts)[order]`` is the global batch.
+        (sum of counts,) int64: ``torch.cat(parts)[order]`` is the global batch, where ``parts``
+        holds each rank's samples.
     """
     world = len(counts)
-    places = [torch.arange(count) * world + rank for rank, count in enumerate(counts)]
-    return torch.argsort(torch.cat(places)).to(device)
+    indices = [torch.arange(count) * world + rank for rank, count in enumerate(counts)]
+    return torch.argsort(torch.cat(indices)).to(device)
 
 
-def gather_rows(tensor: Tensor) -> Tensor:
-    """Return the rows of all ranks in global batch order, without gradient.
+def all_gather_samples(tensor: Tensor) -> Tensor:
+    """Gather the samples of all ranks in global batch order, without gradient.
 
     Args:
-        tensor: (R, ...) this rank's rows; R may differ between ranks.
+        tensor: (R, ...) this rank's samples; R may differ between ranks.
 
     Returns:
         (sum of R, ...), the same on every rank.
@@ -75,28 +77,30 @@ def gather_rows(tensor: Tensor) -> Tensor:
     if rank_and_world()[1] == 1:
         return tensor.detach()
     counts = _counts(tensor.shape[0], tensor.device)
-    return torch.cat(_gather_padded(tensor, counts))[global_order(counts, tensor.device)]
+    return torch.cat(_gather_padded(tensor, counts))[interleave_ranks(counts, tensor.device)]
 
 
-def gather_texts(texts: Sequence[str], device: torch.device | str = "cpu") -> list[str]:
-    """Return the texts of all ranks, rank after rank, the same on every rank.
+def all_gather_strings(texts: Sequence[str], device: torch.device | str = "cpu") -> list[str]:
+    """Gather the strings of all ranks, rank after rank; every rank gets the same list.
 
     Args:
-        texts: this rank's, without line breaks in them.
-        device: where the process group wants its tensors.
+        texts: this rank's strings, each without line breaks.
+        device: device that the process group communicates on.
     """
     if rank_and_world()[1] == 1:
         return list(texts)
-    said = torch.tensor(list("\n".join(texts).encode()), dtype=torch.uint8, device=device)
-    sizes = gather_rows(torch.tensor([len(said)], device=device)).tolist()
+    own = torch.tensor(list("\n".join(texts).encode()), dtype=torch.uint8, device=device)
+    sizes = all_gather_samples(torch.tensor([len(own)], device=device)).tolist()
     padded = torch.zeros(1, max(1, *sizes), dtype=torch.uint8, device=device)
-    padded[0, : len(said)] = said
-    rows = zip(gather_rows(padded).tolist(), sizes, strict=True)
-    return [text for row, size in rows if size for text in bytes(row[:size]).decode().split("\n")]
+    padded[0, : len(own)] = own
+    parts = zip(all_gather_samples(padded).tolist(), sizes, strict=True)
+    return [
+        text for part, size in parts if size for text in bytes(part[:size]).decode().split("\n")
+    ]
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """All ranks' rows forward; backward sums every rank's gradient of this rank's rows."""
+    """Gather with gradient: the backward pass sums all ranks' gradients of this rank's samples."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -113,18 +117,18 @@ class _GatherWithGradient(torch.autograd.Function):
         return total[start : start + ctx.counts[rank]]
 
 
-def gather_with_gradient(tensor: Tensor) -> tuple[Tensor, int]:
-    """Return all ranks' rows, rank after rank, with gradient, and where this rank's rows start.
+def all_gather_with_grad(tensor: Tensor) -> tuple[Tensor, int]:
+    """Gather the samples of all ranks, rank after rank, with gradient.
 
-    When every rank takes the mean loss of its own rows against all gathered rows, and the ranks'
-    gradients are averaged with the weights of their row counts, the result is the gradient of the
-    one global loss.
+    If every rank takes the mean loss of its own samples against all gathered samples, and the
+    ranks' gradients are averaged with weights in proportion to their numbers of samples, the
+    result is the gradient of the one global loss.
 
     Args:
-        tensor: (R, ...) rows with a graph.
+        tensor: (R, ...) this rank's samples, part of an autograd graph; R may differ between ranks.
 
     Returns:
-        (sum of R, ...) rows and the offset of this rank's first row.
+        (sum of R, ...) samples of all ranks, and the offset of this rank's first sample.
     """
     rank, world = rank_and_world()
     if world == 1:

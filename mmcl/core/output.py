@@ -1,4 +1,4 @@
-"""Prompts: what goes into a tower. Output: what comes out of a model."""
+"""Prompts: what a strategy adds to a forward pass. Output: logits and embeddings of a model."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ from typing import Literal
 from torch import Tensor
 
 Modality = Literal["image", "text"]
-Place = tuple[Modality, int]
-"""A tower and a layer of it; layer 0 is the tower's input."""
+PromptPosition = tuple[Modality, int]
+"""Position of prompt tokens: a tower and one of its layers; layer 0 is the tower's input."""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a strategy puts into a forward pass. B rows, P prompt tokens, D width of the tower.
+    """Prompt tokens and expert gates of a forward pass. B samples, P prompt tokens, D tower dim.
 
     Attributes:
-        tokens: (tower, layer) -> (B, P, D).
-        notes: what ``penalty`` will need again, for example "match" (B, top_k).
-        gates: name of installed experts -> (B, E), how much each weighs for each row.
+        tokens: (tower, layer) -> (B, P, D) prompt tokens of each sample.
+        aux: auxiliary tensors for ``penalty``, for example "match" (B, top_k).
+        gates: name of injected experts -> (B, E) weight of each of E experts for each sample.
     """
 
-    tokens: Mapping[Place, Tensor] = field(default_factory=dict)
-    notes: Mapping[str, Tensor] = field(default_factory=dict)
+    tokens: Mapping[PromptPosition, Tensor] = field(default_factory=dict)
+    aux: Mapping[str, Tensor] = field(default_factory=dict)
     gates: Mapping[str, Tensor] = field(default_factory=dict)
 
     def merge(self, other: Prompts) -> Prompts:
-        """Return the prompts of both.
+        """Return the union of two strategies' prompts.
 
         Raises:
-            ValueError: if both prompt the same place or use the same note name.
+            ValueError: if both use the same position, or the same name of a note or gate.
         """
-        if not (other.tokens or other.notes or other.gates):
+        if not (other.tokens or other.aux or other.gates):
             return self
         for what, mine, theirs in (
             ("prompt", self.tokens, other.tokens),
-            ("note", self.notes, other.notes),
+            ("note", self.aux, other.aux),
             ("gate", self.gates, other.gates),
         ):
             clash = sorted(str(name) for name in set(mine) & set(theirs))
             if clash:
                 raise ValueError(
-                    f"two strategies {what} the same place {', '.join(clash)}: give one of them "
+                    f"two strategies have a {what} for {', '.join(clash)}: give one of them "
                     f"another layer or modality, or leave one out of the chain"
                 )
         return Prompts(
             {**self.tokens, **other.tokens},
-            {**self.notes, **other.notes},
+            {**self.aux, **other.aux},
             {**self.gates, **other.gates},
         )
 
@@ -58,22 +58,23 @@ NO_PROMPTS = Prompts()
 
 @dataclass(frozen=True)
 class Output:
-    """What a model says of a batch. B rows, C classes, D embedding width, V vocabulary.
+    """Output of a model for a batch. B samples, C classes, D embedding dim, V vocabulary size.
 
-    Of rows that are answered only the S scored positions are here, row after row.
+    For generative samples it holds only the S positions that are in the loss, sample after sample.
 
     Attributes:
         logits: (B, C) class scores, or (S, V) token scores.
         image: (B, D) pooled image embedding of unit length, or None.
-        text: (B, D) one per row, or (C, D) one per class name, of unit length, or None.
-        prompts: what the forward pass was prompted with.
-        rows: (S,) int64 the row of each scored position, or None.
-        targets: (S,) int64 the token that is right there, or None.
+        text: (B, D) embedding of each sample's text, or (C, D) of each class name, of unit length,
+            or None.
+        prompts: prompts of the forward pass.
+        sample_index: (S,) int64 index of the sample that each position belongs to, or None.
+        target_ids: (S,) int64 target token of each position, or None.
     """
 
     logits: Tensor
     image: Tensor | None = None
     text: Tensor | None = None
     prompts: Prompts = NO_PROMPTS
-    rows: Tensor | None = None
-    targets: Tensor | None = None
+    sample_index: Tensor | None = None
+    target_ids: Tensor | None = None

@@ -1,4 +1,7 @@
-"""What a sample says (a dialogue), and how it becomes what a model takes (Row, Transform)."""
+"""Sample: its conversation, its reference answers, and the transform to tensors for a model.
+
+A file of its own: transforms and conversations are what a model's author implements.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +10,30 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-PICTURE = "<image>"
-"""Stands in a dialogue's text where the picture is shown, as in LLaVA's files."""
+IMAGE_TOKEN = "<image>"
+"""Placeholder of the image in the text of a conversation, as in LLaVA's files."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One thing said.
+    """One turn of a conversation.
 
     Attributes:
-        speaker: "human" asks, "assistant" answers.
-        text: what is said; ``<image>`` stands where a picture is shown.
+        role: "human" asks, "assistant" answers.
+        text: question or answer; ``<image>`` marks the position of an image.
     """
 
-    speaker: Literal["human", "assistant"]
+    role: Literal["human", "assistant"]
     text: str
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a row was asked last, and what counts as right.
+    """Last question of a sample with its reference answers.
 
     Attributes:
-        question: without the picture's mark.
-        answers: at least one.
+        question: text without ``<image>``.
+        answers: at least one; any of them is correct.
     """
 
     question: str
@@ -38,12 +41,12 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Dialogue:
-    """What is said about a picture, the human first, in turns; the last turn is the answer asked.
+class Conversation:
+    """ChatTokenizer about an image: questions and answers in turn, the last answer is the target.
 
     Attributes:
-        turns: an even number of them.
-        answers: all that count as right in place of the last turn.
+        turns: an even number of turns, the human's first.
+        answers: reference answers, any of which is correct in place of the last turn.
     """
 
     turns: tuple[Turn, ...]
@@ -51,20 +54,20 @@ class Dialogue:
 
     @property
     def reference(self) -> Reference:
-        """The last question and its right answers."""
-        question = self.turns[-2].text.replace(PICTURE, "").strip()
+        """Last question with its reference answers."""
+        question = self.turns[-2].text.replace(IMAGE_TOKEN, "").strip()
         return Reference(question, self.answers)
 
 
 @dataclass(frozen=True)
-class Row:
-    """A sample as its model takes it.
+class ProcessedSample:
+    """A sample as tensors for a model, before it is collated into a batch.
 
     Attributes:
-        image: (3, H, W) uint8 at the model's size, or None.
-        tokens: (L,) int64 without padding after the end token, or None.
-        labels: (L,) int64, the tokens that are scored, UNSCORED elsewhere; None for rows that are
-            classified or matched.
+        image: (3, H, W) uint8 at the model's image size, or None.
+        tokens: (L,) int64 token ids up to the end token, without padding, or None.
+        labels: (L,) int64 target tokens, IGNORE_INDEX where no token is in the loss; None for
+            samples that are classified or matched.
     """
 
     image: Tensor | None
@@ -73,15 +76,17 @@ class Row:
 
 
 class Transform(Protocol):
-    """What a model does to one sample; picklable, so that loader workers can run it."""
+    """Protocol of a model's transform of one sample; picklable, since loader workers run it."""
 
-    def __call__(self, pixels: Tensor | None, text: str | Dialogue | None, seed: int) -> Row:
-        """Resize and augment a picture, tokenise a text.
+    def __call__(
+        self, pixels: Tensor | None, text: str | Conversation | None, seed: int
+    ) -> ProcessedSample:
+        """Resize and augment the image of a sample, tokenize its text.
 
         Args:
-            pixels: (3, H, W) uint8 as decoded, any size.
-            text: a caption, a dialogue, or None where the task has neither.
-            seed: of this sample's augmentation, the same whenever the sample is met in the same
-                epoch, on any rank and in any worker.
+            pixels: (3, H, W) uint8 decoded image of any size, or None.
+            text: a caption, a conversation, or None if the task has neither.
+            seed: seed of this sample's augmentation; a function of sample and epoch, so it is the
+                same on any rank and in any worker.
         """
         ...

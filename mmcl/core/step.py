@@ -1,4 +1,4 @@
-"""Where model and strategy meet."""
+"""Training step, forward pass and generation: the functions in which model and strategy meet."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mmcl.core.task import Task
 
 
 @dataclass(frozen=True)
-class Step:
-    """A finished forward pass.
+class StepOutput:
+    """Result of a training step before the backward pass.
 
     Attributes:
         loss: scalar, the sum of the terms; call ``backward`` on it.
         terms: "task" and every penalty by name, each a scalar.
-        batch: the rows that were seen, remembered ones included.
-        output: after ``refine``.
+        batch: the samples of the forward pass, replayed ones included.
+        output: the model's output after the strategy's ``transform_output``.
     """
 
     loss: Tensor
@@ -32,55 +32,61 @@ class Step:
     output: Output
 
 
-def run(model: VLM, strategy: Strategy, batch: Batch) -> Output:
-    """Answer a batch: prompts, model, refine. The one path of training and inference."""
+def forward(model: VLM, strategy: Strategy, batch: Batch) -> Output:
+    """Forward pass of training and inference: prompts, model, ``transform_output``."""
     prompts = strategy.prompts(model, batch)
-    return strategy.refine(model, batch, model(batch, prompts))
+    return strategy.transform_output(model, batch, model(batch, prompts))
 
 
-def answer(model: VLM, strategy: Strategy, batch: Batch, **how: Any) -> list[str]:
-    """Let a generative model answer a batch, through the same hooks as ``run``.
+def generate(model: VLM, strategy: Strategy, batch: Batch, **how: Any) -> list[str]:
+    """Generate the answers of a batch with a generative model, through the same hooks as ``run``.
 
     Args:
-        model: with ``answer(batch, prompts, refine=..., **how)``.
-        strategy: attached to it; its ``refine`` sees the scores of every next token, (B, V).
-        batch: rows whose tokens end before or behind the answer, which is not looked at.
-        how: ``candidates`` and ``max_new_tokens``, see the model.
+        model: has ``answer(batch, prompts, transform_output=..., **how)``.
+        strategy: attached to the model; its ``transform_output`` gets the next-token scores (B, V)
+            of every decoding step.
+        batch: samples whose tokens end before or after the answer; an answer in them is not read.
+        how: ``candidates`` and ``max_new_tokens`` of the model's method.
 
     Returns:
-        B texts.
+        B generated texts.
+
+    Raises:
+        TypeError: if the model is not generative.
     """
-    able = require(model, "answer", by=strategy)
-    refine = None
-    if strategy.uses("refine"):
+    able = require(model, "generate", by=strategy)
+    transform_output = None
+    if strategy.overrides("transform_output"):
 
-        def refine(output: Output) -> Output:
-            return strategy.refine(model, batch, output)
+        def transform_output(output: Output) -> Output:
+            return strategy.transform_output(model, batch, output)
 
-    said: list[str] = able.answer(batch, strategy.prompts(model, batch), refine=refine, **how)
-    return said
+    texts: list[str] = able.generate(
+        batch, strategy.prompts(model, batch), transform_output=transform_output, **how
+    )
+    return texts
 
 
-def step(model: VLM, strategy: Strategy, batch: Batch) -> Step:
-    """Compute the loss of a training step.
+def step(model: VLM, strategy: Strategy, batch: Batch) -> StepOutput:
+    """Compute the loss of a training step; the caller runs backward and the optimizer.
 
     Args:
         model: any VLM.
-        strategy: attached to it, with a task begun.
-        batch: new rows (and those its loader recalled).
+        strategy: attached to the model, with a task begun.
+        batch: samples of the task, and those that the loader mixed in.
 
     Raises:
-        RuntimeError: if no task was begun, which means that the strategy's other hooks would
-            never run.
+        RuntimeError: if no task was begun: the strategy's other hooks would not run either.
+        ValueError: if two loss terms have one name.
     """
-    if strategy.current is None:
+    if strategy.current_task is None:
         raise RuntimeError(
             f"{type(strategy).__name__} was given a step before begin_task: in Lightning add "
-            "callbacks=[StrategyHooks()] to the Trainer, in a bare loop call "
+            "callbacks=[StrategyCallback()] to the Trainer, in a bare loop call "
             "mmcl.core.begin_task(model, strategy, task) first"
         )
-    batch = strategy.replay(model, batch)
-    output = run(model, strategy, batch)
+    batch = strategy.extend_batch(model, batch)
+    output = forward(model, strategy, batch)
     loss = strategy.objective(model, batch, output)
     if loss is None:
         loss = model.loss(output, batch)
@@ -90,15 +96,22 @@ def step(model: VLM, strategy: Strategy, batch: Batch) -> Step:
             raise ValueError(f"two loss terms are named '{name}': give each penalty its own name")
         terms[name] = term
         loss = loss + term
-    return Step(loss, terms, batch, output)
+    return StepOutput(loss, terms, batch, output)
 
 
 def begin_task(model: VLM, strategy: Strategy, task: Task) -> None:
-    """Start a task: the strategy grows for it and knows what it learns."""
+    """Begin a task: run the strategy's ``begin_task``, then set its ``current`` task."""
     strategy.begin_task(model, task)
-    strategy.current = task
+    strategy.current_task = task
 
 
 def end_task(model: VLM, strategy: Strategy, task: Task, batches: Iterable[Batch]) -> None:
-    """End a task: the strategy learns from one exact pass over its data."""
+    """End a task: run the strategy's ``end_task`` with one exact pass over the training data.
+
+    Args:
+        model: model after the task's last step.
+        strategy: attached to the model.
+        task: task that ends.
+        batches: this rank's samples of the training data, see ``Strategy.end_task``.
+    """
     strategy.end_task(model, task, batches)

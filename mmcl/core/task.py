@@ -1,4 +1,4 @@
-"""Task and TaskStream: what is learned, in which order, and what the model may know at test."""
+"""Task and TaskStream: the tasks of a stream in training order, with their class numbering."""
 
 from __future__ import annotations
 
@@ -7,99 +7,101 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, overload
 
-from mmcl.core.card import read_card
-from mmcl.core.card_entries import Card, SourceEntry, TaskEntry
+from mmcl.core.card import Card, SourceEntry, TaskEntry, read_card
 
-Kind = Literal["caption", "classify", "retrieve", "answer", "prefer", "edit", "picture"]
+TaskType = Literal[
+    "captioning", "classification", "retrieval", "instruction", "preference", "editing", "image"
+]
 Stage = Literal["cpt", "dap", "cft"]
 Scenario = Literal["task", "class", "domain"]
-Decode = Literal["generate", "candidates"]
+Decoding = Literal["generate", "candidates"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One member of a stream.
+    """A task of a stream, or an eval-only task.
 
     Attributes:
-        index: position in the learned order, from 0; probes go on counting after the tasks.
-        name: of the task.
-        kind: what its rows are, which decides loss and score; "picture" of sources only.
-        stage: continual pre-training, domain adaptation or fine-tuning.
-        train: shard files or urls of the training part.
-        test: shard files or urls of the test part.
-        size: training samples counted on the card; 0 = not known.
-        test_size: test samples counted on the card.
-        classes: names new in this task, in the learned order.
-        labels: columns (learned class numbers) of all classes that occur in this task.
-        columns: card label -> column, -1 where a label does not belong to this task.
+        index: position in the training order, from 0; eval-only tasks are numbered after the tasks.
+        name: name of the task.
+        task_type: type of its samples, which decides loss and score; "image" for sources only.
+        stage: "cpt" continual pre-training, "dap" domain-adaptive pre-training, or "cft"
+            continual fine-tuning.
+        train: shard files or urls of the training split.
+        test: shard files or urls of the test split.
+        size: number of training samples as stated on the card; 0 = not known.
+        test_size: number of test samples as stated on the card; 0 = not known.
+        classes: names of the classes that are new in this task, in training order.
+        class_ids: class numbers (columns of the class scores) of all classes of this task,
+            ascending.
+        label_to_class: class number of each label on the card, -1 if the label is not of this task.
         templates: prompt templates, each with one ``{}``.
-        text: which member of a sample holds its text, a webdataset extension.
-        scorer: what judges answers, by name; "" for rows that are classified or matched.
-        decode: "generate" words freely, or let the likeliest of the "candidates" win, which are
-            the classes that compete.
-        max_new_tokens: of a generated answer.
-        epochs: passes over the task, None = as the trainer says.
-        share: part of every batch that recalled samples take, None = as the strategy says.
-        mix: (number of a source, its part of every batch).
-        is_probe: True for a test-only member that is scored in every row.
+        text_field: member of a sample that holds its text, a webdataset extension.
+        scorer: name of the scorer of generated answers; "" for samples classified or matched.
+        decoding: "generate" free text, or "candidates": the likeliest of the task's classes.
+        max_new_tokens: tokens of a generated answer, at most.
+        epochs: passes over the training data, None = the trainer's setting.
+        replay_ratio: fraction of every batch that is replayed, None = the strategy's setting.
+        mixture: (number of a source, its fraction of every batch) for each source.
+        is_eval_only: True for an eval-only task, which is evaluated after every task.
     """
 
     index: int
     name: str
-    kind: Kind = "classify"
+    task_type: TaskType = "classification"
     stage: Stage = "cft"
     train: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
     size: int = 0
     test_size: int = 0
     classes: tuple[str, ...] = ()
-    labels: tuple[int, ...] = ()
-    columns: tuple[int, ...] = ()
+    class_ids: tuple[int, ...] = ()
+    label_to_class: tuple[int, ...] = ()
     templates: tuple[str, ...] = ()
-    text: str = "txt"
+    text_field: str = "txt"
     scorer: str = ""
-    decode: Decode = "generate"
+    decoding: Decoding = "generate"
     max_new_tokens: int = 64
     epochs: int | None = None
-    share: float | None = None
-    mix: tuple[tuple[int, float], ...] = ()
-    is_probe: bool = False
+    replay_ratio: float | None = None
+    mixture: tuple[tuple[int, float], ...] = ()
+    is_eval_only: bool = False
 
 
 @dataclass(frozen=True)
-class Source:
-    """Rows that come beside those of tasks: a general set, or one to compare with a teacher on.
+class DataSource:
+    """Extra data that tasks mix in: a general set, or a reference set for distillation.
 
     Attributes:
-        number: from 1; what ``Batch.source`` says of its rows.
-        name: of the source.
-        rows: kind, shards (``train``), size, text, columns; its index is -1.
-        is_scored: whether its rows have a part in the task loss.
+        number: from 1; the value of ``Batch.source_ids`` for its samples.
+        name: name of the source.
+        task: its task type, shards (``train``), size, text and columns, as a task with index -1.
+        in_loss: whether its samples are in the task loss.
     """
 
     number: int
     name: str
-    rows: Task
-    is_scored: bool
+    task: Task
+    in_loss: bool
 
 
 class TaskStream(Sequence[Task]):
-    """Tasks in the order in which they are learned, and probes that are only ever scored.
+    """Sequence of tasks in training order, with eval-only tasks and data sources.
 
-    Class numbers are columns: position of a class's first appearance in the learned order. A probe
-    has a label space of its own.
+    The number of a class is the position of its first appearance in the training order: its column
+    in the class scores. An eval-only task has a label space of its own.
 
     Args:
-        name: of the stream.
-        scenario: what the model may know at test: "task" (its task, TIL), "class" (nothing, CIL)
-            or "domain" (nothing, but classes stay the same, DIL).
-        tasks: in learned order.
-        probes: never trained on.
-        folder: where relative shard names start.
-        hashes: shard name -> sha256, where the card states it.
-        licence: of the data.
+        name: name of the stream.
+        scenario: what the model may know at test: "task" (the sample's task, TIL), "class"
+            (nothing, CIL) or "domain" (nothing, but the classes stay the same, DIL).
+        tasks: tasks in training order.
+        eval_only: tasks that are only evaluated, after every task.
+        folder: base folder of relative shard names.
+        hashes: shard name -> sha256, for shards whose hash the card states.
+        license: license of the data.
         sources: general and reference sets that tasks mix in.
-        counts: shard name -> samples, where the card states it.
+        counts: shard name -> number of samples, for shards whose count the card states.
     """
 
     def __init__(
@@ -107,21 +109,21 @@ class TaskStream(Sequence[Task]):
         name: str,
         scenario: Scenario,
         tasks: Sequence[Task],
-        probes: Sequence[Task] = (),
+        eval_only: Sequence[Task] = (),
         *,
         folder: Path = Path(),
         hashes: dict[str, str] | None = None,
-        licence: str = "",
-        sources: Sequence[Source] = (),
+        license: str = "",
+        sources: Sequence[DataSource] = (),
         counts: dict[str, int] | None = None,
     ) -> None:
         self.name = name
         self.scenario = scenario
         self.tasks = tuple(tasks)
-        self.probes = tuple(probes)
+        self.eval_only_tasks = tuple(eval_only)
         self.folder = folder
         self.hashes = dict(hashes or {})
-        self.licence = licence
+        self.license = license
         self.sources = tuple(sources)
         self.counts = dict(counts or {})
 
@@ -132,78 +134,76 @@ class TaskStream(Sequence[Task]):
         """Read a stream card.
 
         Args:
-            card: YAML file beside its shards.
-            order: task positions in the order to learn them, default as on the card; a task that
-                is left out is not part of the stream.
-            scorers: names that tasks may give theirs, none = any.
+            card: YAML file; relative shard names start in its folder.
+            order: indices of the card's tasks in training order, None = as on the card; a task
+                that is left out is not part of the stream.
+            scorers: names that tasks may give as ``scorer``; empty = any.
 
         Raises:
             FileNotFoundError: if there is no card.
-            ValueError: listing every fault of the card at once, or a bad order.
+            ValueError: with all errors of the card at once, or if the order is wrong.
         """
         return cls.of_card(read_card(card, scorers), card, order)
 
     @classmethod
     def of_card(cls, read: Card, card: Path, order: Sequence[int] | None = None) -> TaskStream:
-        """Make a stream of a card that was read.
+        """Make a stream from a card that was read already.
 
         Args:
-            read: what the card says.
+            read: the card's content.
             card: its file; relative shard names start in its folder.
             order: see ``read``.
 
         Raises:
-            ValueError: if the order is bad.
+            ValueError: if the order is empty, repeats a task or names one that does not exist.
         """
-        places = list(range(len(read.tasks))) if order is None else list(order)
-        if (
-            not places
-            or len(set(places)) < len(places)
-            or not set(places) <= set(range(len(read.tasks)))
-        ):
+        chosen = list(range(len(read.tasks))) if order is None else list(order)
+        known = set(range(len(read.tasks)))
+        if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= known:
             raise ValueError(
-                f"order is {places}, expected some of 0 to {len(read.tasks) - 1}, none twice: "
+                f"order is {chosen}, expected some of 0 to {len(read.tasks) - 1}, none twice: "
                 f"{card} has {len(read.tasks)} tasks"
             )
-        tasks = _numbered(read, [read.tasks[place] for place in places])
-        probes = [
-            _probe(read, entry, len(tasks) + number) for number, entry in enumerate(read.probes)
+        tasks = _numbered(read, [read.tasks[number] for number in chosen])
+        eval_only = [
+            _eval_only_task(read, entry, len(tasks) + number)
+            for number, entry in enumerate(read.eval_only)
         ]
         return cls(
             read.name,
-            read.scenario,  # type: ignore[arg-type]  # the card reader checked the three words
+            read.scenario,
             tasks,
-            probes,
+            eval_only,
             folder=card.parent,
             hashes=read.hashes,
-            licence=read.licence,
+            license=read.license,
             sources=_sources(read, tasks),
-            counts=read.counts,
+            counts={name: count for name, count in read.counts.items() if count},
         )
 
-    def classes_until(self, index: int) -> tuple[str, ...]:
-        """Return the names of all classes met in tasks 0 to ``index``, in column order."""
+    def classes_seen(self, index: int) -> tuple[str, ...]:
+        """Return the names of all classes of tasks 0 to ``index``, in order of class number."""
         return tuple(name for task in self.tasks[: index + 1] for name in task.classes)
 
-    def column(self, number: int) -> Task:
-        """Return the task or probe that a matrix column stands for."""
-        return (self.tasks + self.probes)[number]
+    def evaluated_task(self, number: int) -> Task:
+        """Return the task or eval-only task of a column of the accuracy matrix."""
+        return (self.tasks + self.eval_only_tasks)[number]
 
     @property
-    def columns(self) -> tuple[Task, ...]:
-        """Tasks, then probes."""
-        return self.tasks + self.probes
+    def all_tasks(self) -> tuple[Task, ...]:
+        """Tasks, then eval-only tasks: the columns of the accuracy matrix."""
+        return self.tasks + self.eval_only_tasks
 
     def shard(self, name: str) -> str:
-        """Return the path or url of a shard that is named relative to the card."""
+        """Return the path or url of a shard, given its name on the card."""
         return name if "://" in name or name.startswith("pipe:") else str(self.folder / name)
 
     @overload
-    def __getitem__(self, place: int) -> Task: ...
+    def __getitem__(self, index: int) -> Task: ...
     @overload
-    def __getitem__(self, place: slice) -> tuple[Task, ...]: ...
-    def __getitem__(self, place: int | slice) -> Task | tuple[Task, ...]:
-        return self.tasks[place]
+    def __getitem__(self, index: slice) -> tuple[Task, ...]: ...
+    def __getitem__(self, index: int | slice) -> Task | tuple[Task, ...]:
+        return self.tasks[index]
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -213,24 +213,24 @@ class TaskStream(Sequence[Task]):
 
 
 def _entry(card: Card, entry: TaskEntry, index: int) -> Task:
-    names = [source.name for source in card.sources]
+    numbers = {name: 1 + n for n, name in enumerate(card.sources)}
     return Task(
         index=index,
         name=entry.name,
-        kind=entry.kind,  # type: ignore[arg-type]  # checked by the card reader
-        stage=entry.stage,  # type: ignore[arg-type]
+        task_type=entry.task_type,
+        stage=entry.stage,
         train=entry.train,
         test=entry.test,
         size=entry.size,
         test_size=entry.test_size,
         templates=entry.templates,
-        text=entry.text,
-        scorer=entry.scorer,
-        decode=entry.decode,  # type: ignore[arg-type]  # checked by the card reader
-        max_new_tokens=entry.max_new_tokens,
-        epochs=entry.epochs,
-        share=entry.share,
-        mix=tuple((1 + names.index(name), share) for name, share in entry.mix),
+        text_field=entry.text_field,
+        scorer=entry.scorer if entry.task_type == "instruction" else "",
+        decoding=entry.decoding,
+        max_new_tokens=entry.max_new_tokens or Task.max_new_tokens,
+        epochs=entry.epochs or None,
+        replay_ratio=entry.replay_ratio,
+        mixture=tuple((numbers[name], share) for name, share in entry.mixture.items()),
     )
 
 
@@ -244,38 +244,46 @@ def _numbered(card: Card, entries: Sequence[TaskEntry]) -> list[Task]:
         columns = tuple(seen[name] if name in own else -1 for name in card.classes)
         labels = tuple(sorted(column for column in columns if column >= 0))
         task = _entry(card, entry, index)
-        tasks.append(replace(task, classes=new, labels=labels, columns=columns))
+        tasks.append(replace(task, classes=new, class_ids=labels, label_to_class=columns))
     return tasks
 
 
-def _probe(card: Card, entry: TaskEntry, index: int) -> Task:
+def _eval_only_task(card: Card, entry: TaskEntry, index: int) -> Task:
     names = entry.classes
-    place = {name: column for column, name in enumerate(names)}
-    # Labels are positions in the card's list, unless the probe brings classes that it lacks.
+    column_of = {name: column for column, name in enumerate(names)}
+    # Labels are positions in the card's list, unless the task has classes that the card lacks.
     listed = card.classes if set(names) <= set(card.classes) else names
-    columns = tuple(place.get(name, -1) for name in listed)
+    columns = tuple(column_of.get(name, -1) for name in listed)
     task = _entry(card, entry, index)
     labels = tuple(range(len(names)))
-    return replace(task, classes=names, labels=labels, columns=columns, is_probe=True)
+    return replace(task, classes=names, class_ids=labels, label_to_class=columns, is_eval_only=True)
 
 
-def _sources(card: Card, tasks: Sequence[Task]) -> list[Source]:
-    place = {name: n for n, name in enumerate(name for task in tasks for name in task.classes)}
-    return [_source(card, entry, 1 + n, place) for n, entry in enumerate(card.sources)]
+def _sources(card: Card, tasks: Sequence[Task]) -> list[DataSource]:
+    names = [name for task in tasks for name in task.classes]
+    column_of = {name: column for column, name in enumerate(names)}
+    return [
+        _source(card, name, entry, 1 + n, column_of)
+        for n, (name, entry) in enumerate(card.sources.items())
+    ]
 
 
-def _source(card: Card, entry: SourceEntry, number: int, place: dict[str, int]) -> Source:
+def _source(
+    card: Card, name: str, entry: SourceEntry, number: int, column_of: dict[str, int]
+) -> DataSource:
     own = set(entry.classes)
-    # Of a class that no task of this order has, the rows are shown and not scored.
-    columns = tuple(place.get(name, len(place)) if name in own else -1 for name in card.classes)
-    rows = Task(
+    # Samples of a class that no task of this order has are shown to the model, not scored.
+    columns = tuple(
+        column_of.get(name, len(column_of)) if name in own else -1 for name in card.classes
+    )
+    samples = Task(
         index=-1,
-        name=entry.name,
-        kind=entry.kind,  # type: ignore[arg-type]  # checked by the card reader
+        name=name,
+        task_type=entry.task_type,
         train=entry.shards,
         size=entry.size,
-        columns=columns if entry.kind == "classify" else (),
+        label_to_class=columns if entry.task_type == "classification" else (),
         templates=entry.templates,
-        text=entry.text,
+        text_field=entry.text_field,
     )
-    return Source(number, entry.name, rows, entry.is_scored)
+    return DataSource(number, name, samples, entry.in_loss)

@@ -1,32 +1,41 @@
-"""From tar to Batch."""
+"""Data loading: stream card and shards in, batches out.
 
-from mmcl.data.checks.checking import check_stream
-from mmcl.data.checks.findings import StreamFindings
+``open_stream`` opens the shards of a stream and checks them, ``train_loader`` gives the batches of
+a task with replayed samples and mixed-in sources, ``eval_loader`` and ``task_pass_loader`` visit
+each sample once and in order, and ``check_stream`` validates a stream without training. A batch is
+a function of (seed, task, epoch, step), so a run resumes exactly with any number of processes.
+"""
+
+from mmcl.data.batches.dataset_collate import ImageCaptionCollate, ImageLabelCollate
+from mmcl.data.batches.eval_loader import EvalLoader, eval_loader, task_pass_loader
+from mmcl.data.batches.train_loader import train_loader
 from mmcl.data.decode import MAX_PIXELS, decode_image
-from mmcl.data.faults import BadSample
-from mmcl.data.loader import train_loader
-from mmcl.data.passes import Pass, pass_loader, test_loader
-from mmcl.data.prepare import PreparedStream, prepare
-from mmcl.data.reader import Reader, SampleReader
-from mmcl.data.shard import Sample
-from mmcl.data.shards.keep import CopiesReader, keep_copies, prune_copies
+from mmcl.data.errors import BadSample
+from mmcl.data.protocols import Sample
+from mmcl.data.shards.open_stream import OpenStream, open_stream
+from mmcl.data.shards.reader import Reader, SampleReader
+from mmcl.data.shards.replay_copies import ReplayCopyReader, prune_replay_copies, save_replay_copies
+from mmcl.data.validate.results import StreamFindings
+from mmcl.data.validate.validate import check_stream
 
 __all__ = [
     "MAX_PIXELS",
     "BadSample",
-    "CopiesReader",
-    "Pass",
-    "PreparedStream",
+    "ReplayCopyReader",
+    "EvalLoader",
+    "ImageCaptionCollate",
+    "ImageLabelCollate",
+    "OpenStream",
     "Reader",
     "Sample",
     "SampleReader",
     "StreamFindings",
     "check_stream",
     "decode_image",
-    "keep_copies",
-    "pass_loader",
-    "prepare",
-    "prune_copies",
-    "test_loader",
+    "save_replay_copies",
+    "task_pass_loader",
+    "open_stream",
+    "prune_replay_copies",
+    "eval_loader",
     "train_loader",
 ]

@@ -1,4 +1,4 @@
-"""From the bytes of a picture to pixels, for files that nobody vouches for.
+"""Image decoding: the bytes of an untrusted image file become pixels.
 
 JPEG goes through simplejpeg with exact flags (bit-equal to Pillow, 1.4 times its rate), everything
 else through Pillow. The size is read from the header first, before a decoder allocates a canvas.
@@ -17,13 +17,13 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from mmcl.data.faults import BadSample
+from mmcl.data.errors import BadSample
 
 MAX_PIXELS = 64_000_000
-"""Pictures of more pixels are bad samples, unless a caller says otherwise."""
+"""Images of more pixels are bad samples, unless a caller says otherwise."""
 
 MAX_SCANS = 100
-"""Passes over the canvas that a progressive JPEG may ask for; usual files have about ten."""
+"""Scans (passes over the canvas) that a progressive JPEG may have; usual files have about ten."""
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
@@ -32,34 +32,34 @@ _MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Decode a JPEG, PNG or WebP picture, whatever its file was called.
+    """Decode a JPEG, PNG or WebP image, whatever its file was called.
 
     EXIF rotation is ignored and an alpha channel is dropped, as all common loaders do. Of an
     animation the first frame is taken.
 
     Args:
         data: the whole file.
-        max_pixels: largest height x width that is decoded; no side may be twice as long as that of
-            a square of so many, which some models would make of it.
+        max_pixels: largest height x width that is decoded; no side may be longer than twice the
+            side of a square of this area, because some models resize the image to such a square.
 
     Returns:
         (3, H, W) uint8 RGB, channels last in memory.
 
     Raises:
-        BadSample: if the picture is broken, truncated, too large or of another format.
+        BadSample: if the image is broken, truncated, too large or of another format.
     """
     if not data:
-        raise BadSample("its picture is empty (0 bytes)")
+        raise BadSample("its image is empty (0 bytes)")
     height, width = size_of(data)
     if height * width > max_pixels:
         raise BadSample(
-            f"its picture is {width} x {height}, more than {max_pixels} pixels: shrink it or "
+            f"its image is {width} x {height}, more than {max_pixels} pixels: shrink it or "
             "raise max_pixels"
         )
     longest = 2 * math.isqrt(max_pixels)
     if max(height, width) > longest:
         raise BadSample(
-            f"its picture is {width} x {height}, a side of more than {longest} pixels: shrink it "
+            f"its image is {width} x {height}, a side of more than {longest} pixels: shrink it "
             "or raise max_pixels"
         )
     pixels = _decode_jpeg(data) if data.startswith(_JPEG) else None
@@ -69,10 +69,10 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 
 def size_of(data: bytes) -> tuple[int, int]:
-    """Return height and width as the header of a picture states them.
+    """Return height and width as the header of an image states them.
 
     Raises:
-        BadSample: if it is not a JPEG, PNG or WebP picture, or its header is cut off.
+        BadSample: if it is not a JPEG, PNG or WebP image, or its header is cut off.
     """
     if data.startswith(_JPEG):
         return _jpeg_size(data)
@@ -80,21 +80,21 @@ def size_of(data: bytes) -> tuple[int, int]:
         return int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP" and len(data) >= 30:
         return _webp_size(data)
-    raise BadSample(f"its picture is not JPEG, PNG or WebP (it starts with {data[:8]!r})")
+    raise BadSample(f"its image is not JPEG, PNG or WebP (it starts with {data[:8]!r})")
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
     """Walk over the segments of a JPEG file to its frame header (ITU T.81, B.2.2)."""
-    place = 2
-    while place + 9 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
+    offset = 2
+    while offset + 9 <= len(data) and data[offset] == 0xFF:
+        marker = data[offset + 1]
         if marker in _FRAMES:
-            height = int.from_bytes(data[place + 5 : place + 7], "big")
-            return height, int.from_bytes(data[place + 7 : place + 9], "big")
+            height = int.from_bytes(data[offset + 5 : offset + 7], "big")
+            return height, int.from_bytes(data[offset + 7 : offset + 9], "big")
         is_bare = marker == 0xFF or 0xD0 <= marker <= 0xD8 or marker == 0x01
-        length = 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-        place += (1 if marker == 0xFF else 2) if is_bare else length
-    raise BadSample("its JPEG header is broken or cut off: no picture size is in it")
+        length = 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
+        offset += (1 if marker == 0xFF else 2) if is_bare else length
+    raise BadSample("its JPEG header is broken or cut off: it states no image size")
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
@@ -111,32 +111,32 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 def _scans(data: bytes) -> int:
     """Count the scans of a JPEG, up to one more than allowed: each may take as long as a file."""
-    place, count = 2, 0
-    while count <= MAX_SCANS and (found := _MARKER.search(data, place)):
-        place, marker = found.end(), data[found.end() - 1]
+    offset, count = 2, 0
+    while count <= MAX_SCANS and (found := _MARKER.search(data, offset)):
+        offset, marker = found.end(), data[found.end() - 1]
         if marker == 0xD9:
             break
         count += marker == _SCAN[1]
         if marker not in (0x01, 0xD8):
-            place += int.from_bytes(data[place : place + 2], "big")
+            offset += int.from_bytes(data[offset : offset + 2], "big")
     return count
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray | None:
-    """Decode a JPEG with exact flags; None = Pillow must see it (CMYK, odd but whole files)."""
+    """Decode a JPEG with exact flags; None = leave it to Pillow (CMYK, unusual but whole files)."""
     if data.count(_SCAN) > MAX_SCANS and _scans(data) > MAX_SCANS:
-        raise BadSample(f"its JPEG is drawn in more than {MAX_SCANS} scans: save it anew")
+        raise BadSample(f"its JPEG is drawn in more than {MAX_SCANS} scans: save it again")
     try:
         if simplejpeg.decode_jpeg_header(data)[2] in ("CMYK", "YCCK"):
             return None
         pixels: np.ndarray = simplejpeg.decode_jpeg(
             data, "RGB", fastdct=False, fastupsample=False, strict=True
         )
-    # simplejpeg raises KeyError for a colour space or subsampling that it has no name for.
+    # simplejpeg raises KeyError for a color space or subsampling that it has no name for.
     except (ValueError, KeyError) as error:
         # Stray bytes before a marker are common on the web and harm no pixel; data that ends early
-        # or is no code does, and Pillow would show grey in its place without a word.
-        if any(fault in str(error) for fault in ("remature end", "bad Huffman")):
+        # or is no Huffman code does, and Pillow would fill in grey without an error.
+        if any(reason in str(error) for reason in ("remature end", "bad Huffman")):
             raise BadSample(f"its JPEG is broken ({error})") from None
         return None
     return pixels
@@ -145,19 +145,19 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
 def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
     try:
         with warnings.catch_warnings():
-            # Bombs are judged by max_pixels; palettes with transparency warn in convert().
+            # max_pixels bounds decompression bombs; palettes with transparency warn in convert().
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as picture:
-                if picture.width * picture.height > max_pixels:
-                    raise ValueError(f"its header says {picture.width} x {picture.height}")
-                if picture.mode.startswith("I"):
+            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+                if image.width * image.height > max_pixels:
+                    raise ValueError(f"its header says {image.width} x {image.height}")
+                if image.mode.startswith("I"):
                     # Pillow would clip 16-bit greys to 255 instead of scaling them.
-                    grey = (np.array(picture).astype(np.int64) >> 8).clip(0, 255)
+                    grey = (np.array(image).astype(np.int64) >> 8).clip(0, 255)
                     return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
-                return np.array(picture.convert("RGB"))
+                return np.array(image.convert("RGB"))
     except UnidentifiedImageError:
-        raise BadSample("its picture cannot be decoded (its header is broken)") from None
+        raise BadSample("its image cannot be decoded (its header is broken)") from None
     # Pillow's plugins raise anything from struct.error to SyntaxError on hostile bytes.
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise BadSample(f"its picture cannot be decoded ({reason})") from None
+        raise BadSample(f"its image cannot be decoded ({reason})") from None

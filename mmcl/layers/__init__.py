@@ -1,14 +1,14 @@
-"""Layers that a strategy puts in the place of a model's linear ones, in ``attach``."""
+"""Adapter layers that a strategy injects into a model in place of its linear layers."""
 
-from mmcl.layers.experts import MoELoRALinear
-from mmcl.layers.install import folded, install, installed
-from mmcl.layers.low_rank import LowRankSlots, Slot
+from mmcl.layers.inject import find_layers, inject, merged_adapters
+from mmcl.layers.moe_lora_linear import MoELoRALinear
+from mmcl.layers.multi_lora import LoRAAdapter, MultiLoRALinear
 
 __all__ = [
-    "LowRankSlots",
+    "MultiLoRALinear",
     "MoELoRALinear",
-    "Slot",
-    "folded",
-    "install",
-    "installed",
+    "LoRAAdapter",
+    "merged_adapters",
+    "inject",
+    "find_layers",
 ]

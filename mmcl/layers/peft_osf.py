@@ -1,4 +1,4 @@
-"""peft's layer of orthogonal subspace fine-tuning, made fit to be copied, saved and renewed.
+"""peft's orthogonal subspace fine-tuning (OSF) layer, with copies, checkpoints and new tasks.
 
 Nothing imports this file before a strategy needs peft, because peft imports transformers.
 """
@@ -14,30 +14,30 @@ from peft import OSFConfig
 from peft.tuners.osf import Linear as PeftLinear
 from torch import Tensor, nn
 
-from mmcl.layers.frozen import learning_dtype
+from mmcl.layers.multi_lora import adapter_dtype
 
 _ADAPTER = "default"
 _KEPT = ("_osf_U_low_init", "_osf_S_low_init", "_osf_V_low_init", "_osf_U_high", "_osf_V_high")
 
 
 class OSFLinear(PeftLinear):  # type: ignore[misc]
-    """``W x + (U S V - U_0 S_0 V_0) x``, where U_0 S_0 V_0 is the weak part of W's decomposition.
+    """``W x + (U S V - U_0 S_0 V_0) x``, with U_0 S_0 V_0 the small singular directions of W.
 
-    Forward, decomposition and the hooks that project gradients are peft's. On top of them:
+    Forward, decomposition and the hooks that project gradients are peft's. In addition:
 
     - W is a buffer, because from the second task on it is no longer the pretrained weight: it
-      belongs into a checkpoint and not among the frozen parameters, which are left out of one;
-    - so do U_0, S_0 and V_0, which peft does not save and decomposes again, with other rounding;
+      belongs in a checkpoint, which leaves out frozen parameters;
+    - so are U_0, S_0 and V_0, which peft does not save and decomposes again, with other rounding;
     - a deep copy projects its gradients (with peft's own it silently does not: torch copies
       parameters without their hooks);
-    - the parts learn in float32, or float64 for float64, also beside narrower weights.
+    - U, S and V are float32, or float64 for float64, also with narrower weights.
 
     Args:
         base: a linear layer with floating weights.
-        preserved: directions that may not change, 1 to min(d_out, d_in) - 1.
+        preserved: singular directions that may not change, 1 to min(d_out, d_in) - 1.
 
     **Remembers** W (d_out, d_in), and U (d_out, k), S (k,), V (k, d_in) twice, now and as they
-    began; and the preserved directions of the longer side. k is min(d_out, d_in) - ``preserved``.
+    started; and the preserved directions of the longer side. k is min(d_out, d_in) - ``preserved``.
     """
 
     def __init__(self, base: nn.Linear, preserved: int) -> None:
@@ -52,25 +52,25 @@ class OSFLinear(PeftLinear):  # type: ignore[misc]
                 kept[adapter] = tensor
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Wake the hooks of a copy."""
+        """Attach the gradient hooks of a copy."""
         super().__setstate__({**state, "hook_handles": []})
         self._attach_hooks(_ADAPTER)
 
     @property
     def weight(self) -> Tensor:
-        """W as it was when the task began, where other code expects a weight."""
+        """Weight W at the start of the task, where other code expects one."""
         return cast(Tensor, self.base_layer.weight)
 
     @property
     def bias(self) -> Tensor | None:
-        """The frozen bias, where other code expects one."""
+        """Frozen bias, where other code expects one."""
         return cast("Tensor | None", self.base_layer.bias)
 
     def update_layer(self, adapter_name: str, effective_rank: int, **how: Any) -> None:
-        """Decompose W as peft does, in a dtype that small updates survive."""
+        """Decompose W as peft does, in a dtype wide enough for small updates."""
         self._detach_hooks()
         narrow = self.base_layer.weight.data
-        self.base_layer.weight.data = narrow.to(learning_dtype(narrow))
+        self.base_layer.weight.data = narrow.to(adapter_dtype(narrow))
         try:
             super().update_layer(adapter_name, effective_rank, **how)
         finally:
@@ -78,10 +78,10 @@ class OSFLinear(PeftLinear):  # type: ignore[misc]
 
     @torch.no_grad()
     def renew(self, preserved: int) -> None:
-        """Merge what was learned into W, in W's precision, and decompose it anew.
+        """Merge U, S, V into W, in W's precision, and decompose it again.
 
         Args:
-            preserved: directions that may not change from now on.
+            preserved: singular directions that may not change from now on.
         """
         self.merge()
         self.merged_adapters.clear()
@@ -89,13 +89,13 @@ class OSFLinear(PeftLinear):  # type: ignore[misc]
 
 
 @contextmanager
-def folded_osf(model: nn.Module) -> Iterator[None]:
-    """Merge what was learned inside the block; W after it is the same bits as before it.
+def merged_osf(model: nn.Module) -> Iterator[None]:
+    """Merge U, S, V into W inside the block; after it W is the same bits as before.
 
     peft itself cannot unmerge these layers.
 
     Args:
-        model: with ``OSFLinear`` installed.
+        model: with ``OSFLinear`` injected.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, OSFLinear)]
     kept = [layer.weight.data for layer in layers]

@@ -1,8 +1,8 @@
-"""The only folder that imports pytorch_lightning."""
+"""PyTorch Lightning integration: the only package that imports pytorch_lightning."""
 
-from mmcl.lightning.data import ContinualData
-from mmcl.lightning.hooks import StrategyHooks
+from mmcl.lightning.continual_run import ContinualRun
+from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.module import ContinualModule
-from mmcl.lightning.sequence import SequenceRun
+from mmcl.lightning.strategy_callback import StrategyCallback
 
-__all__ = ["ContinualData", "ContinualModule", "SequenceRun", "StrategyHooks"]
+__all__ = ["ContinualDataModule", "ContinualModule", "ContinualRun", "StrategyCallback"]

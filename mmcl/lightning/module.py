@@ -1,10 +1,11 @@
-"""ContinualModule: a model and a strategy as one LightningModule."""
+"""ContinualModule: the LightningModule of a model and a strategy."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -12,35 +13,35 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mmcl.core import UNSCORED, Batch, Step, Strategy, answer, run, step
-from mmcl.core.distributed import rank_and_world, sum_over_ranks
-from mmcl.lightning.answering import AnswerScorer, scorer_of
-from mmcl.lightning.hooks import StrategyHooks
-from mmcl.lightning.schedule import Schedule
-from mmcl.lightning.scoring import Column, ColumnScorer
-from mmcl.lightning.sharing import expect_shareable
-from mmcl.lightning.splitting import merged, names_in, split
+from mmcl.core import IGNORE_INDEX, Batch, StepOutput, Strategy, forward, generate, step
+from mmcl.core.distributed import all_reduce_sum, rank_and_world
+from mmcl.lightning.evaluators import EvalSpec, Evaluator, GenerationEvaluator, make_evaluator
+from mmcl.lightning.resume_state import checkpoint_names, merge_checkpoint, split_checkpoint
+from mmcl.lightning.strategy_callback import StrategyCallback
+from mmcl.lightning.task_checkpoints import check_shardable
 from mmcl.strategies.finetune import Finetune
+
+Schedule = Literal["constant", "cosine"]
 
 
 class ContinualModule(pl.LightningModule):
-    """Train a VLM with a continual-learning strategy.
+    """LightningModule that trains a VLM with a continual-learning strategy.
 
     Args:
         model: a VLM, for example ``mmcl.models.OpenCLIP``.
-        strategy: a Strategy or a Chain of them; None = plain fine-tuning.
-        learning_rate: of AdamW, reached after the warm-up, the same for every task.
-        weight_decay: of AdamW, on weights of two or more dimensions.
-        betas: of AdamW.
-        warmup: optimiser steps of linear rise in every task.
-        schedule: "constant" or "cosine" over each task.
-        optimizer: another optimiser as a function of the parameters; the four numbers above other
-            than warmup and schedule are then not used.
-        seed: mixed into the seeds of the strategy's draws.
+        strategy: a Strategy or a Chain of them; None = fine-tuning.
+        learning_rate: AdamW's learning rate after the warm-up, the same for every task.
+        weight_decay: AdamW's weight decay, of parameters with two or more dimensions.
+        betas: AdamW's betas.
+        warmup_steps: optimizer steps of linear warm-up in every task.
+        lr_schedule: learning-rate schedule over each task, "constant" or "cosine".
+        optimizer: another optimizer as a function of the parameters; replaces AdamW and its three
+            arguments.
+        seed: mixed into the seeds of the strategy.
     """
 
     model: Any
-    strict_loading = False  # frozen weights are not in our checkpoints; on_load_checkpoint checks
+    strict_loading = False  # checkpoints have no frozen weights; on_load_checkpoint checks
 
     def __init__(
         self,
@@ -49,8 +50,8 @@ class ContinualModule(pl.LightningModule):
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.98),
-        warmup: int = 0,
-        schedule: Schedule = "constant",
+        warmup_steps: int = 0,
+        lr_schedule: Schedule = "constant",
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         seed: int = 0,
     ) -> None:
@@ -58,74 +59,77 @@ class ContinualModule(pl.LightningModule):
         self.model = model
         self.strategy = Finetune() if strategy is None else strategy
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
-        self.warmup, self.schedule = warmup, schedule
+        self.warmup_steps, self.lr_schedule = warmup_steps, lr_schedule
         self._make_optimizer = optimizer
         _reseed(self.strategy, seed)
         self.strategy.attach(self.model)
         self.frozen = {f"model.{n}" for n, p in model.named_parameters() if not p.requires_grad}
-        self.learns = any(p.requires_grad for p in self.parameters())
-        # Lightning's DDP refuses a module without a parameter that learns.
-        self.anchor = None if self.learns else nn.Parameter(torch.zeros(()))
-        self.in_sequence = False
-        self.scorers: list[ColumnScorer] = []
-        self.shards: Any = None
-        self.mesh: Any = None  # that weights were shared out over
-        self.done: Step | None = None
-        self._folds = ExitStack()
+        self.has_trainable = any(p.requires_grad for p in self.parameters())
+        # Lightning's DDP refuses a module without trainable parameters.
+        self.dummy_parameter = None if self.has_trainable else nn.Parameter(torch.zeros(()))
+        self.in_continual_run = False
+        self.scorers: list[Evaluator] = []
+        self.fsdp: Any = None
+        self.mesh: Any = None  # device mesh of the first sharding
+        self.last_step: StepOutput | None = None
+        self._merged = ExitStack()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; two plain ones without torch's search for weights in them.
+        """Set an attribute; two plain ones without torch's search for parameters in them.
 
-        Lightning notes the running hook forty times a step: 55 us by torch's way, 4 by this.
+        Lightning sets the name of the running hook forty times a step: 55 us in torch, 4 us here.
         """
-        if name in ("_current_fx_name", "done"):
+        if name in ("_current_fx_name", "last_step"):
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of one step, weighted so that ranks and parts average exactly."""
-        if self.anchor is not None and not self.learns:
-            return self.anchor * 0
-        done = self.done = step(self.model, self.strategy, batch)
-        weight = loss_weight(done.batch)  # replay may have joined rows
+        """Return the loss of one step, weighted so that ranks and micro-batches average exactly."""
+        if self.dummy_parameter is not None and not self.has_trainable:
+            return self.dummy_parameter * 0
+        done = self.last_step = step(self.model, self.strategy, batch)
+        weight = loss_weight(done.batch)  # the batch may contain replay samples
         return done.loss if weight == 1.0 else done.loss * weight
 
-    def look_what_learns(self) -> None:
-        """Note whether anything learns in the task just begun, which may have brought weights."""
-        self.learns = any(p.requires_grad for p in self.parameters() if p is not self.anchor)
-        if self.anchor is not None:
-            self.anchor.requires_grad_(not self.learns)
+    def update_trainable(self) -> None:
+        """Update whether anything is trainable; a new task may have added parameters."""
+        self.has_trainable = any(
+            p.requires_grad for p in self.parameters() if p is not self.dummy_parameter
+        )
+        if self.dummy_parameter is not None:
+            self.dummy_parameter.requires_grad_(not self.has_trainable)
 
     def configure_model(self) -> None:
-        """Share the weights out for a fit with Lightning's ModelParallelStrategy."""
-        if self.trainer.state.fn != "fit" or not self.learns or self.shards is not None:
+        """Shard the weights for a fit with Lightning's ModelParallelStrategy."""
+        if self.trainer.state.fn != "fit" or not self.has_trainable or self.fsdp is not None:
             return
-        expect_shareable(self.trainer, self.strategy)
+        check_shardable(self.trainer, self.strategy)
         if not isinstance(self.trainer.strategy, ModelParallelStrategy):
             return
         try:
-            from mmcl.lightning.sharding import Shards, devices_of
+            from mmcl.lightning.fsdp import FSDPWrapper, fsdp_mesh
         except ImportError as error:
             raise ImportError(
-                f"torch {torch.__version__} cannot share weights out: install torch 2.6 or later, "
+                f"torch {torch.__version__} cannot shard weights: install torch 2.6 or later, "
                 "or use strategy ddp"
             ) from error
         if self.mesh is None:
             self.mesh = self.trainer.strategy.device_mesh
-        self.shards = Shards(self, devices_of(self.mesh), self.fingerprint())
+        self.fsdp = FSDPWrapper(self, fsdp_mesh(self.mesh), self.fingerprint())
 
-    def gather_weights(self) -> None:
-        """Make the weights whole again on every device, after the last step of a task."""
-        if self.shards is not None:
-            self.shards.gather()
-            self.shards = None
+    def unshard_weights(self) -> None:
+        """Unshard the weights on every device, after the last step of a task."""
+        # Not called `unshard`: torch's FSDPModule, which this class becomes, has that method.
+        if self.fsdp is not None:
+            self.fsdp.unshard()
+            self.fsdp = None
 
     def configure_optimizers(self) -> Optimizer:
-        """Build a new optimiser over everything that learns now."""
+        """Build a new optimizer over all trainable parameters."""
         optimizer = self._optimizer()
         for group in optimizer.param_groups:
-            # A checkpoint in shards gives back only what is there before it is loaded.
+            # A sharded checkpoint restores only keys that exist before it is loaded.
             group.setdefault("initial_lr", group["lr"])
         return optimizer
 
@@ -133,117 +137,117 @@ class ContinualModule(pl.LightningModule):
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
         if self._make_optimizer is not None:
             return self._make_optimizer([p for _, p in named])
-        # Norms, biases, scales and prompts are not pulled to zero, as open_clip does.
+        # As in open_clip, norms, biases, scales and prompts have no weight decay.
         decayed = [p for _, p in named if p.ndim >= 2]
-        plain = [p for _, p in named if p.ndim < 2]
+        undecayed = [p for _, p in named if p.ndim < 2]
         groups = [
             {"params": decayed, "weight_decay": self.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
+            {"params": undecayed, "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        # Lightning refuses to clip in mixed precision if the optimiser is fused, in bf16 too.
+        # Lightning refuses to clip in mixed precision if the optimizer is fused, in bf16 too.
         trainer = self._trainer
         clips = trainer is not None and bool(trainer.gradient_clip_val)
         fused = not (clips and "mixed" in str(getattr(trainer, "precision", "")))
         return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, fused=fused)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Add the strategy's hooks where Lightning runs alone; the sequence brings its own."""
-        return [] if self.in_sequence else [StrategyHooks()]
+        """Return the strategy callback, unless ``mmcl train`` brings its own."""
+        return [] if self.in_continual_run else [StrategyCallback()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave frozen weights out and note what they were."""
+        """Drop frozen weights from a checkpoint, and add their fingerprint."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in self.frozen}
         checkpoint["fingerprint"] = self.fingerprint()
         if "optimizer_states" in checkpoint:
-            split(checkpoint, self)
+            split_checkpoint(checkpoint, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another base model or another set of trainable weights."""
+        """Check a checkpoint for the same base model and trainable weights, and merge its parts."""
         check_state(self, checkpoint)
-        beside = merged(checkpoint)
-        if beside:
-            self.load_state_dict(beside, strict=False)
+        replicated = merge_checkpoint(checkpoint)
+        if replicated:
+            self.load_state_dict(replicated, strict=False)
 
     def fingerprint(self) -> str:
-        """Return the hash of what is frozen, "" for a model that has none."""
-        if self.shards is not None:
-            return str(self.shards.mark)
-        mark = getattr(self.model, "fingerprint", None)
-        return str(mark()) if mark is not None and self.frozen else ""
+        """Return the fingerprint of the frozen weights, "" for a model without."""
+        if self.fsdp is not None:
+            return str(self.fsdp.fingerprint)
+        fingerprint = getattr(self.model, "fingerprint", None)
+        return str(fingerprint()) if fingerprint is not None and self.frozen else ""
 
-    def kept_state(self) -> dict[str, Any]:
-        """Return the state that a checkpoint holds: all but the frozen weights."""
-        state = self.state_dict() if self.shards is None else self.shards.state()
+    def trainable_state_dict(self) -> dict[str, Any]:
+        """Return the state dict of a checkpoint: everything except the frozen weights."""
+        state = self.state_dict() if self.fsdp is None else self.fsdp.state()
         return {k: v for k, v in state.items() if k not in self.frozen}
 
-    def score(self, columns: list[Column]) -> None:
-        """Choose what the next test run scores, one column for every test loader."""
-        self.scorers = [scorer_of(column) for column in columns]
+    def score(self, columns: list[EvalSpec]) -> None:
+        """Create the evaluators of the next test run, one for every test loader."""
+        self.scorers = [make_evaluator(column) for column in columns]
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score a batch of one column."""
-        self._score(batch, batch_idx, dataloader_idx)
+        """Update the evaluator of one test loader."""
+        self._evaluate(batch, batch_idx, dataloader_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score a batch of one column."""
-        self._score(batch, batch_idx, dataloader_idx)
+        """Update the evaluator of one validation loader."""
+        self._evaluate(batch, batch_idx, dataloader_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[tuple[str, str]]:
-        """Return key and best class name, or answer, of every row."""
-        if batch.is_answered:
-            said = answer(self.model, self.strategy, batch)
-            return list(zip(batch.keys, said, strict=True))
-        names: list[str] = list(self._data().stream.classes_until(self._data().task))
+        """Return the key and the predicted class name, or answer, of every sample."""
+        if batch.is_generative:
+            answers = generate(self.model, self.strategy, batch)
+            return list(zip(batch.keys, answers, strict=True))
+        names: list[str] = list(self._data().stream.classes_seen(self._data().task_index))
         if batch_idx == 0:
-            self._data().show_classes(self.model)
-        best = run(self.model, self.strategy, batch).logits.argmax(1).tolist()
-        return [(key, names[place]) for key, place in zip(batch.keys, best, strict=True)]
+            self._data().set_model_classes(self.model)
+        predicted = forward(self.model, self.strategy, batch).logits.argmax(1).tolist()
+        return [(key, names[index]) for key, index in zip(batch.keys, predicted, strict=True)]
 
     def on_test_epoch_start(self) -> None:
-        """Score the columns of the datamodule where nobody chose any."""
-        self._default_columns()
+        """Create the default evaluators outside of ``mmcl train``."""
+        self._start_evaluation()
 
     def on_validation_epoch_start(self) -> None:
-        """Score the columns of the datamodule where nobody chose any."""
-        if self.shards is not None:
+        """Create the default evaluators; sharded weights are refused."""
+        if self.fsdp is not None:
             raise ValueError(
-                "weights are shared out over devices, which would wait for each other where one "
-                "has fewer rows to validate: set trainer.limit_val_batches to 0, and use test"
+                "weights are sharded, and devices would wait for each other if one has fewer "
+                "samples to validate: set trainer.limit_val_batches to 0, and use test"
             )
-        self._default_columns()
+        self._start_evaluation()
 
     def on_test_epoch_end(self) -> None:
-        """Finish and log the columns."""
-        self._finish()
+        """Compute and log the metrics."""
+        self._finish_evaluation()
 
     def on_validation_epoch_end(self) -> None:
-        """Finish and log the columns."""
-        self._finish()
+        """Compute and log the metrics."""
+        self._finish_evaluation()
         if self.trainer.training or self.trainer.state.fn == "fit":
-            self._data().show_classes(self.model)
+            self._data().set_model_classes(self.model)
 
-    def _score(self, batch: Batch, batch_idx: int, column: int) -> None:
+    def _evaluate(self, batch: Batch, batch_idx: int, column: int) -> None:
         scorer = self.scorers[column]
         if batch_idx == 0:
-            scorer.begin(self.model)
-        scorer.add(self.model, self.strategy, batch)
+            scorer.reset(self.model)
+        scorer.update(self.model, self.strategy, batch)
 
-    def _default_columns(self) -> None:
-        if not self.in_sequence:
+    def _start_evaluation(self) -> None:
+        if not self.in_continual_run:
             self.score(self._data().default_columns(self.trainer.state.fn))
-        if any(isinstance(scorer, AnswerScorer) for scorer in self.scorers):
-            # Merged adapters generate faster; on leaving, weights are as they were.
-            self._folds.enter_context(self.strategy.folded(self.model))
+        if any(isinstance(scorer, GenerationEvaluator) for scorer in self.scorers):
+            # Merged adapters generate faster; the exit restores the weights.
+            self._merged.enter_context(self.strategy.merged_adapters(self.model))
 
-    def _finish(self) -> None:
-        self._folds.close()
+    def _finish_evaluation(self) -> None:
+        self._merged.close()
         for scorer in self.scorers:
-            scorer.finish()
-        if not self.in_sequence:
-            names = {f"{s.column.score}/{s.column.task.name}": s.value for s in self.scorers}
-            known = {name: value for name, value in names.items() if value is not None}
+            scorer.compute()
+        if not self.in_continual_run:
+            metrics = {f"{s.column.score}/{s.column.task.name}": s.value for s in self.scorers}
+            known = {name: value for name, value in metrics.items() if value is not None}
             self.log_dict(known, rank_zero_only=True, add_dataloader_idx=False)
 
     def _data(self) -> Any:
@@ -251,19 +255,21 @@ class ContinualModule(pl.LightningModule):
 
 
 def loss_weight(batch: Batch) -> float:
-    """Return the factor of a batch's loss that makes the mean over ranks the global one.
+    """Return the loss weight of a batch that makes the mean over ranks equal the global mean.
 
-    A loss over classes is a mean over rows, whose numbers the loader knows. A loss over answers is
-    a mean over scored tokens: over ranks their numbers are summed here; accumulated parts of a
-    batch still count by their rows.
+    A loss over classes is a mean over samples, which the loader counts. A loss over answers is a
+    mean over the tokens in the loss: their counts are summed over ranks here; accumulated
+    micro-batches are still weighted by their samples.
     """
-    if not batch.is_answered or rank_and_world()[1] == 1:
-        return batch.weight
-    own = torch.stack([(batch.labels != UNSCORED).sum(), torch.tensor(len(batch)).to(batch.labels)])
-    tokens, rows = sum_over_ranks(own.double()).tolist()
-    mine, count = own.tolist()
-    factor: float = (mine / count) * (rows / max(1.0, tokens))
-    return batch.weight * factor
+    if not batch.is_generative or rank_and_world()[1] == 1:
+        return batch.loss_weight
+    own = torch.stack(
+        [(batch.labels != IGNORE_INDEX).sum(), torch.tensor(len(batch)).to(batch.labels)]
+    )
+    all_tokens, all_samples = all_reduce_sum(own.double()).tolist()
+    tokens, samples = own.tolist()
+    factor: float = (tokens / samples) * (all_samples / max(1.0, all_tokens))
+    return batch.loss_weight * factor
 
 
 def check_state(module: ContinualModule, checkpoint: dict[str, Any]) -> None:
@@ -272,24 +278,41 @@ def check_state(module: ContinualModule, checkpoint: dict[str, Any]) -> None:
     Raises:
         ValueError: naming the first keys that differ, or the fingerprints.
     """
-    want, got = set(module.kept_state()), set(names_in(checkpoint))
-    for keys, what in ((want - got, "lacks"), (got - want, "has unknown")):
+    expected, found = set(module.trainable_state_dict()), set(checkpoint_names(checkpoint))
+    for keys, problem in ((expected - found, "lacks"), (found - expected, "has unknown")):
         if keys:
             named = ", ".join(sorted(keys)[:3])
             raise ValueError(
-                f"the checkpoint {what} {len(keys)} weights ({named} ...): it was written by "
+                f"the checkpoint {problem} {len(keys)} weights ({named} ...): it was written by "
                 "another model, strategy or set of trainable weights; use the run's own config"
             )
-    mark = module.fingerprint()
-    if checkpoint.get("fingerprint", mark) != mark:
+    fingerprint = module.fingerprint()
+    if checkpoint.get("fingerprint", fingerprint) != fingerprint:
         raise ValueError(
             f"the checkpoint was trained on frozen weights {checkpoint['fingerprint'][:12]}, and "
-            f"this model has {mark[:12]}: load the same pretrained weights and settings"
+            f"this model has {fingerprint[:12]}: load the same pretrained weights and settings"
         )
 
 
 def _reseed(strategy: Strategy, seed: int) -> None:
     for part in strategy.modules():
-        own = getattr(part, "seed", None)
-        if seed and isinstance(own, int):
-            vars(part)["seed"] = own + 1_000_003 * seed
+        own_seed = getattr(part, "seed", None)
+        if seed and isinstance(own_seed, int):
+            vars(part)["seed"] = own_seed + 1_000_003 * seed
+
+
+def lr_factor(step: int, steps: int, warmup: int, schedule: Schedule) -> float:
+    """Return the factor of the base learning rate at a step, so that no scheduler has a state.
+
+    Args:
+        step: finished optimizer steps of this task, from 0.
+        steps: optimizer steps of the whole task.
+        warmup: steps of linear warm-up from 1/warmup to 1.
+        schedule: "constant", or "cosine" down to 0 at the last step.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

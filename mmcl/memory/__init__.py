@@ -1,47 +1,46 @@
-"""What is remembered: references to old samples, rows of tensors, snapshots of weights."""
+"""Replay buffers and stored state: sample references, tensor and disk buffers, snapshots."""
 
-from mmcl.memory.dealing import (
-    classes_of,
-    fill_rows,
-    global_rows,
-    own_stride,
-    pass_numbers,
-    read_names,
-    sizes_of,
-    visit_numbers,
+from mmcl.memory.disk_buffer import MmapStore, fill_disk_buffer
+from mmcl.memory.distributed_fill import (
+    class_ids,
+    collect_metadata,
+    fill_buffer,
+    global_count,
+    global_sample_ids,
+    pass_sample_ids,
+    rank_stride,
+    sample_bytes,
 )
-from mmcl.memory.file_rows import fill_file
-from mmcl.memory.files import RowFiles
-from mmcl.memory.references import References
-from mmcl.memory.rows import Rows
+from mmcl.memory.replay_index import ReplayIndex
 from mmcl.memory.selection import (
     class_balanced,
     herding,
-    k_centre,
-    lowest,
-    lowest_of_range,
+    k_center_greedy,
     reservoir,
+    smallest_priorities,
+    smallest_priorities_in_range,
 )
 from mmcl.memory.snapshot import Snapshot
+from mmcl.memory.tensor_buffer import TensorBuffer
 
 __all__ = [
-    "References",
-    "RowFiles",
-    "Rows",
+    "ReplayIndex",
+    "MmapStore",
+    "TensorBuffer",
     "Snapshot",
     "class_balanced",
-    "classes_of",
-    "fill_file",
-    "fill_rows",
-    "global_rows",
+    "class_ids",
+    "fill_disk_buffer",
+    "fill_buffer",
+    "global_count",
     "herding",
-    "k_centre",
-    "lowest",
-    "lowest_of_range",
-    "own_stride",
-    "pass_numbers",
-    "read_names",
+    "k_center_greedy",
+    "smallest_priorities",
+    "smallest_priorities_in_range",
+    "rank_stride",
+    "pass_sample_ids",
+    "collect_metadata",
     "reservoir",
-    "sizes_of",
-    "visit_numbers",
+    "sample_bytes",
+    "global_sample_ids",
 ]

@@ -1,4 +1,4 @@
-"""Snapshot: tensors as they were at one moment, by name."""
+"""Snapshot: copies of named tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Snapshot(nn.Module):
-    """Copies of named tensors (weights of an old model, Fisher sums) that never learn.
+    """Copies of named tensors (weights of an old model, Fisher sums) that are never trained.
 
     The copies keep their dtype whatever the module is cast to, and go where the module goes.
     ``Snapshot()`` is empty until ``take``.
@@ -24,7 +24,7 @@ class Snapshot(nn.Module):
         self._device = torch.device("cpu")
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace what is held by detached copies.
+        """Replace the stored tensors by detached copies.
 
         Args:
             tensors: name -> tensor of any shape and dtype; the copy stays on the tensor's device.
@@ -42,7 +42,7 @@ class Snapshot(nn.Module):
         if name not in self._tensors:
             raise KeyError(
                 f"snapshot has no '{name}', it holds {len(self)} other tensors: "
-                "take it before asking for it"
+                "take it before getting it"
             )
         return self._tensors[name]
 
@@ -50,6 +50,16 @@ class Snapshot(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """All copies by name, in the order taken; the dict is new, the tensors are the store's."""
         return dict(self._tensors)
+
+    def with_row(self, name: str, index: int, row: Tensor) -> Tensor:
+        """Return the tensor of a name with one row written, grown by zeros where needed."""
+        old = self._tensors.get(name)
+        known = 0 if old is None else len(old)
+        new = row.new_zeros(max(index + 1, known), *row.shape)
+        if old is not None:
+            new[:known] = old
+        new[index] = row
+        return new
 
     @property
     def is_empty(self) -> bool:
@@ -61,25 +71,25 @@ class Snapshot(nn.Module):
         return len(self._tensors)
 
     def __bool__(self) -> bool:
-        """Return True: an empty snapshot is still a module; ask ``is_empty``."""
+        """Return True: an empty snapshot is still a module; use ``is_empty``."""
         return True
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all tensors."""
         self._tensors = {}
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the table as plain tensors."""
+        """Return the tensors."""
         return {"tensors": dict(self._tensors)}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Take the table of a checkpoint, onto the device this module stands on."""
+        """Load the tensors of a checkpoint onto this module's device."""
         taken = {name: tensor.to(self._device) for name, tensor in state["tensors"].items()}
         self.take(taken)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Snapshot:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # Only the place is taken from fn: a cast to half must not round remembered weights.
+        # Only the device is taken from fn: a cast to half must not round stored weights.
         self._device = fn(torch.empty(0, device=self._device)).device
         self._tensors = {name: t.to(self._device) for name, t in self._tensors.items()}
         return self

@@ -1,18 +1,18 @@
-"""Other people's models behind the VLM protocol."""
+"""Models of open_clip and transformers behind the VLM protocol."""
 
-from mmcl.models.open_clip import OpenCLIP
+from mmcl.models.open_clip.model import OpenCLIP
 
 __all__ = ["ImageTextToText", "OpenCLIP", "TinyLlava"]
 
 
 def __getattr__(name: str) -> object:
-    # transformers' models take a second to import; a run on a CLIP does without.
+    # Importing transformers' models takes a second, which a run on a CLIP does not need.
     if name == "ImageTextToText":
-        from mmcl.models.image_text import ImageTextToText
+        from mmcl.models.hf_vlm.model import ImageTextToText
 
         return ImageTextToText
     if name == "TinyLlava":
-        from mmcl.models.assembled import TinyLlava
+        from mmcl.models.tiny_llava.build import TinyLlava
 
         return TinyLlava
-    raise AttributeError(f"module 'mmcl.models' has no {name!r}")
+    raise AttributeError(f"module 'mmcl.models' has no {name!r}: it has {', '.join(__all__)}")

@@ -1,4 +1,4 @@
-"""The mark of weights that do not change: remembered rows and checkpoints name it."""
+"""Fingerprint (sha256) of frozen weights, which stored features and checkpoints are bound to."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from mmcl.core.model import without_adapters
+
 
 def fingerprint_of(settings: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return the sha256 of settings and of named tensors, their types and shapes.
 
     Args:
-        settings: of the preprocessing, in words.
-        tensors: in an order that is always the same.
+        settings: description of the preprocessing.
+        tensors: names and tensors, always in the same order.
     """
     digest = hashlib.sha256(settings.encode())
     for name, tensor in tensors:
@@ -24,38 +26,34 @@ def fingerprint_of(settings: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-_WRAPPED = (".base_layer.", ".base.")
+def frozen_base_parameters(model: nn.Module, own: frozenset[str]) -> dict[str, Tensor]:
+    """Return the frozen parameters of the base model by their names without adapters.
 
-
-def frozen_own(model: nn.Module, own: frozenset[str]) -> dict[str, Tensor]:
-    """Return the frozen parameters that a model was made with, by the names they had then.
-
-    Layers that a strategy installed around them, and what it froze of its own, do not count: those
-    are in the checkpoint, and change from task to task.
+    Parameters that a strategy added or trains do not count: they are in the checkpoint and change
+    from task to task.
 
     Args:
         model: with or without adapters.
-        own: names of its parameters when it was made.
+        own: names of the model's parameters before adapters were injected.
     """
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        for wrap in _WRAPPED:
-            name = name.replace(wrap, ".")
-        if name in own and not parameter.requires_grad:
-            found[name] = parameter
+        plain = without_adapters(name)
+        if plain in own and not parameter.requires_grad:
+            found[plain] = parameter
     return dict(sorted(found.items()))
 
 
 class Fingerprint:
-    """Hashes tensors once for as long as they stay what and where they are."""
+    """Cached fingerprint: hashes tensors again only if one was replaced or written to."""
 
     def __init__(self) -> None:
-        self._seen: tuple[object, str] = ((), "")
+        self._cache: tuple[object, str] = ((), "")
 
     def of(self, settings: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
-        """Return ``fingerprint_of`` the same, remembered where nothing has changed."""
+        """Return ``fingerprint_of`` settings and tensors."""
         named = dict(tensors)
         key = (settings, [(name, t.data_ptr(), t._version) for name, t in named.items()])
-        if self._seen[0] != key:
-            self._seen = (key, fingerprint_of(settings, named.items()))
-        return self._seen[1]
+        if self._cache[0] != key:
+            self._cache = (key, fingerprint_of(settings, named.items()))
+        return self._cache[1]

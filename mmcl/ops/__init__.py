@@ -1,1 +1,1 @@
-"""The equations, as pure functions of tensors."""
+"""Equations of the methods, as pure functions of tensors."""

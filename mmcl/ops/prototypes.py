@@ -1,6 +1,6 @@
-"""Closed-form classifiers on fixed features: class means and ridge regression from sums.
+"""Closed-form classifiers on fixed features: class prototypes and ridge regression.
 
-Everything is a sum over samples, so tasks, shards and processes can be added in any order.
+All statistics are sums over samples, so tasks, shards and processes can be added in any order.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch.nn import functional
 
 
 def class_sums(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Sum the unit features of every class.
+    """Sum the unit-length features of every class, the class prototypes.
 
     SimpleCIL, Zhou et al. 2023, arXiv:2303.07338.
 
     Args:
-        features: (B, D); each row is scaled to length 1 first.
-        labels: (B,) int64, 0 to ``classes`` - 1; a negative label is left out.
+        features: (B, D); each vector is scaled to length 1 first.
+        labels: (B,) int64, 0 to ``classes`` - 1; samples with a negative label are left out.
         classes: C.
 
     Returns:
@@ -30,12 +30,12 @@ def class_sums(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, 
 
 
 def cosine_scores(features: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
-    """Compare features with class means.
+    """Return the cosine similarity of features and class prototypes.
 
     Args:
         features: (B, D).
-        sums: (C, D) float64 summed unit features; a mean points the same way as its sum.
-        counts: (C,) int64 samples behind each sum.
+        sums: (C, D) float64 summed unit features; their direction is that of the mean.
+        counts: (C,) int64 number of samples in each sum.
 
     Returns:
         (B, C) float64 cosines in [-1, 1], -inf for a class without samples.
@@ -46,26 +46,26 @@ def cosine_scores(features: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """Return (B, C) float64 with a 1 in the label's column; a negative label has an empty row.
+    """Return one-hot labels (B, C) float64; all zeros for a negative label.
 
     Raises:
         ValueError: if a label is outside the classes.
     """
     if labels.numel() and int(labels.max()) >= classes:
         raise ValueError(
-            f"label {int(labels.max())} is outside the {classes} classes met so far: "
-            "check task.labels, or the labels of the shard"
+            f"label {int(labels.max())} is outside the {classes} classes seen so far: "
+            "check task.class_ids, or the labels of the shard"
         )
     return (labels[:, None] == torch.arange(classes, device=labels.device)).double()
 
 
-def spread(features: Tensor, projection: Tensor) -> Tensor:
-    """Lift unit features into many random half-spaces.
+def random_projection(features: Tensor, projection: Tensor) -> Tensor:
+    """Return the random projection of unit-length features, followed by ReLU.
 
-    RanPAC, McDonnell et al. 2023, arXiv:2307.02251; their L is D, their M is the lifted width.
+    RanPAC, McDonnell et al. 2023, arXiv:2307.02251; their L is D, their M is M.
 
     Args:
-        features: (B, D); each row is scaled to length 1 first.
+        features: (B, D); each vector is scaled to length 1 first.
         projection: (D, M) float64, random and never trained.
 
     Returns:
@@ -75,15 +75,15 @@ def spread(features: Tensor, projection: Tensor) -> Tensor:
 
 
 def solve_ridge(gram: Tensor, cross: Tensor, ridge: float) -> Tensor | None:
-    """Solve ridge regression from its sums by one Cholesky factor.
+    """Solve ridge regression from sums over samples, by Cholesky factorization.
 
     Args:
         gram: (M, M) float64, sum of h h^T.
         cross: (M, C) float64, sum of h y^T.
-        ridge: added to the diagonal, above 0.
+        ridge: number above 0 that is added to the diagonal.
 
     Returns:
-        (M, C) float64 weights, or None if the sum is too near to singular for this ridge.
+        (M, C) float64 weights, or None if the regularized sum is numerically singular.
     """
     regular = gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(regular)
@@ -91,7 +91,7 @@ def solve_ridge(gram: Tensor, cross: Tensor, ridge: float) -> Tensor | None:
 
 
 def squared_error(weights: Tensor, gram: Tensor, cross: Tensor, targets: float) -> float:
-    """Return the summed squared error of weights on samples that are known only by their sums.
+    """Return the summed squared error of ridge weights, from sums over the samples.
 
     sum ||h W - y||^2 = tr(W^T G W) - 2 tr(W^T Q) + sum ||y||^2.
 
@@ -112,23 +112,23 @@ def choose_ridge(
     ridges: Sequence[float],
     slack: float = 1e-3,
 ) -> float:
-    """Choose the ridge that predicts held-out samples best.
+    """Choose the ridge with the lowest error on held-out samples.
 
-    Among ridges whose error is within ``slack`` of the least the largest is taken: on a flat
-    stretch the choice would hang on rounding, and with it on the number of processes.
+    Of all ridges whose error is within ``slack`` of the lowest, the largest is chosen: where the
+    error is flat, rounding would decide, and with it the number of processes.
 
     Args:
-        gram: (M, M) sums of the samples fitted on, and of the held-out ones.
-        cross: (M, C) sums of both parts.
-        held: number of held-out samples; without any, the middle of ``ridges`` is taken.
+        gram: (M, M) sums over the fitted samples, and over the held-out ones.
+        cross: (M, C) sums over the fitted samples, and over the held-out ones.
+        held: number of held-out samples; if 0, the middle of ``ridges`` is chosen.
         ridges: candidates, above 0.
-        slack: relative to the least error, plus a thousandth of it relative to ``held``.
+        slack: relative tolerance, of the lowest error plus a thousandth of ``held``.
 
     Returns:
         One of ``ridges``.
 
     Raises:
-        ValueError: if no candidate makes the sums solvable.
+        ValueError: if the sums are singular for every candidate.
     """
     order = sorted(ridges)
     if held == 0:

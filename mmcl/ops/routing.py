@@ -1,6 +1,7 @@
-"""Routing: which task a row looks like, and how much each expert weighs for it.
+"""Routing: similarity of samples to tasks, and gates of experts.
 
-Nothing here looks at more than one row at a time, so an answer does not depend on its batch.
+Every function but ``k_means`` treats samples one by one, so a prediction does not depend on the
+other samples of its batch.
 """
 
 from __future__ import annotations
@@ -12,75 +13,75 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def likeness(
-    features: Sequence[Tensor], means: Sequence[Tensor], shares: Sequence[float]
+def cosine_similarity(
+    features: Sequence[Tensor], means: Sequence[Tensor], weights: Sequence[float]
 ) -> Tensor:
-    """Compare rows with tasks in several embeddings at once.
+    """Return the cosine similarity of samples and tasks, a weighted sum over embeddings.
 
-    HiDe-LLaVA, Guo et al. 2025, arXiv:2503.12941, takes 0.5 of pictures and 0.5 of questions.
+    HiDe-LLaVA, Guo et al. 2025, arXiv:2503.12941, weighs images by 0.5 and questions by 0.5.
 
     Args:
-        features: (B, E_k) for each embedding k; a row without a picture may be all zeros.
-        means: (T, E_k) for each embedding, of any length: only directions count.
-        shares: weight of each embedding.
+        features: (B, E_k) for each embedding k; all zeros for a sample without an image.
+        means: (T, E_k) task prototypes for each embedding; their lengths do not matter.
+        weights: weight of each embedding.
 
     Returns:
-        (B, T) float64, the weighted sum of cosines; a zero vector has cosine 0 with everything.
+        (B, T) float64; the cosine similarity of a zero vector is 0.
 
     Raises:
-        ValueError: if widths differ.
+        ValueError: if the dims differ, or there is no embedding.
     """
     total: Tensor | None = None
-    for seen, mean, share in zip(features, means, shares, strict=True):
+    for seen, mean, weight in zip(features, means, weights, strict=True):
         if seen.shape[-1] != mean.shape[-1]:
             raise ValueError(
-                f"rows are {seen.shape[-1]} wide and tasks {mean.shape[-1]}: both must come from "
-                "the same embedding; keep the guide that the tasks were learned with"
+                f"samples have dim {seen.shape[-1]} and tasks {mean.shape[-1]}: both must come "
+                "from the same embedding; keep the encoder that the tasks were trained with"
             )
         unit = functional.normalize(seen.double(), dim=-1)
-        cosine = share * (unit @ functional.normalize(mean.double(), dim=-1).T)
+        cosine = weight * (unit @ functional.normalize(mean.double(), dim=-1).T)
         total = cosine if total is None else total + cosine
     if total is None:
-        raise ValueError("features is empty: compare in at least one embedding")
+        raise ValueError("features is empty: give at least one embedding")
     return total
 
 
 def soft_gates(scores: Tensor, is_known: Tensor, temperature: float) -> Tensor:
-    """Weigh tasks by a softmax over those that are known.
+    """Return soft gates: a softmax over the known tasks.
 
     Args:
         scores: (B, T).
-        is_known: (T,) bool; at least one.
+        is_known: (T,) bool; at least one is True.
         temperature: above 0; smaller is sharper.
 
     Returns:
-        (B, T), each row a distribution, 0 for unknown tasks.
+        (B, T), a distribution for each sample, 0 for unknown tasks.
     """
     return scores.masked_fill(~is_known, -torch.inf).div(temperature).softmax(-1)
 
 
-def one_hot_gates(choice: Tensor, slots: int) -> Tensor:
-    """Let one slot weigh 1 for each row.
+def one_hot_gates(choice: Tensor, adapters: int) -> Tensor:
+    """Return one-hot gates: weight 1 for one adapter of each sample.
 
     Args:
-        choice: (B,) int64, 0 to ``slots`` - 1.
-        slots: S.
+        choice: (B,) int64, 0 to ``adapters`` - 1.
+        adapters: S, number of adapters.
 
     Returns:
         (B, S) float32.
     """
-    return functional.one_hot(choice, slots).float()
+    return functional.one_hot(choice, adapters).float()
 
 
 def top_k_gates(weights: Tensor, top_k: int) -> Tensor:
-    """Keep the largest weights and let them sum to 1 again.
+    """Return top-k gates: the largest weights, scaled to sum to 1; the others are 0.
 
     Args:
         weights: (..., E), at least 0 and not all 0.
-        top_k: weights to keep, 1 to E.
+        top_k: number of weights to keep, 1 to E.
 
     Returns:
-        (..., E), with gradient to the kept ones.
+        (..., E), with gradient to the kept weights.
     """
     best = weights.topk(top_k, dim=-1)
     kept = best.values / best.values.sum(-1, keepdim=True)
@@ -88,19 +89,19 @@ def top_k_gates(weights: Tensor, top_k: int) -> Tensor:
 
 
 def top_k_mask(weights: Tensor, top_k: int) -> Tensor:
-    """Return (..., E) bool, True on the ``top_k`` largest of (..., E) weights."""
+    """Return the top-k mask (..., E) bool: True for the ``top_k`` largest of (..., E) weights."""
     chosen = weights.topk(top_k, dim=-1).indices
     return torch.zeros_like(weights, dtype=torch.bool).scatter(-1, chosen, True)
 
 
-def nearest_last(scores: Tensor, top_k: int) -> Tensor:
-    """Choose the ``top_k`` best columns of each row, the best one last.
+def top_k_ascending(scores: Tensor, top_k: int) -> Tensor:
+    """Return the top-k tasks of each sample in ascending order of score, the best one last.
 
-    ModalPrompt, Zeng et al. 2024, arXiv:2410.05849: the best prompt stands next to the text.
+    ModalPrompt, Zeng et al. 2024, arXiv:2410.05849: the best prompt is next to the text.
 
     Args:
         scores: (B, T).
-        top_k: columns to choose; all of them where there are fewer.
+        top_k: number of tasks; all of them if there are fewer.
 
     Returns:
         (B, min(top_k, T)) int64.
@@ -108,25 +109,25 @@ def nearest_last(scores: Tensor, top_k: int) -> Tensor:
     return scores.topk(min(top_k, scores.shape[1]), dim=1).indices.flip(1)
 
 
-def momentum_shares(before: Tensor, now: Tensor, momentum: float) -> Tensor:
-    """Say how much of its old weights each expert keeps when a task ends.
+def ema_weights(before: Tensor, now: Tensor, momentum: float) -> Tensor:
+    """Return the EMA weight of each expert's old parameters when a task ends.
 
-    CL-MoE, Huai et al. 2025, arXiv:2503.00413, as the authors' script has it.
+    CL-MoE, Huai et al. 2025, arXiv:2503.00413, as in the authors' script.
 
     Args:
-        before: (..., E) bool, experts that led in the task before.
-        now: (..., E) bool, experts that led in this task.
+        before: (..., E) bool, experts that were in the lead in the previous task.
+        now: (..., E) bool, experts in the lead in this task.
         momentum: 0 to 1.
 
     Returns:
-        (..., E) float64: 1 - ``momentum`` for experts that led only before, else ``momentum``.
+        (..., E) float64: 1 - ``momentum`` for experts in the lead only before, else ``momentum``.
     """
     kept = torch.full(now.shape, momentum, dtype=torch.float64, device=now.device)
     return torch.where(before & ~now, 1 - kept, kept)
 
 
-def best_of_groups(scores: Tensor, owner: Tensor, groups: int) -> Tensor:
-    """Return the best score of each group's columns.
+def group_max(scores: Tensor, owner: Tensor, groups: int) -> Tensor:
+    """Return the maximum score of each group of columns.
 
     Args:
         scores: (B, C).
@@ -141,40 +142,40 @@ def best_of_groups(scores: Tensor, owner: Tensor, groups: int) -> Tensor:
     return best.scatter_reduce(1, index, scores, "amax", include_self=True)
 
 
-def k_means(rows: Tensor, centres: int, generator: torch.Generator, rounds: int = 50) -> Tensor:
-    """Find centres of rows by Lloyd's rounds from a k-means++ start.
+def k_means(vectors: Tensor, centers: int, generator: torch.Generator, rounds: int = 50) -> Tensor:
+    """Return k-means centers: Lloyd iterations from a k-means++ start.
 
-    Arthur & Vassilvitskii 2007. Every process that gives the same rows gets the same centres.
+    Arthur & Vassilvitskii 2007. Processes with the same vectors and seed get the same centers.
 
     Args:
-        rows: (R, D), at least one.
-        centres: K at most; no more than there are different rows.
-        generator: a CPU generator, of the start.
-        rounds: at most; it ends sooner when no row changes its centre.
+        vectors: (R, D), at least one.
+        centers: K, number of centers at most; fewer if there are fewer different vectors.
+        generator: CPU generator of the start.
+        rounds: iterations, at most; it stops when no assignment changes.
 
     Returns:
-        (up to K, D) float64; a centre that lost all its rows stays where it was.
+        (up to K, D) float64; a center that lost all its vectors stays where it was.
     """
-    rows = rows.double()
-    found = _spread_start(rows, centres, generator)
+    vectors = vectors.double()
+    found = _k_means_plus_plus(vectors, centers, generator)
     last: Tensor | None = None
     for _ in range(rounds):
-        nearest = torch.cdist(rows, found).argmin(1)
+        nearest = torch.cdist(vectors, found).argmin(1)
         if last is not None and torch.equal(nearest, last):
             break
         last = nearest
-        own = functional.one_hot(nearest, len(found)).to(rows)
+        own = functional.one_hot(nearest, len(found)).to(vectors)
         counts = own.sum(0)[:, None]
-        found = torch.where(counts > 0, own.T @ rows / counts.clamp(min=1), found)
+        found = torch.where(counts > 0, own.T @ vectors / counts.clamp(min=1), found)
     return found
 
 
-def _spread_start(rows: Tensor, centres: int, generator: torch.Generator) -> Tensor:
-    """K rows, each drawn in proportion to its squared distance from those before it."""
-    first = int(torch.randint(len(rows), (1,), generator=generator))
+def _k_means_plus_plus(vectors: Tensor, centers: int, generator: torch.Generator) -> Tensor:
+    """Return the k-means++ start: drawn in proportion to squared distance from those before."""
+    first = int(torch.randint(len(vectors), (1,), generator=generator))
     chosen = [first]
-    distance = (rows - rows[first]).square().sum(1)
-    while len(chosen) < centres and bool(distance.any()):
+    distance = (vectors - vectors[first]).square().sum(1)
+    while len(chosen) < centers and bool(distance.any()):
         chosen.append(int(torch.multinomial(distance.cpu(), 1, generator=generator)))
-        distance = torch.minimum(distance, (rows - rows[chosen[-1]]).square().sum(1))
-    return rows[chosen]
+        distance = torch.minimum(distance, (vectors - vectors[chosen[-1]]).square().sum(1))
+    return vectors[chosen]

@@ -1,16 +1,13 @@
-"""From numbers to something a person looks at: tables, plots, one HTML page."""
+"""Report of a run: tables, plots, one HTML page, and the comparison of runs."""
 
 from mmcl.report.compare import Comparison, compare
 from mmcl.report.page import write_report
-from mmcl.report.rundir import RunDirectory, Sample
-from mmcl.report.tables import figure_line, matrix_csv, matrix_latex, matrix_table
+from mmcl.report.tables import matrix_csv, matrix_latex, matrix_table, metric_line
 
 __all__ = [
     "Comparison",
-    "RunDirectory",
-    "Sample",
     "compare",
-    "figure_line",
+    "metric_line",
     "matrix_csv",
     "matrix_latex",
     "matrix_table",

@@ -1,10 +1,8 @@
-"""Several runs side by side: mean and deviation over seeds, as table, figure, CSV and LaTeX."""
+"""Comparison of runs: mean and deviation over seeds, as table, plot, CSV and LaTeX."""
 
 from __future__ import annotations
 
 import base64
-import csv
-import io
 import re
 import statistics
 from collections.abc import Sequence
@@ -14,26 +12,28 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from mmcl.core.atomic import write_atomic
-from mmcl.metrics.figures import MAIN, average_accuracy
-from mmcl.metrics.leniency import LENIENT_MAIN
-from mmcl.metrics.matrix import AccuracyMatrix
-from mmcl.metrics.summary import RunSummary
+from mmcl.core.atomic_write import write_atomic
+from mmcl.evaluation.all_metrics import MAIN
+from mmcl.evaluation.continual_metrics import average_accuracy
+from mmcl.evaluation.lenient_metrics import LENIENT_MAIN
+from mmcl.evaluation.matrix import AccuracyMatrix
+from mmcl.evaluation.run_files import MATRIX, SUMMARY
+from mmcl.evaluation.summary import RunSummary
+from mmcl.report.formatting import format_metric, sanitize, unit
 from mmcl.report.html import render_template
-from mmcl.report.spreadplot import Curve, spread_figure
-from mmcl.report.tables import UNMEASURED, harmless, latex, render
-from mmcl.report.words import clean, points, unit
+from mmcl.report.seed_plot import Curve, plot_seeds
+from mmcl.report.tables import UNMEASURED, csv_text, latex, latex_table, render
 
 _SEED_AT_END = re.compile(r"[-_.]?(?:seed|s)[-_=]?\d+$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Spread:
-    """One figure over the seeds of a group.
+class SeedStats:
+    """Metric over the seeds of a group.
 
     Args:
-        name: of the figure.
-        values: one per seed, in order of the seeds; empty if a seed has no value.
+        name: of the metric.
+        values: one per seed, in the order of the seeds; empty if a seed has none.
         reason: why there are no values.
     """
 
@@ -52,41 +52,41 @@ class Spread:
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     @property
-    def words(self) -> str:
-        """Mean and deviation in the unit of ``points``, a dot without values."""
+    def text(self) -> str:
+        """Mean and deviation as text, a dot without values."""
         if self.mean is None:
             return UNMEASURED
         if self.deviation is None:
-            return points(self.name, self.mean)
-        return f"{points(self.name, self.mean)} ± {100 * self.deviation:.1f}"
+            return format_metric(self.name, self.mean)
+        return f"{format_metric(self.name, self.mean)} ± {100 * self.deviation:.1f}"
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed.
+    """Runs that differ only in the seed.
 
     Args:
-        label: strategy and the runs' name without the seed.
+        label: strategy, and model and name where several groups share it.
         seeds: of the runs, ascending.
-        spreads: one per figure that is compared.
-        curve: per row from 1, average accuracy of each seed; rows that a seed lacks are empty.
+        stats: one per compared metric.
+        curve: per row from 1, average accuracy of each seed; empty where a seed has none.
     """
 
     label: str
     seeds: tuple[int, ...]
-    spreads: tuple[Spread, ...]
+    stats: tuple[SeedStats, ...]
     curve: Curve
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups of runs over one stream.
+    """Comparison of groups of runs over one stream.
 
     Args:
         stream: its name.
         scenario: task, class or domain.
         groups: best average accuracy first.
-        rows: names of the rows after training began.
+        rows: names of the matrix rows from 1.
         notes: what was left out, a sentence each.
     """
 
@@ -98,68 +98,58 @@ class Comparison:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the figures: the main ones, and the lenient average where answers have one."""
-        return tuple(spread.name for spread in self.groups[0].spreads)
+        """Names of the compared metrics: the main ones, and lenient average accuracy if known."""
+        return tuple(stat.name for stat in self.groups[0].stats)
 
-    def text(self, width: int = 100, *, is_coloured: bool = False) -> str:
-        """Draw the table for a terminal of at least 100 characters, 112 with a lenient average."""
+    def text(self, width: int = 100, *, is_colored: bool = False) -> str:
+        """Format the table for a terminal of 100 characters or more, 112 with a lenient average."""
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
         table.add_column(
-            f"{clean(self.stream)} ({self.scenario})", overflow="fold", vertical="bottom"
+            f"{sanitize(self.stream)} ({self.scenario})", overflow="fold", vertical="bottom"
         )
         table.add_column("seeds", justify="right")
         for name in self.names:
             head = f"{name}, {unit(name)}".replace(" ", "\n")
             table.add_column(head, justify="right", no_wrap=True, vertical="bottom")
         for group in self.groups:
-            words = [Text(spread.words) for spread in group.spreads]
-            table.add_row(Text(clean(group.label)), str(len(group.seeds)), *words)
+            cells = [Text(stat.text) for stat in group.stats]
+            table.add_row(Text(sanitize(group.label)), str(len(group.seeds)), *cells)
         least = 100 + 12 * (len(self.names) - len(MAIN))
-        return "\n".join([render(table, max(width, least), is_coloured), *map(clean, self.notes)])
+        return "\n".join([render(table, max(width, least), is_colored), *map(sanitize, self.notes)])
 
     def csv(self) -> str:
-        """Write mean, deviation and number of seeds of every figure, all digits, as CSV."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        heads = [f"{name} {what}" for name in self.names for what in ("mean", "deviation")]
-        writer.writerow(["run", "seeds", *heads])
+        """Write mean and deviation of every metric as CSV, with all digits."""
+        head = [f"{name} {what}" for name in self.names for what in ("mean", "deviation")]
+        rows: list[list[str | float | None]] = []
         for group in self.groups:
-            numbers = [n for spread in group.spreads for n in (spread.mean, spread.deviation)]
-            cells = ["" if number is None else repr(number) for number in numbers]
-            writer.writerow([harmless(group.label), len(group.seeds), *cells])
-        return text.getvalue()
+            numbers = (n for stat in group.stats for n in (stat.mean, stat.deviation))
+            rows.append([group.label, len(group.seeds), *numbers])
+        return csv_text(["run", "seeds", *head], rows)
 
     def latex(self) -> str:
         """Write the table as a LaTeX ``tabular`` (needs booktabs)."""
-        lines = [rf"\begin{{tabular}}{{l{'r' * len(self.names)}}}", r"\toprule"]
-        lines += [f"Run & {' & '.join(self.names)} \\\\", r"\midrule"]
-        for group in self.groups:
-            cells = [
-                "--" if spread.mean is None else f"${spread.words.replace('±', chr(92) + 'pm')}$"
-                for spread in group.spreads
-            ]
-            lines.append(f"{latex(group.label)} & {' & '.join(cells)} \\\\")
-        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+        rows = [[latex(group.label), *map(_latex_cell, group.stats)] for group in self.groups]
+        return latex_table(["Run", *self.names], rows)
 
     def figure(self) -> bytes:
-        """Draw average accuracy over training and the main figures with their spread, as PNG."""
+        """Draw average accuracy over training and the compared metrics over seeds, as PNG."""
         curves = [(group.label, group.curve) for group in self.groups]
         bars = {
-            name: [group.spreads[place].values for group in self.groups]
-            for place, name in enumerate(self.names)
+            name: [group.stats[n].values for group in self.groups]
+            for n, name in enumerate(self.names)
         }
-        return spread_figure(curves, bars, self.rows)
+        return plot_seeds(curves, bars, self.rows)
 
     def write(self, folder: Path) -> Path:
-        """Write comparison.html, .png, .csv and .tex.
+        """Write the comparison as comparison.html, .png, .csv and .tex.
 
         Returns:
             path of the page.
         """
-        picture = self.figure()
-        source = f"data:image/png;base64,{base64.b64encode(picture).decode('ascii')}"
+        png = self.figure()
+        source = f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
         values = {"comparison": self, "names": self.names, "source": source}
-        write_atomic(folder / "comparison.png", picture)
+        write_atomic(folder / "comparison.png", png)
         write_atomic(folder / "comparison.csv", self.csv().encode("utf-8", "replace"))
         write_atomic(folder / "comparison.tex", self.latex().encode("utf-8", "replace"))
         page = folder / "comparison.html"
@@ -175,23 +165,23 @@ class _Run:
 
 
 def compare(runs: Sequence[Path]) -> Comparison:
-    """Compare finished runs of one stream, runs that differ only in the seed together.
+    """Compare finished runs of one stream, grouped over seeds.
 
-    Runs belong together if strategy, model and name are equal, the name without a seed at its end
+    Runs are one group if strategy, model and name are equal, the name without a seed at its end
     (``er-seed3``, ``er_s3``, or ``er-3`` where 3 is the run's seed). Unfinished runs are left out
     and named in the notes.
 
     Args:
-        runs: their folders.
+        runs: run directories.
 
     Raises:
-        FileNotFoundError: if a folder lacks summary.json or matrix.json.
+        FileNotFoundError: if a run lacks summary.json or matrix.json.
         ValueError: if the streams differ, no run is finished, or a group has a seed twice.
     """
     read = [_read(folder) for folder in runs]
     finished = [run for run in read if run.summary.finished]
     if not finished:
-        raise ValueError(f"compare got {len(read)} runs, none finished: give at least one that is")
+        raise ValueError(f"compare got {len(read)} runs, none finished: give one that is")
     for run in finished[1:]:
         _refuse_other_stream(finished[0], run)
     together: dict[tuple[str, str, str], list[_Run]] = {}
@@ -199,13 +189,13 @@ def compare(runs: Sequence[Path]) -> Comparison:
         key = (run.summary.strategy, run.summary.model, _stem(run.summary))
         together.setdefault(key, []).append(run)
     labels = _labels(list(together))
-    has_forms = any(run.summary.figure(LENIENT_MAIN) for run in finished)
+    has_forms = any(run.summary.metric(LENIENT_MAIN) for run in finished)
     names = (*MAIN, LENIENT_MAIN) if has_forms else MAIN
     groups = [
         _group(label, members, names)
         for label, members in zip(labels, together.values(), strict=True)
     ]
-    groups.sort(key=lambda group: -(group.spreads[0].mean or 0.0))
+    groups.sort(key=lambda group: -(group.stats[0].mean or 0.0))
     first = finished[0].matrix
     left_out = [run for run in read if not run.summary.finished]
     notes = [f"left out, not finished: {run.folder}" for run in left_out]
@@ -213,8 +203,8 @@ def compare(runs: Sequence[Path]) -> Comparison:
 
 
 def _read(folder: Path) -> _Run:
-    summary = RunSummary.read(folder / "summary.json")
-    return _Run(folder, summary, AccuracyMatrix.read(folder / "matrix.json"))
+    summary = RunSummary.read(folder / SUMMARY)
+    return _Run(folder, summary, AccuracyMatrix.read(folder / MATRIX))
 
 
 def _refuse_other_stream(first: _Run, other: _Run) -> None:
@@ -239,14 +229,14 @@ def _stem(summary: RunSummary) -> str:
 
 
 def _labels(keys: list[tuple[str, str, str]]) -> list[str]:
-    """Name groups by the strategy, and by model and name as far as that tells them apart."""
+    """Label groups by strategy, and by model and name as far as that makes labels distinct."""
     shown = [0]
-    for place in (1, 2):
-        told_apart = {tuple(key[each] for each in shown) for key in keys}
-        varies = len({key[place] for key in keys}) > 1
-        if varies and len(told_apart) < len(keys):
-            shown.append(place)
-    return [" · ".join(key[place] for place in shown) for key in keys]
+    for n in (1, 2):
+        distinct = {tuple(key[each] for each in shown) for key in keys}
+        varies = len({key[n] for key in keys}) > 1
+        if varies and len(distinct) < len(keys):
+            shown.append(n)
+    return [" · ".join(key[n] for n in shown) for key in keys]
 
 
 def _group(label: str, members: list[_Run], names: Sequence[str]) -> Group:
@@ -258,17 +248,17 @@ def _group(label: str, members: list[_Run], names: Sequence[str]) -> Group:
                 f"give one of them, or runs of other seeds"
             )
     seeds = tuple(run.summary.seed for run in members)
-    spreads = tuple(_spread(name, members) for name in names)
-    return Group(label, seeds, spreads, _curve(members))
+    stats = tuple(_seed_stats(name, members) for name in names)
+    return Group(label, seeds, stats, _curve(members))
 
 
-def _spread(name: str, members: list[_Run]) -> Spread:
-    figures = [run.summary.figure(name) for run in members]
-    values = [figure.value for figure in figures if figure and figure.value is not None]
+def _seed_stats(name: str, members: list[_Run]) -> SeedStats:
+    metrics = [run.summary.metric(name) for run in members]
+    values = [each.value for each in metrics if each and each.value is not None]
     if len(values) == len(members):
-        return Spread(name, tuple(values))
-    reasons = [figure.reason for figure in figures if figure and figure.reason]
-    return Spread(name, (), reasons[0] if reasons else f"a run has no figure {name!r}")
+        return SeedStats(name, tuple(values))
+    reasons = [each.reason for each in metrics if each and each.reason]
+    return SeedStats(name, (), reasons[0] if reasons else f"a run has no metric {name!r}")
 
 
 def _curve(members: list[_Run]) -> Curve:
@@ -278,3 +268,7 @@ def _curve(members: list[_Run]) -> Curve:
         known = [value for value in values if value is not None]
         curve.append(tuple(known) if len(known) == len(values) else ())
     return curve
+
+
+def _latex_cell(stat: SeedStats) -> str:
+    return "--" if stat.mean is None else f"${stat.text.replace('±', chr(92) + 'pm')}$"

@@ -1,4 +1,4 @@
-"""Turning templates and plots into one HTML file that needs nothing else."""
+"""HTML rendering: templates and inline SVG plots in one self-contained file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,17 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from mmcl.report.canvas import THEMED
-from mmcl.report.words import clean, clean_lines, duration, large, percent, points, size, unit
+from mmcl.report.formatting import (
+    clean_lines,
+    duration,
+    format_count,
+    format_metric,
+    percent,
+    sanitize,
+    size,
+    unit,
+)
+from mmcl.report.plot_style import THEMED
 
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"
@@ -21,7 +30,7 @@ _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
 
 def render_template(template: str, values: Mapping[str, Any]) -> str:
-    """Fill a template of this package; every value is escaped unless it is ``Markup``.
+    """Render an HTML template of this package; every value is escaped unless it is ``Markup``.
 
     Control characters and lone surrogates in names are replaced, so the result is always UTF-8.
     """
@@ -34,43 +43,43 @@ def render_template(template: str, values: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        clean=clean,
+        sanitize=sanitize,
         clean_lines=clean_lines,
         percent=percent,
         size=size,
         duration=duration,
-        large=large,
+        format_count=format_count,
     )
-    environment.globals.update(points=points, unit=unit)
+    environment.globals.update(format_metric=format_metric, unit=unit)
     page = environment.get_template(template).render(values)
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def inline_svg(svg: bytes, prefix: str, label: str) -> Markup:
-    """Make a plot part of a page: its own ids, the page's colours, its natural width at most.
+    """Inline an SVG plot in a page: unique ids, the page's colors, its natural width at most.
 
     Args:
         svg: from one of the plots.
-        prefix: goes before every id, so that two plots on a page do not share any.
-        label: what a screen reader says.
+        prefix: put before every id, so that two plots on a page do not share any.
+        label: text for screen readers.
     """
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", _XLINK)
     root = ElementTree.fromstring(svg)
-    _drop_page_wide_parts(root)
+    _drop_global_style(root)
     for element in root.iter():
         for key, value in element.attrib.items():
-            element.set(key, _own(_themed(value), key, prefix))
+            element.set(key, _prefixed(_themed(value), key, prefix))
     width = float(root.attrib.pop("width").removesuffix("pt")) * 4 / 3
     root.attrib.pop("height")
     root.set("style", f"max-width:{width:.0f}px;stroke-linejoin:round")
     root.set("role", "img")
-    root.set("aria-label", clean(label))
+    root.set("aria-label", sanitize(label))
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
-def _drop_page_wide_parts(root: ElementTree.Element) -> None:
-    """Leave out metadata and the style sheet, which would hold for the whole page."""
+def _drop_global_style(root: ElementTree.Element) -> None:
+    """Remove metadata and the style sheet of an SVG, which would apply to the whole page."""
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag in (f"{{{_SVG}}}style", f"{{{_SVG}}}metadata"):
@@ -78,12 +87,12 @@ def _drop_page_wide_parts(root: ElementTree.Element) -> None:
 
 
 def _themed(value: str) -> str:
-    for colour, variable in THEMED.items():
-        value = value.replace(colour, f"var({variable})")
+    for color, variable in THEMED.items():
+        value = value.replace(color, f"var({variable})")
     return value.replace("'DejaVu Sans'", "inherit") if "font" in value else value
 
 
-def _own(value: str, key: str, prefix: str) -> str:
+def _prefixed(value: str, key: str, prefix: str) -> str:
     if key == "id":
         return f"{prefix}-{value}"
     if key == _HREF and value.startswith("#"):

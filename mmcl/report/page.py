@@ -1,4 +1,4 @@
-"""report.html: one run on one page that needs no network and no other file."""
+"""Report page of a run: report.html, which needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -8,78 +8,79 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mmcl.core.atomic import write_atomic
-from mmcl.metrics.answers import RIGHT_FROM, Answer
-from mmcl.metrics.cost import Ledger
-from mmcl.metrics.figures import MAIN, Figure, all_figures, average_accuracy, forgetting
-from mmcl.metrics.leniency import lenient_figures
-from mmcl.metrics.matrix import AccuracyMatrix
+from mmcl.core.atomic_write import write_atomic
+from mmcl.evaluation.all_metrics import MAIN, compute_all_metrics
+from mmcl.evaluation.continual_metrics import average_accuracy, forgetting
+from mmcl.evaluation.lenient_metrics import compute_lenient_metrics
+from mmcl.evaluation.metric import MetricValue
+from mmcl.evaluation.predictions import RIGHT_FROM, Prediction
+from mmcl.evaluation.run_files import FIGURES, REPORT, RunFiles, SamplePredictions
 from mmcl.report import plots
-from mmcl.report.formplot import form_bars
+from mmcl.report.formatting import format_metric, percent
 from mmcl.report.html import inline_svg, render_template
-from mmcl.report.rundir import RunDirectory, Sample
 from mmcl.report.tables import UNMEASURED
-from mmcl.report.words import percent, points
 
-# Captions have several right answers, VQA ten people's.
-_MOST_RIGHT = 5
+# Captions have several right answers, VQA those of ten annotators.
+_MAX_RIGHT = 5
 
 _CAPTIONS = {
     "matrix": (
         "Accuracy matrix",
-        "Score in percent of every task (column) after each task learned (row). A frame marks the "
+        "Score in percent of every task (column) after each learned task (row). A frame marks the "
         "task just learned, a dot what was not measured.",
     ),
     "average": (
-        "Seen tasks and tasks to come",
-        "Mean score of the tasks learned so far, and of those the model has not met yet.",
+        "Seen and unseen tasks",
+        "Mean score of the tasks learned so far, and of those not learned yet.",
     ),
     "curves": (
         "Each task over training",
-        "Dotted until the task is learned, a mark where it is.",
+        "Score of each task: dotted until the task is learned, with a mark where it is.",
     ),
     "forgetting": (
         "Forgetting per task",
-        "How far each task is below its best earlier score. A negative value is a gain.",
+        "Best earlier score of each task minus its score now. A negative value is a gain.",
     ),
     "form": (
         "Format lost, knowledge kept",
-        "Answers after the last task: right in the form that was asked for, and right only if the "
-        "form is forgiven (a sentence in place of a word, words in place of a letter).",
+        "Answers after the last task: right in the requested form, and right only in another form "
+        "(a sentence instead of a word, words instead of a letter).",
     ),
-    "cost": ("Time and memory", "Training time and what the strategy keeps after each task."),
+    "cost": (
+        "Time and memory",
+        "Training time, and what the strategy stores after each task.",
+    ),
 }
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``report.html`` and ``figures/`` of a run from what it has left so far.
+    """Write the report page ``report.html`` and the plots in ``figures/`` of a run.
 
-    Reads matrix.json, lenient.json, summary.json, ledger.json, config.yaml, figures/samples.json
-    and answers/.
-    A part that is missing leaves its section out; one that cannot be read is named on the page.
+    Reads the files of ``mmcl.evaluation.run_files``. A missing file leaves its section out; one
+    that cannot be read is named on the page.
 
     Args:
-        folder: of the run, finished or not.
+        folder: run directory, finished or not.
 
     Returns:
         path of the page.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
+        FileNotFoundError: if there is no such directory.
     """
-    run = RunDirectory.read(folder)
-    drawn = _draw(run.matrix, run.ledger) | _draw_form(run)
+    run = RunFiles.read(folder)
+    drawn = _draw(run)
     for name, svg in drawn.items():
-        write_atomic(folder / "figures" / f"{name}.svg", svg)
+        write_atomic(folder / FIGURES / f"{name}.svg", svg)
     if run.matrix is not None:
-        write_atomic(folder / "figures" / "matrix.png", plots.heat_map(run.matrix, "png"))
-    page = render_template("template.html.j2", _values(run, drawn))
-    path = folder / "report.html"
-    write_atomic(path, page)
-    return path
+        write_atomic(folder / FIGURES / "matrix.png", plots.heat_map(run.matrix, "png"))
+    page = folder / REPORT
+    write_atomic(page, render_template("template.html.j2", _values(run, drawn)))
+    return page
 
 
-def _draw(matrix: AccuracyMatrix | None, ledger: Ledger | None) -> dict[str, bytes]:
+def _draw(run: RunFiles) -> dict[str, bytes]:
+    matrix, ledger = run.matrix, run.ledger
     drawn: dict[str, bytes] = {}
     if matrix is not None:
         drawn["matrix"] = plots.heat_map(matrix)
@@ -87,6 +88,8 @@ def _draw(matrix: AccuracyMatrix | None, ledger: Ledger | None) -> dict[str, byt
         if after:
             drawn["average"] = plots.seen_and_unseen(matrix)
             drawn["curves"] = plots.task_curves(matrix)
+            if run.lenient is not None:
+                drawn["form"] = plots.lenient_bars(matrix, run.lenient, after)
         if after > 1:
             drawn["forgetting"] = plots.forgetting_bars(matrix, after)
     if ledger is not None and len(ledger):
@@ -94,16 +97,9 @@ def _draw(matrix: AccuracyMatrix | None, ledger: Ledger | None) -> dict[str, byt
     return drawn
 
 
-def _draw_form(run: RunDirectory) -> dict[str, bytes]:
-    matrix, after = run.matrix, run.matrix.last_complete_row if run.matrix else None
-    if matrix is None or run.lenient is None or not after:
-        return {}
-    return {"form": form_bars(matrix, run.lenient, after)}
-
-
-def _values(run: RunDirectory, drawn: dict[str, bytes]) -> dict[str, Any]:
+def _values(run: RunFiles, drawn: dict[str, bytes]) -> dict[str, Any]:
     summary, matrix = run.summary, run.matrix
-    figures = _figures(run)
+    metrics = _metrics(run)
     warnings = [*(summary.warnings if summary else ()), *run.notes]
     return {
         "name": summary.name if summary else run.folder.resolve().name,
@@ -111,61 +107,61 @@ def _values(run: RunDirectory, drawn: dict[str, bytes]) -> dict[str, Any]:
         "state": _state(run),
         "is_finished": bool(summary and summary.finished),
         "warnings": warnings,
-        "cards": [each for each in figures if each.name in MAIN],
-        "figures": figures,
+        "cards": [each for each in metrics if each.name in MAIN],
+        "metrics": metrics,
         "plots": {name: _plot(name, svg) for name, svg in drawn.items()},
         "scores": sorted({column.score for column in matrix.columns}) if matrix else [],
         "forms": _forms(run),
-        "after": matrix.last_complete_row or 0 if matrix else 0,
+        "after": (matrix.last_complete_row or 0) if matrix else 0,
         "costs": list(run.ledger) if run.ledger else [],
         "total": run.ledger.total() if run.ledger else None,
-        "samples": [_picture(sample) for sample in run.samples],
-        "asks": any(sample.question for sample in run.samples),
-        "faults": _faults(run),
+        "samples": [_sample(sample) for sample in run.samples],
+        "has_questions": any(sample.question for sample in run.samples),
+        "errors": _errors(run),
         "config": run.config,
         "versions": summary.versions if summary else {},
         "hashes": summary.hashes if summary else {},
     }
 
 
-def _figures(run: RunDirectory) -> list[Figure]:
-    if run.summary is not None and run.summary.figures:
-        return list(run.summary.figures)
+def _metrics(run: RunFiles) -> list[MetricValue]:
+    if run.summary is not None and run.summary.metrics:
+        return list(run.summary.metrics)
     if run.matrix is None or run.matrix.last_row is None:
         return []
     after = run.matrix.last_complete_row or 0
-    lenient = [] if run.lenient is None else lenient_figures(run.matrix, run.lenient, after)
-    return all_figures(run.matrix, after) + lenient
+    lenient = [] if run.lenient is None else compute_lenient_metrics(run.matrix, run.lenient, after)
+    return compute_all_metrics(run.matrix, after) + lenient
 
 
-def _forms(run: RunDirectory) -> list[tuple[str, str, str, str]]:
-    """Give lines of name, strict, lenient and difference: tasks, then their mean and forgetting."""
+def _forms(run: RunFiles) -> list[tuple[str, str, str, str]]:
+    """Rows of name, strict, lenient and difference: tasks, their mean, forgetting."""
     matrix, lenient = run.matrix, run.lenient
     after = matrix.last_complete_row if matrix is not None else None
     if matrix is None or lenient is None or not after:
         return []
     cells = [(matrix.get(after, task), lenient.get(after, task)) for task in range(after)]
-    lines = [
-        _form(name, *pair, "accuracy") for name, pair in zip(matrix.names, cells, strict=False)
-    ]
-    known, lost, _ = lenient_figures(matrix, lenient, after)
-    lines.append(_form("average", average_accuracy(matrix, after).value, known.value, "accuracy"))
+    rows = [_form(name, *pair, "accuracy") for name, pair in zip(matrix.names, cells, strict=False)]
+    known, lost, _ = compute_lenient_metrics(matrix, lenient, after)
+    rows.append(_form("average", average_accuracy(matrix, after).value, known.value, "accuracy"))
     if lost.value is not None:
-        lines.append(_form("forgetting", forgetting(matrix, after).value, lost.value, "forgetting"))
-    return lines
+        rows.append(_form("forgetting", forgetting(matrix, after).value, lost.value, "forgetting"))
+    return rows
 
 
 def _form(
     name: str, strict: float | None, lenient: float | None, kind: str
 ) -> tuple[str, str, str, str]:
-    shown = [UNMEASURED if value is None else points(kind, value) for value in (strict, lenient)]
+    shown = [
+        UNMEASURED if value is None else format_metric(kind, value) for value in (strict, lenient)
+    ]
     if strict is None or lenient is None:
         return name, shown[0], shown[1], UNMEASURED
     change = strict - lenient if kind == "forgetting" else lenient - strict
     return name, shown[0], shown[1], f"{100 * change:+.1f}"
 
 
-def _facts(run: RunDirectory) -> list[tuple[str, str]]:
+def _facts(run: RunFiles) -> list[tuple[str, str]]:
     summary, matrix = run.summary, run.matrix
     facts: list[tuple[str, str]] = []
     if summary is not None:
@@ -179,17 +175,17 @@ def _facts(run: RunDirectory) -> list[tuple[str, str]]:
     return facts
 
 
-def _state(run: RunDirectory) -> str:
+def _state(run: RunFiles) -> str:
     if run.summary is not None and run.summary.finished:
         return "finished"
     if run.matrix is None or run.matrix.last_complete_row is None:
         return "no task learned yet"
-    return f"stands after task {run.matrix.last_complete_row} of {run.matrix.tasks}"
+    return f"after task {run.matrix.last_complete_row} of {run.matrix.tasks}"
 
 
-def _faults(run: RunDirectory) -> list[str]:
-    faults = run.summary.faults if run.summary else ()
-    return [each if isinstance(each, str) else " · ".join(each.values()) for each in faults]
+def _errors(run: RunFiles) -> list[str]:
+    errors = run.summary.errors if run.summary else ()
+    return [each if isinstance(each, str) else " · ".join(each.values()) for each in errors]
 
 
 def _plot(name: str, svg: bytes) -> dict[str, str | Markup]:
@@ -197,25 +193,28 @@ def _plot(name: str, svg: bytes) -> dict[str, str | Markup]:
     return {"title": title, "text": text, "svg": inline_svg(svg, name, title)}
 
 
-def _picture(sample: Sample) -> dict[str, Any]:
-    picture = base64.b64encode(sample.picture_png).decode("ascii")
-    source = f"data:image/png;base64,{picture}" if picture else ""
+def _sample(sample: SamplePredictions) -> dict[str, Any]:
+    image = base64.b64encode(sample.image_png).decode("ascii")
+    source = f"data:image/png;base64,{image}" if image else ""
     right = sample.right_answers
     return {
         "sample": sample,
         "source": source,
-        "right": right[:_MOST_RIGHT],
-        "more": len(right) - _MOST_RIGHT,
-        "said": {row: {"answer": a, "mark": _mark(a)} for row, a in sample.answers.items()},
+        "right": right[:_MAX_RIGHT],
+        "more": len(right) - _MAX_RIGHT,
+        "predictions": {
+            row: {"prediction": each, "mark": _mark(each)}
+            for row, each in sample.predictions.items()
+        },
     }
 
 
-def _mark(answer: Answer) -> dict[str, str]:
-    """Choose the sign before an answer: right, there but not in the form asked for, or wrong."""
-    share = "" if answer.strict in (None, 0.0, 1.0) else percent(answer.strict or 0.0)
-    if answer.correct:
-        return {"sign": "✓", "kind": "right", "title": "right", "share": share}
-    if (answer.lenient or 0.0) >= RIGHT_FROM:
-        title = "the right answer, not in the form asked for"
-        return {"sign": "≈", "kind": "near", "title": title, "share": share}
-    return {"sign": "✗", "kind": "wrong", "title": "wrong", "share": share}
+def _mark(prediction: Prediction) -> dict[str, str]:
+    """Mark of a prediction: right, right in another form, or wrong; its score if fractional."""
+    score = "" if prediction.strict in (None, 0.0, 1.0) else percent(prediction.strict or 0.0)
+    if prediction.correct:
+        return {"sign": "✓", "kind": "right", "title": "right", "score": score}
+    if (prediction.lenient or 0.0) >= RIGHT_FROM:
+        title = "right, but not in the requested form"
+        return {"sign": "≈", "kind": "near", "title": title, "score": score}
+    return {"sign": "✗", "kind": "wrong", "title": "wrong", "score": score}

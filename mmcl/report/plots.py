@@ -1,7 +1,7 @@
-"""The pictures of one run, each as SVG or PNG bytes.
+"""Plots of one run, each as SVG or PNG bytes.
 
-Values below are shares (0.9 is drawn as 90 %). Names come from cards and may hold anything: they
-are never read as formulas, and letters that cannot be drawn are replaced.
+Scores are fractions (0.9 is drawn as 90 %). Names come from cards and are untrusted: they are never
+read as formulas, and characters that cannot be drawn are replaced.
 """
 
 from __future__ import annotations
@@ -11,16 +11,13 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from mmcl.metrics.cost import Ledger
-from mmcl.metrics.figures import (
-    Figure,
-    average_accuracy,
-    forgetting_of,
-    over_training,
-    unseen_accuracy,
-)
-from mmcl.metrics.matrix import AccuracyMatrix
-from mmcl.report.canvas import (
+from mmcl.evaluation.continual_metrics import average_accuracy, forgetting_of, over_training
+from mmcl.evaluation.cost import Ledger
+from mmcl.evaluation.matrix import AccuracyMatrix
+from mmcl.evaluation.metric import MetricValue
+from mmcl.evaluation.zero_shot_metrics import unseen_accuracy
+from mmcl.report.formatting import duration, percent, shorten, size
+from mmcl.report.plot_style import (
     ACCENT,
     GOOD,
     INK,
@@ -35,22 +32,24 @@ from mmcl.report.canvas import (
     label_ends,
     name_ticks,
     render,
-    series_colour,
+    series_color,
     tidy,
+    write_text,
 )
-from mmcl.report.words import duration, percent, shorten, size
 
 _DIRECT_LABELS = 10
 _WIDE = 14
 _HALF_PAGE = 5.8
+_PERCENT_TICKS = range(0, 101, 20)
+_PERCENT_NAMES = ("0", "20", "40", "60", "80", "100 %")
 
 
 def heat_map(matrix: AccuracyMatrix, format: Format = "svg") -> bytes:
-    """Draw the matrix: one cell per row and column, its value in it, a frame where just learned.
+    """Draw the accuracy matrix as a heat map, values in the cells, a frame where just learned.
 
-    Probes stand apart on the right; a dot means not measured. A wide matrix shows whole percent.
-    Where columns have different scores, each is named with its own. Scores above 1 (not shares)
-    are drawn on a scale that ends at the highest.
+    Eval-only tasks are set apart on the right; a dot means not measured. A wide matrix shows whole
+    percent. Where columns have different scores, each is named with its own. Scores above 1 (not
+    fractions) are drawn on a scale that ends at the highest.
     """
     rows, columns = len(matrix.rows), len(matrix.columns)
     is_wide = columns > _WIDE
@@ -63,9 +62,9 @@ def heat_map(matrix: AccuracyMatrix, format: Format = "svg") -> bytes:
     axes.set_xlim(0, _left(matrix, columns - 1) + 1)
     axes.set_ylim(rows, 0)
     axes.xaxis.tick_top()
-    centres = [_left(matrix, column) + 0.5 for column in range(columns)]
+    centers = [_left(matrix, column) + 0.5 for column in range(columns)]
     slant = {"rotation": 40, "ha": "left", "rotation_mode": "anchor"}
-    name_ticks(axes.xaxis, centres, _column_names(matrix), **slant)
+    name_ticks(axes.xaxis, centers, _column_names(matrix), **slant)
     middles = [row + 0.5 for row in range(rows)]
     name_ticks(axes.yaxis, middles, [shorten(name, 18) for name in matrix.rows])
     axes.tick_params(length=0, pad=5)
@@ -76,7 +75,7 @@ def heat_map(matrix: AccuracyMatrix, format: Format = "svg") -> bytes:
 
 
 def task_curves(matrix: AccuracyMatrix, format: Format = "svg") -> bytes:
-    """Draw one line per task over training, dotted until it is learned, a mark where it is.
+    """Draw the score of each task over training, dotted until it is learned, a mark where it is.
 
     Beyond ten tasks the lines are thin, dark to light in the order learned, and their mean is bold.
     """
@@ -92,17 +91,17 @@ def task_curves(matrix: AccuracyMatrix, format: Format = "svg") -> bytes:
         ]
         if not points:
             continue
-        colour = series_colour(task, matrix.tasks)
+        color = series_color(task, matrix.tasks)
         since = [point for point in points if point[0] > task]
         learned = [point for point in since if point[0] == task + 1]
-        axes.plot(*_xy(since), color=colour, linewidth=0.8 if is_crowded else 1.8)
-        axes.plot(*_xy(learned), "o", color=colour, markersize=3 if is_crowded else 5)
+        axes.plot(*_xy(since), color=color, linewidth=0.8 if is_crowded else 1.8)
+        axes.plot(*_xy(learned), "o", color=color, markersize=3 if is_crowded else 5)
         if not is_crowded:
             before = [point for point in points if point[0] <= task + 1]
             axes.plot(
-                *_xy(before), color=colour, linewidth=1.2, linestyle=(0, (1.5, 1.8)), alpha=0.9
+                *_xy(before), color=color, linewidth=1.2, linestyle=(0, (1.5, 1.8)), alpha=0.9
             )
-        ends.append((points[-1][1], shorten(matrix.names[task], 20), colour))
+        ends.append((points[-1][1], shorten(matrix.names[task], 20), color))
     if is_crowded:
         mean = _points(over_training(average_accuracy, matrix), 1)
         axes.plot(*_xy(mean), color=INK, linewidth=3)
@@ -112,21 +111,21 @@ def task_curves(matrix: AccuracyMatrix, format: Format = "svg") -> bytes:
 
 
 def seen_and_unseen(matrix: AccuracyMatrix, format: Format = "svg") -> bytes:
-    """Draw average accuracy over the tasks learned so far, and over those still to come."""
+    """Draw the average accuracy of the tasks learned so far, and of those not learned yet."""
     figure, axes = canvas(_HALF_PAGE, 3.4)
     _percent_axis(axes, matrix)
     seen = over_training(average_accuracy, matrix)
     unseen = over_training(unseen_accuracy, matrix, first=0)
     ends = []
-    for name, figures, first, colour in (
+    for name, metrics, first, color in (
         ("seen tasks", seen, 1, ACCENT),
-        ("tasks to come", unseen, 0, WARM),
+        ("tasks not learned yet", unseen, 0, WARM),
     ):
-        points = _points(figures, first)
+        points = _points(metrics, first)
         if not points:
             continue
-        axes.plot(*_xy(points), "o-", color=colour, linewidth=1.8, markersize=4)
-        ends.append((points[-1][1], name, colour))
+        axes.plot(*_xy(points), "o-", color=color, linewidth=1.8, markersize=4)
+        ends.append((points[-1][1], name, color))
     label_ends(axes, ends)
     return render(figure, "average", format)
 
@@ -134,39 +133,74 @@ def seen_and_unseen(matrix: AccuracyMatrix, format: Format = "svg") -> bytes:
 def forgetting_bars(
     matrix: AccuracyMatrix, after: int | None = None, format: Format = "svg"
 ) -> bytes:
-    """Draw how far each earlier task is below its best score, gains to the left of zero."""
+    """Draw the forgetting of each earlier task, gains to the left of zero."""
     last = (matrix.last_row or 0) if after is None else after
-    parts = [forgetting_of(matrix, task, last) for task in range(1, max(last, 1))]
-    figure, axes = canvas(_HALF_PAGE, 1.0 + 0.3 * max(len(parts), 1))
-    values = [0.0 if part.value is None else 100 * part.value for part in parts]
-    colours = [WARM if value > 0 else GOOD for value in values]
-    bars = axes.barh(range(len(parts)), values, color=colours, height=0.62)
-    labels = ["·" if part.value is None else f"{100 * part.value:+.1f}" for part in parts]
+    forgotten = [forgetting_of(matrix, task, last).value for task in range(1, max(last, 1))]
+    figure, axes = canvas(_HALF_PAGE, 1.0 + 0.3 * max(len(forgotten), 1))
+    values = [100 * (value or 0.0) for value in forgotten]
+    colors = [WARM if value > 0 else GOOD for value in values]
+    bars = axes.barh(range(len(values)), values, color=colors, height=0.62)
+    labels = ["·" if value is None else f"{100 * value:+.1f}" for value in forgotten]
     label_bars(axes, bars, labels)
-    _name_bars(axes, [shorten(name, 20) for name in matrix.names[: len(parts)]])
+    _name_bars(axes, [shorten(name, 20) for name in matrix.names[: len(values)]])
     axes.axvline(0, color=LINE, linewidth=1)
     axes.set_xlabel("below its best score, percent points", color=MUTED)
     return render(figure, "forgetting", format)
 
 
 def cost_bars(ledger: Ledger, format: Format = "svg") -> bytes:
-    """Draw seconds of training and bytes remembered, per task."""
+    """Draw the training time and the stored bytes of each task."""
     entries = list(ledger)
     figure, (left, right) = canvas(_HALF_PAGE, 1.0 + 0.3 * max(len(entries), 1), 2)
     names = [shorten(entry.task, 16) for entry in entries]
     times = [entry.seconds for entry in entries]
-    kept = [entry.bytes_remembered for entry in entries]
-    for axes, values, labels, colour, title in (
+    kept = [entry.state_bytes for entry in entries]
+    for axes, values, labels, color, title in (
         (left, times, [duration(value) for value in times], ACCENT, "training time"),
-        (right, kept, [size(value) for value in kept], SERIES[2], "remembered after the task"),
+        (right, kept, [size(value) for value in kept], SERIES[2], "stored after the task"),
     ):
-        bars = axes.barh(range(len(entries)), values, color=colour, height=0.62)
+        bars = axes.barh(range(len(entries)), values, color=color, height=0.62)
         label_bars(axes, bars, labels)
         _name_bars(axes, names if axes is left else [""] * len(names))
         axes.set_xticks([])
         axes.grid(visible=False)
         axes.set_title(title, color=MUTED, fontsize=9, loc="left")
     return render(figure, "cost", format)
+
+
+def lenient_bars(
+    strict: AccuracyMatrix, lenient: AccuracyMatrix, after: int, format: Format = "svg"
+) -> bytes:
+    """Draw the strict score of every learned task, and stacked on it what only lenient counts.
+
+    Args:
+        strict: the scores.
+        lenient: of the same shape, scores in any form.
+        after: number of learned tasks, 1 or more.
+        format: svg or png.
+    """
+    figure, axes = canvas(_HALF_PAGE, 1.35 + 0.3 * after)
+    tasks = range(after)
+    exact = [strict.get(after, task) or 0.0 for task in tasks]
+    known = [lenient.get(after, task) for task in tasks]
+    pairs = list(zip(exact, known, strict=True))
+    lefts = [100 * value for value in exact]
+    rest = [0.0 if k is None else max(100 * (k - a), 0.0) for a, k in pairs]
+    own = axes.barh(tasks, lefts, color=ACCENT, height=0.62)
+    bars = axes.barh(tasks, rest, left=lefts, color=SERIES[4], alpha=0.6, height=0.62)
+    texts = [percent(a) if k is None else f"{percent(a)} of {percent(k)}" for a, k in pairs]
+    label_bars(axes, bars, texts)
+    _name_bars(axes, [shorten(name, 20) for name in strict.names[:after]])
+    axes.set_xlim(0, 124)
+    name_ticks(axes.xaxis, _PERCENT_TICKS, _PERCENT_NAMES)
+    legend = axes.legend(
+        (own, bars), ("in the requested form", "in another form"), loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0), ncols=2, frameon=False, fontsize=8.5, handlelength=1.2,
+    )  # fmt: skip
+    for text in legend.get_texts():
+        write_text(text, text.get_text(), color=INK)
+    axes.set_xlabel("after the last task", color=MUTED)
+    return render(figure, "form", format)
 
 
 def _draw_cell(axes: Axes, matrix: AccuracyMatrix, row: int, column: int, highest: float) -> None:
@@ -177,16 +211,16 @@ def _draw_cell(axes: Axes, matrix: AccuracyMatrix, row: int, column: int, highes
     if value is None:
         axes.text(*middle, "·", color=MUTED, ha="center", va="center", fontsize=small)
         return
-    share = min(max(value / highest, 0.0), 1.0)
-    place = (left + 0.03, row + 0.04)
+    fraction = min(max(value / highest, 0.0), 1.0)
+    corner = (left + 0.03, row + 0.04)
     axes.add_patch(
-        Rectangle(place, 0.94, 0.92, facecolor=ACCENT, alpha=0.05 + 0.95 * share, linewidth=0)
+        Rectangle(corner, 0.94, 0.92, facecolor=ACCENT, alpha=0.05 + 0.95 * fraction, linewidth=0)
     )
     if row == column + 1 and column < matrix.tasks:
-        axes.add_patch(Rectangle(place, 0.94, 0.92, fill=False, edgecolor=INK, linewidth=1.4))
-    colour = PAPER if share > 0.6 else INK
-    words = f"{100 * value:.0f}" if is_wide else percent(value)
-    axes.text(*middle, words, color=colour, ha="center", va="center", fontsize=small)
+        axes.add_patch(Rectangle(corner, 0.94, 0.92, fill=False, edgecolor=INK, linewidth=1.4))
+    color = PAPER if fraction > 0.6 else INK
+    text = f"{100 * value:.0f}" if is_wide else percent(value)
+    axes.text(*middle, text, color=color, ha="center", va="center", fontsize=small)
 
 
 def _column_names(matrix: AccuracyMatrix) -> list[str]:
@@ -210,7 +244,7 @@ def _percent_axis(axes: Axes, matrix: AccuracyMatrix) -> None:
     turn = {"rotation": 0, "ha": "center"} if rows < 7 else {"rotation": 30, "ha": "right"}
     name_ticks(axes.xaxis, list(shown), names, **turn)
     axes.set_ylim(-2, 102)
-    name_ticks(axes.yaxis, range(0, 101, 20), ["0", "20", "40", "60", "80", "100 %"])
+    name_ticks(axes.yaxis, _PERCENT_TICKS, _PERCENT_NAMES)
     axes.autoscale(enable=False)
     tidy(axes)
 
@@ -221,11 +255,11 @@ def _name_bars(axes: Axes, names: Sequence[str]) -> None:
     tidy(axes, "x")
 
 
-def _points(figures: Sequence[Figure], first: int) -> list[tuple[int, float]]:
+def _points(metrics: Sequence[MetricValue], first: int) -> list[tuple[int, float]]:
     return [
-        (row, 100 * figure.value)
-        for row, figure in enumerate(figures, first)
-        if figure.value is not None
+        (row, 100 * metric.value)
+        for row, metric in enumerate(metrics, first)
+        if metric.value is not None
     ]
 
 

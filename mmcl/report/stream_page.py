@@ -1,4 +1,4 @@
-"""One page that shows what a stream is made of: pictures, texts, classes, sizes."""
+"""HTML page that shows a stream: images, texts, classes and sizes."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ from typing import Any
 
 from markupsafe import Markup
 
+from mmcl.report.formatting import clean_lines
 from mmcl.report.html import inline_svg, render_template
 from mmcl.report.stream_plots import answer_bars, class_bars, class_map, size_bars
-from mmcl.report.words import clean_lines
 
-_TURNS, _LETTERS = 6, 320
+_TURNS, _CHARACTERS = 6, 320
 _ANSWERS = 10
 _JPEG = b"\xff\xd8\xff"
 
 
 @dataclass(frozen=True)
 class ShownSample:
-    """A sample on the page.
+    """Sample on the page.
 
     Attributes:
         key: its name.
-        shard: that it lies in.
+        shard: name of its shard.
         label: name of its class, "" without one.
-        picture: PNG or JPEG, small; empty without one.
-        size: of the picture as recorded, in words.
-        said: speaker and text of every turn; the speaker of a caption is "".
+        image: thumbnail as PNG or JPEG; empty without one.
+        size: of the image itself, such as "640 × 480".
+        turns: role and text of every turn; the role of a caption is "".
     """
 
     key: str
     shard: str
     label: str = ""
-    picture: bytes = b""
+    image: bytes = b""
     size: str = ""
-    said: tuple[tuple[str, str], ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class ShownTask:
-    """A task, probe or source on the page.
+    """Task, eval-only task or source on the page.
 
     Attributes:
-        name: of it.
-        role: "task", "probe" or "source".
-        facts: what there is to say of it in a few words each: (what, words).
-        train: training samples.
-        test: test samples.
-        classes: (name, training samples, test samples) of each that were looked into.
-        answers: the most frequent right answers and how often each comes.
-        answered: answers that were looked into.
-        samples: to look at.
+        name: its name.
+        role: "task", "eval-only task" or "source".
+        facts: (heading, short text) pairs.
+        train: number of training samples.
+        test: number of test samples.
+        classes: (name, training samples, test samples) among those that were decoded.
+        answers: the most frequent right answers and how often each occurs.
+        answered: number of answers that were counted.
+        samples: to show.
     """
 
     name: str
@@ -68,64 +68,58 @@ class ShownTask:
 
 @dataclass(frozen=True)
 class ShownStream:
-    """A stream on the page.
+    """Stream on the page.
 
     Attributes:
-        name: of it.
-        facts: (what, words).
-        about: what it is, "" = not said.
-        origin: (what, words) on where it comes from and what may be done with it.
-        faults: of the check.
-        remarks: of the check.
-        looked: what the numbers are of, a sentence; "" = of all samples.
-        tasks: tasks, probes, sources.
+        name: its name.
+        facts: (heading, short text) pairs.
+        about: description, "" = none.
+        origin: (heading, text) pairs on license, source and citation.
+        errors: errors of the validation.
+        warnings: warnings of the validation.
+        counted: sentence on which samples were counted; "" = all.
+        tasks: tasks, then eval-only tasks and sources.
     """
 
     name: str
     facts: tuple[tuple[str, str], ...] = ()
     about: str = ""
     origin: tuple[tuple[str, str], ...] = ()
-    faults: tuple[str, ...] = ()
-    remarks: tuple[str, ...] = ()
-    looked: str = ""
+    errors: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    counted: str = ""
     tasks: tuple[ShownTask, ...] = ()
 
 
 def stream_page(stream: ShownStream) -> str:
-    """Make a page that needs no network and no other file.
+    """Return the HTML page of a stream; it needs no network and no other file.
 
-    Everything in it is escaped: captions, names and dialogues may hold anything.
-
-    Returns:
-        the HTML.
+    Everything in it is escaped: captions, names and dialogues are untrusted.
     """
-    learned = [task for task in stream.tasks if task.role == "task" and task.classes]
-    names = list(dict.fromkeys(each[0] for task in learned for each in task.classes))
+    trained = [task for task in stream.tasks if task.role == "task" and task.classes]
+    names = list(dict.fromkeys(each[0] for task in trained for each in task.classes))
     return render_template(
         "stream.html.j2",
         {
             "stream": stream,
             "sizes": _sizes(stream.tasks),
-            "map": _class_map(learned, names),
+            "map": _class_map(trained, names),
             "classes": len(names),
             "columns": _columns(stream.tasks),
-            "tasks": [_task(task, place) for place, task in enumerate(stream.tasks)],
+            "tasks": [_task(task, number) for number, task in enumerate(stream.tasks)],
         },
     )
 
 
 def _columns(tasks: Sequence[ShownTask]) -> list[tuple[str, bool]]:
-    """Give the words of all facts in their order, and whether they count something."""
-    words = dict.fromkeys(word for task in sorted(tasks, key=_facts) for word, _ in task.facts)
-    given = [[dict(task.facts).get(word, "0") for task in tasks] for word in words]
+    """Return the headings of all facts in order, and whether their texts are numbers."""
+    longest_first = sorted(tasks, key=lambda task: -len(task.facts))
+    headings = dict.fromkeys(heading for task in longest_first for heading, _ in task.facts)
+    texts = [[dict(task.facts).get(heading, "0") for task in tasks] for heading in headings]
     return [
-        (word, all(each.replace(",", "").isdigit() for each in own))
-        for word, own in zip(words, given, strict=True)
+        (heading, all(text.replace(",", "").isdigit() for text in own))
+        for heading, own in zip(headings, texts, strict=True)
     ]
-
-
-def _facts(task: ShownTask) -> int:
-    return -len(task.facts)
 
 
 def _sizes(tasks: Sequence[ShownTask]) -> Markup:
@@ -134,27 +128,27 @@ def _sizes(tasks: Sequence[ShownTask]) -> Markup:
 
 
 def _class_map(tasks: Sequence[ShownTask], names: Sequence[str]) -> Markup | None:
-    """Draw which class comes in which task, if there is something to see."""
+    """Draw which class occurs in which task; None with fewer than two of either."""
     if len(tasks) < 2 or len(names) < 2:
         return None
-    place = {name: number for number, name in enumerate(names)}
+    index = {name: number for number, name in enumerate(names)}
     counts = [[0] * len(names) for _ in tasks]
     for own, task in zip(counts, tasks, strict=True):
         for name, train, _ in task.classes:
-            own[place[name]] += train
+            own[index[name]] += train
     svg = class_map([task.name for task in tasks], names, counts)
-    return inline_svg(svg, "map", "Which classes come in which task")
+    return inline_svg(svg, "map", "Which classes occur in which task")
 
 
-def _task(task: ShownTask, place: int) -> dict[str, Any]:
+def _task(task: ShownTask, number: int) -> dict[str, Any]:
     plot, caption = None, ""
     if task.classes:
-        svg = class_bars(task.classes, f"classes-{place}")
-        plot = inline_svg(svg, f"classes-{place}", f"Samples of every class of {task.name}")
+        svg = class_bars(task.classes, f"classes-{number}")
+        plot = inline_svg(svg, f"classes-{number}", f"Samples of every class of {task.name}")
         caption = "Samples of every class"
     elif task.answers:
-        svg = answer_bars(task.answers[:_ANSWERS], task.answered, f"answers-{place}")
-        plot = inline_svg(svg, f"answers-{place}", f"Most frequent answers of {task.name}")
+        svg = answer_bars(task.answers[:_ANSWERS], task.answered, f"answers-{number}")
+        plot = inline_svg(svg, f"answers-{number}", f"Most frequent answers of {task.name}")
         caption = "The most frequent right answers"
     return {
         "task": task,
@@ -166,17 +160,17 @@ def _task(task: ShownTask, place: int) -> dict[str, Any]:
 
 
 def _sample(sample: ShownSample) -> dict[str, Any]:
-    kind = "jpeg" if sample.picture.startswith(_JPEG) else "png"
-    source = base64.b64encode(sample.picture).decode("ascii")
+    kind = "jpeg" if sample.image.startswith(_JPEG) else "png"
+    source = base64.b64encode(sample.image).decode("ascii")
     return {
         "sample": sample,
-        "source": f"data:image/{kind};base64,{source}" if sample.picture else "",
+        "source": f"data:image/{kind};base64,{source}" if sample.image else "",
         "is_small": kind == "png",
-        "turns": [(speaker, _cut(text)) for speaker, text in sample.said[:_TURNS]],
-        "more": max(0, len(sample.said) - _TURNS),
+        "turns": [(role, _cut(text)) for role, text in sample.turns[:_TURNS]],
+        "more": max(0, len(sample.turns) - _TURNS),
     }
 
 
 def _cut(text: str) -> str:
     shown = clean_lines(text)
-    return shown if len(shown) <= _LETTERS else f"{shown[:_LETTERS].rstrip()}…"
+    return shown if len(shown) <= _CHARACTERS else f"{shown[:_CHARACTERS].rstrip()}…"

@@ -1,4 +1,4 @@
-"""A run as text: a table for the terminal, CSV for a sheet, LaTeX for a paper."""
+"""Tables of a run: text for the terminal, CSV, LaTeX."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mmcl.metrics.figures import MAIN, Figure, all_figures
-from mmcl.metrics.leniency import lenient_figures
-from mmcl.metrics.matrix import AccuracyMatrix
-from mmcl.report.words import clean, percent, points
+from mmcl.evaluation.all_metrics import MAIN, compute_all_metrics
+from mmcl.evaluation.lenient_metrics import compute_lenient_metrics
+from mmcl.evaluation.matrix import AccuracyMatrix
+from mmcl.evaluation.metric import MetricValue
+from mmcl.report.formatting import format_metric, percent, sanitize
 
 UNMEASURED = "·"
 _CELL = 7
@@ -34,26 +35,26 @@ _LATEX = {
 
 def matrix_table(
     matrix: AccuracyMatrix,
-    figures: Sequence[Figure] | None = None,
+    metrics: Sequence[MetricValue] | None = None,
     *,
     lenient: AccuracyMatrix | None = None,
     width: int = 100,
-    is_coloured: bool = False,
+    is_colored: bool = False,
 ) -> str:
-    """Draw the matrix in percent, the task just learned in brackets, the main figures below.
+    """Draw the accuracy matrix in percent, the task just learned in brackets, main metrics below.
 
-    Columns are numbered; the row names say which task has which number, probes are listed, and so
-    are scores other than accuracy. A matrix wider than ``width`` is drawn in several blocks.
+    Columns are numbered like the rows; eval-only tasks and scores other than accuracy are listed
+    below. A matrix wider than ``width`` is drawn in several blocks.
 
     Args:
         matrix: the scores.
-        figures: what the last line shows, default the main figures of the matrix.
-        lenient: scores in any form; what they come to is shown below the figures.
+        metrics: metrics of the last line, default the main metrics of the matrix.
+        lenient: scores in any form; their metrics are shown below the main ones.
         width: characters of a line, at least 40.
-        is_coloured: add terminal colours.
+        is_colored: add terminal colors.
 
     Returns:
-        the text, to be printed by the caller; it ends without a newline.
+        the text, without a final newline.
     """
     width = max(width, 40)
     title = max(len(_row_title(matrix, row)) for row in range(len(matrix.rows)))
@@ -62,61 +63,70 @@ def matrix_table(
     blocks: list[RenderableType] = [
         _block(matrix, range(start, min(start + at_once, len(matrix.columns)))) for start in starts
     ]
-    probes = enumerate(matrix.names[matrix.tasks :], 1)
-    notes = [f"probe p{number} = {clean(name)}" for number, name in probes]
+    eval_only = enumerate(matrix.names[matrix.tasks :], 1)
+    notes = [f"eval-only task e{number} = {sanitize(name)}" for number, name in eval_only]
     notes += _score_notes(matrix)
-    lines = [Text(figure_line(_main(all_figures(matrix) if figures is None else figures)), "bold")]
+    known = compute_all_metrics(matrix) if metrics is None else metrics
+    lines = [Text(metric_line(_main(known)), "bold")]
     if lenient is not None:
-        lines.append(Text(figure_line(lenient_figures(matrix, lenient))))
-    return _render([*blocks, *map(Text, notes), *lines], width, is_coloured)
+        lines.append(Text(metric_line(compute_lenient_metrics(matrix, lenient))))
+    return _render([*blocks, *map(Text, notes), *lines], width, is_colored)
 
 
-def figure_line(figures: Iterable[Figure]) -> str:
-    """Write figures on one line in percent points, undefined ones as a dot."""
-    return "   ".join(f"{clean(each.name)} {_shown(each)}" for each in figures)
+def metric_line(metrics: Iterable[MetricValue]) -> str:
+    """Format metrics on one line, undefined ones as a dot."""
+    return "   ".join(f"{sanitize(each.name)} {_format(each)}" for each in metrics)
 
 
 def matrix_csv(matrix: AccuracyMatrix) -> str:
     """Write the matrix as CSV: first line the columns, then a line per row, empty = not measured.
 
-    Scores keep all their digits. A name that a sheet would run as a formula gets a quote in front.
+    Scores keep all digits. A name that a spreadsheet would run as a formula gets a quote in front.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["after", *map(harmless, matrix.names)])
-    for name, row in zip(matrix.rows, matrix.values, strict=True):
-        writer.writerow([harmless(name), *("" if v is None else repr(v) for v in row)])
-    return text.getvalue()
+    rows = zip(matrix.rows, matrix.values, strict=True)
+    return csv_text(["after", *matrix.names], [[name, *values] for name, values in rows])
 
 
 def matrix_latex(matrix: AccuracyMatrix) -> str:
     """Write the matrix as a LaTeX ``tabular`` in percent (needs booktabs), just learned in bold."""
-    heads = [latex(name) for name in matrix.names]
-    lines = [
-        rf"\begin{{tabular}}{{l{'r' * len(matrix.columns)}}}",
-        r"\toprule",
-        f"After & {' & '.join(heads)} \\\\",
-        r"\midrule",
+    columns = range(len(matrix.columns))
+    rows = [
+        [latex(name), *(_latex_cell(matrix, row, column) for column in columns)]
+        for row, name in enumerate(matrix.rows)
     ]
-    for row, name in enumerate(matrix.rows):
-        cells = [_latex_cell(matrix, row, column) for column in range(len(matrix.columns))]
-        lines.append(f"{latex(name)} & {' & '.join(cells)} \\\\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+    return latex_table(["After", *map(latex, matrix.names)], rows)
+
+
+def csv_text(head: Sequence[str], rows: Iterable[Sequence[str | float | None]]) -> str:
+    """Write a CSV table: numbers with all digits, None empty, names safe for spreadsheets."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for row in (head, *rows):
+        writer.writerow([escape_formula(cell) if isinstance(cell, str) else cell for cell in row])
+    return text.getvalue()
+
+
+def latex_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a LaTeX ``tabular`` (needs booktabs), names left, numbers right."""
+    first, *others = [f"{' & '.join(cells)} \\\\" for cells in (head, *rows)]
+    begin = rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}"
+    end = [r"\bottomrule", r"\end{tabular}", ""]
+    return "\n".join([begin, r"\toprule", first, r"\midrule", *others, *end])
 
 
 def latex(text: str) -> str:
-    """Escape what LaTeX would read as a command."""
-    return "".join(_LATEX.get(letter, letter) for letter in clean(text))
+    """Escape LaTeX special characters."""
+    return "".join(_LATEX.get(letter, letter) for letter in sanitize(text))
 
 
-def harmless(name: str) -> str:
-    """Keep a spreadsheet from running a name as a formula."""
+def escape_formula(name: str) -> str:
+    """Quote a name that a spreadsheet would run as a formula."""
     return f"'{name}" if name[:1] in ("=", "+", "-", "@", "\t", "\r") else name
 
 
-def render(table: Table, width: int, is_coloured: bool) -> str:
+def render(table: Table, width: int, is_colored: bool) -> str:
     """Draw one table as text."""
-    return _render([table], width, is_coloured)
+    return _render([table], width, is_colored)
 
 
 def _block(matrix: AccuracyMatrix, columns: range) -> Table:
@@ -131,24 +141,24 @@ def _block(matrix: AccuracyMatrix, columns: range) -> Table:
 
 
 def _score_notes(matrix: AccuracyMatrix) -> list[str]:
-    """Say what the columns measure where that is not the accuracy of classes alone."""
+    """Name the scores of the columns, unless all are the accuracy of classes."""
     columns: dict[str, list[str]] = {}
-    for place, column in enumerate(matrix.columns):
-        columns.setdefault(column.score, []).append(_column_title(matrix, place))
+    for index, column in enumerate(matrix.columns):
+        columns.setdefault(column.score, []).append(_column_title(matrix, index))
     if columns.keys() == {"accuracy"}:
         return []
     if len(columns) == 1:
-        return [f"score {clean(matrix.columns[0].score)}"]
-    return [f"score {clean(name)}: column {', '.join(own)}" for name, own in columns.items()]
+        return [f"score {sanitize(matrix.columns[0].score)}"]
+    return [f"score {sanitize(name)}: column {', '.join(own)}" for name, own in columns.items()]
 
 
 def _column_title(matrix: AccuracyMatrix, column: int) -> str:
-    probe = column - matrix.tasks + 1
-    return str(column + 1) if probe < 1 else f"p{probe}"
+    eval_only = column - matrix.tasks + 1
+    return str(column + 1) if eval_only < 1 else f"e{eval_only}"
 
 
 def _row_title(matrix: AccuracyMatrix, row: int) -> str:
-    return f"{row} {clean(matrix.rows[row])}"
+    return f"{row} {sanitize(matrix.rows[row])}"
 
 
 def _cell(matrix: AccuracyMatrix, row: int, column: int) -> Text:
@@ -168,22 +178,22 @@ def _latex_cell(matrix: AccuracyMatrix, row: int, column: int) -> str:
     return rf"\textbf{{{percent(value)}}}" if is_learned else percent(value)
 
 
-def _main(figures: Sequence[Figure]) -> list[Figure]:
-    named = {each.name: each for each in figures}
+def _main(metrics: Sequence[MetricValue]) -> list[MetricValue]:
+    named = {each.name: each for each in metrics}
     return [named[name] for name in MAIN if name in named]
 
 
-def _shown(figure: Figure) -> str:
-    return UNMEASURED if figure.value is None else points(figure.name, figure.value)
+def _format(metric: MetricValue) -> str:
+    return UNMEASURED if metric.value is None else format_metric(metric.name, metric.value)
 
 
-def _render(parts: Sequence[RenderableType], width: int, is_coloured: bool) -> str:
+def _render(parts: Sequence[RenderableType], width: int, is_colored: bool) -> str:
     text = io.StringIO()
     console = Console(
         file=text,
         width=width,
-        force_terminal=is_coloured,
-        color_system="standard" if is_coloured else None,
+        force_terminal=is_colored,
+        color_system="standard" if is_colored else None,
         highlight=False,
         markup=False,
         emoji=False,

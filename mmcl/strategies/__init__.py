@@ -1,16 +1,43 @@
-"""One method, one file; every ``Strategy`` in this folder is found by itself.
+"""Strategies, one method a file; each is imported when it is first used.
 
-``mmcl.strategies.EWC`` imports the file that defines ``EWC``; a new strategy is a new file here (or
-anywhere on the path, by its full ``class_path``), and no list has to be edited.
+``from mmcl.strategies import EWC`` imports ``ewc.py`` alone: a file is named after its class, in
+lower case with underscores anywhere. A new strategy is a new file here (or anywhere on the path, by
+its full ``class_path``). The block for type checkers and editors is written by ``typed_imports``,
+and a test compares it with the folder.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmcl.core import Chain, Strategy
+
+if TYPE_CHECKING:
+    from mmcl.strategies.agem import AGEM as AGEM
+    from mmcl.strategies.cl_moe import CLMoE as CLMoE
+    from mmcl.strategies.dark_replay import DarkReplay as DarkReplay
+    from mmcl.strategies.ewc import EWC as EWC
+    from mmcl.strategies.experience_replay import ExperienceReplay as ExperienceReplay
+    from mmcl.strategies.feature_replay import FeatureReplay as FeatureReplay
+    from mmcl.strategies.finetune import Finetune as Finetune
+    from mmcl.strategies.hide import HiDe as HiDe
+    from mmcl.strategies.joint import Joint as Joint
+    from mmcl.strategies.l2p import L2P as L2P
+    from mmcl.strategies.lora import LoRA as LoRA
+    from mmcl.strategies.lora_router import LoRARouter as LoRARouter
+    from mmcl.strategies.lwf import LwF as LwF
+    from mmcl.strategies.modal_prompt import ModalPrompt as ModalPrompt
+    from mmcl.strategies.moe_lora import MoELoRA as MoELoRA
+    from mmcl.strategies.ncm import NCM as NCM
+    from mmcl.strategies.o_lora import OLoRA as OLoRA
+    from mmcl.strategies.osf import OSF as OSF
+    from mmcl.strategies.ranpac import RanPAC as RanPAC
+    from mmcl.strategies.reg_lora import RegLoRA as RegLoRA
+    from mmcl.strategies.wise_ft import WiseFT as WiseFT
+
+__all__ = ["Chain", "discover"]
 
 
 def discover() -> dict[str, type[Strategy]]:
@@ -24,13 +51,25 @@ def discover() -> dict[str, type[Strategy]]:
     return dict(sorted(found.items()))
 
 
+def typed_imports() -> str:
+    """Return the import lines of every strategy, for the ``TYPE_CHECKING`` block of this file."""
+    lines = [
+        f"    from {cls.__module__} import {name} as {name}"
+        for name, cls in discover().items()
+        if cls.__module__.startswith(__name__)
+    ]
+    return "\n".join(sorted(lines))
+
+
 def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(name)
-    known = discover()
-    if name not in known:
-        raise AttributeError(f"there is no strategy {name}: known are {', '.join(known)}")
-    return known[name]
+    for module in pkgutil.iter_modules(__path__):
+        if module.name.replace("_", "") == name.lower():
+            found = vars(importlib.import_module(f"{__name__}.{module.name}"))
+            if name in found:
+                return found[name]
+    raise AttributeError(f"there is no strategy {name}: known are {', '.join(discover())}")
 
 
 def __dir__() -> list[str]:

@@ -1,13 +1,13 @@
-"""ExperienceReplay: mix a few old samples, decoded and augmented afresh, into every batch.
+"""Experience replay mixes old samples, decoded and augmented again, into every batch.
 
-Paper: Chaudhry et al. 2019, On Tiny Episodic Memories in Continual Learning, arXiv:1902.10486;
-herding: Rebuffi et al. 2017, arXiv:1611.07725; k-centre: Sener and Savarese 2018, arXiv:1708.00489;
-uncertainty: Bang et al. 2021, arXiv:2103.17230; InsCL: Wang et al. 2024, arXiv:2403.11435.
+Paper: Chaudhry et al. 2019, arXiv:1902.10486.
+Herding: Rebuffi et al. 2017, arXiv:1611.07725. K-center: Sener and Savarese 2018, arXiv:1708.00489.
+Uncertainty: Bang et al. 2021, arXiv:2103.17230. InsCL: Wang et al. 2024, arXiv:2403.11435.
 Code followed: none; each is a sampling rule, stated in its paper.
-Where we differ: the memory changes when a task ends, not at every step; the uniform sample is one
-by hash; old rows take an exact share of the global batch. Uncertainty is the entropy of one answer,
-not votes over augmented copies. InsCL draws from all old data and has a language model tag every
-instruction: here it draws from the memory, and tags are a question's words, counted in its task.
+Differs: the buffer changes when a task ends, not at every step; the reservoir is by hash; replayed
+samples are an exact fraction of the global batch. Uncertainty is the entropy of one prediction, not
+votes over augmented copies. InsCL draws from all old data and has a language model tag every
+instruction: here it draws from the buffer, and tags are a question's words, counted in its task.
 """
 
 from __future__ import annotations
@@ -18,282 +18,301 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from mmcl.core import UNSCORED, Batch, Recall, Strategy, Task, device_of, require, run
-from mmcl.core.model import VLM
-from mmcl.core.randomness import mix
-from mmcl.core.recall import Keep
-from mmcl.core.rest import evaluating
+from mmcl.core import IGNORE_INDEX, Batch, ReplayPlan, Strategy, Task, device_of, forward, require
+from mmcl.core.model import VLM, eval_mode
+from mmcl.core.seeding import hash_seed
+from mmcl.core.strategy import Storage
 from mmcl.memory import (
-    References,
-    Rows,
-    classes_of,
-    fill_rows,
+    ReplayIndex,
+    TensorBuffer,
+    class_ids,
+    collect_metadata,
+    fill_buffer,
     herding,
-    k_centre,
-    read_names,
-    sizes_of,
+    k_center_greedy,
+    sample_bytes,
 )
-from mmcl.memory.allocation import by_distance, repeated
-from mmcl.memory.instructions import Instructions, tags_of
-from mmcl.memory.ordering import Scores, by_information, in_groups, ranked
-from mmcl.ops.scores_of_rows import entropies_of_rows, information_of_rows, losses_of_rows
-from mmcl.ops.transport import transport_cost
+from mmcl.memory.instruction_embeddings import InstructionEmbeddings, tags_of
+from mmcl.memory.selection import (
+    ScoreOrder,
+    inscl_counts,
+    order_by_information,
+    order_by_score,
+    order_within_groups,
+    repeat_to_counts,
+)
+from mmcl.ops.optimal_transport import wasserstein_cost
+from mmcl.ops.sample_scores import sample_entropies, sample_losses, tag_information
 
-Policy = Literal[
-    "reservoir", "balanced", "herding", "k_centre", "loss", "uncertainty", "information"
+Selection = Literal[
+    "reservoir", "class_balanced", "herding", "k_center", "loss", "uncertainty", "information"
 ]
-Allocation = Literal["flat", "equal_tasks", "inscl"]
+Allocation = Literal["none", "task_balanced", "inscl"]
 
-_SCORES: dict[str, Scores] = {"loss": "high", "uncertainty": "spread"}
+_SCORE_ORDERS: dict[str, ScoreOrder] = {"loss": "high", "uncertainty": "spread"}
 
 
 class ExperienceReplay(Strategy):
-    """Remember which old samples to read again.
+    """Experience replay from a buffer of references to old samples, which are read again.
 
-    The loader realises ``recall()``. A loop of the user's own must do so too when it builds a
-    task's loader; samples are numbered as its batches number them (``Batch.sample``), or by their
-    place in the pass that ``end_task`` is given (row i of rank r is sample i * W + r).
+    The loader reads the samples of ``replay_plan()``. A custom training loop must do so too when it
+    builds a task's loader; sample ids are those of its batches (``Batch.sample_ids``), or positions
+    in the pass that ``end_task`` is given (sample i of rank r has the id i * W + r).
 
-    What is kept does not hang on the number of processes or the size of batches, but for rounding.
-    Policies other than the first two make an ordered list of samples when a task ends, of each of
-    its classes or, where rows have none, of the task; a memory that has to shrink keeps the same
-    number of each list's beginning, and nothing is read again. What embeds texts for "inscl" should
-    stay as it is, as a guide does. "loss" and "uncertainty" ask the model without other members'
-    prompts.
+    The selection does not depend on the number of processes or the batch size, up to rounding.
+    Selections other than the first two order the samples when a task ends, per class or, for
+    samples without one, per task; a buffer that has to shrink keeps the same number from the start
+    of each list, and nothing is read again. The text encoder of "inscl" should be frozen, as a
+    routing encoder is. "loss" and "uncertainty" run the model without other members' prompts.
 
     Args:
-        samples: samples remembered over all tasks, 0 = not bounded by samples.
-        share: part of every global batch that old samples take, above 0 and below 1.
-        policy: "reservoir" = a uniform sample of everything seen. "balanced" = equally many of
-            every class (reads the labels in one pass over each task). "herding" = those whose mean
-            picture embedding stays nearest to the class's. "k_centre" = those that leave no
-            picture of the task far from all of them. "loss" and "uncertainty" = by the cross
-            entropy of the right answer, or by the entropy of the model's own (mean over an
-            answer's tokens), see ``scores``; not for captions, whose loss hangs on their batch.
-            "information" = questions or captions of rare words, every different one first.
-        keep: "references" reads old samples from their shards, "copies" writes them under the
-            run's folder, for data that has to be let go.
-        seed: of the choice.
-        memory_bytes: bytes of the remembered samples' members at most, 0 = not bounded by bytes;
-            with ``samples``, both hold. Needs a loader that states them, and a pass over each task.
-        allocation: "flat" = as the policy has it; "equal_tasks" = equally many of every task;
-            "inscl" = equally many are remembered, and of each task those come back more often
-            whose questions or captions lie further from the present ones: in proportion to the
-            Wasserstein distance of their embeddings. Needs ``preview``.
-        scores: which to keep of "loss" and "uncertainty": "high", "low", or "spread" over all
+        buffer_size: samples held over all tasks, 0 = not bounded by samples.
+        replay_ratio: fraction of replayed samples in every global batch, above 0 and below 1.
+        selection: "reservoir" = a uniform sample of everything seen. "class_balanced" = equally
+            many of every class (reads the labels in one pass over each task). "herding" = exemplars
+            whose mean image embedding is nearest to the class mean. "k_center" = those that
+            minimize the largest distance of an image of the task to them. "loss" and "uncertainty"
+            = by the cross entropy of the true answer, or by the entropy of the prediction (mean
+            over an answer's tokens), see ``score_order``; not for captions, whose loss depends on
+            their batch. "information" = questions or captions of rare words, every different one
+            first.
+        storage: "reference" reads old samples from their shards, "copy" writes them to the run
+            directory, for data that will be deleted.
+        seed: seed of the selection.
+        buffer_bytes: bytes of the samples held, 0 = not bounded by bytes; with
+            ``buffer_size``, both hold. Needs a loader that states them, and a pass over each task.
+        allocation: "none" = as the selection has it; "task_balanced" = equally many of every task;
+            "inscl" = equally many are stored, and tasks are replayed in proportion to the
+            Wasserstein distance of the embeddings of their questions or captions from the current
+            ones. Needs ``preview``.
+        score_order: which to keep of "loss" and "uncertainty": "high", "low", or "spread" over all
             of them. None = "high" for loss, "spread" for uncertainty.
-        pool: candidates of a task for the policies that look at pictures, scores or words: a
-            uniform sample of it, the smallest hashes. Bounds what a pass holds and computes.
-        instructions: rows of a task whose texts "inscl" compares.
+        candidate_pool_size: candidates of a task where images, scores or words are compared:
+            a uniform sample of it. Bounds memory and time of the pass.
+        instructions: samples of a task whose texts "inscl" compares.
 
-    **Remembers** 40 bytes per sample (copies, if kept, are files). "inscl" also remembers 2 E + 8
-    bytes for each of ``instructions`` text embeddings a task.
+    **Remembers** 40 bytes per sample (copies, if kept, are files). "inscl" also stores 2 E + 8
+    bytes for each of ``instructions`` text embeddings per task.
 
-    **Asks of the model** nothing; ``embed`` for "herding", "k_centre" and "inscl".
+    **Asks of the model** nothing; ``embed`` for "herding", "k_center" and "inscl".
     """
 
     def __init__(
         self,
-        samples: int = 200,
-        share: float = 0.5,
-        policy: Policy = "reservoir",
-        keep: Keep = "references",
+        buffer_size: int = 200,
+        replay_ratio: float = 0.5,
+        selection: Selection = "reservoir",
+        storage: Storage = "reference",
         seed: int = 0,
-        memory_bytes: int = 0,
-        allocation: Allocation = "flat",
-        scores: Scores | None = None,
-        pool: int = 20000,
+        buffer_bytes: int = 0,
+        allocation: Allocation = "none",
+        score_order: ScoreOrder | None = None,
+        candidate_pool_size: int = 20000,
         instructions: int = 256,
     ) -> None:
         super().__init__()
-        _expect_numbers(samples, memory_bytes, share, pool, instructions)
-        _expect_words(policy, keep, allocation, scores)
-        self.share, self.keep, self.seed, self.pool = share, keep, seed, pool
-        self.policy = policy
-        self.scores: Scores = scores or _SCORES.get(policy, "high")
-        self.memory = References(
-            samples,
-            "reservoir" if policy == "reservoir" else "balanced",
+        _expect_numbers(buffer_size, buffer_bytes, replay_ratio, candidate_pool_size, instructions)
+        _expect_words(selection, storage, allocation, score_order)
+        self.replay_ratio, self.storage, self.seed = replay_ratio, storage, seed
+        self.candidate_pool_size = candidate_pool_size
+        self.selection = selection
+        self.score_order: ScoreOrder = score_order or _SCORE_ORDERS.get(selection, "high")
+        self.memory = ReplayIndex(
+            buffer_size,
+            "reservoir" if selection == "reservoir" else "class_balanced",
             seed,
-            capacity_bytes=memory_bytes,
-            by_task=allocation != "flat",
+            capacity_bytes=buffer_bytes,
+            by_task=allocation != "none",
         )
-        self.instructions = Instructions(instructions, seed) if allocation == "inscl" else None
+        self.instructions = (
+            InstructionEmbeddings(instructions, seed) if allocation == "inscl" else None
+        )
 
     def attach(self, model: VLM) -> None:
-        """Check that the model embeds, where the policy asks for it."""
-        if self.policy in ("herding", "k_centre") or self.instructions is not None:
+        """Check that the model embeds, where the selection needs it."""
+        if self.selection in ("herding", "k_center") or self.instructions is not None:
             require(model, "embed", by=self)
 
     def preview(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
-        """Look at what the rows of a task ask, before its loader is built.
+        """Embed instructions of a task, before its loader is built; for "inscl" only.
 
         Args:
             model: attached to.
             task: that was begun.
-            batches: this rank's stride of the task's data, or of a uniform sample of it; read only
-                by "inscl", and once for each task.
+            batches: this rank's stride of the task's data, or of a uniform sample of it; read once
+                for each task.
         """
-        known = self.instructions
-        if known is None or known.knows(task.index):
+        texts = self.instructions
+        if texts is None or texts.has(task.index):
             return
-        with evaluating(cast(nn.Module, model)):
-            known.learn(model, task, batches, by=self)
-        points, counts = known.of(task.index)
+        with eval_mode(cast(nn.Module, model)):
+            texts.fit(model, task, batches, by=self)
+        points, counts = texts.get(task.index)
         distances = {}
         for old in range(task.index):
-            if known.knows(old):
-                others, theirs = known.of(old)
-                distances[old] = transport_cost(1 - points @ others.T, counts, theirs)
-        known.put_distances(task.index, distances)
+            if texts.has(old):
+                old_points, old_counts = texts.get(old)
+                distances[old] = wasserstein_cost(1 - points @ old_points.T, counts, old_counts)
+        texts.put_distances(task.index, distances)
 
-    def recall(self) -> Recall | None:
-        """Return the remembered samples and their share; None before the first task ended."""
+    def replay_plan(self) -> ReplayPlan | None:
+        """Return the buffer's samples and their fraction; None before the first task ended."""
         if not len(self.memory):
             return None
-        task, sample = self.memory.task, self.memory.sample
+        task, sample = self.memory.task_ids, self.memory.sample_ids
         counts = self._counts()
         if counts:
-            order = torch.argsort(self.memory.order, stable=True)
-            places = order[repeated(task[order], counts)].sort().values
-            task, sample = task[places], sample[places]
-        return Recall(task, sample, self.share, self.keep)
+            order = torch.argsort(self.memory.priority, stable=True)
+            index = order[repeat_to_counts(task[order], counts)].sort().values
+            task, sample = task[index], sample[index]
+        return ReplayPlan(task, sample, self.replay_ratio, self.storage)
 
     def end_task(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
-        """Choose among everything seen so far and the samples of this task."""
-        if self.policy not in ("reservoir", "balanced"):
+        """Update the buffer with the samples of this task."""
+        if self.selection not in ("reservoir", "class_balanced"):
             self._offer_ordered(model, task, batches)
             return
-        if self.policy == "reservoir" and task.size and not self.memory.capacity_bytes:
-            self.memory.offer_range(task.index, task.size)
+        if self.selection == "reservoir" and task.size and not self.memory.capacity_bytes:
+            self.memory.add_range(task.index, task.size)
             return
-        numbers, labels, sizes = read_names(batches, device_of(model)).unbind(1)
-        if self.policy == "balanced" and bool((labels < 0).any()):
+        numbers, labels, sizes = collect_metadata(batches, device_of(model)).unbind(1)
+        if self.selection == "class_balanced" and bool((labels < 0).any()):
             raise ValueError(
-                "policy is 'balanced' and the task has samples without a class: "
-                "choose policy='reservoir' for captions and answers"
+                "selection is 'class_balanced' and the task has samples without a class: "
+                "choose selection='reservoir' for captions and answers"
             )
-        self.memory.offer(task.index, numbers, labels, sizes=sizes)
+        self.memory.add(task.index, numbers, labels, sizes=sizes)
 
-    def holdings(self) -> Mapping[str, int]:
-        """Return how many samples are remembered."""
+    def buffer_sizes(self) -> Mapping[str, int]:
+        """Return the number of samples in the buffer."""
         return {"memory": len(self.memory)}
 
-    def idle(self) -> tuple[str, ...]:
-        """Name an empty memory, and an allocation that was told nothing about the task."""
-        parts = super().idle()
-        known = self.instructions
-        if known is None or self.current is None or known.knows(self.current.index):
-            return parts
+    def inactive_parts(self) -> tuple[str, ...]:
+        """Report an empty buffer, and an "inscl" allocation without instructions of the task."""
+        messages = super().inactive_parts()
+        texts = self.instructions
+        if texts is None or self.current_task is None or texts.has(self.current_task.index):
+            return messages
         return (
-            *parts,
+            *messages,
             "allocation 'inscl' saw no instructions of the task (preview was not called), so every "
-            "remembered sample came equally often",
+            "stored sample was replayed equally often",
         )
 
     def _counts(self) -> dict[int, int]:
-        """Return how often each task's samples come while the present one is learned, by InsCL."""
-        known, current = self.instructions, self.current
-        tasks = sorted(set(self.memory.task.tolist()))
-        # At a task's end recall() names all that is remembered, so that copies of it are kept.
-        if known is None or current is None or current.index in tasks:
+        """Return the number of replayed samples of each task by InsCL, empty = the whole buffer."""
+        texts, current = self.instructions, self.current_task
+        tasks = sorted(set(self.memory.task_ids.tolist()))
+        # At a task's end replay_plan() lists the whole buffer, so that copies of it are kept.
+        if texts is None or current is None or current.index in tasks:
             return {}
-        distances = known.distances(current.index)
+        distances = texts.distances(current.index)
         if not set(tasks) <= set(distances):
             return {}
-        return by_distance(len(self.memory), {task: distances[task] for task in tasks})
+        return inscl_counts(len(self.memory), {task: distances[task] for task in tasks})
 
     @torch.no_grad()
     def _offer_ordered(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
-        """Make the lists of a task that ended, from a pool of its samples."""
-        found = Rows(self.pool, seed=self.seed)
+        """Offer the samples of a task that ended in the selection's order, from a pool of them."""
+        found = TensorBuffer(self.candidate_pool_size, seed=self.seed)
 
         def columns(batch: Batch) -> dict[str, Tensor]:
             return {
-                "sample": cast(Tensor, batch.sample),
-                "labels": classes_of(batch),
-                "bytes": sizes_of(batch),
+                "sample_ids": cast(Tensor, batch.sample_ids),
+                "labels": class_ids(batch),
+                "num_bytes": sample_bytes(batch),
                 "seen": self._seen(model, batch),
             }
 
-        with evaluating(cast(nn.Module, model)):
-            fill_rows(found, batches, task.index, columns, device_of(model))
+        with eval_mode(cast(nn.Module, model)):
+            fill_buffer(found, batches, task.index, columns, device_of(model))
         if not len(found):
             return
         table = found.columns
-        # k-centre and words look at a task as a whole.
-        by_class = self.policy not in ("k_centre", "information")
+        # k-center and words order a task as a whole.
+        by_class = self.selection not in ("k_center", "information")
         labels = table["labels"] if by_class else torch.full_like(table["labels"], -1)
-        order_of = self._order_of(task, table["seen"], self.memory.room(table["bytes"]))
-        chosen, places = in_groups(labels, order_of)
-        samples, sizes = table["sample"][chosen], table["bytes"][chosen]
-        self.memory.offer(task.index, samples, labels[chosen], sizes=sizes, places=places)
+        order_of = self._order_of(
+            task, table["seen"], self.memory.remaining_capacity(table["num_bytes"])
+        )
+        chosen, positions = order_within_groups(labels, order_of)
+        samples, sizes = table["sample_ids"][chosen], table["num_bytes"][chosen]
+        self.memory.add(task.index, samples, labels[chosen], sizes=sizes, positions=positions)
 
     def _seen(self, model: VLM, batch: Batch) -> Tensor:
-        """Return what the policy looks at: (B, E) embeddings, (B,) scores or (B, K) tags."""
-        if self.policy in ("herding", "k_centre"):
+        """Return the selection's input: (B, E) embeddings, (B,) scores or (B, K) tags."""
+        if self.selection in ("herding", "k_center"):
             seen: Tensor = require(model, "embed", by=self).embed(batch, "image").float()
             return seen
-        if self.policy == "information":
+        if self.selection == "information":
             return tags_of(batch)
-        _expect_scores(batch, self.policy)
-        output = run(model, self, batch)
-        rows, count = output.rows, len(batch)
-        if self.policy == "uncertainty":
-            return entropies_of_rows(output.logits, rows, count)
-        targets = batch.labels if output.targets is None else output.targets
-        return losses_of_rows(output.logits, targets, rows, count)
+        _expect_scores(batch, self.selection)
+        output = forward(model, self, batch)
+        index, count = output.sample_index, len(batch)
+        if self.selection == "uncertainty":
+            return sample_entropies(output.logits, index, count)
+        targets = batch.labels if output.target_ids is None else output.target_ids
+        return sample_losses(output.logits, targets, index, count)
 
     def _order_of(self, task: Task, seen: Tensor, room: int) -> Callable[[Tensor], Tensor]:
-        """Return what orders the members of a group."""
+        """Return the function that orders the members of a group."""
         most = max(1, room)
-        if self.policy == "herding":
+        if self.selection == "herding":
             return lambda members: herding(seen[members], most)
-        if self.policy == "k_centre":
-            return lambda members: k_centre(seen[members], most, mix(self.seed, task.index))
-        if self.policy == "information":
+        if self.selection == "k_center":
+            return lambda members: k_center_greedy(
+                seen[members], most, hash_seed(self.seed, task.index)
+            )
+        if self.selection == "information":
             different, which = torch.unique(seen, dim=0, return_inverse=True)
-            worth = information_of_rows(different)[which]
-            return lambda members: by_information(worth[members], which[members])
-        return lambda members: ranked(seen[members], self.scores)
+            worth = tag_information(different)[which]
+            return lambda members: order_by_information(worth[members], which[members])
+        return lambda members: order_by_score(seen[members], self.score_order)
 
 
-def _expect_scores(batch: Batch, policy: str) -> None:
-    if batch.is_answered or not bool((batch.labels == UNSCORED).any()):
+def _expect_scores(batch: Batch, selection: str) -> None:
+    if batch.is_generative or not bool((batch.labels == IGNORE_INDEX).any()):
         return
     raise ValueError(
-        f"policy is '{policy}' and the task has rows without a right answer of their own, such as "
-        "captions, whose loss hangs on what else is in the batch: choose 'reservoir', 'herding', "
-        "'k_centre' or 'information'"
+        f"selection is '{selection}' and the task has samples without a true answer of their own, "
+        "such as captions, whose loss depends on the batch: choose 'reservoir', 'herding', "
+        "'k_center' or 'information'"
     )
 
 
-def _expect_numbers(samples: int, size: int, share: float, pool: int, instructions: int) -> None:
-    if samples < 0 or size < 0 or samples + size == 0:
+def _expect_numbers(
+    buffer_size: int, buffer_bytes: int, replay_ratio: float, pool: int, instructions: int
+) -> None:
+    if buffer_size < 0 or buffer_bytes < 0 or buffer_size + buffer_bytes == 0:
         raise ValueError(
-            f"samples is {samples} and memory_bytes {size}: remember at least 1, or use Finetune"
+            f"buffer_size is {buffer_size} and buffer_bytes {buffer_bytes}: store at least 1, or "
+            "use Finetune"
         )
-    if not 0 < share < 1:
+    if not 0 < replay_ratio < 1:
         raise ValueError(
-            f"share is {share}, expected more than 0 and less than 1: "
-            "it is the part of each batch that old samples take"
+            f"replay_ratio is {replay_ratio}, expected more than 0 and less than 1: "
+            "it is the fraction of replayed samples in each batch"
         )
-    for name, count in (("pool", pool), ("instructions", instructions)):
+    for name, count in (("candidate_pool_size", pool), ("instructions", instructions)):
         if count < 1:
-            raise ValueError(f"{name} is {count}, expected 1 or more: it counts rows of a task")
+            raise ValueError(f"{name} is {count}, expected 1 or more: it counts samples of a task")
 
 
-def _expect_words(policy: str, keep: str, allocation: str, scores: str | None) -> None:
-    if keep not in ("references", "copies"):
+def _expect_words(selection: str, storage: str, allocation: str, score_order: str | None) -> None:
+    if storage not in ("reference", "copy"):
         raise ValueError(
-            f"keep is '{keep}': choose 'references' or 'copies'; with 'none' old samples are given "
-            "up, so use a strategy that stores rows (FeatureReplay, DarkReplay) or no replay"
+            f"storage is '{storage}': choose 'reference' or 'copy'; with 'none' old samples are "
+            "not kept, so use a strategy that stores them (FeatureReplay, DarkReplay) or no replay"
         )
-    for name, word, known in (("policy", policy, Policy), ("allocation", allocation, Allocation)):
+    for name, word, known in (
+        ("selection", selection, Selection), ("allocation", allocation, Allocation)
+    ):  # fmt: skip
         if word not in get_args(known):
             raise ValueError(f"{name} is '{word}': choose one of {', '.join(get_args(known))}")
-    if scores is not None and (policy not in _SCORES or scores not in get_args(Scores)):
+    if score_order is not None and (
+        selection not in _SCORE_ORDERS or score_order not in get_args(ScoreOrder)
+    ):
         raise ValueError(
-            f"scores is '{scores}' and policy '{policy}': 'high', 'low' or 'spread' goes with "
-            f"{sorted(_SCORES)}, leave it out otherwise"
+            f"score_order is '{score_order}' and selection '{selection}': give 'high', 'low' or "
+            f"'spread' with selection {' or '.join(sorted(_SCORE_ORDERS))}, else leave it out"
         )

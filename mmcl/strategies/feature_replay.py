@@ -1,11 +1,11 @@
-"""FeatureReplay: freeze the image tower and rehearse its stored outputs instead of pictures.
+"""Latent replay freezes the image tower and replays a buffer of its stored features.
 
-Paper: Pellegrini et al. 2020, Latent Replay for Real-Time Continual Learning, arXiv:1912.01100.
+Paper: Pellegrini et al. 2020, arXiv:1912.01100.
 Code followed: none; the replay layer is the tower's output, the natural cut of a CLIP or LLaVA.
-Where we differ: the tower is frozen from the start instead of slowed, so stored rows never age;
-the memory is a uniform sample of everything seen, not h slots replaced per task; no CWR head.
-Stored in product-quantised form as in REMIND, Hayes et al. 2020, arXiv:1910.02509, but for the
-length of a token, which is kept apart.
+Differs: the tower is frozen from the start instead of slowed, so stored features stay valid; the
+buffer is a uniform sample of everything seen, not h slots replaced per task; no CWR head.
+Product quantization is that of REMIND, Hayes et al. 2020, arXiv:1910.02509, but the norm of a token
+is stored separately.
 """
 
 from __future__ import annotations
@@ -18,123 +18,139 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmcl.core import UNSCORED, Batch, Modality, Output, Strategy, Task, device_of, require
+from mmcl.core import IGNORE_INDEX, Batch, Modality, Output, Strategy, Task, device_of, require
 from mmcl.core.model import VLM
-from mmcl.core.randomness import generator
-from mmcl.memory import RowFiles, Rows, fill_file, fill_rows, global_rows, own_stride
-from mmcl.memory.codebook import Codebook
-from mmcl.memory.drift import Probes
-from mmcl.memory.encoding import picture_features
-from mmcl.ops.packing import PACKED, STORES, Store, from_bytes, levelled, pack, unpack
-from mmcl.ops.product_quantisation import expect_parts, learn_centroids
+from mmcl.core.seeding import generator
+from mmcl.memory import (
+    MmapStore,
+    TensorBuffer,
+    fill_buffer,
+    fill_disk_buffer,
+    global_count,
+    rank_stride,
+)
+from mmcl.memory.codebook import Codebook, image_features
+from mmcl.memory.drift_monitor import DriftMonitor
+from mmcl.ops.feature_quantization import (
+    COMPRESSIONS,
+    PACKED,
+    Compression,
+    from_bytes,
+    pack,
+    rms_normalize,
+    unpack,
+)
+from mmcl.ops.product_quantization import expect_subvectors, fit_centroids
 
-_GROWING = {"tokens": 0, "mask": 0, "labels": UNSCORED}
+_GROWING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
 
 
 class FeatureReplay(Strategy):
-    """Train what stands behind a frozen image tower on new and remembered features.
+    """Latent replay: train the layers behind a frozen image tower on new and stored features.
 
-    Features are of the un-augmented picture: the pooled or projected tokens of a CLIP, what enters
-    the projector of a LLaVA. Prompts for the image tower contradict this method: a batch of
-    features does not pass it. Rows without a picture (text alone, in a stream of answers) have
-    features of zeros, which no token of theirs asks for; rows with several are refused.
+    Features are those of the image without augmentation: the pooled or projected tokens of a CLIP,
+    the projector's input of a LLaVA. Prompts for the image tower contradict this method: a batch of
+    features does not pass through it. Samples without an image (text alone, in a stream of answers)
+    have features of zeros, which none of their tokens uses; samples with several are refused.
 
     Args:
-        samples: rows remembered, 0 = not bounded by rows.
-        share: part of every global batch, remembered rows included, that they take; between 0
-            and 1. A memory smaller than that is gone through more than once.
+        buffer_size: samples held, 0 = not bounded by samples.
+        replay_ratio: fraction of replayed samples in every global batch, between 0 and 1. A buffer
+            smaller than that is replayed more than once per step.
         modality: "image"; nothing is gained by storing the text tower's output, which is computed
-            once per class and not once per row.
-        seed: of choice and draws.
-        memory_bytes: bytes of rows remembered, and of the codebook of "pq"; 0 = not bounded by
-            bytes; for place "memory" only.
-        store: "float16"; "int8" with a float16 scale for each of the N tokens, which is off by
-            half a 127th of the token's largest number at most; or "pq", product-quantised: each
-            token is cut into ``subvectors`` parts of one byte, the number of the nearest of 256
-            centroids, which are learned from the first task and then stay. That task is read twice,
-            and has to show what later ones are like: after a narrow one "int8" remembers better.
-        place: "memory" holds features in main memory and in every checkpoint. "disk" writes them
-            to one file a task, which checkpoints name by sha256; a file that no remembered row
-            needs goes at the first step of the next task.
-        folder: of the files, one for each run; None = the run's ``memory/``. On several nodes a
-            folder that all of them see.
-        subvectors: parts of a token with "pq"; divides the width of features.
-        drift_probes: pictures of the first task that are encoded again at the end of every task and
-            after a checkpoint was loaded, to see that features still hold (``drift``); 0 = none.
+            once per class and not once per sample.
+        seed: seed of selection and draws.
+        buffer_bytes: buffer size in bytes, with the codebook of "pq"; 0 = not bounded by bytes; for
+            storage "memory" only.
+        compression: "float16"; "int8" with a float16 scale for each of the N tokens, with an error
+            of at most half a 127th of the token's largest number; or "pq", product quantization:
+            each token is cut into ``subvectors`` of one byte, the index of the nearest of 256
+            centroids, which are fitted to the first task and then fixed. That task is read twice,
+            and should be representative of later ones: after a narrow one "int8" is more accurate.
+        storage: "memory" holds features in main memory and in every checkpoint. "disk" writes them
+            to one file per task, which checkpoints name by sha256; a file that no stored sample
+            needs is deleted at the first step of the next task.
+        storage_dir: folder of the files, one for each run; None = the run's ``memory/``. On several
+            nodes a folder that all of them share.
+        subvectors: pieces of a token with "pq"; their number divides the dim of features.
+        drift_images: images of the first task that are encoded again at the end of every task and
+            after a checkpoint was loaded, to measure the drift of features (``drift``); 0 = none.
 
-    **Remembers** per row 2 bytes per feature number (float16; 1 for int8, and 2 for each token;
+    **Remembers** per sample 2 bytes per feature number (float16; 1 for int8, and 2 for each token;
     ``subvectors`` + 2 for each token with pq, and a codebook of 1024 bytes per feature number), 16
-    bytes for label and task, 16 of marks, and 9 per text token of captions, 17 of answers. On disk
-    the features are in files, 16 bytes a row name their places, and a task's file stays whole
-    while one of its rows is remembered. A probe is a picture and 16 of its tokens, in float32 and
-    as stored. **Asks of the model** ``encode``, ``freeze``, and ``fingerprint`` if it has one: rows
-    of another encoder are refused.
+    bytes for label and task, 16 for priority and group, and 9 per text token of captions, 17 of
+    answers. On disk the features are in files, 16 bytes per sample locate them, and a task's file
+    stays whole while one of its samples is stored. For drift, an image and 16 of its tokens, in
+    float32 and as stored. **Asks of the model** ``encode_image``, ``freeze``, and ``fingerprint``
+    if it has one: features of another encoder are refused.
     """
 
     def __init__(
         self,
-        samples: int = 1000,
-        share: float = 0.5,
+        buffer_size: int = 1000,
+        replay_ratio: float = 0.5,
         modality: Modality = "image",
         seed: int = 0,
-        memory_bytes: int = 0,
-        store: Store = "float16",
-        place: Literal["memory", "disk"] = "memory",
-        folder: str | None = None,
+        buffer_bytes: int = 0,
+        compression: Compression = "float16",
+        storage: Literal["memory", "disk"] = "memory",
+        storage_dir: str | None = None,
         subvectors: int = 32,
-        drift_probes: int = 32,
+        drift_images: int = 32,
     ) -> None:
         super().__init__()
         if modality != "image":
             raise ValueError(
                 f"modality is '{modality}': only 'image' features can be replayed, since the text "
-                "tower is run once per class and not once per row"
+                "tower is run once per class and not once per sample"
             )
-        if not 0 < share < 1:
+        if not 0 < replay_ratio < 1:
             raise ValueError(
-                f"share is {share}, expected more than 0 and less than 1: "
-                "it is the part of each batch that remembered rows take"
+                f"replay_ratio is {replay_ratio}, expected more than 0 and less than 1: "
+                "it is the fraction of replayed samples in each batch"
             )
-        if store not in STORES or place not in ("memory", "disk"):
+        if compression not in COMPRESSIONS or storage not in ("memory", "disk"):
             raise ValueError(
-                f"store is '{store}' and place '{place}': choose 'float16', 'int8' or 'pq', and "
-                "'memory' or 'disk'"
+                f"compression is '{compression}' and storage '{storage}': choose a compression of "
+                "'float16', 'int8', 'pq' and a storage of 'memory', 'disk'"
             )
-        if place == "disk" and memory_bytes:
+        if storage == "disk" and buffer_bytes:
             raise ValueError(
-                f"memory_bytes is {memory_bytes} and place 'disk': bound rows on disk by samples"
+                f"buffer_bytes is {buffer_bytes} and storage 'disk': bound the buffer by samples"
             )
-        self.share = share
+        self.replay_ratio = replay_ratio
         self.seed = seed
-        self.store = store
+        self.compression = compression
         self.subvectors = subvectors
-        self.memory_bytes = memory_bytes
-        self.memory = Rows(samples, capacity_bytes=memory_bytes, seed=seed, growing=_GROWING)
-        self.files = RowFiles() if place == "disk" else None
-        self._has_own_folder = folder is not None
-        if self.files is not None and folder is not None:
-            self.files.folder = Path(folder)
+        self.buffer_bytes = buffer_bytes
+        self.memory = TensorBuffer(
+            buffer_size, capacity_bytes=buffer_bytes, seed=seed, padded_columns=_GROWING
+        )
+        self.files = MmapStore() if storage == "disk" else None
+        self._has_own_dir = storage_dir is not None
+        if self.files is not None and storage_dir is not None:
+            self.files.directory = Path(storage_dir)
         self.codebook = Codebook(seed)
-        self.probes = Probes(drift_probes, seed)
+        self.drift_monitor = DriftMonitor(drift_images, seed)
         self._steps = self._steps_here = 0
         self._shape: tuple[int, ...] | None = None
 
     def attach(self, model: VLM) -> None:
-        """Freeze the image tower and note which it is."""
-        able = require(model, "encode", "freeze", by=self)
+        """Freeze the image tower and bind the buffer to its fingerprint."""
+        able = require(model, "encode_image", "freeze", by=self)
         able.freeze("image")
-        self.memory.bind(able.fingerprint() if hasattr(model, "fingerprint") else "")
+        self.memory.bind_encoder(able.fingerprint() if hasattr(model, "fingerprint") else "")
 
-    def keep_in(self, folder: Path) -> None:
-        """Take a folder, unless one was given."""
-        if self.files is not None and not self._has_own_folder:
-            self.files.folder = folder / "features"
+    def set_memory_dir(self, folder: Path) -> None:
+        """Set the folder of the files, unless one was given."""
+        if self.files is not None and not self._has_own_dir:
+            self.files.directory = folder / "features"
 
-    def replay(self, model: VLM, batch: Batch) -> Batch:
-        """Return the batch as features, with remembered rows behind.
+    def extend_batch(self, model: VLM, batch: Batch) -> Batch:
+        """Return the batch as features, with samples of the buffer behind.
 
-        From the first step, when nothing is remembered yet: what contradicts features is to fail
-        in the first task, not in the second.
+        Features are used from the first step, when the buffer is empty, so that what contradicts
+        them fails in the first task, not in the second.
         """
         if self.files is not None and not self._steps_here:
             self.files.expect_writable()
@@ -143,137 +159,147 @@ class FeatureReplay(Strategy):
         if not len(self.memory):
             return batch
         device = batch.labels.device
-        new = global_rows(len(batch), device)
-        count = max(1, round(self.share / (1 - self.share) * new))
-        places = self.memory.choose(count, generator(self.seed, self._steps))
-        rows = self.memory.take(own_stride(places))
-        joined = batch.join(self._remembered(rows, batch))
-        # Ranks may have joined one row more or less: keep the mean over ranks the global mean.
-        weight = batch.weight * (len(joined) / len(batch)) * (new / (new + count))
-        return replace(joined, weight=weight)
+        new = global_count(len(batch), device)
+        count = max(1, round(self.replay_ratio / (1 - self.replay_ratio) * new))
+        index = self.memory.sample_indices(count, generator(self.seed, self._steps))
+        joined = batch.join(self._replayed(self.memory.get(rank_stride(index)), batch))
+        # Ranks may have joined one sample more or less: keep the mean over ranks the global mean.
+        weight = batch.loss_weight * (len(joined) / len(batch)) * (new / (new + count))
+        return replace(joined, loss_weight=weight)
 
-    def observe(self, model: VLM, batch: Batch, output: Output) -> None:
-        """Count the step, so that the next draw is another; remove files that are not needed."""
+    def after_step(self, model: VLM, batch: Batch, output: Output) -> None:
+        """Count the step, so that the next draw differs; delete files that are not needed."""
         self._steps += 1
         self._steps_here += 1
-        if self.probes.is_due:
-            self._look(model)
+        if self.drift_monitor.is_due:
+            self._measure_drift(model)
         if self.files is not None:
-            # What took their place was saved when the last task ended.
-            self.files.sweep()
+            # A checkpoint without them was saved when the last task ended.
+            self.files.delete_unused()
 
     def end_task(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
         """Store features of a uniform sample of everything seen so far."""
         device = device_of(model)
-        if self.store == "pq":
-            self._learn_codebook(model, task, batches, device)
-        if self.memory_bytes:
-            self.memory.capacity_bytes = self.codebook.rest_of(self.memory_bytes)
-        batches = self.probes.watched(batches, task.index)
+        if self.compression == "pq":
+            self._fit_codebook(model, task, batches, device)
+        if self.buffer_bytes:
+            self.memory.capacity_bytes = self.codebook.remaining_bytes(self.buffer_bytes)
+        batches = self.drift_monitor.sample_from(batches, task.index)
 
         def columns(batch: Batch) -> dict[str, Tensor]:
             batch = self._encoded(model, batch)
             return {**_plain_columns(batch), **self._pack(_features_of(batch))}
 
         if self.files is None:
-            fill_rows(self.memory, batches, task.index, columns, device)
+            fill_buffer(self.memory, batches, task.index, columns, device)
         else:
-            fill_file(self.files, self.memory, batches, task.index, columns, PACKED, device)
-        self.probes.settle(device, lambda images: self._seen(model, images), self._pack)
-        self._look(model)
+            fill_disk_buffer(self.files, self.memory, batches, task.index, columns, PACKED, device)
+        self.drift_monitor.commit(
+            device, lambda images: self._encode_images(model, images), self._pack
+        )
+        self._measure_drift(model)
 
     @property
     def drift(self) -> Mapping[str, float]:
-        """How far features of the probes were from those stored when last looked at.
+        """Drift of the features of the monitored images at the last measurement.
 
         ``relative_l2`` and ``cosine`` compare exact features, ``stored_relative_l2`` and
-        ``stored_cosine`` those that are replayed; empty before the first look.
+        ``stored_cosine`` those that are replayed; empty before the first measurement.
         """
-        return dict(self.probes.seen)
+        return dict(self.drift_monitor.last_measurement)
 
-    def holdings(self) -> Mapping[str, int]:
-        """Return how many rows are remembered."""
+    def buffer_sizes(self) -> Mapping[str, int]:
+        """Return the number of samples in the buffer."""
         return {"memory": len(self.memory)}
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the number of steps done, which seeds the draws, and N and D of a row."""
+        """Return the number of steps, which seeds the draws, and N and D of a sample."""
         return {"steps": self._steps, "shape": list(self._shape or ())}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Take the number of steps of a checkpoint."""
+        """Load the number of steps of a checkpoint."""
         self._steps = int(state["steps"])
         self._shape = tuple(int(size) for size in state.get("shape", ())) or None
-        self.probes.is_due = True
+        self.drift_monitor.is_due = True
 
-    def _learn_codebook(
+    def _fit_codebook(
         self, model: VLM, task: Task, batches: Iterable[Batch], device: torch.device
     ) -> None:
         def tokens(batch: Batch) -> Tensor:
-            return levelled(_features_of(self._encoded(model, batch)))[0]
+            return rms_normalize(_features_of(self._encoded(model, batch)))[0]
 
-        def learn(vectors: Tensor) -> Tensor:
-            return learn_centroids(vectors, self.subvectors, seed=self.seed)
+        def compute(vectors: Tensor) -> Tensor:
+            return fit_centroids(vectors, self.subvectors, seed=self.seed)
 
-        self.codebook.learn(batches, task.index, tokens, learn, device)
+        self.codebook.fit(batches, task.index, tokens, compute, device)
 
-    def _look(self, model: VLM) -> None:
-        self.probes.look(device_of(model), lambda images: self._seen(model, images), self._unpack)
+    def _measure_drift(self, model: VLM) -> None:
+        self.drift_monitor.measure(
+            device_of(model), lambda images: self._encode_images(model, images), self._unpack
+        )
 
     def _encoded(self, model: VLM, batch: Batch) -> Batch:
         if batch.features is None:
-            encode = require(model, "encode", by=self).encode
-            features = picture_features(encode, batch, self._shape)
-            batch = replace(batch, features=features, images=None, owner=None)
+            encode = require(model, "encode_image", by=self).encode_image
+            features = image_features(encode, batch, self._shape)
+            batch = replace(batch, features=features, images=None, image_owner=None)
         if batch.features is not None:
             self._shape = tuple(batch.features.shape[1:])
-            if self.store == "pq":
-                width = self._shape[-1]
-                expect_parts(width, self.subvectors)
-                self.codebook.rest_of(self.memory_bytes or 1 << 62, width)
+            if self.compression == "pq":
+                dim = self._shape[-1]
+                expect_subvectors(dim, self.subvectors)
+                self.codebook.remaining_bytes(self.buffer_bytes or 1 << 62, dim)
         return batch
 
     @torch.no_grad()
-    def _seen(self, model: VLM, images: Tensor) -> Tensor:
-        """Return (P, N, D) of pictures (P, 3, H, W) alone."""
+    def _encode_images(self, model: VLM, images: Tensor) -> Tensor:
+        """Return the features (P, N, D) of images (P, 3, H, W)."""
         labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        found: Tensor = require(model, "encode", by=self).encode(Batch(images, labels, labels))
+        found: Tensor = require(model, "encode_image", by=self).encode_image(
+            Batch(images, labels, labels)
+        )
         return found
 
     def _pack(self, features: Tensor) -> dict[str, Tensor]:
-        return pack(features, self.store, self.codebook.centroids)
+        return pack(features, self.compression, self.codebook.centroids)
 
     def _unpack(self, columns: Mapping[str, Tensor]) -> Tensor:
         return unpack(columns, self.codebook.centroids)
 
-    def _remembered(self, rows: Mapping[str, Tensor], batch: Batch) -> Batch:
-        """Return remembered rows as a batch beside which ``batch`` can stand."""
+    def _replayed(self, columns: Mapping[str, Tensor], batch: Batch) -> Batch:
+        """Return columns of the buffer as a batch that ``batch`` can be joined with."""
         if self.files is not None and self._shape is not None:
-            stored = self.files.take(rows["file"], rows["slot"])
-            rows = {**rows, **from_bytes(stored, self._shape, self.store, self.subvectors)}
-        device, count = batch.labels.device, len(rows["labels"])
-        remembered = Batch(
+            stored = self.files.get(columns["file"], columns["file_row"])
+            columns = {
+                **columns,
+                **from_bytes(stored, self._shape, self.compression, self.subvectors),
+            }
+        device, count = batch.labels.device, len(columns["labels"])
+        replayed = Batch(
             images=None,
-            labels=rows["labels"],
-            task=rows["task"],
-            tokens=rows.get("tokens"),
-            mask=rows.get("mask"),
-            recalled=torch.ones(count, dtype=torch.bool),
+            labels=columns["labels"],
+            task_ids=columns["task_ids"],
+            input_ids=columns.get("input_ids"),
+            attention_mask=columns.get("attention_mask"),
+            is_replay=torch.ones(count, dtype=torch.bool),
             keys=("",) * count if batch.keys else (),
         ).to(device)
-        packed = {name: rows[name].to(device) for name in PACKED if name in rows}
-        return replace(remembered, features=self._unpack(packed))
+        packed = {name: columns[name].to(device) for name in PACKED if name in columns}
+        return replace(replayed, features=self._unpack(packed))
 
 
 def _features_of(batch: Batch) -> Tensor:
     if batch.features is None:
-        raise ValueError("FeatureReplay has no features to store: model.encode gave none")
+        raise ValueError("FeatureReplay has no features to store: model.encode_image gave none")
     return batch.features
 
 
 def _plain_columns(batch: Batch) -> dict[str, Tensor]:
-    columns = {"labels": batch.labels, "task": batch.task}
-    if batch.tokens is not None:
-        is_real = batch.mask
-        columns["tokens"] = batch.tokens
-        columns["mask"] = torch.ones_like(batch.tokens).bool() if is_real is None else is_real
+    columns = {"labels": batch.labels, "task_ids": batch.task_ids}
+    if batch.input_ids is not None:
+        is_real = batch.attention_mask
+        columns["input_ids"] = batch.input_ids
+        columns["attention_mask"] = (
+            torch.ones_like(batch.input_ids).bool() if is_real is None else is_real
+        )
     return columns

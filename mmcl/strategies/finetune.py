@@ -1,8 +1,8 @@
-"""Finetune: train on each task as it comes and do nothing about forgetting; the lower bound.
+"""Sequential fine-tuning trains on each task without any measure against forgetting; lower bound.
 
-Paper: none; every continual-learning paper has it as a baseline.
+Paper: none. Every continual-learning paper has it as a baseline.
 Code followed: none.
-Where we differ: nowhere.
+Differs: nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from mmcl.core import Strategy
 
 
 class Finetune(Strategy):
-    """Train on the tasks one after another.
+    """Sequential fine-tuning: train on the tasks one after another; the lower bound.
 
     **Remembers** nothing. **Asks of the model** nothing beyond a forward pass and a loss.
     """

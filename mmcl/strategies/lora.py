@@ -1,8 +1,8 @@
-"""LoRA learns all tasks in one low-rank correction of a frozen model; the baseline of this track.
+"""LoRA trains one low-rank adapter of a frozen model on all tasks; the baseline of LoRA methods.
 
-Paper: Hu et al. 2021, arXiv:2106.09685; as sequential fine-tuning in Guo et al. 2025,
+Paper: Hu et al. 2021, arXiv:2106.09685. As sequential fine-tuning in Guo et al. 2025,
 arXiv:2508.07307.
-Code followed: none; the layers are peft's, with a faster forward for their plain case.
+Code followed: none; the layers are peft's, with a fused forward for their plain case.
 Differs: no dropout by default; adapters of a half-precision model are float32 and their products
 are in the model's precision, where peft widens the activations.
 """
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from mmcl.core import VLM, Strategy
-from mmcl.core.randomness import mix
-from mmcl.layers.adapting import Which, check_sizes, frozen_linears
+from mmcl.core.seeding import hash_seed
+from mmcl.layers.task_adapters import TargetModules, TaskAdapters
 
 _ROOT = "lm"
 _ADAPTER = "default"
@@ -28,23 +28,23 @@ _HARMLESS_STARTS = ("gaussian", "orthogonal")
 
 
 class LoRA(Strategy):
-    """One peft LoRA adapter that goes on learning from task to task.
+    """Low-rank adaptation: one peft LoRA adapter, trained on one task after another.
 
     ``W x + alpha / rank * B A x`` in the linear layers of the language model; everything else is
-    frozen. In a chain it comes first, so that the others (EWC, LwF) see what learns.
+    frozen. In a chain it comes first, so that the others (EWC, LwF) see the trainable parameters.
 
     Args:
         rank: r of A (r, d_in) and B (d_out, r).
-        alpha: None = 2 * rank.
-        dropout: of the adapter's input in training, 0 to 1; 0 is faster.
-        layers: which linear layers: "all", or those of "attention" or "mlp".
-        train_projector: let the projector between the towers learn as well.
+        alpha: the scale of the adapter is alpha / rank; None = 2 * rank.
+        dropout: of the adapter's input in training, 0 to below 1; 0 is faster.
+        target_modules: "all" linear layers, or those of "attention" or "mlp".
+        train_projector: train the projector between the towers as well.
         options: more arguments of ``peft.LoraConfig``, for example ``{use_dora: true}``.
-        seed: of the start of A.
+        seed: seed of the initial A.
 
-    **Remembers** nothing of its own: A and B, r (d_in + d_out) numbers a layer, are the model's.
+    **Remembers** nothing of its own: A and B, r (d_in + d_out) numbers per layer, are the model's.
 
-    **Asks of the model** ``linears(which)``, ``freeze(*towers)``.
+    **Asks of the model** ``target_linears(target_modules)``, ``freeze(*towers)``.
     """
 
     def __init__(
@@ -52,46 +52,44 @@ class LoRA(Strategy):
         rank: int = 16,
         alpha: float | None = None,
         dropout: float = 0.0,
-        layers: Which = "all",
+        target_modules: TargetModules = "all",
         train_projector: bool = False,
         options: dict[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_sizes(rank, dropout)
-        self.rank, self.alpha, self.dropout = rank, 2 * rank if alpha is None else alpha, dropout
-        self.layers, self.train_projector = layers, train_projector
-        self.options, self.seed = dict(options or {}), seed
+        self.adapters = TaskAdapters(rank, alpha, dropout, target_modules, train_projector, seed)
+        self.options = dict(options or {})
 
     def attach(self, model: VLM) -> None:
-        """Freeze the towers and put the adapter into the language model."""
-        linears = frozen_linears(model, self.layers, self.train_projector, by=self)
+        """Freeze the towers and inject the adapter into the language model."""
+        linears = self.adapters.freeze(model, by=self)
         root, prefix = _root(model)
         names = [name.removeprefix(prefix) for name in linears]
-        is_plain = all(type(linear) is nn.Linear for linear in linears.values())
+        is_plain_linear = all(type(linear) is nn.Linear for linear in linears.values())
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix(self.seed))
-            _inject(root, self._config(names), is_plain)
+            torch.manual_seed(hash_seed(self.adapters.seed))
+            _inject(root, self._config(names), is_plain_linear)
 
-    def folded(self, model: VLM) -> AbstractContextManager[None]:
-        """Merge the adapter into the weights for the length of a block."""
-        from mmcl.layers.peft_linear import merged
+    def merged_adapters(self, model: VLM) -> AbstractContextManager[None]:
+        """Merge the adapter into the weights inside the block."""
+        from mmcl.layers.peft_lora import merged_lora
 
-        return merged(cast(nn.Module, model))
+        return merged_lora(cast(nn.Module, model))
 
     def peft_config(self, model: VLM) -> dict[str, Any]:
-        """Return what ``adapter_config.json`` of a peft folder says.
+        """Return the content of ``adapter_config.json`` of a peft folder.
 
         It fits ``peft_state`` and the model as transformers made it.
         """
         root, _ = _root(model)
-        stated = cast(Any, root).peft_config[_ADAPTER].to_dict()
-        stated |= {"inference_mode": True, "target_modules": sorted(_adapted(root))}
-        stated["modules_to_save"] = sorted({name.rpartition(".")[0] for name in _others(root)})
-        stated["modules_to_save"] = stated["modules_to_save"] or None
+        config = cast(Any, root).peft_config[_ADAPTER].to_dict()
+        config |= {"inference_mode": True, "target_modules": sorted(_adapted(root))}
+        config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in _others(root)})
+        config["modules_to_save"] = config["modules_to_save"] or None
         path = getattr(getattr(root, "config", None), "_name_or_path", None)
-        stated["base_model_name_or_path"] = path or None
-        plain: dict[str, Any] = json.loads(json.dumps(stated, default=_plain, sort_keys=True))
+        config["base_model_name_or_path"] = path or None
+        plain: dict[str, Any] = json.loads(json.dumps(config, default=_plain, sort_keys=True))
         return plain
 
     def _config(self, names: list[str]) -> Any:
@@ -102,7 +100,7 @@ class LoRA(Strategy):
         if unknown:
             raise ValueError(
                 f"options has {', '.join(unknown)}, which peft.LoraConfig does not take here: "
-                "rank, alpha, dropout and layers are arguments of LoRA itself"
+                "rank, alpha, dropout and target_modules are arguments of LoRA itself"
             )
         start = self.options.get("init_lora_weights", True)
         if isinstance(start, str) and start not in _HARMLESS_STARTS:
@@ -111,19 +109,19 @@ class LoRA(Strategy):
                 f"so checkpoints would not fit: use true, {' or '.join(_HARMLESS_STARTS)}"
             )
         return LoraConfig(
-            r=self.rank,
-            lora_alpha=cast(int, self.alpha),
-            lora_dropout=self.dropout,
+            r=self.adapters.rank,
+            lora_alpha=cast(int, self.adapters.alpha),
+            lora_dropout=self.adapters.dropout,
             target_modules=names,
             **self.options,
         )
 
 
 def peft_state(model: VLM) -> dict[str, Tensor]:
-    """Return the adapter's weights, and those of a projector that learns beside it.
+    """Return the adapter's weights, and those of a trainable projector.
 
     Names are relative to the model as transformers made it, without peft's adapter name; in
-    ``adapter_model.safetensors`` each is written behind "base_model.model.".
+    ``adapter_model.safetensors`` each has the prefix "base_model.model.".
 
     Args:
         model: with a ``LoRA`` attached.
@@ -140,23 +138,23 @@ def peft_state(model: VLM) -> dict[str, Tensor]:
 
 
 def _root(model: VLM) -> tuple[nn.Module, str]:
-    """The module whose names an exported adapter uses, and what stands before them in a model."""
+    """Return the module whose names an exported adapter uses, and their prefix in the model."""
     inner = getattr(model, _ROOT, None)
     return (inner, f"{_ROOT}.") if isinstance(inner, nn.Module) else (cast(nn.Module, model), "")
 
 
-def _inject(root: nn.Module, config: Any, is_plain: bool) -> None:
+def _inject(root: nn.Module, config: Any, is_plain_linear: bool) -> None:
     from peft import inject_adapter_in_model
 
-    from mmcl.layers.peft_linear import FusedLoraLinear
+    from mmcl.layers.peft_lora import FusedLoraLinear
 
-    if is_plain:
+    if is_plain_linear:
         config._register_custom_module({nn.Linear: FusedLoraLinear})
     before = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
     inject_adapter_in_model(config, root, _ADAPTER)
-    # peft freezes all but the adapter; what else learns was decided before.
-    for parameter, learns in before:
-        parameter.requires_grad_(learns)
+    # peft freezes all but the adapter, also a projector that is to be trained.
+    for parameter, is_trainable in before:
+        parameter.requires_grad_(is_trainable)
     old = {id(parameter) for parameter, _ in before}
     for parameter in root.parameters():
         is_narrow = parameter.is_floating_point() and parameter.element_size() < 4
@@ -171,7 +169,7 @@ def _adapted(root: nn.Module) -> list[str]:
 
 
 def _others(root: nn.Module) -> dict[str, Tensor]:
-    """What learns and is not the adapter's."""
+    """Return the trainable parameters outside the adapter."""
     adapted = tuple(f"{name}." for name in _adapted(root))
     return {
         name: parameter

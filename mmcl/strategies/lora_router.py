@@ -1,10 +1,11 @@
-"""LoRARouter learns one LoRA for each task alone, and sends every row through one of them.
+"""LoRARouter trains one independent LoRA adapter per task and routes every sample to one of them.
 
-Paper: none of its own. One adapter a task behind a router is MR-LoRA, Zhao et al. 2025,
-arXiv:2506.05453; routers are means as in SimpleCIL, arXiv:2303.07338, or ridge as in CF-Router.
+Paper: none. One adapter per task behind a router is MR-LoRA, Zhao et al. 2025, arXiv:2506.05453;
+routers are prototypes as in SimpleCIL, arXiv:2303.07338, or ridge regression as in CF-Router.
 Code followed: none; written from the equations.
-Differs: rows are recognised by the frozen guide, so no pass through the language model is needed;
-sums are float64 over all ranks, so tasks may come in any order; every row has its own slot.
+Differs: samples are routed by the frozen routing encoder, so no pass through the language model is
+needed; sums are float64 over all ranks, so tasks may come in any order; every sample has its own
+adapter.
 """
 
 from __future__ import annotations
@@ -13,52 +14,51 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmcl.core import NO_PROMPTS, VLM, Batch, Prompts, Strategy, Task, require
-from mmcl.core.distributed import gather_rows, sum_over_ranks
-from mmcl.core.randomness import generator, ranks_of
-from mmcl.layers import LowRankSlots, install, installed
-from mmcl.layers.adapting import Which, check_sizes, frozen_linears, grow_slots
-from mmcl.layers.choosing import choose_slots
-from mmcl.memory import Snapshot, lowest, pass_numbers
-from mmcl.memory.task_means import Features, TaskMeans
+from mmcl.core.distributed import all_gather_samples, all_reduce_sum
+from mmcl.core.seeding import generator, hash_priorities
+from mmcl.layers.task_adapters import TargetModules, TaskAdapters, set_active_adapters
+from mmcl.memory import Snapshot, pass_sample_ids, smallest_priorities
+from mmcl.memory.task_prototypes import Features, TaskPrototypes
 from mmcl.ops.prototypes import solve_ridge
-from mmcl.ops.routing import best_of_groups, k_means, likeness, one_hot_gates
+from mmcl.ops.routing import cosine_similarity, group_max, k_means, one_hot_gates
 
-By = Literal["both", "image", "text"]
+RouteBy = Literal["both", "image", "text"]
 _GATE = "lora_router"
 
 
 class LoRARouter(Strategy):
-    """Independent low-rank slots, one for each task, and a router that picks one for each row.
+    """One independent LoRA adapter per task, and a router that selects one for each sample.
 
-    In training new rows go through the slot of their task, which starts from the frozen model.
-    Remembered rows go through the frozen slots of their own tasks: they teach old slots nothing
-    and disturb no new one, but where the projector learns they hold it to what old slots expect.
+    In training new samples go through the adapter of their task, which starts from the frozen
+    model. Replayed samples go through the frozen adapters of their own tasks: they change no
+    adapter, but a trainable projector stays fit for the old ones.
 
-    In evaluation (``strategy.eval()``) rows whose task the scenario tells go through its slot,
-    others where ``route`` sends them; until the first pass over a task ended, through its slot.
+    In evaluation (``strategy.eval()``) samples with a task id go through that task's adapter, other
+    samples through the one that ``route`` returns; mid-task, through the current task's.
 
     Args:
-        rank: r of each slot.
-        alpha: None = 2 * rank.
-        dropout: of the slot's input in training, 0 to 1.
-        layers: which linear layers: "all", or those of "attention" or "mlp".
-        by: what rows are recognised by: picture, question ("text") or both, half each.
-        router: "prototype" = the task whose mean points most alike, "ridge" = ridge regression from
-            embeddings to tasks, solved in closed form.
-        prototypes: means of each task, found by k-means among ``samples`` rows; 1 = the exact mean.
-        ridge: added to the diagonal, above 0.
-        samples: rows of a task, chosen by ``seed``, that k-means and the report look at.
-        train_projector: let the projector between the towers learn as well.
-        seed: of the slots' start, the choice of samples and k-means.
+        rank: r of each adapter.
+        alpha: the scale of adapters is alpha / rank; None = 2 * rank.
+        dropout: of the adapters' input in training, 0 to below 1.
+        target_modules: "all" linear layers, or those of "attention" or "mlp".
+        route_by: embeddings that the router sees: "image", "text" (the question) or "both", half
+            each.
+        router: "prototype" = the task of highest cosine similarity to its prototypes, "ridge" =
+            ridge regression from embeddings to tasks, solved in closed form.
+        prototypes: number per task, by k-means over ``samples`` samples; 1 = the exact mean.
+        ridge: number added to the diagonal, above 0.
+        samples: samples of a task, chosen by ``seed``, for k-means and the check of the router.
+        train_projector: train the projector between the towers as well.
+        seed: seed of the adapters' initial values, the choice of samples and k-means.
 
-    **Remembers** a mean of E float64 numbers for each task and modality (times ``prototypes``);
-    "ridge" also M^2 for M = E numbers of all modalities. Slots, r (d_in + d_out) numbers for each
-    layer and task, are the model's.
+    **Remembers** a prototype of E float64 numbers for each task and modality (times
+    ``prototypes``); "ridge" also M^2 for M = E numbers of all modalities. Adapters,
+    r (d_in + d_out) numbers for each layer and task, are the model's.
 
-    **Asks of the model** ``answer``, ``linears``, ``freeze``, ``gates``, ``embed``.
+    **Asks of the model** ``generate``, ``target_linears``, ``freeze``, ``gates``, ``embed``.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class LoRARouter(Strategy):
         rank: int = 16,
         alpha: float | None = None,
         dropout: float = 0.0,
-        layers: Which = "all",
-        by: By = "both",
+        target_modules: TargetModules = "all",
+        route_by: RouteBy = "both",
         router: Literal["prototype", "ridge"] = "prototype",
         prototypes: int = 1,
         ridge: float = 0.1,
@@ -76,11 +76,11 @@ class LoRARouter(Strategy):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_sizes(rank, dropout)
-        if by not in ("both", "image", "text") or router not in ("prototype", "ridge"):
+        self.adapters = TaskAdapters(rank, alpha, dropout, target_modules, train_projector, seed)
+        if route_by not in ("both", "image", "text") or router not in ("prototype", "ridge"):
             raise ValueError(
-                f"by is '{by}' and router '{router}': choose by of 'both', 'image', 'text' and "
-                "router of 'prototype', 'ridge'"
+                f"route_by is '{route_by}' and router '{router}': choose route_by of 'both', "
+                "'image', 'text' and router of 'prototype', 'ridge'"
             )
         if min(prototypes, samples) < 1 or ridge <= 0 or (router == "ridge" and prototypes > 1):
             raise ValueError(
@@ -88,49 +88,43 @@ class LoRARouter(Strategy):
                 "prototypes and samples and a ridge above 0; several prototypes have no use for "
                 "router 'ridge'"
             )
-        self.rank, self.alpha, self.dropout = rank, 2 * rank if alpha is None else alpha, dropout
-        self.layers, self.train_projector, self.router = layers, train_projector, router
-        self.prototypes, self.ridge, self.samples, self.seed = prototypes, ridge, samples, seed
-        self.means = TaskMeans(("image", "text") if by == "both" else (by,))
+        self.router, self.prototypes, self.ridge = router, prototypes, ridge
+        self.samples, self.seed = samples, seed
+        self.means = TaskPrototypes(("image", "text") if route_by == "both" else (route_by,))
         self.solved = Snapshot()
         self._task = 0
 
     def attach(self, model: VLM) -> None:
-        """Freeze the model and put layers with the first task's slot into its language model."""
-        able = require(model, "answer", "linears", "freeze", "gates", "embed", by=self)
-        names = frozen_linears(model, self.layers, self.train_projector, self)
-        scale = self.alpha / self.rank
-        install(
-            able, names, lambda linear: LowRankSlots(linear, scale, self.dropout, able.gates, _GATE)
-        )
-        grow_slots(model, 1, self.rank, self.seed)
+        """Freeze the model and inject the first task's adapter into its language model."""
+        require(model, "generate", "target_linears", "freeze", "gates", "embed", by=self)
+        self.adapters.attach(model, by=self, gates=_GATE)
 
     def begin_task(self, model: VLM, task: Task) -> None:
-        """Add a slot for the task and freeze those before it."""
-        grow_slots(model, task.index + 1, self.rank, self.seed)
+        """Add an adapter for the task and freeze those before it."""
+        layers = self.adapters.begin_task(model, task.index)
         self._task = task.index
-        choose_slots(_layers(model), "one", (task.index,))
+        set_active_adapters(layers.values(), "one", (task.index,))
 
     def prompts(self, model: VLM, batch: Batch) -> Prompts:
-        """Choose one slot for every row."""
-        layers = _layers(model)
-        slots = len(layers[0].slots) if layers else 0
-        if not slots:
+        """Return one-hot gates: one adapter for every sample."""
+        layers = list(self.adapters.layers_of(model).values())
+        count = len(layers[0].adapters) if layers else 0
+        if not count:
             return NO_PROMPTS
-        if self.training and (batch.recalled is None or not bool(batch.recalled.any())):
-            choose_slots(layers, "one", (self._task,))
+        if self.training and (batch.is_replay is None or not bool(batch.is_replay.any())):
+            set_active_adapters(layers, "one", (self._task,))
             return NO_PROMPTS
-        choice = self._learned_by(batch) if self.training else self._asked(model, batch, slots)
-        choose_slots(layers, "gates", range(slots))
-        return Prompts(gates={_GATE: one_hot_gates(choice, slots)})
+        index = self._train_index(batch) if self.training else self._test_index(model, batch, count)
+        set_active_adapters(layers, "gates", range(count))
+        return Prompts(gates={_GATE: one_hot_gates(index, count)})
 
     @torch.no_grad()
     def route(self, model: VLM, batch: Batch) -> Tensor:
-        """Return the slot that each row would go through if nobody told its task.
+        """Return the adapter to which each sample is routed without its task id.
 
         Args:
             model: that embeds.
-            batch: B rows; their task numbers are not looked at.
+            batch: B samples; their task ids are not used.
 
         Returns:
             (B,) int64, among the tasks that have ended.
@@ -139,130 +133,132 @@ class LoRARouter(Strategy):
             RuntimeError: before the first task ended.
         """
         if self.means.is_empty:
-            raise RuntimeError("LoRARouter knows no task yet: route rows after the first end_task")
+            raise RuntimeError("LoRARouter has no task yet: route samples after the first end_task")
         return self._route(self.means.features(model, batch, self))
 
     @torch.no_grad()
     def end_task(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
-        """Take the task's means, and solve anew."""
-        kept = _Sample(self.samples, self.seed, task.index)
+        """Compute the task's prototypes, and solve the router again."""
+        kept = _Reservoir(self.samples, self.seed, task.index)
         grams: list[Tensor] = []
 
         def watch(batch: Batch, features: Features) -> None:
-            rows = torch.cat(features, 1)
-            kept.add(batch, rows)
+            joined = torch.cat(features, 1)
+            kept.add(batch, joined)
             if self.router == "ridge":
-                grams[:] = [rows.T @ rows + (grams[0] if grams else 0)]
+                grams[:] = [joined.T @ joined + (grams[0] if grams else 0)]
 
-        self.means.learn(model, task, batches, self, watch)
-        rows = kept.over_ranks()
+        self.means.fit(model, task, batches, self, watch)
+        sample = kept.over_ranks()
         solved = self.solved.tensors
         if self.router == "ridge":
-            gram = sum_over_ranks(grams[0]) + solved.get("gram", torch.zeros_like(grams[0]))
+            gram = all_reduce_sum(grams[0]) + solved.get("gram", torch.zeros_like(grams[0]))
             solved |= {"gram": gram, "head": _head(gram, self.means, self.ridge)}
         elif self.prototypes > 1:
-            solved |= self._with_centres(rows, task.index)
+            solved |= self._with_centers(sample, task.index)
         self.solved.take(solved)
-        home = (self._route(_parts(rows, self.means.sums)) == task.index).sum()
-        self.solved.take({**solved, "home": torch.stack([home, torch.full_like(home, len(rows))])})
+        home = (self._route(_split(sample, self.means.sums)) == task.index).sum()
+        total = torch.full_like(home, len(sample))
+        self.solved.take({**solved, "home": torch.stack([home, total])})
 
-    def holdings(self) -> Mapping[str, int]:
-        """Return how many tasks can be recognised."""
+    def buffer_sizes(self) -> Mapping[str, int]:
+        """Return the number of tasks with a prototype."""
         return {"tasks": int((self.means.counts > 0).sum())}
 
-    def idle(self) -> tuple[str, ...]:
-        """Name the last task's slot if the router sends none of the task's own rows there."""
+    def inactive_parts(self) -> tuple[str, ...]:
+        """Report the last task's adapter if no sample of the task is routed to it."""
         if "home" not in self.solved.tensors:
-            return super().idle()
-        home, rows = self.solved.get("home").tolist()
-        found = f"slot {len(self.means.counts) - 1} was chosen for none of {rows} rows of its task"
-        return super().idle() + ((found,) if home == 0 else ())
+            return super().inactive_parts()
+        home, total = self.solved.get("home").tolist()
+        number = len(self.means.counts) - 1
+        found = f"adapter {number} was chosen for none of {total} samples of its task"
+        return super().inactive_parts() + ((found,) if home == 0 else ())
 
-    def _learned_by(self, batch: Batch) -> Tensor:
-        """The slot of each row of a training step: the current one, or an old row's own."""
-        now = torch.full_like(batch.task, self._task)
-        if batch.recalled is None:
+    def _train_index(self, batch: Batch) -> Tensor:
+        """Return (B,) adapter of each sample in training: the current, or a replayed one's own."""
+        now = torch.full_like(batch.task_ids, self._task)
+        if batch.is_replay is None:
             return now
-        is_old = batch.recalled & (batch.task >= 0) & (batch.task < self._task)
-        return torch.where(is_old, batch.task, now)
+        is_old = batch.is_replay & (batch.task_ids >= 0) & (batch.task_ids < self._task)
+        return torch.where(is_old, batch.task_ids, now)
 
-    def _asked(self, model: VLM, batch: Batch, slots: int) -> Tensor:
-        is_told = (batch.task >= 0) & (batch.task < slots)
-        if bool(is_told.all()):
-            return batch.task
-        is_open = not self.means.knows(self._task)
-        other = torch.full_like(batch.task, self._task) if is_open else self.route(model, batch)
-        return torch.where(is_told, batch.task, other)
+    def _test_index(self, model: VLM, batch: Batch, count: int) -> Tensor:
+        """Return (B,) adapter of each sample in evaluation: of its task id, or as routed."""
+        has_task = (batch.task_ids >= 0) & (batch.task_ids < count)
+        if bool(has_task.all()):
+            return batch.task_ids
+        is_mid_task = not self.means.has(self._task)
+        other = (
+            torch.full_like(batch.task_ids, self._task) if is_mid_task else self.route(model, batch)
+        )
+        return torch.where(has_task, batch.task_ids, other)
 
     def _route(self, features: Features) -> Tensor:
         counts, solved = self.means.counts, self.solved.tensors
         if "head" in solved:
             scores = torch.cat(features, 1) @ solved["head"]
         else:
-            shares = [1 / len(features)] * len(features)
-            if "centres" in solved:
-                scores = likeness(features, _parts(solved["centres"], features), shares)
-                scores = best_of_groups(scores, solved["owner"], len(counts))
+            weights = [1 / len(features)] * len(features)
+            if "centers" in solved:
+                scores = cosine_similarity(features, _split(solved["centers"], features), weights)
+                scores = group_max(scores, solved["owner"], len(counts))
             else:
-                scores = likeness(features, self.means.sums, shares)
+                scores = cosine_similarity(features, self.means.sums, weights)
         return scores.masked_fill(counts.to(scores.device) == 0, -torch.inf).argmax(1)
 
-    def _with_centres(self, rows: Tensor, task: int) -> dict[str, Tensor]:
-        found = k_means(rows, self.prototypes, generator(self.seed, task))
+    def _with_centers(self, sample: Tensor, task: int) -> dict[str, Tensor]:
+        found = k_means(sample, self.prototypes, generator(self.seed, task))
         owner = torch.full((len(found),), task, device=found.device)
         old = self.solved.tensors
-        if "centres" not in old:
-            return {"centres": found, "owner": owner}
+        if "centers" not in old:
+            return {"centers": found, "owner": owner}
         return {
-            "centres": torch.cat([old["centres"].to(found), found]),
+            "centers": torch.cat([old["centers"].to(found), found]),
             "owner": torch.cat([old["owner"].to(owner), owner]),
         }
 
 
-class _Sample:
-    """A uniform sample of the rows of a pass, the same however ranks share the pass."""
+class _Reservoir:
+    """Uniform sample of the embeddings of a pass, the same for any number of processes."""
 
     def __init__(self, size: int, seed: int, task: int) -> None:
         self.size, self.seed, self.task = size, seed, task
-        self.rows: Tensor | None = None
-        self.ranks = torch.zeros(0, dtype=torch.int64)
+        self.embeddings: Tensor | None = None
+        self.priorities = torch.zeros(0, dtype=torch.int64)
         self._seen = 0
 
-    def add(self, batch: Batch, rows: Tensor) -> None:
-        """Offer the rows of a batch, (B, M)."""
-        own = ranks_of(self.seed, self.task, pass_numbers(batch, self._seen)).to(rows.device)
+    def add(self, batch: Batch, embeddings: Tensor) -> None:
+        """Offer the embeddings (B, M) of a batch."""
+        own = hash_priorities(self.seed, self.task, pass_sample_ids(batch, self._seen)).to(
+            embeddings.device
+        )
         self._seen += len(batch)
-        if self.rows is not None:
-            rows, own = torch.cat([self.rows, rows]), torch.cat([self.ranks, own])
-        kept = lowest(own, self.size)
-        self.rows, self.ranks = rows[kept], own[kept]
+        if self.embeddings is not None:
+            embeddings = torch.cat([self.embeddings, embeddings])
+            own = torch.cat([self.priorities, own])
+        kept = smallest_priorities(own, self.size)
+        self.embeddings, self.priorities = embeddings[kept], own[kept]
 
     def over_ranks(self) -> Tensor:
-        """Return (up to size, M), by rank; after at least one batch."""
-        rows = cast(Tensor, self.rows)
-        everyone = gather_rows(rows)
-        return everyone[lowest(gather_rows(self.ranks.to(rows.device)), self.size)]
+        """Return (up to size, M) of all processes, by priority; after at least one batch."""
+        own = cast(Tensor, self.embeddings)
+        everyone = all_gather_samples(own)
+        return everyone[
+            smallest_priorities(all_gather_samples(self.priorities.to(own.device)), self.size)
+        ]
 
 
-def _layers(model: VLM) -> list[LowRankSlots]:
-    return list(installed(cast(nn.Module, model), LowRankSlots).values())
+def _split(joined: Tensor, like: Features) -> Features:
+    """Split (R, M) into the modalities' columns, with the dims of ``like``."""
+    return torch.split(joined, [features.shape[1] for features in like], dim=1)
 
 
-def _parts(rows: Tensor, like: Features) -> Features:
-    """Cut rows (R, M) that stand side by side into parts as wide as those of ``like``."""
-    start, parts = 0, []
-    for part in like:
-        parts.append(rows[:, start : start + part.shape[1]])
-        start += part.shape[1]
-    return tuple(parts)
-
-
-def _head(gram: Tensor, means: TaskMeans, ridge: float) -> Tensor:
-    """(M, T) regression from embeddings to tasks; the cross sums are the sums of each task."""
+def _head(gram: Tensor, means: TaskPrototypes, ridge: float) -> Tensor:
+    """Return the (M, T) ridge regression from embeddings to tasks, from each task's sums."""
     head = solve_ridge(gram, torch.cat(means.sums, 1).T.contiguous(), ridge)
     if head is None:
         raise RuntimeError(
-            f"ridge {ridge:g} does not make the sums solvable: the embeddings hold nan or inf, or "
-            "a larger ridge is needed"
+            f"the router cannot be solved with ridge {ridge:g}: check the embeddings for nan and "
+            "inf, or give a larger ridge"
         )
     return head

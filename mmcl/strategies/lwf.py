@@ -1,10 +1,10 @@
-"""LwF keeps the answers of the model it was before the task, on the task's own pictures.
+"""LwF distils from the model before the task (the teacher), on the task's own images.
 
 Paper: Li and Hoiem 2016, arXiv:1606.09282.
 Code followed: none; written from the equations.
 Differs: there is no head to warm up, as a CLIP scores with class texts; the teacher sees the same
-augmented pictures as the student; rows with captions keep the likeness of pictures and texts, and
-answers keep the whole distribution of every scored token, not of one word a row.
+augmented images as the student; captions are distilled by the similarity of images and texts, and
+answers by the whole distribution of every scored token, not of one word per sample.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mmcl.core import VLM, Batch, Output, Strategy, Task, trainable
-from mmcl.core.rest import evaluating
-from mmcl.layers.bypass import adapted, bypassed
+from mmcl.core import VLM, Batch, Output, Strategy, Task, trainable_parameters
+from mmcl.core.model import eval_mode
+from mmcl.layers.inject import adapters_disabled, base_layers
 from mmcl.memory.snapshot import Snapshot
-from mmcl.ops.distillation import distil, distil_pairs
+from mmcl.ops.kd import contrastive_kd_loss, kd_loss
 
 
 class LwF(Strategy):
-    """Learning without forgetting: distil from an earlier model on current rows.
+    """Learning without forgetting: knowledge distillation from an earlier model on current data.
 
     Adds ``alpha * T^2 * KL(teacher || student)`` over the classes known before this task, mean over
-    the new rows of the batch. Rows with captions are distilled over the (B, B) likeness of the
-    batch, mean of both directions; there B is the rows of one process. Rows that are answered are
-    distilled over the vocabulary, mean over the scored tokens of the new rows. The teacher is this
-    very model called with older weights: no second one is held.
+    the new samples of the batch. Samples with captions are distilled over the (B, B) similarities
+    of the batch, mean of both directions; there B is the samples of one process. Answers are
+    distilled over the vocabulary, mean over the scored tokens of the new samples. The teacher is
+    the same model called with older weights: no second model is held.
 
     Args:
         alpha: weight of the distillation.
-        temperature: T, softens both answers.
+        temperature: T, softens both distributions.
         teacher: "previous" is the model at the end of the task before; "base" the model that the
-            first task began with, adapters switched off, from the first task on and over all
-            classes. In a chain LwF stands behind what adapts the model.
-        rows: "new" are the task's own; "sources" those of the general or reference sets that the
-            card mixes in, as ZSCL distils (Zheng et al. 2023, arXiv:2303.06628).
+            first task began with, adapters disabled, from the first task on and over all classes.
+            In a chain LwF comes after the strategy that adapts the model.
+        distill_on: "new" are the task's own samples; "sources" those of the general or reference
+            sets that the card mixes in, as in ZSCL (Zheng et al. 2023, arXiv:2303.06628).
 
     **Remembers** one copy of the trainable weights, at their own precision, and one number. With
-    "base" only of weights outside of adapters, so where only adapters learn it is nothing.
+    "base" only of weights outside of adapters: nothing where only adapters are trainable.
 
     **Asks of the model** to be a torch module (it is called a second time with the old weights).
     """
@@ -53,7 +53,7 @@ class LwF(Strategy):
         alpha: float = 1.0,
         temperature: float = 2.0,
         teacher: Literal["previous", "base"] = "previous",
-        rows: Literal["new", "sources"] = "new",
+        distill_on: Literal["new", "sources"] = "new",
     ) -> None:
         super().__init__()
         if alpha < 0 or temperature <= 0:
@@ -63,71 +63,71 @@ class LwF(Strategy):
             )
         if teacher not in ("previous", "base"):
             raise ValueError(f"teacher is '{teacher}', expected 'previous' or 'base'")
-        if rows not in ("new", "sources"):
-            raise ValueError(f"rows is '{rows}', expected 'new' or 'sources'")
-        self.alpha, self.temperature, self.rows = alpha, temperature, rows
+        if distill_on not in ("new", "sources"):
+            raise ValueError(f"distill_on is '{distill_on}', expected 'new' or 'sources'")
+        self.alpha, self.temperature, self.distill_on = alpha, temperature, distill_on
         self.is_base = teacher == "base"
         self.teacher = Snapshot()
         self.known = -1
 
     def begin_task(self, model: VLM, task: Task) -> None:
-        """Note the weights that the teacher lacks: all of them, or those that are new.
+        """Store the weights that the teacher lacks: all of them, or those that are new.
 
         Raises:
-            ValueError: if rows of sources are asked for and the task mixes in none.
+            ValueError: if ``distill_on`` is "sources" and the task mixes in none.
         """
-        if self.rows == "sources" and not task.mix:
+        if self.distill_on == "sources" and not task.mixture:
             raise ValueError(
-                f"LwF distils on rows of sources and task '{task.name}' mixes in none: name some "
-                "under 'sources' and 'mix' on the card, or take rows='new'"
+                f"LwF needs samples of sources and task '{task.name}' mixes in none: name some "
+                "under 'sources' and 'mixture' on the card, or take distill_on='new'"
             )
         if self.is_base and self.known < 0:
-            outside = adapted(cast(nn.Module, model))
+            outside = base_layers(cast(nn.Module, model))
             own = tuple(f"{name}." for name in outside)
-            learning = trainable(model).items()
-            self.teacher.take({n: p for n, p in learning if not n.startswith(own)})
+            weights = trainable_parameters(model).items()
+            self.teacher.take({n: p for n, p in weights if not n.startswith(own)})
             self.known = 0
         elif not self.is_base and not self.teacher.is_empty:
-            # What a strategy adds for a task changes no answer yet: the teacher has it as it came.
-            self.teacher.take({**trainable(model), **self.teacher.tensors})
+            # Weights added for a task change no output yet: the teacher gets them as they are.
+            self.teacher.take({**trainable_parameters(model), **self.teacher.tensors})
 
     def penalty(self, model: VLM, batch: Batch, output: Output) -> Mapping[str, Tensor]:
-        """Return the distillation as "lwf"; of the previous model nothing in the first task."""
+        """Return the distillation loss as "lwf"; with "previous" nothing in the first task."""
         if self.known < 0 or not len(batch):
             return {}
-        rows, scores = None, output.logits
-        is_asked = self._asked(batch)
-        if is_asked is not None:
-            rows = is_asked.nonzero().flatten()
-            if not len(rows):
+        index, logits = None, output.logits
+        is_distilled = self._is_distilled(batch)
+        if is_distilled is not None:
+            index = is_distilled.nonzero().flatten()
+            if not len(index):
                 return {}
-            if output.rows is not None:
-                scores = scores[is_asked[output.rows]]
-            batch = batch.take(rows)
-        if output.rows is not None:
-            if not len(scores):
+            if output.sample_index is not None:
+                logits = logits[is_distilled[output.sample_index]]
+            batch = batch.take(index)
+        if output.sample_index is not None:
+            if not len(logits):
                 return {}
-            taught = self._ask_teacher(model, batch)
-            term = distil(taught.float(), scores.float(), self.temperature)
+            target = self._teacher_logits(model, batch)
+            term = kd_loss(target.float(), logits.float(), self.temperature)
             return {"lwf": self.alpha * term}
-        answer = scores if rows is None else scores[rows]
-        taught = self._ask_teacher(model, batch)
-        if batch.tokens is None:
-            known = answer.shape[1] if self.is_base else min(self.known, answer.shape[1])
-            term = distil(taught[:, :known], answer[:, :known], self.temperature)
+        student = logits if index is None else logits[index]
+        target = self._teacher_logits(model, batch)
+        if batch.input_ids is None:
+            known = student.shape[1] if self.is_base else min(self.known, student.shape[1])
+            term = kd_loss(target[:, :known], student[:, :known], self.temperature)
         else:
-            pairs = answer if rows is None else answer[:, rows]
-            term = distil_pairs(taught, pairs, self.temperature)
+            pairs = student if index is None else student[:, index]
+            term = contrastive_kd_loss(target, pairs, self.temperature)
         return {"lwf": self.alpha * term}
 
     def end_task(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
-        """Make this model the teacher of the next task, unless the first one goes on teaching."""
+        """Store this model's weights as the next task's teacher, unless the base stays teacher."""
         if not self.is_base:
-            self.teacher.take(trainable(model))
-        self.known = max(self.known, max(task.labels, default=-1) + 1)
+            self.teacher.take(trainable_parameters(model))
+        self.known = max(self.known, max(task.class_ids, default=-1) + 1)
 
-    def holdings(self) -> Mapping[str, int]:
-        """Return how many parameters the teacher has of its own."""
+    def buffer_sizes(self) -> Mapping[str, int]:
+        """Return the number of parameters that are stored of the teacher."""
         return {} if self.is_base else {"teacher": len(self.teacher)}
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -135,20 +135,20 @@ class LwF(Strategy):
         return {"known": self.known}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Take the number of classes of a checkpoint."""
+        """Load the number of classes of a checkpoint."""
         self.known = int(state["known"])
 
-    def _asked(self, batch: Batch) -> Tensor | None:
-        """Return which rows are distilled, (B,) bool; None = all."""
-        if self.rows == "new":
-            return None if batch.recalled is None else ~batch.recalled
-        if batch.source is None:
-            return torch.zeros_like(batch.task, dtype=torch.bool)
-        return batch.source > 0
+    def _is_distilled(self, batch: Batch) -> Tensor | None:
+        """Return which samples are distilled, (B,) bool; None = all."""
+        if self.distill_on == "new":
+            return None if batch.is_replay is None else ~batch.is_replay
+        if batch.source_ids is None:
+            return torch.zeros_like(batch.task_ids, dtype=torch.bool)
+        return batch.source_ids > 0
 
-    def _ask_teacher(self, model: VLM, batch: Batch) -> Tensor:
+    def _teacher_logits(self, model: VLM, batch: Batch) -> Tensor:
         module = cast(nn.Module, model)
-        asked = bypassed(module) if self.is_base else nullcontext()
-        with torch.no_grad(), evaluating(module), asked:
-            answer: Output = functional_call(module, self.teacher.tensors, (batch,))
-        return answer.logits
+        adapters = adapters_disabled(module) if self.is_base else nullcontext()
+        with torch.no_grad(), eval_mode(module), adapters:
+            output: Output = functional_call(module, self.teacher.tensors, (batch,))
+        return output.logits

@@ -1,10 +1,10 @@
-"""ModalPrompt learns prompt tokens for each task and picks them by picture and question.
+"""ModalPrompt trains prompt tokens for each task and selects them by image and question.
 
 Paper: Zeng et al. 2024, arXiv:2410.05849.
 Code followed: none; written from the equations.
-Differs: prompts of earlier tasks are frozen, which the paper implies and does not state; every row
-has its own past prompts; the number of tasks is not needed in advance. The prototype term leaves
-out remembered rows, which do not belong to the task whose prototype it pulls, and counts each row
+Differs: prompts of earlier tasks are frozen, which the paper implies and does not state; each
+sample has its own past prompts; the number of tasks is not needed in advance. The prototype term
+leaves out replayed samples, which do not belong to the task of its prototype, and weighs a sample
 by its scored tokens as the task loss does, so that it is the same on any number of processes.
 """
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmcl.core import (
+    IGNORE_INDEX,
     NO_PROMPTS,
-    UNSCORED,
     VLM,
     Batch,
     Output,
@@ -29,63 +29,65 @@ from mmcl.core import (
     device_of,
     require,
 )
-from mmcl.core.randomness import generator, mix
+from mmcl.core.seeding import generator, hash_seed
 from mmcl.ops.prompt_pool import gather_prompts
-from mmcl.ops.routing import likeness, nearest_last
+from mmcl.ops.routing import cosine_similarity, top_k_ascending
 
-_NOTE = "modal_prompt"
-_SPREAD = 0.02
+_AUX = "modal_prompt"
+_INIT_STD = 0.02
 
 
 class ModalPrompt(Strategy):
-    """Dual-modality guided prompts in front of a frozen model's text.
+    """Dual-modality guided prompts per task, in front of a frozen model's text.
 
-    Each task has ``length`` prompt tokens and a transform that turns them into a prototype p in the
-    embedding of pictures and questions. A row's guidance for a task is
-    ``0.5 cos(image, p) + 0.5 cos(text, p)``. In training a row has the current task's prompts next
-    to its text and before them the past ones of highest guidance; in evaluation
+    Each task has ``prompt_length`` prompt tokens and a transform that maps them to a prototype p in
+    the embedding of images and questions. A sample's guidance for a task is
+    ``0.5 cos(image, p) + 0.5 cos(text, p)``. In training a sample has the current task's prompts
+    next to its text and before them the past ones of highest guidance; in evaluation
     (``strategy.eval()``) those of highest guidance, the best next to the text. Adds
-    ``weight * (2 - cos(image, p) - cos(text, p))`` of the current task to the loss of new rows.
+    ``align_weight * (2 - cos(image, p) - cos(text, p))`` of the current task to the loss of new
+    samples.
 
     Args:
-        length: tokens of one task's prompt, P.
-        transfer: prompts in front of a row in training, the current one included, 1 or more.
-        top_k: prompts in front of a row in evaluation, 1 or more.
-        weight: of the prototype term.
-        seed: of the prompts' and transforms' start.
+        prompt_length: tokens of one task's prompt, P.
+        transfer: prompts in front of a sample in training, with the current one, 1 or more.
+        top_k: prompts in front of a sample in evaluation, 1 or more.
+        align_weight: weight of the prototype term, 0 or more.
+        seed: seed of the prompts' and transforms' initial values.
 
     **Remembers** P D + D^2 + D E + D + E float32 numbers for each task, D the language model's
-    width and E the embedding's.
+    dim and E the embedding's.
 
-    **Asks of the model** ``answer``, ``embed``, ``embed_width``, ``widths`` and ``freeze``;
-    pictures and questions must be embedded in one space, as a guide does. Prompts start at words
-    drawn from ``words``, (V, D), if the model has it, else at N(0, 0.02^2).
+    **Asks of the model** ``generate``, ``embed``, ``embed_dim``, ``prompt_dims`` and ``freeze``;
+    images and questions must be embedded in one space, as a routing encoder does. Prompts start at
+    word embeddings drawn from ``words``, (V, D), if the model has it, else at N(0, 0.02^2).
     """
 
     def __init__(
         self,
-        length: int = 10,
+        prompt_length: int = 10,
         transfer: int = 3,
         top_k: int = 3,
-        weight: float = 1.0,
+        align_weight: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if min(length, transfer, top_k) < 1 or weight < 0:
+        if min(prompt_length, transfer, top_k) < 1 or align_weight < 0:
             raise ValueError(
-                f"length is {length}, transfer {transfer}, top_k {top_k} and weight {weight}: give "
-                "1 or more of the first three and a weight of 0 or more"
+                f"prompt_length is {prompt_length}, transfer {transfer}, top_k {top_k} and "
+                f"align_weight {align_weight}: give 1 or more of the first three and an "
+                "align_weight of 0 or more"
             )
-        self.length, self.transfer, self.top_k = length, transfer, top_k
-        self.weight, self.seed = weight, seed
+        self.prompt_length, self.transfer, self.top_k = prompt_length, transfer, top_k
+        self.align_weight, self.seed = align_weight, seed
         self.tokens = nn.ParameterList()
         self.transforms = nn.ModuleList()
         self._is_begun = False
 
     def attach(self, model: VLM) -> None:
-        """Freeze the model and make the first task's prompts, which wait for it to begin."""
-        asked = ("answer", "embed", "embed_width", "widths", "freeze")
-        require(model, *asked, by=self).freeze("image", "text", "projector")
+        """Freeze the model and make the first task's prompts, unused until it begins."""
+        needs = ("generate", "embed", "embed_dim", "prompt_dims", "freeze")
+        require(model, *needs, by=self).freeze("image", "text", "projector")
         self._grow(model, 1)
 
     def begin_task(self, model: VLM, task: Task) -> None:
@@ -97,21 +99,21 @@ class ModalPrompt(Strategy):
         self._is_begun = True
 
     def prompts(self, model: VLM, batch: Batch) -> Prompts:
-        """Line up every row's own prompts."""
+        """Return each sample's own prompts."""
         if not self._is_begun:
             return NO_PROMPTS
         features = self._features(model, batch)
         prototypes = self.prototypes()
         fixed = prototypes.detach()
-        guidance = likeness(features, (fixed, fixed), (0.5, 0.5))
+        guidance = cosine_similarity(features, (fixed, fixed), (0.5, 0.5))
         if self.training:
             index = _past_then_current(guidance, self.transfer)
         else:
-            index = nearest_last(guidance, self.top_k)
+            index = top_k_ascending(guidance, self.top_k)
         image, text = (functional.cosine_similarity(f, prototypes[-1:]) for f in features)
         return Prompts(
             tokens={("text", 0): gather_prompts(torch.stack(list(self.tokens)), index)},
-            notes={_NOTE: 2 - image - text, f"{_NOTE}_choice": index},
+            aux={_AUX: 2 - image - text, f"{_AUX}_choice": index},
         )
 
     def prototypes(self) -> Tensor:
@@ -122,20 +124,21 @@ class ModalPrompt(Strategy):
     def penalty(self, model: VLM, batch: Batch, output: Output) -> Mapping[str, Tensor]:
         """Return the prototype term, as "modal_prompt".
 
-        Rows count by their scored tokens, as in the task loss; remembered rows do not pull.
+        Samples are weighed by their scored tokens, as in the task loss; replayed ones by 0.
         """
-        gaps, tokens = output.prompts.notes[_NOTE], (batch.labels != UNSCORED).sum(1)
-        pulled = tokens if batch.recalled is None else tokens.where(~batch.recalled, 0)
-        return {_NOTE: self.weight * (gaps * pulled).sum() / tokens.sum().clamp(min=1)}
+        gaps, tokens = output.prompts.aux[_AUX], (batch.labels != IGNORE_INDEX).sum(1)
+        weights = tokens if batch.is_replay is None else tokens.where(~batch.is_replay, 0)
+        return {_AUX: self.align_weight * (gaps * weights).sum() / tokens.sum().clamp(min=1)}
 
     def _features(self, model: VLM, batch: Batch) -> tuple[Tensor, Tensor]:
         able = require(model, "embed", by=self)
         image, text = able.embed(batch, "image").detach(), able.embed(batch, "text").detach()
-        width = cast(nn.Linear, cast(nn.Sequential, self.transforms[0])[-1]).out_features
-        if {image.shape[1], text.shape[1]} != {width}:
+        dim = cast(nn.Linear, cast(nn.Sequential, self.transforms[0])[-1]).out_features
+        if {image.shape[1], text.shape[1]} != {dim}:
             raise ValueError(
-                f"pictures are embedded {image.shape[1]} wide and questions {text.shape[1]}, and "
-                f"prototypes are {width}: give the model a guide, which embeds both in one space"
+                f"image embeddings have dim {image.shape[1]}, question embeddings {text.shape[1]} "
+                f"and prototypes {dim}: give the model a routing encoder, which embeds both in one "
+                "space"
             )
         return image.float(), text.float()
 
@@ -146,25 +149,24 @@ class ModalPrompt(Strategy):
             self.transforms.append(self._transform(model, number).to(device))
 
     def _start(self, model: VLM, number: int) -> Tensor:
-        draw, width = generator(self.seed, number), require(model, "widths", by=self).widths["text"]
+        draw = generator(self.seed, number)
+        dim = require(model, "prompt_dims", by=self).prompt_dims["text"]
         words = getattr(model, "words", None)
         if isinstance(words, Tensor):
-            rows = torch.randint(len(words), (self.length,), generator=draw)
-            return words[rows.to(words.device)].detach().float()
-        return torch.empty(self.length, width).normal_(0, _SPREAD, generator=draw)
+            index = torch.randint(len(words), (self.prompt_length,), generator=draw)
+            return words[index.to(words.device)].detach().float()
+        return torch.empty(self.prompt_length, dim).normal_(0, _INIT_STD, generator=draw)
 
     def _transform(self, model: VLM, number: int) -> nn.Module:
-        able = require(model, "widths", "embed_width", by=self)
-        width = able.widths["text"]
+        able = require(model, "prompt_dims", "embed_dim", by=self)
+        dim = able.prompt_dims["text"]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix(self.seed, number, 1))
-            return nn.Sequential(
-                nn.Linear(width, width), nn.SiLU(), nn.Linear(width, able.embed_width)
-            )
+            torch.manual_seed(hash_seed(self.seed, number, 1))
+            return nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, able.embed_dim))
 
 
 def _past_then_current(guidance: Tensor, transfer: int) -> Tensor:
-    """(B, up to transfer) tasks of each row: the best past ones, better later, then the last."""
+    """Return (B, up to transfer) tasks of each sample: the best past ones, then the current."""
     current = guidance.shape[1] - 1
-    past = nearest_last(guidance[:, :-1], transfer - 1)
+    past = top_k_ascending(guidance[:, :-1], transfer - 1)
     return torch.cat([past, torch.full_like(guidance[:, :1], current, dtype=torch.int64)], 1)

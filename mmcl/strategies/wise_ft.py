@@ -1,4 +1,4 @@
-"""WiSE-FT ends each task at a point on the line between the weights before it and after it.
+"""WiSE-FT interpolates after each task between the weights before it and after it.
 
 Paper: Wortsman et al. 2021, arXiv:2109.01903.
 Code followed: none; written from the equation.
@@ -13,20 +13,20 @@ from typing import Literal
 
 import torch
 
-from mmcl.core import VLM, Batch, Strategy, Task, trainable
+from mmcl.core import VLM, Batch, Strategy, Task, trainable_parameters
 from mmcl.memory.snapshot import Snapshot
-from mmcl.ops.averaging import interpolate
+from mmcl.ops.weight_interpolation import interpolate
 
 
 class WiseFT(Strategy):
-    """Average the weights before and after each task: (1 - alpha) * before + alpha * after.
+    """Weight interpolation after each task: (1 - alpha) * before + alpha * after.
 
     Args:
-        alpha: 0 forgets the task, 1 is plain fine-tuning.
-        anchor: "previous" starts the line at the beginning of this task, "start" at the beginning
-            of the first one.
-        exclude: endings of parameter names that keep their new value. The scale of the cosine is
-            averaged like any other weight unless "logit_scale" is named here.
+        alpha: 0 discards the task, 1 is plain fine-tuning.
+        anchor: "previous" interpolates from the weights at the start of this task, "start" from
+            those at the start of the first task.
+        exclude: endings of parameter names that keep their new value. The logit scale is
+            interpolated like any other weight unless "logit_scale" is named here.
 
     **Remembers** one copy of the trainable weights, at their own precision.
 
@@ -48,21 +48,21 @@ class WiseFT(Strategy):
         self.before = Snapshot()
 
     def begin_task(self, model: VLM, task: Task) -> None:
-        """Copy the weights where the line starts."""
+        """Copy the weights to interpolate from."""
         if self.anchor == "previous" or self.before.is_empty:
-            self.before.take(trainable(model))
+            self.before.take(trainable_parameters(model))
 
     @torch.no_grad()
     def end_task(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
-        """Write the average into the model."""
+        """Write the interpolated weights into the model."""
         weights = {
             name: parameter
-            for name, parameter in trainable(model).items()
+            for name, parameter in trainable_parameters(model).items()
             if not name.endswith(self.exclude)
         }
         for name, average in interpolate(self.before.tensors, weights, self.alpha).items():
             weights[name].copy_(average)
 
-    def holdings(self) -> Mapping[str, int]:
-        """Return how many parameters were copied."""
+    def buffer_sizes(self) -> Mapping[str, int]:
+        """Return the number of parameters copied."""
         return {"before": len(self.before)}

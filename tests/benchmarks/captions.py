@@ -13,7 +13,7 @@ import torch
 from open_clip import ClipLoss
 from torch.nn import functional
 
-from mmcl.core import UNSCORED, Batch
+from mmcl.core import IGNORE_INDEX, Batch
 from mmcl.models import OpenCLIP
 
 ROWS, CONTEXT, WORDS, RATE = 32, 77, 4096, 1e-5
@@ -33,7 +33,7 @@ def small_clip(folder):
     """Make a random CLIP with open_clip's real context; every weight learns."""
     file = Path(folder) / "mmcl-benchmark.json"
     file.write_text(json.dumps(ARCHITECTURE))
-    return OpenCLIP(str(file), train_scale=True)
+    return OpenCLIP(str(file), train_logit_scale=True)
 
 
 def caption_batches(count=20):
@@ -48,9 +48,9 @@ def caption_batches(count=20):
         tokens[:, 0] = WORDS - 2
         tokens[torch.arange(ROWS), lengths - 1] = WORDS - 1
         mask = place < lengths[:, None]
-        labels = torch.full((ROWS,), UNSCORED)
+        labels = torch.full((ROWS,), IGNORE_INDEX)
         task = torch.ones(ROWS, dtype=torch.int64)
-        made.append(Batch(pixels, labels, task, tokens=tokens * mask, mask=mask))
+        made.append(Batch(pixels, labels, task, input_ids=tokens * mask, attention_mask=mask))
     return made
 
 
@@ -84,7 +84,9 @@ class OpenClipLoop:
 
     def __init__(self, model, batches):
         self.clip = model.clip
-        self.ready = {id(batch): (model._pixels(batch), _full(batch.tokens)) for batch in batches}
+        self.ready = {
+            id(batch): (model._pixels(batch), _full(batch.input_ids)) for batch in batches
+        }
         self.losses = []
 
     def __call__(self, loader):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.benchmarks.data_arms import ARMS, write_pictures
+from tests.benchmarks.data_loops import ARMS, write_pictures
 from tests.benchmarks.data_scale import memory, start
 
 WORKERS = (0, 1, 2)

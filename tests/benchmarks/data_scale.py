@@ -11,24 +11,29 @@ from pathlib import Path
 from webdataset.writer import TarWriter
 
 from mmcl.core import TaskStream
-from mmcl.data import Reader, prepare, train_loader
-from mmcl.data.order import EpochPlan, Mixture
+from mmcl.data import Reader, open_stream, train_loader
+from mmcl.data.batches.batch_plan import EpochPlan, Mixture
+from mmcl.data.remote.location import LocalFile
 from mmcl.data.shards.tar_shard import TarShard
-from mmcl.data.source import LocalOrigin
-from mmcl.models.pictures import ClipTransform
-from tests.benchmarks.data_arms import BATCH, CROP, SIDE
+from mmcl.models.open_clip.transform import ClipTransform
+from tests.benchmarks.data_loops import BATCH, CROP, SIDE
 
 SAMPLES_A_SHARD = 10_000
 
 
 def start(folder: Path, rounds: int = 7) -> str:
     """Tell the seconds from asking for a new task's loader to its first batch of 64 pictures."""
-    prepared = prepare(TaskStream.read(folder / "card.yaml"))
+    prepared = open_stream(TaskStream.read(folder / "card.yaml"))
     taken = []
     for _ in range(rounds):
         begin = time.perf_counter()
         loader = train_loader(
-            prepared, 0, ClipTransform(SIDE, crop=CROP), recall=None, global_batch=BATCH, seed=0
+            prepared,
+            0,
+            ClipTransform(SIDE, random_crop_scale=CROP),
+            replay_plan=None,
+            global_batch_size=BATCH,
+            seed=0,
         )
         next(iter(loader))
         taken.append(time.perf_counter() - begin)
@@ -52,7 +57,7 @@ def memory(folder: Path, millions: int) -> str:
     for shard in range(1, shards):
         os.link(folder / "00000.tar", folder / f"{shard:05d}.tar")
     opened = [
-        TarShard(LocalOrigin(folder / f"{shard:05d}.tar"), f"{shard:05d}.tar", folder)
+        TarShard(LocalFile(folder / f"{shard:05d}.tar"), f"{shard:05d}.tar", folder)
         for shard in range(shards)
     ]
     _ = opened[0].index

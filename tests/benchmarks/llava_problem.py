@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from mmcl.core import UNSCORED, Batch, Task
+from mmcl.core import IGNORE_INDEX, Batch, Task
 from mmcl.models import TinyLlava
 
 ROWS, PICTURE, TEXT, ANSWER, RATE = 16, 64, 40, 8, 1e-3
@@ -21,14 +21,17 @@ TOWER = {
         "context_length": 8, "vocab_size": 64, "width": 64, "heads": 2, "layers": 1,
     },
 }  # fmt: skip
-TASKS = [Task(index, f"task {index}", kind="answer", scorer="exact") for index in range(2)]
+TASKS = [
+    Task(index, f"task {index}", task_type="instruction", scorer="exact") for index in range(2)
+]
 
 
 def small_llava(folder, vocabulary, seed=0):
     """Make a LLaVA of 64 picture tokens, 6 layers of width 256 and the given vocabulary."""
     file = Path(folder) / "mmcl-benchmark-tower.json"
     file.write_text(json.dumps(TOWER))
-    model = TinyLlava(str(file), None, width=256, layers=6, heads=4, mlp=688, seed=seed)
+    sizes = {"hidden_size": 256, "num_layers": 6, "num_heads": 4, "mlp_dim": 688}
+    model = TinyLlava(str(file), None, **sizes, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.lm.resize_token_embeddings(vocabulary)
@@ -46,24 +49,24 @@ def dialogues(model, vocabulary, count=8):
         said = torch.randint(1, ANSWER + 1, (ROWS,), generator=draw)
         width = 1 + PICTURE + int((lengths + said).max())
         tokens = torch.randint(10, vocabulary, (ROWS, width), generator=draw)
-        tokens[:, 0], tokens[:, 1 : 1 + PICTURE] = 1, model.pixels.token
+        tokens[:, 0], tokens[:, 1 : 1 + PICTURE] = 1, model.image_inputs.image_token_id
         place = torch.arange(width)
         end = 1 + PICTURE + lengths + said
         mask = place < end[:, None]
-        labels = tokens.masked_fill(~mask | (place < (end - said)[:, None]), UNSCORED)
+        labels = tokens.masked_fill(~mask | (place < (end - said)[:, None]), IGNORE_INDEX)
         images = torch.randint(256, (ROWS, 3, 64, 64), generator=draw, dtype=torch.uint8)
         task = torch.ones(ROWS, dtype=torch.int64)
-        made.append(Batch(images, labels, task, tokens=tokens * mask, mask=mask))
+        made.append(Batch(images, labels, task, input_ids=tokens * mask, attention_mask=mask))
     return made
 
 
 def native(model, batch):
     """Return what transformers takes of a batch; pictures are normalised beforehand."""
     return {
-        "input_ids": batch.tokens.masked_fill(~batch.mask, model.pad),
-        "attention_mask": batch.mask.long(),
+        "input_ids": batch.input_ids.masked_fill(~batch.attention_mask, model.pad_token_id),
+        "attention_mask": batch.attention_mask.long(),
         "labels": batch.labels,
-        **model.pixels.inputs(model.lm, batch),
+        **model.image_inputs.inputs(model.lm, batch),
     }
 
 

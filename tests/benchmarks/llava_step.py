@@ -11,12 +11,12 @@ import time
 
 import torch
 
-from mmcl.core import NO_PROMPTS, UNSCORED, Batch, begin_task
+from mmcl.core import IGNORE_INDEX, NO_PROMPTS, Batch, begin_task
 from mmcl.core.step import step
-from mmcl.models.candidates import likelihoods
+from mmcl.models.hf_vlm.candidate_scoring import candidate_log_probs
 from mmcl.strategies import LoRA, MoELoRA
-from tests.benchmarks.arms import Sequence, continual
 from tests.benchmarks.captions import Losses
+from tests.benchmarks.http_proxy import Relay
 from tests.benchmarks.llava_problem import (
     RATE,
     TASKS,
@@ -26,7 +26,7 @@ from tests.benchmarks.llava_problem import (
     native,
     small_llava,
 )
-from tests.benchmarks.relay import Relay
+from tests.benchmarks.training_loops import Sequence, continual
 
 RANK, EXPERTS = 18, 6
 VOCABULARIES = {4096: 0.85, 32000: 0.45}
@@ -50,12 +50,12 @@ def training(vocabulary, wanted, blocks, folder):
     """Print the ratios of training steps at one vocabulary."""
     base = small_llava(folder, vocabulary)
     batches = dialogues(base, vocabulary)
-    rival = Rival(base, batches, list(base.linears()), RANK, folder)
+    rival = Rival(base, batches, list(base.target_linears()), RANK, folder)
     losses = Losses()
     arms = {"trainer": rival}
     for name, strategy in {
         "lora": LoRA(rank=RANK),
-        "moe": MoELoRA(rank=RANK // EXPERTS, experts=EXPERTS),
+        "moe": MoELoRA(rank=RANK // EXPERTS, num_experts=EXPERTS),
     }.items():
         module = continual(copy.deepcopy(base), strategy, optimizer)
         looking = [losses] if name == "lora" else []
@@ -96,13 +96,13 @@ def anew(batch, rows, words):
     made = []
     for word in words:
         tokens = torch.nn.utils.rnn.pad_sequence([torch.cat([row, word]) for row in rows], True)
-        labels = torch.full_like(tokens, UNSCORED)
+        labels = torch.full_like(tokens, IGNORE_INDEX)
         for place, row in enumerate(rows):
             labels[place, len(row) : len(row) + len(word)] = word
         mask = torch.arange(tokens.shape[1]) < torch.tensor(
             [[len(row) + len(word)] for row in rows]
         )
-        made.append(Batch(batch.images, labels, batch.task, tokens=tokens, mask=mask))
+        made.append(Batch(batch.images, labels, batch.task, input_ids=tokens, attention_mask=mask))
     return made
 
 
@@ -117,22 +117,22 @@ def answering(vocabulary, rounds, folder):
     batch = batch.join(batch)  # 32 rows
 
     def answer():
-        return model.answer(batch, max_new_tokens=8)
+        return model.generate(batch, max_new_tokens=8)
 
     def merged():
-        with strategy.folded(model):
+        with strategy.merged_adapters(model):
             answer()
 
     with torch.no_grad():
         print(f"answers, 32 rows, vocabulary {vocabulary}")
         print(f"  unmerged / merged adapters: {alternating(answer, merged, rounds):.2f}")
-        rows, pictures = model._questions(batch), model.pixels.inputs(model.lm, batch)
+        rows, pictures = model._questions(batch), model.image_inputs.inputs(model.lm, batch)
         draw = torch.Generator().manual_seed(1)
         words = [torch.randint(10, vocabulary, (2,), generator=draw) for _ in range(8)]
         given = (model, rows, pictures, NO_PROMPTS, words)
         again = alternating(
             lambda: [model(read) for read in anew(batch, rows, words)],
-            lambda: likelihoods(*given),
+            lambda: candidate_log_probs(*given),
             rounds,
         )
         print(f"  8 candidates, read anew / prefix read once: {again:.2f}")

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from mmcl.core import NO_PROMPTS, Batch, Output, Task
 from mmcl.models import OpenCLIP
-from mmcl.ops.importance import pull_back
+from mmcl.ops.fisher import quadratic_penalty
 from mmcl.strategies import EWC, ExperienceReplay, Finetune
 
 CLASSES, EWC_WEIGHT = 10, 10.0
@@ -59,7 +59,7 @@ def tasks(size):
     return [
         Task(
             index, f"half {index}", size=size, classes=tuple(names[5 * index : 5 * index + 5]),
-            labels=tuple(range(5 * index, 5 * index + 5)), templates=("a photo of {}.",),
+            class_ids=tuple(range(5 * index, 5 * index + 5)), templates=("a photo of {}.",),
         )
         for index in range(2)
     ]  # fmt: skip
@@ -86,7 +86,14 @@ def batches(kind, method, count=50, task=1):
         sample = torch.randint(1000, (rows,), generator=draw)
         keys = tuple(f"sample-{int(number)}" for number in sample)
         made.append(
-            Batch(labels=labels, task=owner, sample=sample, recalled=old, keys=keys, **content)
+            Batch(
+                labels=labels,
+                task_ids=owner,
+                sample_ids=sample,
+                is_replay=old,
+                keys=keys,
+                **content,
+            )
         )
     return made
 
@@ -126,4 +133,4 @@ def _listed(model, fisher, anchors):
     held = [(name, p) for name, p in model.named_parameters() if name in fisher]
     names = [name for name, _ in held]
     parts = ([p for _, p in held], [anchors[n] for n in names], [fisher[n] for n in names])
-    return EWC_WEIGHT * pull_back(*parts)
+    return EWC_WEIGHT * quadratic_penalty(*parts)

@@ -6,7 +6,7 @@ Nothing here fails for being slow; it prints a table. Three loops train the same
 batches in one process, taking turns of a few steps (``relay.py``), on one thread, without garbage
 collection, and set-up is not timed:
 
-- sequence: ``SequenceRun`` learning the second task of a stream, with the default Trainer of the
+- sequence: ``ContinualRun`` learning the second task of a stream, with the default Trainer of the
   command, alarm on, no logger, no terminal; no checkpoint falls into the steps.
 - bare: ``Trainer(barebones=True)`` with a module of two methods.
 - plain: zero_grad, backward, step.
@@ -28,7 +28,6 @@ from dataclasses import dataclass
 import torch
 
 from mmcl.strategies import Finetune
-from tests.benchmarks.arms import Bare, Plain, Sequence, continual, largest_difference
 from tests.benchmarks.captions import (
     Losses,
     OpenClipLoop,
@@ -36,8 +35,9 @@ from tests.benchmarks.captions import (
     our_optimizer,
     small_clip,
 )
+from tests.benchmarks.http_proxy import Relay
 from tests.benchmarks.problems import METHODS, MODELS, batches, by_hand, strategy, tasks
-from tests.benchmarks.relay import Relay
+from tests.benchmarks.training_loops import Bare, Plain, Sequence, continual, largest_difference
 
 ADDED_MICROSECONDS, CLIP_RATIO, CAPTION_RATIO = 60.0, 1.02, 0.90
 _MLP_BLOCK, _CLIP_BLOCK = 20, 2

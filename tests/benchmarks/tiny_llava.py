@@ -16,19 +16,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmcl.core import PICTURE, Dialogue, Task, TaskStream, Turn
-from mmcl.data import prepare
-from mmcl.data.builders.scene_drawing import draw_scene
-from mmcl.data.builders.scene_pretraining import draw_any
-from mmcl.data.row import MadeRow, collate, make_row
-from mmcl.metrics.scorers import find_scorer
+from mmcl.core import IMAGE_TOKEN, Conversation, Task, TaskStream, Turn
+from mmcl.data import open_stream
+from mmcl.data.batches.collate import Example, collate, make_example
+from mmcl.evaluation.scorers import find_scorer
 from mmcl.models import ImageTextToText
+from mmcl.streams.scene_drawing import draw_scene
+from mmcl.streams.scene_pretraining import draw_any
 
 SEED, ROWS, BATCH = 20_261, 150, 128
-TASK = Task(0, "questions", kind="answer", size=1, test_size=1, scorer="exact")
+TASK = Task(0, "questions", task_type="instruction", size=1, test_size=1, scorer="exact")
 
 
-def questions(rows: int = ROWS, seed: int = SEED) -> dict[str, list[tuple[torch.Tensor, Dialogue]]]:
+def questions(
+    rows: int = ROWS, seed: int = SEED
+) -> dict[str, list[tuple[torch.Tensor, Conversation]]]:
     """Draw scenes and ask about them until every kind of question has its rows.
 
     Captions are left out: they name things in any order, so many are right.
@@ -37,7 +39,7 @@ def questions(rows: int = ROWS, seed: int = SEED) -> dict[str, list[tuple[torch.
         kind of question -> pictures (3, 64, 64) uint8 with one question and answer each.
     """
     rng = np.random.default_rng(seed)
-    found: dict[str, list[tuple[torch.Tensor, Dialogue]]] = {}
+    found: dict[str, list[tuple[torch.Tensor, Conversation]]] = {}
     while not found or min(len(kind) for kind in found.values()) < rows:
         scene, asks = draw_any(rng)
         ask = asks[int(rng.integers(len(asks)))]
@@ -46,25 +48,25 @@ def questions(rows: int = ROWS, seed: int = SEED) -> dict[str, list[tuple[torch.
             continue
         question, answer = ask(scene, rng)
         pixels = torch.from_numpy(np.array(draw_scene(scene, rng))).permute(2, 0, 1)
-        turns = (Turn("human", f"{PICTURE}\n{question}"), Turn("assistant", answer))
-        kind.append((pixels, Dialogue(turns, (answer,))))
+        turns = (Turn("human", f"{IMAGE_TOKEN}\n{question}"), Turn("assistant", answer))
+        kind.append((pixels, Conversation(turns, (answer,))))
     found.pop("caption", None)
     return dict(sorted(found.items()))
 
 
 def answers(
-    model: ImageTextToText, asked: list[tuple[torch.Tensor, Dialogue]], max_new_tokens: int = 64
+    model: ImageTextToText, asked: list[tuple[torch.Tensor, Conversation]], max_new_tokens: int = 64
 ) -> list[str]:
     """Return the model's greedy answer to each question."""
     transform = model.transform(False)
     made = [
-        MadeRow(transform(pixels, dialogue, 0), -100, 0, number, "", False, dialogue.reference)
+        Example(transform(pixels, dialogue, 0), -100, 0, number, "", False, dialogue.reference)
         for number, (pixels, dialogue) in enumerate(asked)
     ]
     said: list[str] = []
     for start in range(0, len(made), BATCH):
         batch = collate(made[start : start + BATCH])
-        said += model.answer(batch, max_new_tokens=max_new_tokens)
+        said += model.generate(batch, max_new_tokens=max_new_tokens)
     return said
 
 
@@ -77,7 +79,7 @@ def skills(model: ImageTextToText, rows: int = ROWS) -> dict[str, tuple[float, f
     return found
 
 
-def share_right(model: ImageTextToText, asked: list[tuple[torch.Tensor, Dialogue]]) -> float:
+def share_right(model: ImageTextToText, asked: list[tuple[torch.Tensor, Conversation]]) -> float:
     """Return the share of questions that are answered word for word, 0 to 1."""
     said = answers(model, asked)
     return sum(
@@ -88,12 +90,12 @@ def share_right(model: ImageTextToText, asked: list[tuple[torch.Tensor, Dialogue
 def on_stream(model: ImageTextToText, card: Path) -> dict[str, tuple[float, float]]:
     """Return task -> strict and lenient score on its test part, 0 to 1."""
     stream = TaskStream.read(card)
-    prepared = prepare(stream)
+    prepared = open_stream(stream)
     found = {}
     for number, task in enumerate(stream.tasks):
         reader = prepared.reader(number, "test")
         made = [
-            make_row(
+            make_example(
                 reader.read(row), row, task, model.transform(False), seed=0, max_pixels=1 << 24
             )
             for row in range(len(reader))
@@ -101,7 +103,7 @@ def on_stream(model: ImageTextToText, card: Path) -> dict[str, tuple[float, floa
         said: list[str] = []
         for start in range(0, len(made), BATCH):
             batch = collate(made[start : start + BATCH])
-            said += model.answer(batch, max_new_tokens=task.max_new_tokens)
+            said += model.generate(batch, max_new_tokens=task.max_new_tokens)
         right = [made_row.reference.answers for made_row in made if made_row.reference]
         scored = find_scorer(task.scorer).score(said, right)
         found[task.name] = (scored.strict, scored.lenient)

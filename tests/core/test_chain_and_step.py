@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from mmcl.core import Chain, Output, Prompts, Recall, Strategy, begin_task, run, step
-from tests.stand_in import StandIn, a_batch, a_task
+from mmcl.core import Chain, Output, Prompts, ReplayPlan, Strategy, begin_task, forward, step
+from tests.toys.toy_clip import StandIn, a_batch, a_task
 
 
 class Adds(Strategy):
@@ -15,12 +15,12 @@ class Adds(Strategy):
 
 
 class Doubles(Strategy):
-    def refine(self, model, batch, output):
+    def transform_output(self, model, batch, output):
         return Output(2 * output.logits, output.image, output.text, output.prompts)
 
 
 class Plus(Strategy):
-    def refine(self, model, batch, output):
+    def transform_output(self, model, batch, output):
         return Output(output.logits + 1, output.image, output.text, output.prompts)
 
 
@@ -30,8 +30,8 @@ class Prompted(Strategy):
 
 
 class Recalls(Strategy):
-    def recall(self):
-        return Recall(torch.zeros(1), torch.zeros(1), 0.5)
+    def replay_plan(self):
+        return ReplayPlan(torch.zeros(1), torch.zeros(1), 0.5)
 
 
 class Objects(Strategy):
@@ -53,14 +53,18 @@ def test_the_loss_is_the_sum_of_the_named_terms():
     torch.testing.assert_close(done.loss, model.loss(model(batch), batch) + 3)
 
 
-def test_refine_runs_in_list_order():
+def test_outputs_are_transformed_in_list_order():
     model, batch = StandIn(), a_batch()
     plain = model(batch).logits
-    torch.testing.assert_close(run(model, Chain([Doubles(), Plus()]), batch).logits, 2 * plain + 1)
-    torch.testing.assert_close(run(model, Chain([Plus(), Doubles()]), batch).logits, 2 * plain + 2)
+    torch.testing.assert_close(
+        forward(model, Chain([Doubles(), Plus()]), batch).logits, 2 * plain + 1
+    )
+    torch.testing.assert_close(
+        forward(model, Chain([Plus(), Doubles()]), batch).logits, 2 * plain + 2
+    )
 
 
-def test_an_objective_stands_in_for_the_task_loss():
+def test_an_objective_replaces_the_task_loss():
     strategy = Objects()
     model, batch = begun(strategy), a_batch()
     torch.testing.assert_close(step(model, strategy, batch).loss, model(batch).logits.mean())
@@ -71,7 +75,7 @@ def test_an_objective_stands_in_for_the_task_loss():
     [
         ([Adds("x"), Adds("x")], r"Adds and Adds both add a term 'x'"),
         ([Objects(), Objects()], r"both replace the objective"),
-        ([Prompted(), Prompted()], r"prompt the same place \('image', 0\)"),
+        ([Prompted(), Prompted()], r"have a prompt for \('image', 0\)"),
     ],
 )
 def test_a_clash_names_both_members(members, sentence):
@@ -81,13 +85,15 @@ def test_a_clash_names_both_members(members, sentence):
         step(model, chain, a_batch())
 
 
-def test_two_recalls_clash():
-    with pytest.raises(ValueError, match="Recalls and Recalls both recall old samples"):
-        Chain([Recalls(), Recalls()]).recall()
+def test_two_replay_plans_clash():
+    with pytest.raises(
+        ValueError, match="Recalls and Recalls both have a plan of samples to mix in"
+    ):
+        Chain([Recalls(), Recalls()]).replay_plan()
 
 
 def test_a_step_before_begin_task_names_what_was_forgotten():
-    with pytest.raises(RuntimeError, match=r"callbacks=\[StrategyHooks\(\)\]"):
+    with pytest.raises(RuntimeError, match=r"callbacks=\[StrategyCallback\(\)\]"):
         step(StandIn(), Adds("x"), a_batch())
 
 
@@ -98,13 +104,13 @@ def test_a_term_may_not_be_called_task():
         step(model, strategy, a_batch())
 
 
-def test_a_chain_knows_which_hooks_its_members_use():
+def test_a_chain_overrides_the_hooks_of_its_members():
     chain = Chain([Adds("x"), Doubles()])
-    assert chain.uses("penalty")
-    assert chain.uses("refine")
-    assert not chain.uses("project")
+    assert chain.overrides("penalty")
+    assert chain.overrides("transform_output")
+    assert not chain.overrides("project_gradients")
 
 
-def test_a_share_must_leave_room_for_new_rows():
-    with pytest.raises(ValueError, match=r"share is 1\.0"):
-        Recall(torch.zeros(1), torch.zeros(1), 1.0)
+def test_a_replay_ratio_must_leave_room_for_new_samples():
+    with pytest.raises(ValueError, match=r"replay_ratio is 1\.0"):
+        ReplayPlan(torch.zeros(1), torch.zeros(1), 1.0)

@@ -1,11 +1,10 @@
-"""Cards from strangers: nothing of them is run, and a fault is a sentence of bounded length."""
+"""Cards from strangers: nothing of them is run, and an error is a sentence of bounded length."""
 
 import pytest
 
 from mmcl.core import TaskStream
-from mmcl.core.card import MAX_FAULTS
-from mmcl.core.card_fields import MAX_SHARDS, expand
-from mmcl.core.card_yaml import MAX_MERGED, MAX_VALUES, parse_yaml
+from mmcl.core.card import MAX_ERRORS, MAX_SHARDS, expand
+from mmcl.core.card.yaml_safe import MAX_MERGED, MAX_VALUES, parse_yaml
 
 CARD = """\
 name: birds
@@ -16,7 +15,7 @@ tasks:
 
 
 def refusal(tmp_path, text):
-    """What is said about a card that is refused."""
+    """Error message of a card that is refused."""
     card = tmp_path / "card.yaml"
     card.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=r"card\.yaml") as caught:
@@ -27,7 +26,7 @@ def refusal(tmp_path, text):
 
 
 def laughs(levels=9, width=9):
-    """Lists of lists, each named and repeated in the next: width ** levels texts in a few lines."""
+    """Lists of lists, each repeated in the next: ``width ** levels`` texts in few lines."""
     lines = ["l0: &l0 [ha]"]
     for level in range(1, levels + 1):
         repeated = ", ".join([f"*l{level - 1}"] * width)
@@ -41,18 +40,29 @@ def test_the_card_that_the_others_are_made_of_is_a_good_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "field", ["description", "kind", "epochs", "hashes", "counts", "probes", "mix", "sources", "x"]
+    "field",
+    [
+        "description",
+        "task_type",
+        "epochs",
+        "hashes",
+        "counts",
+        "eval_only",
+        "mixture",
+        "sources",
+        "x",
+    ],
 )
 def test_a_billion_laughs_are_not_written_out(tmp_path, field):
-    said = refusal(tmp_path, f"{laughs()}{field}: *l9\n{CARD}")
-    assert f"more than {MAX_VALUES} values, most of them repeated by an alias" in said
-    assert "birds" not in said
+    message = refusal(tmp_path, f"{laughs()}{field}: *l9\n{CARD}")
+    assert f"more than {MAX_VALUES} values, most of them repeated by an alias" in message
+    assert "birds" not in message
 
 
 def test_some_thousand_laughs_are_shown_in_part(tmp_path):
-    said = refusal(tmp_path, f"{laughs(levels=5)}description: *l5\n{CARD}")
-    assert "the card has description [[[[...], " in said
-    assert len(said) < 500
+    message = refusal(tmp_path, f"{laughs(levels=5)}description: *l5\n{CARD}")
+    assert "the card has description [[[[...], " in message
+    assert len(message) < 500
 
 
 def test_merges_of_merges_are_counted_before_they_are_made():
@@ -69,13 +79,13 @@ def test_entries_that_are_merged_in_once_are_there():
 
 
 @pytest.mark.parametrize("text", ["&a [*a]", "&a {b: *a}", "&a {<<: *a}", "&a {b: [1, {c: *a}]}"])
-def test_what_holds_itself_is_refused(tmp_path, text):
-    assert "a list or mapping that holds itself" in refusal(tmp_path, f"notes: {text}\n{CARD}")
+def test_what_contains_itself_is_refused(tmp_path, text):
+    assert "a list or mapping that contains itself" in refusal(tmp_path, f"notes: {text}\n{CARD}")
 
 
 @pytest.mark.parametrize("text", ["[" * 10_000_000, "{a: " * 100_000, "- " * 100_000, "? " * 9999])
 def test_ten_million_brackets_are_one_sentence(tmp_path, text):
-    assert "lie too deep inside each other" in refusal(tmp_path, text)
+    assert "nested too deeply" in refusal(tmp_path, text)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +100,7 @@ def test_ten_million_brackets_are_one_sentence(tmp_path, text):
         "!mmcl x",
     ],
 )
-def test_tags_make_no_objects_wherever_they_stand(tmp_path, value):
+def test_tags_make_no_objects_wherever_they_are(tmp_path, value):
     value = value.replace("{trap}", str(tmp_path / "sprung"))
     for text in (value, f"{CARD}description: {value}\n", f"? {value}\n: 1\n{CARD}"):
         assert "could not determine a constructor for the tag" in refusal(tmp_path, text)
@@ -105,13 +115,13 @@ def test_a_tag_that_does_not_fit_its_value_is_one_sentence(tmp_path, value):
 
 
 @pytest.mark.parametrize("number", ["9" * 5000, "0x" + "f" * 50_000, "1" + ":59" * 30_000])
-def test_a_number_of_thousands_of_digits_is_not_reckoned(tmp_path, number):
-    said = refusal(tmp_path, f"{CARD}epochs: {number}\n")
-    assert f"a number of {len(number)} characters" in said
+def test_a_number_of_thousands_of_digits_is_not_parsed(tmp_path, number):
+    message = refusal(tmp_path, f"{CARD}epochs: {number}\n")
+    assert f"a number of {len(number)} characters" in message
 
 
 @pytest.mark.parametrize(
-    ("shards", "said"),
+    ("shards", "message"),
     [
         ("{0..99999999999}.tar", f"names more than {MAX_SHARDS} shards"),
         ("{0..9999}/{0..9999}.tar", f"names more than {MAX_SHARDS} shards"),
@@ -121,15 +131,15 @@ def test_a_number_of_thousands_of_digits_is_not_reckoned(tmp_path, number):
         ("{7..3}.tar", "names no shard: write the smaller number first"),
     ],
 )
-def test_a_range_of_too_many_shards_is_not_written_out(tmp_path, shards, said):
-    assert f"task 0 ('a'), train: '{shards[:20]}" in refusal(
+def test_a_range_of_too_many_shards_is_not_written_out(tmp_path, shards, message):
+    assert f"task 0 ('a') has train: '{shards[:20]}" in refusal(
         tmp_path, CARD.replace("a.tar", f"'{shards}'")
     )
-    assert said in refusal(tmp_path, CARD.replace("a.tar", f"'{shards}'"))
+    assert message in refusal(tmp_path, CARD.replace("a.tar", f"'{shards}'"))
 
 
 def test_shards_are_counted_over_the_whole_card(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmcl.core.card_fields.MAX_SHARDS", 100)
+    monkeypatch.setattr("mmcl.core.card.schema.MAX_SHARDS", 100)
     text = CARD.replace("a.tar", "'{0..59}.tar'").replace("b.tar", "'{60..99}.tar'")
     (tmp_path / "card.yaml").write_text(text)
     assert len(TaskStream.read(tmp_path / "card.yaml")[0].train) == 60
@@ -159,21 +169,23 @@ def test_a_key_that_comes_twice_is_named(tmp_path, text, key):
 
 @pytest.mark.parametrize("name", ["yes", "3", "null", "1.5", "2020-01-01", "[owl]", "{owl: 1}"])
 def test_what_yaml_takes_for_no_text_is_no_name(tmp_path, name):
-    said = refusal(tmp_path, CARD.replace("owl", name))
-    assert "task 0 ('a') has classes that are not a list of texts: quote names" in said
+    message = refusal(tmp_path, CARD.replace("owl", name))
+    assert "task 0 ('a') has classes[0] " in message
+    assert "expected text: put names like 'yes' or '3' in quotes" in message
     shards = f"[{name}]"
     for field in ("train", "test"):
-        said = refusal(tmp_path, CARD.replace(f"{field}: ", f"{field}: {shards}, n: "))
-        assert "task 0 ('a') has t" in said
-    assert "task 0 has name" in refusal(tmp_path, CARD.replace("name: a", f"name: {name}"))
+        message = refusal(tmp_path, CARD.replace(f"{field}: ", f"{field}: {shards}, n: "))
+        assert "task 0 ('a') has t" in message
+    message = refusal(tmp_path, CARD.replace("name: a", f"name: {name}"))
+    assert f"task 0 has {'no ' * (name == 'null')}" in message
 
 
 @pytest.mark.parametrize("text", [r"a\0b", r"a\x1b[2Jb", r"a\ud800b", r"a\x9bb", r"a\nb"])
 def test_no_name_holds_control_characters(tmp_path, text):
     for field in ("name: birds", "name: a", "train: a.tar", "test: b.tar"):
-        said = refusal(tmp_path, CARD.replace(field, f'{field.partition(":")[0]}: "{text}"'))
-        assert "which holds control characters" in said
-        assert said.partition("\n  - ")[2].isprintable()
+        message = refusal(tmp_path, CARD.replace(field, f'{field.partition(":")[0]}: "{text}"'))
+        assert "without control characters" in message
+        assert message.partition("\n  - ")[2].isprintable()
 
 
 def test_templates_may_hold_line_breaks(tmp_path):
@@ -189,13 +201,13 @@ def test_bytes_that_are_no_text_are_one_sentence(tmp_path, content):
 
 
 @pytest.mark.parametrize("content", ["", "3", "~", "a", "[1, 2]", "--- {}"])
-def test_yaml_that_is_no_card_is_told_what_is_missing(tmp_path, content):
-    assert "'tasks' is missing or empty" in refusal(tmp_path, content)
+def test_yaml_that_is_no_card_names_what_is_missing(tmp_path, content):
+    assert "the card has no 'tasks', expected a list" in refusal(tmp_path, content)
 
 
-def test_thousands_of_faults_are_counted(tmp_path):
-    said = refusal(tmp_path, CARD + "".join(f"k{n}: 1\n" for n in range(3000)))
-    assert said.endswith(f"and {3000 - MAX_FAULTS} more")
+def test_thousands_of_errors_are_counted(tmp_path):
+    message = refusal(tmp_path, CARD + "".join(f"k{n}: 1\n" for n in range(3000)))
+    assert message.endswith(f"and {3000 - MAX_ERRORS} more")
 
 
 def test_values_of_a_megabyte_are_shown_in_part(tmp_path):
@@ -205,11 +217,12 @@ def test_values_of_a_megabyte_are_shown_in_part(tmp_path):
         CARD.replace("name: a", f"name: {long}, kind: no"),
         CARD + f"{long[:1000]}: 1\n",
         CARD + f"templates: [{long}]\n",
-        CARD + f"mix: {{{long[:1000]}: 0.5}}\n",
+        CARD + f"mixture: {{{long[:1000]}: 0.5}}\n",
     ):
         assert len(refusal(tmp_path, text)) < 2000
 
 
-def test_a_hash_that_is_no_text_is_told(tmp_path):
-    said = refusal(tmp_path, CARD + "hashes: {a.tar: [1], b.tar: 7}\n")
-    assert "'hashes' of ['a.tar', 'b.tar'] are no texts" in said
+def test_a_hash_that_is_no_text_is_named(tmp_path):
+    message = refusal(tmp_path, CARD + "hashes: {a.tar: [1], b.tar: 7}\n")
+    assert "the card has hashes['a.tar'] [1], expected text" in message
+    assert "the card has hashes['b.tar'] 7, expected text" in message

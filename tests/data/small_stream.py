@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmcl.core import Row, TaskStream
+from mmcl.core import ProcessedSample, TaskStream
 
 
-def picture(number=0, kind="PNG", size=(8, 6), mode="RGB"):
+def picture(number=0, task_type="PNG", size=(8, 6), mode="RGB"):
     """The bytes of a picture of noise, its own for every number."""
     width, height = size
     noise = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
     file = io.BytesIO()
-    Image.fromarray(noise).convert(mode).save(file, kind)
+    Image.fromarray(noise).convert(mode).save(file, task_type)
     return file.getvalue()
 
 
@@ -46,13 +46,13 @@ def labelled(count, classes=(0, 1), start=0, name="s"):
     return members
 
 
-def write_stream(folder, sizes=(10, 7, 5), test_size=5, kind="classify", **changes):
+def write_stream(folder, sizes=(10, 7, 5), test_size=5, task_type="classification", **changes):
     """Write a stream of tasks of two classes each, and read its card.
 
     ``changes`` replaces members: {"a-train.tar": members} with the shard's name without ``.tar``
     and with ``_`` for ``-``.
     """
-    lines = ["name: small", "scenario: class", f"kind: {kind}", "tasks:"]
+    lines = ["name: small", "scenario: class", f"task_type: {task_type}", "tasks:"]
     classes = [f"c{n}" for n in range(2 * len(sizes))]
     lines.insert(1, f"classes: [{', '.join(classes)}]")
     for place, size in enumerate(sizes):
@@ -103,7 +103,8 @@ def coloured(count, task=0, name="s"):
 def write_answer_stream(folder, sizes=(10, 7, 5), test_size=5, **changes):
     """Write a stream of tasks of one question each, and read its card; ``changes`` as above."""
     lines = [
-        "name: small", "scenario: domain", "kind: answer", "scorer: exact", "max_new_tokens: 6",
+        "name: small", "scenario: domain", "task_type: instruction",
+        "scorer: exact", "max_new_tokens: 6",
         "tasks:",
     ]  # fmt: skip
     for place, size in enumerate(sizes):
@@ -127,7 +128,7 @@ class CutAndNoise:
     def __call__(self, pixels, text, seed):
         noise = np.random.default_rng(seed).integers(0, 4, (3, 4, 4), dtype=np.uint8)
         image = pixels[:, :4, :4] // 2 + torch.from_numpy(noise)
-        return Row(image, None if text is None else torch.tensor(list(text.encode())))
+        return ProcessedSample(image, None if text is None else torch.tensor(list(text.encode())))
 
 
 def same(left, right):

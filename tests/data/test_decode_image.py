@@ -117,7 +117,7 @@ def test_a_webp_canvas_of_any_sort_is_measured_before_decoding():
         decode_image(file.getvalue(), max_pixels=500)
 
 
-def test_the_largest_allowed_picture_is_the_callers_to_say():
+def test_the_largest_allowed_image_is_set_by_the_caller():
     assert decode_image(picture(size=(10, 10)), max_pixels=100).shape == (3, 10, 10)
     with pytest.raises(BadSample, match="10 x 10, more than 99 pixels"):
         decode_image(picture(size=(10, 10)), max_pixels=99)

@@ -7,7 +7,7 @@ import socket
 
 import torch
 
-from tests.lightning.killing import arm, command, in_process
+from tests.behaviour.kill_runs import arm, command, in_process
 
 WORLD = 2
 _SECONDS_TO_FOLLOW = 60
@@ -19,7 +19,7 @@ def on_ranks(words, folder, kill=None, world=WORLD, way="ddp"):
 
     Args:
         words: the command line; that there are several devices is added to it.
-        folder: gets ``said_<rank>`` and, from a run that ends, ``seen_<rank>.pt``.
+        folder: gets ``output_<rank>`` and, from a run that ends, ``seen_<rank>.pt``.
         kill: (moment, count) at which rank 0 dies; the others are killed after it.
         world: number of ranks.
         way: how several devices are used, ``trainer.strategy``.
@@ -74,23 +74,23 @@ def _one_rank(rank, world, port, words, folder, kill):
     if kill is not None and rank == 0:
         arm(*kill)
     _note_what_is_seen(folder / f"seen_{rank}.pt")
-    command(words, folder / f"said_{rank}")
+    command(words, folder / f"output_{rank}")
 
 
 def _note_what_is_seen(file):
-    from mmcl.lightning.running import TaskHooks
+    from mmcl.lightning.task_callback import TaskCallback
 
     batches, states = [], []
-    batch_end, train_end = TaskHooks.on_train_batch_end, TaskHooks.on_train_end
+    batch_end, train_end = TaskCallback.on_train_batch_end, TaskCallback.on_train_end
 
     def note_batch(hooks, trainer, module, outputs, batch, batch_idx):
-        entries = torch.stack([batch.task, batch.sample], 1)
+        entries = torch.stack([batch.task_ids, batch.sample_ids], 1)
         batches.append((hooks.task.index, entries))
         batch_end(hooks, trainer, module, outputs, batch, batch_idx)
 
     def note_state(hooks, trainer, module):
         train_end(hooks, trainer, module)
-        states.append(copy.deepcopy(dict(module.kept_state())))  # of now: weights move on
+        states.append(copy.deepcopy(dict(module.trainable_state_dict())))  # of now: weights move on
         torch.save({"batches": batches, "states": states}, file)
 
-    TaskHooks.on_train_batch_end, TaskHooks.on_train_end = note_batch, note_state
+    TaskCallback.on_train_batch_end, TaskCallback.on_train_end = note_batch, note_state

@@ -9,10 +9,13 @@ from tests.lightning.small_runs import same
 
 pytestmark = pytest.mark.slow
 CHOICES = [
-    ("classify", {"samples": 12, "policy": "herding", "keep": "copies"}),
-    ("classify", {"samples": 0, "memory_bytes": 6000, "policy": "balanced"}),
-    ("caption", {"samples": 12, "policy": "k_centre", "allocation": "equal_tasks"}),
-    ("answer", {"samples": 0, "memory_bytes": 6000, "policy": "loss", "scores": "low"}),
+    ("classification", {"buffer_size": 12, "selection": "herding", "storage": "copy"}),
+    ("classification", {"buffer_size": 0, "buffer_bytes": 6000, "selection": "class_balanced"}),
+    ("captioning", {"buffer_size": 12, "selection": "k_center", "allocation": "task_balanced"}),
+    (
+        "instruction",
+        {"buffer_size": 0, "buffer_bytes": 6000, "selection": "loss", "score_order": "low"},
+    ),
 ]
 
 
@@ -25,12 +28,12 @@ def test_two_processes_remember_the_samples_that_one_remembers(tmp_path, kind, o
         two = seen(tmp_path / "two", rank)
         for first, second in zip(one["states"], two["states"], strict=True):
             alone, together = memory_of(first), memory_of(second)
-            assert torch.equal(alone["task"], together["task"])
-            assert torch.equal(alone["sample"], together["sample"])
+            assert torch.equal(alone["task_ids"], together["task_ids"])
+            assert torch.equal(alone["sample_ids"], together["sample_ids"])
     last = memory_of(one["states"][-1])
-    assert len(last["task"]) > 2
-    limit = options.get("memory_bytes")
-    assert limit is None or 0 < int(last["bytes"].sum()) <= limit
+    assert len(last["task_ids"]) > 2
+    limit = options.get("buffer_bytes")
+    assert limit is None or 0 < int(last["num_bytes"].sum()) <= limit
     assert same(one["batches"], global_batches(tmp_path / "two"))
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.behaviour.kill_runs import KILLED
 from tests.distributed.ranks import on_ranks, seen
 from tests.distributed.test_two_processes import PLAIN, far
-from tests.lightning.killing import KILLED
 from tests.lightning.small_runs import SmallRuns, same
 
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ MOMENTUM = {**PLAIN, "model__optimizer.momentum": 0.9}
 
 
 def start(runs, name, strategy, way, kill=None, world=2, **options):
-    """Start a run, or go on with it; return the exit status of every rank."""
+    """Start a run, or resume it; return the exit status of every rank."""
     way = json.dumps(way) if isinstance(way, dict) else way
     words = runs.words(name, strategy, **options)
     return on_ranks(words, runs.folder / name, kill=kill, world=world, way=way)
@@ -28,22 +28,22 @@ def start(runs, name, strategy, way, kill=None, world=2, **options):
 
 def finish(runs, *arguments, world=2, **options):
     status = start(runs, *arguments, world=world, **options)
-    said = (runs.folder / arguments[0] / "said_0").read_text()
-    assert status == [0] * world, said
+    output = (runs.folder / arguments[0] / "output_0").read_text()
+    assert status == [0] * world, output
 
 
 @pytest.mark.parametrize(
     ("strategy", "kind"),
     [
-        ("Finetune", "classify"),
-        ("EWC", "classify"),
-        ("WiseFT", "classify"),
-        ("LwF", "classify"),
-        ("OLoRA", "answer"),
+        ("Finetune", "classification"),
+        ("EWC", "classification"),
+        ("WiseFT", "classification"),
+        ("LwF", "classification"),
+        ("OLoRA", "instruction"),
     ],
 )
 def test_two_processes_with_shares_learn_as_one_with_all(tmp_path, strategy, kind):
-    vision = {} if kind == "answer" else LAYERS
+    vision = {} if kind == "instruction" else LAYERS
     runs = SmallRuns(tmp_path, (20, 17, 16), kind, test_size=7, **vision)
     finish(runs, "one", strategy, "auto", world=1, **PLAIN)
     finish(runs, "two", strategy, SHARDS, **PLAIN)
@@ -58,7 +58,7 @@ def test_two_processes_with_shares_learn_as_one_with_all(tmp_path, strategy, kin
 
 
 @pytest.mark.parametrize("strategy", ["EWC", "ExperienceReplay"])
-def test_a_run_in_shards_that_is_killed_goes_on_to_the_same_weights(tmp_path, strategy):
+def test_a_run_in_shards_that_is_killed_resumes_to_the_same_weights(tmp_path, strategy):
     runs = SmallRuns(tmp_path, (20, 17), **LAYERS)
     finish(runs, "alone", strategy, SHARDS)
     checkpoints = runs.path("killed") / "checkpoints"
@@ -66,7 +66,7 @@ def test_a_run_in_shards_that_is_killed_goes_on_to_the_same_weights(tmp_path, st
         assert start(runs, "killed", strategy, SHARDS, kill=moment)[0] == KILLED
         if moment[0] == "step":
             state = json.loads((runs.path("killed") / "run.json").read_text())
-            assert (checkpoints.parent / state["last"]).is_dir()
+            assert (checkpoints.parent / state["last_checkpoint"]).is_dir()
     finish(runs, "killed", strategy, SHARDS)
     assert runs.differences("killed", "alone") == []
     assert sorted(file.name for file in checkpoints.iterdir()) == ["task_00.ckpt", "task_01.ckpt"]
@@ -89,7 +89,7 @@ def test_shards_of_two_are_taken_up_by_one_and_refused_without_sharing(tmp_path)
     runs = SmallRuns(tmp_path, (20,), **LAYERS)
     assert start(runs, "run", "Finetune", SHARDS, kill=("step", 5), **PLAIN)[0] == KILLED
     assert start(runs, "run", "Finetune", "auto", world=1, **PLAIN) == [1]
-    assert "is in shards" in (tmp_path / "run" / "said_0").read_text()
+    assert "is sharded" in (tmp_path / "run" / "output_0").read_text()
     strategy = json.dumps(SHARDS)
     finish(runs, "run", "Finetune", "auto", world=1, trainer__strategy=strategy, **PLAIN)
     finish(runs, "alone", "Finetune", "auto", world=1, **PLAIN)
@@ -99,11 +99,15 @@ def test_shards_of_two_are_taken_up_by_one_and_refused_without_sharing(tmp_path)
 @pytest.mark.parametrize(
     ("strategy", "kind", "refusal"),
     [
-        ("AGEM", "classify", "AGEM edits whole gradients, and ModelParallelStrategy gives every"),
-        ("OSF", "answer", "use strategy ddp, or take OLoRA instead"),
+        (
+            "AGEM",
+            "classification",
+            "AGEM needs unsharded gradients, and ModelParallelStrategy shards",
+        ),
+        ("OSF", "instruction", "use strategy ddp, or use OLoRA instead"),
     ],
 )
 def test_a_strategy_that_needs_whole_gradients_names_another(tmp_path, strategy, kind, refusal):
     runs = SmallRuns(tmp_path, (20,), kind)
     assert start(runs, "run", strategy, SHARDS) == [1, 1]
-    assert refusal in " ".join((tmp_path / "run" / "said_0").read_text().split())
+    assert refusal in " ".join((tmp_path / "run" / "output_0").read_text().split())

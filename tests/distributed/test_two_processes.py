@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmcl.metrics.answers import answers_path, read_answers
+from mmcl.evaluation.predictions import read_predictions
+from mmcl.evaluation.run_files import predictions_path
+from tests.behaviour.kill_runs import KILLED
 from tests.data.small_stream import coloured, dialogue
 from tests.distributed.ranks import on_ranks, seen
-from tests.lightning.killing import KILLED
 from tests.lightning.small_runs import SmallRuns, all_strategies, same
 
 pytestmark = pytest.mark.slow
@@ -27,9 +28,13 @@ def flat(value, name=""):
     Where a row sits in the table hangs on how many came at once, and nothing hangs on that.
     """
     if isinstance(value, dict) and "columns" in value:
-        order = value["ranks"].argsort()
+        order = value["priorities"].argsort()
         columns = {name: column[order] for name, column in value["columns"].items()}
-        value = {**columns, "ranks": value["ranks"][order], "groups": value["groups"][order]}
+        value = {
+            **columns,
+            "priorities": value["priorities"][order],
+            "groups": value["groups"][order],
+        }
     if isinstance(value, dict):
         return {k: v for key in value for k, v in flat(value[key], f"{name}.{key}").items()}
     return {name: value}
@@ -52,13 +57,13 @@ def _is_near(left, right, tolerance):
     return bool(((left - right).abs() <= tolerance * largest).all())
 
 
-def both(folder, strategy, kind="classify", sizes=(20, 17, 16), **options):
+def both(folder, strategy, kind="classification", sizes=(20, 17, 16), **options):
     """Run on one process and on two; return the runs."""
     runs = SmallRuns(folder, sizes, kind, test_size=7)
     for name, world in (("one", 1), ("two", 2)):
         words = runs.words(name, strategy, **options)
         status = on_ranks(words, folder / name, world=world)
-        assert status == [0] * world, (folder / name / "said_0").read_text()
+        assert status == [0] * world, (folder / name / "output_0").read_text()
     return runs
 
 
@@ -100,15 +105,15 @@ def test_what_is_computed_from_a_task_is_the_one_process_answer(tmp_path, strate
 
 @pytest.mark.parametrize("strategy", ["Finetune", "FeatureReplay"])
 def test_captions_are_compared_with_those_of_all_ranks(tmp_path, strategy):
-    both(tmp_path, strategy, kind="caption", sizes=(20, 17), **PLAIN)
+    both(tmp_path, strategy, kind="captioning", sizes=(20, 17), **PLAIN)
     one, two = seen(tmp_path / "one"), seen(tmp_path / "two")
     assert same(one["batches"], global_batches(tmp_path / "two"))
     assert far(two["states"][-1], one["states"][-1], tolerance=1e-3) == []
 
 
-@pytest.mark.parametrize("strategy", all_strategies("answer"))
+@pytest.mark.parametrize("strategy", all_strategies("instruction"))
 def test_two_processes_learn_to_answer_as_one(tmp_path, strategy):
-    runs = both(tmp_path, strategy, kind="answer", **PLAIN)
+    runs = both(tmp_path, strategy, kind="instruction", **PLAIN)
     one, two = seen(tmp_path / "one"), [seen(tmp_path / "two", rank) for rank in (0, 1)]
     assert len(two[0]["states"]) == 3
     for first, second in zip(two[0]["states"], two[1]["states"], strict=True):
@@ -120,7 +125,7 @@ def test_two_processes_learn_to_answer_as_one(tmp_path, strategy):
         assert left == pytest.approx(right, abs=1.01 / 7)
     for row in range(4):
         keys = [
-            [answer.key for answer in read_answers(answers_path(runs.path(name), row, 0))]
+            [answer.key for answer in read_predictions(predictions_path(runs.path(name), row, 0))]
             for name in ("one", "two")
         ]
         assert keys[0] == keys[1]
@@ -144,7 +149,7 @@ def test_answers_of_uneven_lengths_are_averaged_over_the_tokens_of_both_ranks(tm
         (name, long if name in ("atrain001.json", "atrain006.json") else content)
         for name, content in members
     ]
-    runs = SmallRuns(tmp_path, sizes=(16,), kind="answer", changes={"a_train": members})
+    runs = SmallRuns(tmp_path, sizes=(16,), kind="instruction", changes={"a_train": members})
     for name, world in (("one", 1), ("two", 2)):
         words = runs.words(name, **PLAIN)
         assert on_ranks(words, tmp_path / name, world=world) == [0] * world
@@ -153,7 +158,7 @@ def test_answers_of_uneven_lengths_are_averaged_over_the_tokens_of_both_ranks(tm
 
 
 def test_features_on_disk_are_written_once_and_outlive_a_kill_of_both_ranks(tmp_path):
-    runs = SmallRuns(tmp_path, kind="answer")
+    runs = SmallRuns(tmp_path, kind="instruction")
     assert on_ranks(runs.words("alone", "FeatureReplay"), tmp_path / "seen") == [0, 0]
     words = runs.words("killed", "FeatureReplay")
     for moment in (("ended", 1), ("write", 2), ("step", 7), ("ended", 1)):
@@ -170,7 +175,7 @@ def test_features_on_disk_are_written_once_and_outlive_a_kill_of_both_ranks(tmp_
 
 @pytest.mark.parametrize("strategy", ["DarkReplay", "AGEM"])
 def test_parts_of_a_batch_are_accumulated_on_both_ranks(tmp_path, strategy):
-    options = {**PLAIN, "data__device_batch": 2}
+    options = {**PLAIN, "data__micro_batch_size": 2}
     runs = SmallRuns(tmp_path, sizes=(20, 17))
     assert on_ranks(runs.words("two", strategy, **options), tmp_path / "two") == [0, 0]
     assert on_ranks(runs.words("one", strategy, **PLAIN), tmp_path / "one", world=1) == [0]
@@ -178,7 +183,7 @@ def test_parts_of_a_batch_are_accumulated_on_both_ranks(tmp_path, strategy):
 
 
 @pytest.mark.parametrize("strategy", ["ExperienceReplay", "DarkReplay", "EWC"])
-def test_a_run_of_two_that_is_killed_goes_on_to_the_same_end(tmp_path, strategy):
+def test_a_run_of_two_that_is_killed_resumes_to_the_same_end(tmp_path, strategy):
     runs = SmallRuns(tmp_path)
     assert on_ranks(runs.words("alone", strategy), tmp_path / "seen") == [0, 0]
     words = runs.words("killed", strategy)
@@ -188,7 +193,7 @@ def test_a_run_of_two_that_is_killed_goes_on_to_the_same_end(tmp_path, strategy)
     assert runs.differences("killed", "alone") == []
 
 
-def test_a_run_may_go_on_with_another_number_of_devices(tmp_path):
+def test_a_run_may_resume_with_another_number_of_devices(tmp_path):
     runs = SmallRuns(tmp_path)
     words = runs.words("run", "ExperienceReplay", **PLAIN)
     assert on_ranks(words, tmp_path / "two", kill=("step", 9))[0] == KILLED
@@ -201,8 +206,8 @@ def test_fewer_test_samples_than_processes_are_refused_by_both(tmp_path):
     runs = SmallRuns(tmp_path, sizes=(20,), test_size=1)
     assert on_ranks(runs.words("run"), tmp_path / "seen") == [1, 1]
     for rank in (0, 1):
-        said = (tmp_path / "seen" / f"said_{rank}").read_text()
-        assert "the test part of 'task-a' has 1 samples for 2 devices: use fewer" in said
+        output = (tmp_path / "seen" / f"output_{rank}").read_text()
+        assert "the test split of 'task-a' has 1 samples for 2 devices: use fewer" in output
 
 
 def test_lightnings_own_launch_does_what_the_forked_ranks_do(tmp_path):

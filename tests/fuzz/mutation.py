@@ -1,4 +1,4 @@
-"""Changes to bytes, drawn so that small ones come first and every one can be told from its name."""
+"""Changes to bytes, drawn so that small ones come first and every one is named."""
 
 from hypothesis import strategies as st
 

@@ -9,23 +9,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmcl.core import TaskStream
-from mmcl.core.card_fields import expand
-from mmcl.core.card_yaml import parse_yaml
+from mmcl.core.card import expand
+from mmcl.core.card.yaml_safe import parse_yaml
 from tests.fuzz.mutation import CHANGES, PLACES, expect_shown, mutated
 
 CARD = {
-    "name": "birds", "scenario": "class", "kind": "classify", "classes": ["owl", "jay", "kite"],
-    "templates": ["a photo of {}."], "share": 0.25, "hashes": {"b.tar": "0" * 64},
-    "counts": {"b.tar": 7}, "epochs": 2, "mix": {"s": 0.25},
-    "sources": {"s": {"kind": "picture", "shards": ["s-{0..2}.tar"], "size": 30}},
+    "name": "birds", "scenario": "class", "task_type": "classification",
+    "classes": ["owl", "jay", "kite"],
+    "templates": ["a photo of {}."], "replay_ratio": 0.25, "hashes": {"b.tar": "0" * 64},
+    "counts": {"b.tar": 7}, "epochs": 2, "mixture": {"s": 0.25},
+    "sources": {"s": {"task_type": "image", "shards": ["s-{0..2}.tar"], "size": 30}},
     "tasks": [
         {"name": "a", "classes": ["owl", "jay"], "train": "a-{000..002}.tar", "test": ["t.tar"]},
         {"name": "b", "classes": ["jay", "kite"], "train": ["b.tar"], "test": ["u.tar"], "size": 7},
     ],
-    "probes": [{"name": "p", "classes": ["kite", "owl"], "test": ["p.tar"], "text": "de.txt"}],
+    "eval_only": [
+        {"name": "p", "classes": ["kite", "owl"], "test": ["p.tar"], "text_field": "de.txt"}
+    ],
 }  # fmt: skip
 KEYS = sorted(
-    {*CARD, *CARD["tasks"][1], *CARD["sources"]["s"], "stage", "decode", "scorer", "scored"}
+    {*CARD, *CARD["tasks"][1], *CARD["sources"]["s"], "stage", "decoding", "scorer", "scored"}
 )
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12), st.dates(),
@@ -42,7 +45,7 @@ ANYTHING = st.recursive(
 
 
 def read(folder, content):
-    """Read a card; a ValueError is one, has the card's name and is short enough to be read."""
+    """Read a card; a ValueError names the card and is short enough to be read."""
     path = folder / "card.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     try:
@@ -55,15 +58,15 @@ def read(folder, content):
     return stream
 
 
-def places(value, path=()):
-    """Every place of a nested value, as the keys that lead there."""
+def paths(value, path=()):
+    """Every path into a nested value, as a tuple of keys."""
     yield path
     if isinstance(value, dict | list):
         for key in value if isinstance(value, dict) else range(len(value)):
-            yield from places(value[key], (*path, key))
+            yield from paths(value[key], (*path, key))
 
 
-PATHS = [path for path in places(CARD) if path]
+PATHS = [path for path in paths(CARD) if path]
 
 
 def test_the_card_that_the_others_are_made_of_is_a_good_one(tmp_path):
@@ -73,7 +76,7 @@ def test_the_card_that_the_others_are_made_of_is_a_good_one(tmp_path):
 @pytest.mark.slow
 @settings(max_examples=200)
 @given(path=st.sampled_from(PATHS), value=ANYTHING, key=st.none() | st.text(max_size=8))
-def test_anything_in_any_place_of_a_card_is_a_value_or_a_fault(tmp_path_factory, path, value, key):
+def test_anything_at_any_path_of_a_card_is_a_value_or_an_error(tmp_path_factory, path, value, key):
     card = copy.deepcopy(CARD)
     inner = card
     for step in path[:-1]:
@@ -88,7 +91,7 @@ def test_anything_in_any_place_of_a_card_is_a_value_or_a_fault(tmp_path_factory,
 
 @settings(max_examples=150)
 @given(value=ANYTHING)
-def test_anything_at_all_is_a_card_or_a_fault(tmp_path_factory, value):
+def test_anything_at_all_is_a_card_or_an_error(tmp_path_factory, value):
     with contextlib.suppress(yaml.YAMLError):
         read(tmp_path_factory.getbasetemp(), yaml.safe_dump(value))
 
@@ -96,7 +99,7 @@ def test_anything_at_all_is_a_card_or_a_fault(tmp_path_factory, value):
 @pytest.mark.slow
 @settings(max_examples=250)
 @given(changes=CHANGES, flow=st.booleans())
-def test_a_changed_file_is_a_card_or_a_fault(tmp_path_factory, changes, flow):
+def test_a_changed_file_is_a_card_or_an_error(tmp_path_factory, changes, flow):
     text = yaml.safe_dump(CARD, default_flow_style=flow).encode()
     read(tmp_path_factory.getbasetemp(), mutated(text, changes))
 

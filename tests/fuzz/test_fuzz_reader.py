@@ -11,20 +11,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmcl.core import Row, Task
-from mmcl.data.faults import BadSample, BadShard
-from mmcl.data.reader import Reader
-from mmcl.data.row import collate, make_row
-from mmcl.data.shards.index import split
+from mmcl.core import ProcessedSample, Task
+from mmcl.data.batches.collate import collate, make_example
+from mmcl.data.errors import BadSample, BadShard
+from mmcl.data.remote.location import LocalFile
+from mmcl.data.shards.reader import Reader
+from mmcl.data.shards.tar_index import split
 from mmcl.data.shards.tar_shard import TarShard
-from mmcl.data.source import LocalOrigin
 from tests.data.small_stream import dialogue, picture, write_tar
 from tests.fuzz.mutation import CHANGES, PLACES, expect_shown, mutated
 
 TASKS = (
-    Task(0, "classes", kind="classify", classes=("a", "b"), columns=(0, 1)),
-    Task(1, "captions", kind="caption"),
-    Task(2, "questions", kind="answer", scorer="exact"),
+    Task(0, "classes", task_type="classification", classes=("a", "b"), label_to_class=(0, 1)),
+    Task(1, "captions", task_type="captioning"),
+    Task(2, "questions", task_type="instruction", scorer="exact"),
 )
 MEMBERS = [
     ("d/a.png", picture(1)), ("d/a.cls", b"1"), ("d/a.txt", b"a b"),
@@ -35,32 +35,32 @@ MEMBERS = [
 
 def stand_in(pixels, text, seed):
     """A transform that takes what there is as it is."""
-    said = [] if text is None else list(text.encode()) if isinstance(text, str) else [1]
-    tokens = torch.tensor(said, dtype=torch.int64)
-    return Row(pixels, tokens, tokens.clone() if text is not None else None)
+    ids = [] if text is None else list(text.encode()) if isinstance(text, str) else [1]
+    tokens = torch.tensor(ids, dtype=torch.int64)
+    return ProcessedSample(pixels, tokens, tokens.clone() if text is not None else None)
 
 
 def read_all(path, cache=None):
-    """Open, count, name and read every sample; return how many rows were made."""
-    shard = TarShard(LocalOrigin(path), path.name, cache)
+    """Open, count, name and read every sample; return how many examples were made."""
+    shard = TarShard(LocalFile(path), path.name, cache)
     try:
         reader = Reader([shard])
         shard.key_hashes()
-    except BadShard as fault:
-        expect_shown(fault)
+    except BadShard as error:
+        expect_shown(error)
         return 0
     made = 0
     for number in range(len(reader)):
         for task in TASKS:
             try:
                 sample = reader.read(number)
-                row = make_row(sample, number, task, stand_in, seed=0, max_pixels=10_000)
-            except BadSample as fault:
-                expect_shown(fault)
+                row = make_example(sample, number, task, stand_in, seed=0, max_pixels=10_000)
+            except BadSample as error:
+                expect_shown(error)
                 continue
             assert collate([row]).keys == (sample.key,)
             made += 1
-        reader.where(number).encode()
+        reader.describe(number).encode()
     return made
 
 
@@ -134,21 +134,21 @@ def test_headers_that_add_up_are_believed_no_further(
 @pytest.mark.slow
 @settings(max_examples=200)
 @given(changes=CHANGES)
-def test_a_changed_index_says_what_a_scan_says_or_is_made_anew(tmp_path_factory, wholes, changes):
+def test_a_changed_index_says_what_a_scan_says_or_is_rebuilt(tmp_path_factory, wholes, changes):
     folder = tmp_path_factory.getbasetemp()
     path = folder / "indexed.tar"
     if not path.exists():
         path.write_bytes(wholes[0])
     place = folder / "indexed.tar.index"
     place.unlink(missing_ok=True)
-    expected = told(TarShard(LocalOrigin(path), "x.tar", folder))
+    expected = contents(TarShard(LocalFile(path), "x.tar", folder))
     whole = place.read_bytes()
     place.write_bytes(mutated(whole, changes))
-    assert told(TarShard(LocalOrigin(path), "x.tar", folder)) == expected
+    assert contents(TarShard(LocalFile(path), "x.tar", folder)) == expected
     assert place.read_bytes() == whole
 
 
-def told(shard):
+def contents(shard):
     index = shard.index
     own = [list(index.members(place)) for place in range(len(index))]
     return own, shard.key_hashes().tolist(), [shard.key(place) for place in range(len(index))]
@@ -167,7 +167,7 @@ def test_any_name_has_a_key_and_an_extension_or_none(name):
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from mmcl.data.faults import BadShard
+from mmcl.data.errors import BadShard
 from tests.fuzz.test_fuzz_reader import read_all
 import torch
 read_all(Path(sys.argv[1]) / "good.tar")

@@ -1,4 +1,4 @@
-"""Pictures, dialogues, labels and texts changed at random: a row, or a bad sample."""
+"""Images, conversations, labels and texts changed at random: an example, or a bad sample."""
 
 import contextlib
 import io
@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmcl.core import Dialogue
+from mmcl.core import Conversation
+from mmcl.data.batches.collate import make_example
+from mmcl.data.conversation_json import apply_template, read_dialogue
 from mmcl.data.decode import decode_image, size_of
-from mmcl.data.dialogue import read_dialogue, templated
-from mmcl.data.faults import BadSample
-from mmcl.data.row import make_row
-from mmcl.data.shard import Sample
+from mmcl.data.errors import BadSample
+from mmcl.data.protocols import Sample
 from tests.data.small_stream import dialogue, picture
 from tests.fuzz.mutation import CHANGES, expect_shown, mutated
 from tests.fuzz.test_fuzz_reader import TASKS, stand_in
@@ -37,11 +37,11 @@ PICTURES = [
 
 
 def shown(data):
-    """Decode a picture of at most 40,000 pixels."""
+    """Decode an image of at most 40,000 pixels."""
     try:
         pixels = decode_image(data, max_pixels=40_000)
-    except BadSample as fault:
-        expect_shown(fault, "its ")
+    except BadSample as error:
+        expect_shown(error, "its ")
         return None
     height, width = size_of(data)
     assert (pixels.dtype, pixels.ndim, pixels.shape[0]) == (torch.uint8, 3, 3)
@@ -50,14 +50,14 @@ def shown(data):
     return pixels
 
 
-def test_the_pictures_that_the_others_are_made_of_are_good_ones():
+def test_the_images_that_the_others_are_made_of_are_valid():
     assert all(shown(data) is not None for data in PICTURES)
 
 
 @pytest.mark.slow
 @settings(max_examples=1500)
 @given(data=st.sampled_from(PICTURES), changes=CHANGES)
-def test_a_changed_picture_is_pixels_or_a_bad_sample(data, changes):
+def test_a_changed_image_is_pixels_or_a_bad_sample(data, changes):
     shown(mutated(data, changes))
 
 
@@ -102,18 +102,18 @@ RAW = st.one_of(
 
 
 def expect_dialogue(data):
-    """Read a dialogue; what is one can be written, asked and scored."""
+    """Read a conversation; a valid one can be formatted, prompted and scored."""
     try:
         found = read_dialogue(data)
-    except BadSample as fault:
-        expect_shown(fault, "its ")
+    except BadSample as error:
+        expect_shown(error, "its ")
         return
-    assert isinstance(found, Dialogue)
-    speakers = [turn.speaker for turn in found.turns]
+    assert isinstance(found, Conversation)
+    speakers = [turn.role for turn in found.turns]
     assert speakers == ["human", "assistant"] * (len(speakers) // 2)
     for text in (*(turn.text for turn in found.turns), *found.reference.answers):
         assert text.encode().strip()
-    assert templated(found, "Q: {}").turns[0].text.encode()
+    assert apply_template(found, "Q: {}").turns[0].text.encode()
 
 
 @pytest.mark.slow
@@ -143,14 +143,18 @@ def test_a_changed_dialogue_is_one_or_a_bad_sample(changes):
     ),
     task=st.sampled_from(TASKS),
 )  # fmt: skip
-def test_any_members_make_a_row_or_a_bad_sample(members, task):
+def test_any_members_make_an_example_or_a_bad_sample(members, task):
     sample = Sample("key", "x.tar", members)
     try:
-        made = make_row(sample, 0, task, stand_in, seed=0, max_pixels=10_000)
-    except BadSample as fault:
-        expect_shown(fault)
+        made = make_example(sample, 0, task, stand_in, seed=0, max_pixels=10_000)
+    except BadSample as error:
+        expect_shown(error)
         return
-    assert made.label in (0, 1) if task.kind == "classify" else made.row.tokens is not None
+    assert (
+        made.label in (0, 1)
+        if task.task_type == "classification"
+        else made.processed.tokens is not None
+    )
 
 
 @settings(max_examples=300)
@@ -160,6 +164,6 @@ def test_any_text_is_one_that_says_something_or_a_bad_sample(text, member):
     data = text.encode("utf-8", "surrogatepass")
     sample = Sample("key", "x.tar", {member: data, "png": PICTURES[6]})
     with contextlib.suppress(BadSample):
-        made = make_row(sample, 0, task, stand_in, seed=0, max_pixels=10_000)
+        made = make_example(sample, 0, task, stand_in, seed=0, max_pixels=10_000)
         assert any(mark.isalnum() or not mark.isspace() for mark in text)
-        assert made.row.image.shape == (3, 16, 24)
+        assert made.processed.image.shape == (3, 16, 24)

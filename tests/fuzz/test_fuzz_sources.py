@@ -1,4 +1,4 @@
-"""Loose files and addresses changed at random: our own errors, and nothing is fetched or run."""
+"""InPlace files and addresses changed at random: our own errors, and nothing is fetched or run."""
 
 import contextlib
 import json
@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmcl.data.faults import BadSample, BadShard
-from mmcl.data.shard import Sample
+from mmcl.data.errors import BadSample, BadShard
+from mmcl.data.protocols import Sample
+from mmcl.data.remote.location import resolve_url, sha256_of
+from mmcl.data.shards.json_index import open_json_index
 from mmcl.data.shards.json_records import find_records
-from mmcl.data.shards.loose import LooseShard
-from mmcl.data.shards.loose_index import open_loose_index
-from mmcl.data.source import origin_of, sha256_of
+from mmcl.data.shards.json_shard import JsonShard
 from tests.data.small_stream import picture
 from tests.fuzz.mutation import CHANGES, PLACES, expect_shown, mutated
 
@@ -36,7 +36,7 @@ LINES = b"".join(json.dumps(record).encode() + b"\n" for record in RECORDS)
 
 @pytest.fixture(scope="module")
 def loose(tmp_path_factory):
-    """A folder with pictures, and a JSON that points at them."""
+    """A folder with images, and a JSON that points at them."""
     folder = tmp_path_factory.mktemp("loose")
     (folder / "pictures").mkdir()
     (folder / "pictures" / "a.png").write_bytes(picture(1))
@@ -59,20 +59,20 @@ def point(folder, name, data, **more):
 
 def read_all(path, cache):
     """Read every sample; return how many could be."""
-    shard, read = LooseShard(path, path.name, cache), 0
+    shard, read = JsonShard(path, path.name, cache), 0
     try:
         count = len(shard)
-    except BadShard as fault:
-        expect_shown(fault)
+    except BadShard as error:
+        expect_shown(error)
         return 0
-    assert len(shard.lengths("json")) == len(shard.key_hashes()) == count
+    assert len(shard.text_bytes("json")) == len(shard.key_hashes()) == count
     for place in range(count):
         shard.key(place).encode()
         try:
             assert isinstance(shard.read(place), Sample)
             read += 1
-        except BadSample as fault:
-            expect_shown(fault)
+        except BadSample as error:
+            expect_shown(error)
     return read
 
 
@@ -119,16 +119,16 @@ def test_a_changed_pointer_is_read_or_refused(loose, changes):
 
 @settings(max_examples=100)
 @given(changes=CHANGES)
-def test_a_changed_index_of_records_says_the_same_or_is_made_anew(loose, changes):
+def test_a_changed_index_of_records_is_the_same_or_is_rebuilt(loose, changes):
     path = loose / "indexed.json"
     if not path.exists():
         path.write_bytes(WHOLE)
     place = loose / "indexed.json.index.npz"
     place.unlink(missing_ok=True)
-    expected = open_loose_index(path, "answer", None)
+    expected = open_json_index(path, "answer", None)
     place.write_bytes(mutated(place.read_bytes(), changes))
-    found = open_loose_index(path, "answer", None)
-    assert found.said.tolist() == expected.said.tolist()
+    found = open_json_index(path, "answer", None)
+    assert found.text_bytes.tolist() == expected.text_bytes.tolist()
     assert found.records.offset.tolist() == expected.records.offset.tolist()
     assert found.sha256 == expected.sha256
 
@@ -167,9 +167,9 @@ def test_any_address_is_refused_or_an_origin_and_nothing_is_run(tmp_path_factory
             patch.setattr(os, name, _never)
         patch.setattr(subprocess, "Popen", _never)
         try:
-            origin = origin_of(url, folder / "cache")
-        except BadShard as fault:
-            expect_shown(fault)
+            origin = resolve_url(url, folder / "cache")
+        except BadShard as error:
+            expect_shown(error)
             return
         assert not url.lower().strip().startswith("pipe:")
         origin.url.encode("utf-8", "surrogatepass")

@@ -1,6 +1,6 @@
 """Runs that take a second: a random CLIP of 25,000 weights on three tasks of noise.
 
-Or a random LLaVA of as many on three tasks of coloured squares, where the kind is "answer".
+Or a random LLaVA of as many on three tasks of coloured squares, where the kind is "instruction".
 """
 
 import copy
@@ -12,39 +12,42 @@ import torch
 import yaml
 from torch import Tensor
 
-from mmcl.metrics import AccuracyMatrix
-from mmcl.models.loading import TINY
+from mmcl.evaluation import AccuracyMatrix
+from mmcl.models.open_clip.loading import TINY
 from mmcl.strategies import discover
+from tests.behaviour.kill_runs import command, in_process
 from tests.data.small_stream import write_answer_stream, write_stream
-from tests.lightning.killing import command, in_process
-from tests.stand_in import StandIn
-from tests.stand_in_llava import a_llava
+from tests.toys.toy_clip import StandIn
+from tests.toys.toy_llava import a_llava
 
 SIZES = (20, 17, 16)
 ARGUMENTS = {
-    "AGEM": {"samples": 12, "reference_rows": 8},
+    "AGEM": {"buffer_size": 12, "reference_batch_size": 8},
     "Chain": {
         "strategies": [
-            {"class_path": "mmcl.strategies.EWC", "init_args": {"weight": 10.0}},
-            {"class_path": "mmcl.strategies.ExperienceReplay", "init_args": {"samples": 12}},
+            {"class_path": "mmcl.strategies.EWC", "init_args": {"ewc_lambda": 10.0}},
+            {"class_path": "mmcl.strategies.ExperienceReplay", "init_args": {"buffer_size": 12}},
         ]
     },
-    "DarkReplay": {"samples": 12},
-    "Chain answer": {
+    "DarkReplay": {"buffer_size": 12},
+    "Chain instruction": {
         "strategies": [
             {"class_path": "mmcl.strategies.LoRA", "init_args": {"rank": 2}},
-            {"class_path": "mmcl.strategies.EWC", "init_args": {"weight": 10.0, "samples": 12}},
+            {
+                "class_path": "mmcl.strategies.EWC",
+                "init_args": {"ewc_lambda": 10.0, "fisher_samples": 12},
+            },
             {"class_path": "mmcl.strategies.LwF", "init_args": {"teacher": "base"}},
-            {"class_path": "mmcl.strategies.ExperienceReplay", "init_args": {"samples": 12}},
+            {"class_path": "mmcl.strategies.ExperienceReplay", "init_args": {"buffer_size": 12}},
         ]
     },
-    "EWC": {"weight": 10.0, "samples": 12},
-    "ExperienceReplay": {"samples": 12, "keep": "copies"},
-    "FeatureReplay": {"samples": 12},
-    "FeatureReplay answer": {"samples": 12, "store": "int8", "place": "disk"},
-    "L2P": {"pool": 4, "length": 2, "top_k": 2},
-    "L2P answer": {"modality": "text", "pool": 4, "length": 2, "top_k": 2},
-    "RanPAC": {"width": 40},
+    "EWC": {"ewc_lambda": 10.0, "fisher_samples": 12},
+    "ExperienceReplay": {"buffer_size": 12, "storage": "copy"},
+    "FeatureReplay": {"buffer_size": 12},
+    "FeatureReplay instruction": {"buffer_size": 12, "compression": "int8", "storage": "disk"},
+    "L2P": {"pool_size": 4, "prompt_length": 2, "top_k": 2},
+    "L2P instruction": {"modality": "text", "pool_size": 4, "prompt_length": 2, "top_k": 2},
+    "RanPAC": {"projection_dim": 40},
 }
 """Of strategies that are not made without, or of one kind of stream; sizes that fit it."""
 SMALL = {"rank": 2}
@@ -79,19 +82,19 @@ def small_llava(folder):
     }  # fmt: skip
     file = folder / "small.json"
     file.write_text(json.dumps(architecture))
-    small = {"width": 16, "layers": 1, "heads": 2, "mlp": 32, "max_length": 64}
+    small = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32, "max_length": 64}
     options = {"tower": str(file), "tower_weights": None, **small}
     return {"class_path": "mmcl.models.TinyLlava", "init_args": options}
 
 
-def arguments_of(name, kind="classify"):
+def arguments_of(name, kind="classification"):
     """The arguments of a strategy for a kind of stream."""
     taken = inspect.signature(discover()[name]).parameters
     small = {word: value for word, value in SMALL.items() if word in taken}
     return {**small, **ARGUMENTS.get(f"{name} {kind}", ARGUMENTS.get(name, {}))}
 
 
-def strategy_of(name, kind="classify"):
+def strategy_of(name, kind="classification"):
     """A strategy as a configuration names it."""
     return {"class_path": f"mmcl.strategies.{name}", "init_args": arguments_of(name, kind)}
 
@@ -108,15 +111,17 @@ class SmallRuns:
         changes: members of shards, see ``write_stream``.
     """
 
-    def __init__(self, folder, sizes=SIZES, kind="classify", test_size=6, changes=None, **vision):
+    def __init__(
+        self, folder, sizes=SIZES, kind="classification", test_size=6, changes=None, **vision
+    ):
         self.folder, self.kind = folder, kind
         (folder / "stream").mkdir()
         changes = changes or {}
-        if kind == "answer":
+        if kind == "instruction":
             write_answer_stream(folder / "stream", sizes, test_size=test_size, **changes)
             self.model = small_llava(folder)
         else:
-            write_stream(folder / "stream", sizes, test_size=test_size, kind=kind, **changes)
+            write_stream(folder / "stream", sizes, test_size=test_size, task_type=kind, **changes)
             init_args = {"model": small_model(folder, **vision)}
             self.model = {"class_path": "mmcl.models.OpenCLIP", "init_args": init_args}
         self.card = folder / "stream" / "small.yaml"
@@ -131,11 +136,11 @@ class SmallRuns:
                 if isinstance(strategy, dict)
                 else strategy_of(strategy, self.kind),
                 "learning_rate": 3e-3,
-                "warmup": 2,
-                "schedule": "cosine",
+                "warmup_steps": 2,
+                "lr_schedule": "cosine",
             },
-            "data": {"stream": str(self.card), "global_batch": 8},
-            "save_every_steps": 2,
+            "data": {"stream": str(self.card), "global_batch_size": 8},
+            "checkpoint_every_n_steps": 2,
             "trainer": {"max_epochs": 2, "accelerator": "cpu"},
         }
         file = self.folder / f"{name}.yaml"
@@ -144,24 +149,24 @@ class SmallRuns:
         return [
             "--config",
             str(file),
-            "--runs",
+            "--output_dir",
             str(self.folder / "runs"),
-            "--name",
+            "--run_name",
             name,
             *options,
         ]
 
     def start(self, name, strategy="Finetune", kill=None, before=(), **changes):
-        """Give the command of a run; return its exit status and what it said."""
-        said = self.folder / f"{name}.said"
-        status = in_process(command, self.words(name, strategy, **changes), said, kill, before)
-        return status, " ".join(said.read_text().split())
+        """Give the command of a run; return its exit status and its output."""
+        output = self.folder / f"{name}.output"
+        status = in_process(command, self.words(name, strategy, **changes), output, kill, before)
+        return status, " ".join(output.read_text().split())
 
     def finish(self, name, strategy="Finetune", **changes):
-        """Run to the end; return what was said."""
-        status, said = self.start(name, strategy, **changes)
-        assert status == 0, said
-        return said
+        """Run to the end; return its output."""
+        status, output = self.start(name, strategy, **changes)
+        assert status == 0, output
+        return output
 
     def path(self, name):
         """The folder of a run."""
@@ -203,8 +208,8 @@ def same(left, right):
     return left == right
 
 
-def all_strategies(kind="classify"):
-    """The names of every strategy that takes a CLIP, or a LLaVA where the kind is "answer"."""
+def all_strategies(kind="classification"):
+    """The names of every strategy that takes a CLIP, or a LLaVA where the kind is "instruction"."""
     return [name for name in sorted(discover()) if _is_taken(name, kind)]
 
 
@@ -212,13 +217,13 @@ class _Clip(StandIn):
     """Has what OpenCLIP has, and nothing more."""
 
     @property
-    def linears(self):
+    def target_linears(self):
         raise AttributeError("linears")
 
 
 @cache
-def _stand_in(kind):
-    if kind == "answer":
+def _replacement(kind):
+    if kind == "instruction":
         return a_llava()
     model = _Clip()
     del model.gates
@@ -226,7 +231,7 @@ def _stand_in(kind):
 
 
 def _is_taken(name, kind):
-    model = copy.deepcopy(_stand_in(kind))
+    model = copy.deepcopy(_replacement(kind))
     known, arguments = discover(), arguments_of(name, kind)
     if "strategies" in arguments:
         arguments["strategies"] = [

@@ -7,13 +7,13 @@ import torch
 
 from mmcl.core import Batch
 from mmcl.models import OpenCLIP
-from tests.lightning.answering import learn_and_answer, load_and_answer
-from tests.lightning.killing import in_process
+from tests.behaviour.kill_runs import in_process
+from tests.lightning.generation_fixtures import learn_and_answer, load_and_answer
 from tests.lightning.small_runs import SIZES, SmallRuns, all_strategies, small_model
 
 TEXT_PROMPTS = {
     "class_path": "mmcl.strategies.L2P",
-    "init_args": {"modality": "text", "pool": 4, "length": 2, "top_k": 2},
+    "init_args": {"modality": "text", "pool_size": 4, "prompt_length": 2, "top_k": 2},
 }
 
 
@@ -64,19 +64,19 @@ def test_recalled_rows_are_there_when_every_new_one_comes_once(runs):
     assert all(rows == len(new) + 4 for task, _, new, rows in visits if task > 0)
 
 
-def test_class_texts_are_embedded_again_after_a_fused_optimiser_stepped(tmp_path):
-    # Such an optimiser does not count up the version of the weights that it changes.
+def test_class_texts_are_embedded_again_after_a_fused_optimizer_stepped(tmp_path):
+    # Such an optimizer does not count up the version of the weights that it changes.
     model = OpenCLIP(small_model(tmp_path))
     names, templates = ("cat", "dog"), ("a {}",)
     model.set_classes(names, templates)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, 16, 16), generator=draw, dtype=torch.uint8)
     batch = Batch(images, torch.tensor([0, 1]), torch.zeros(2, dtype=torch.int64))
     with torch.no_grad():
         model(batch)
     model.loss(model(batch), batch).backward()
-    optimiser.step()
+    optimizer.step()
     with torch.no_grad():
         found = model(batch).text
     model.set_classes((), ())

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from tests.behaviour.kill_runs import KILLED
 from tests.data.small_stream import labelled, write_tar
-from tests.lightning.killing import KILLED
 from tests.lightning.small_runs import SmallRuns
 
 pytestmark = pytest.mark.slow
@@ -13,22 +13,22 @@ CHAIN = {
     "class_path": "mmcl.core.Chain",
     "init_args": {
         "strategies": [
-            {"class_path": "mmcl.strategies.ExperienceReplay", "init_args": {"samples": 12}},
+            {"class_path": "mmcl.strategies.ExperienceReplay", "init_args": {"buffer_size": 12}},
             {
                 "class_path": "mmcl.strategies.LwF",
-                "init_args": {"rows": "sources", "teacher": "base"},
+                "init_args": {"distill_on": "sources", "teacher": "base"},
             },
         ]
     },
 }
 
 
-def mixed_runs(folder, kind="classify", source="kind: picture", **options):
+def mixed_runs(folder, kind="classification", source="task_type: image", **options):
     runs = SmallRuns(folder, sizes=(20, 17), kind=kind, **options)
     write_tar(runs.card.parent / "general.tar", labelled(9, name="general"))
     mixed = (
-        f"sources: {{general: {{{source}, shards: general.tar}}}}\nmix: {{general: 0.25}}\n"
-        f"share: 0.125\n"
+        f"sources: {{general: {{{source}, shards: general.tar}}}}\nmixture: {{general: 0.25}}\n"
+        f"replay_ratio: 0.125\n"
     )
     runs.card.write_text(mixed + runs.card.read_text())
     return runs
@@ -36,25 +36,25 @@ def mixed_runs(folder, kind="classify", source="kind: picture", **options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"data__device_batch": 4}, {"data__workers": 2}],
+    [{}, {"data__micro_batch_size": 4}, {"data__num_workers": 2}],
     ids=["whole", "parts", "workers"],
 )
-def test_a_killed_run_over_sources_goes_on_exactly(tmp_path, options):
+def test_a_killed_run_over_sources_resumes_exactly(tmp_path, options):
     runs = mixed_runs(tmp_path)
     runs.finish("alone", CHAIN, **options)
     for moment in (("step", 3), ("step", 8)):
-        status, said = runs.start("killed", CHAIN, kill=moment, **options)
-        assert status == KILLED, said
+        status, output = runs.start("killed", CHAIN, kill=moment, **options)
+        assert status == KILLED, output
     runs.finish("killed", CHAIN, **options)
     assert runs.differences("killed", "alone") == []
 
 
-def test_captions_of_like_length_come_together_and_a_killed_run_goes_on_exactly(tmp_path):
-    runs = mixed_runs(tmp_path, kind="caption", source="kind: caption, scored: false")
-    options = {"data__group_lengths": 3}
+def test_captions_of_like_length_come_together_and_a_killed_run_resumes_exactly(tmp_path):
+    runs = mixed_runs(tmp_path, kind="captioning", source="task_type: captioning, scored: false")
+    options = {"data__group_by_length": 3}
     runs.finish("alone", "ExperienceReplay", **options)
-    status, said = runs.start("killed", "ExperienceReplay", kill=("step", 4), **options)
-    assert status == KILLED, said
+    status, output = runs.start("killed", "ExperienceReplay", kill=("step", 4), **options)
+    assert status == KILLED, output
     runs.finish("killed", "ExperienceReplay", **options)
     assert runs.differences("killed", "alone") == []
 
@@ -65,4 +65,4 @@ def test_the_ledger_counts_rows_of_sources_and_the_share_of_the_card(tmp_path):
     tasks = json.loads((runs.path("alone") / "ledger.json").read_text())["tasks"]
     # 8 rows a batch: 2 of the source, from the second task on 1 recalled, the rest new.
     assert [task["samples_new"] for task in tasks] == [2 * 20, 2 * 17]
-    assert [task["samples_recalled"] for task in tasks] == [2 * 4 * 2, 2 * 4 * 3]
+    assert [task["samples_replayed"] for task in tasks] == [2 * 4 * 2, 2 * 4 * 3]

@@ -1,14 +1,14 @@
 import pytest
 
-from mmcl.lightning.schedule import rate_factor
+from mmcl.lightning.module import lr_factor
 
 
 def test_the_rate_rises_over_the_warmup():
-    assert [rate_factor(s, 10, 4, "constant") for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert [lr_factor(s, 10, 4, "constant") for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
 def test_the_cosine_starts_at_one_and_ends_near_zero():
-    factors = [rate_factor(s, 100, 10, "cosine") for s in range(10, 100)]
+    factors = [lr_factor(s, 100, 10, "cosine") for s in range(10, 100)]
     assert factors[0] == 1.0
     assert factors[45] == pytest.approx(0.5)
     assert factors[-1] < 0.001

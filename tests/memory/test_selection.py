@@ -4,14 +4,21 @@ from collections import Counter
 import pytest
 import torch
 
-from mmcl.core.randomness import ranks_of
-from mmcl.memory import class_balanced, herding, k_centre, lowest, lowest_of_range, reservoir
+from mmcl.core.seeding import hash_priorities
+from mmcl.memory import (
+    class_balanced,
+    herding,
+    k_center_greedy,
+    reservoir,
+    smallest_priorities,
+    smallest_priorities_in_range,
+)
 
 
 def test_lowest_without_groups_is_a_sort():
     ranks = torch.tensor([5, 1, 4, 2, 3])
-    assert lowest(ranks, 3).tolist() == [1, 3, 4]
-    assert lowest(ranks, 9).tolist() == [1, 3, 4, 2, 0]
+    assert smallest_priorities(ranks, 3).tolist() == [1, 3, 4]
+    assert smallest_priorities(ranks, 9).tolist() == [1, 3, 4, 2, 0]
 
 
 def loop_balanced(ranks, groups, capacity):
@@ -32,18 +39,18 @@ def test_groups_take_turns(capacity):
     ranks = torch.randperm(40, generator=g)
     groups = torch.randint(5, (40,), generator=g) ** 2
     expected = loop_balanced(ranks.tolist(), groups.tolist(), capacity)
-    assert lowest(ranks, capacity, groups).tolist() == expected
+    assert smallest_priorities(ranks, capacity, groups).tolist() == expected
 
 
 @pytest.mark.parametrize("capacity", [1, 3, 40, 500, 0])
 def test_a_long_range_is_sifted_piece_by_piece(monkeypatch, capacity):
-    monkeypatch.setattr("mmcl.memory.selection._PIECE", 64)
-    ranks = ranks_of(5, 2, torch.arange(333))
+    monkeypatch.setattr("mmcl.memory.selection._HASH_CHUNK", 64)
+    ranks = hash_priorities(5, 2, torch.arange(333))
     expected = ranks.argsort()[: capacity or None].sort().values
-    assert torch.equal(lowest_of_range(333, capacity, 5, 2), expected)
+    assert torch.equal(smallest_priorities_in_range(333, capacity, 5, 2), expected)
     middle = int(ranks.sort().values[100])
     below = [n for n in expected.tolist() if int(ranks[n]) < middle]
-    assert lowest_of_range(333, capacity, 5, 2, bound=middle).tolist() == below
+    assert smallest_priorities_in_range(333, capacity, 5, 2, bound=middle).tolist() == below
 
 
 def test_choosing_in_pieces_equals_choosing_at_once():
@@ -53,8 +60,8 @@ def test_choosing_in_pieces_equals_choosing_at_once():
         kept = torch.zeros(0, dtype=torch.int64)
         for piece in torch.arange(200).split(13):
             both = torch.cat([kept, piece])
-            kept = both[lowest(ranks[both], capacity, groups[both])]
-        assert set(kept.tolist()) == set(lowest(ranks, capacity, groups).tolist())
+            kept = both[smallest_priorities(ranks[both], capacity, groups[both])]
+        assert set(kept.tolist()) == set(smallest_priorities(ranks, capacity, groups).tolist())
 
 
 def test_a_reservoir_keeps_every_item_equally_often():
@@ -113,17 +120,17 @@ def test_herding_by_hand():
     assert herding(features, 1).tolist() == [1]
 
 
-def test_k_centre_always_takes_the_farthest():
+def test_k_center_always_takes_the_farthest():
     points = torch.randn(30, 3, generator=torch.Generator().manual_seed(3)).double()
-    chosen = k_centre(points, 8, seed=1).tolist()
+    chosen = k_center_greedy(points, 8, seed=1).tolist()
     for step in range(1, 8):
         gaps = [min(float((p - points[c]).norm()) for c in chosen[:step]) for p in points]
         assert gaps[chosen[step]] == pytest.approx(max(gaps))
 
 
-def test_k_centre_chooses_copies_once_each():
-    assert sorted(k_centre(torch.zeros(5, 2), 5, seed=0).tolist()) == [0, 1, 2, 3, 4]
-    assert k_centre(torch.zeros(0, 2), 5, seed=0).tolist() == []
+def test_k_center_chooses_copies_once_each():
+    assert sorted(k_center_greedy(torch.zeros(5, 2), 5, seed=0).tolist()) == [0, 1, 2, 3, 4]
+    assert k_center_greedy(torch.zeros(0, 2), 5, seed=0).tolist() == []
 
 
 def test_a_capacity_of_nothing_is_refused():
@@ -133,4 +140,4 @@ def test_a_capacity_of_nothing_is_refused():
 
 
 def test_ranks_do_not_depend_on_what_else_is_asked():
-    assert ranks_of(1, 2, torch.arange(9))[4] == ranks_of(1, 2, torch.tensor([4]))[0]
+    assert hash_priorities(1, 2, torch.arange(9))[4] == hash_priorities(1, 2, torch.tensor([4]))[0]

@@ -34,7 +34,7 @@ def test_taking_again_replaces_everything():
     assert snapshot.is_empty
 
 
-def test_a_cast_of_the_module_does_not_round_what_is_remembered():
+def test_a_cast_of_the_module_does_not_round_what_is_stored():
     third = torch.tensor([1 / 3], dtype=torch.float64)
     holder = nn.Module()
     holder.snapshot = Snapshot()

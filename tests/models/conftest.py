@@ -1,4 +1,4 @@
-"""SmolVLM's processor spells numbers of video frames by a package that pictures do not need."""
+"""SmolVLM's processor spells numbers of video frames by a package that images do not need."""
 
 import pytest
 from transformers.models.smolvlm import processing_smolvlm

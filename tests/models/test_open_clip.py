@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mmcl.core import UNSCORED, Batch, Prompts
+from mmcl.core import IGNORE_INDEX, Batch, Prompts
 from mmcl.models import OpenCLIP
 
 NAMES, TEMPLATES = ("zero", "one", "red circle"), ("a photo of a {}.", "the {}")
@@ -17,24 +17,26 @@ def clip():
     return model
 
 
-def pictures(rows=6, seed=0):
+def images(rows=6, seed=0):
     g = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (rows, 3, 64, 64), dtype=torch.uint8, generator=g)
     return Batch(images, torch.arange(rows) % 3, torch.zeros(rows, dtype=torch.int64))
 
 
 def captions(texts):
-    tokens = OpenCLIP("tiny")._tokenizer(texts)
-    batch = pictures(len(texts))
-    return Batch(batch.images, torch.full((len(texts),), UNSCORED), batch.task, tokens=tokens)
+    tokens = OpenCLIP("tiny").tokenizer(texts)
+    batch = images(len(texts))
+    return Batch(
+        batch.images, torch.full((len(texts),), IGNORE_INDEX), batch.task_ids, input_ids=tokens
+    )
 
 
 def test_class_scores_are_those_of_open_clip(clip):
-    batch = pictures()
+    batch = images()
     image = clip.clip.encode_image(clip._pixels(batch), normalize=True)
     classes = []
     for name in NAMES:
-        tokens = clip._tokenizer([template.format(name) for template in TEMPLATES])
+        tokens = clip.tokenizer([template.format(name) for template in TEMPLATES])
         mean = clip.clip.encode_text(tokens, normalize=True).mean(0)
         classes.append(mean / mean.norm())
     want = clip.clip.logit_scale.exp() * image @ torch.stack(classes).T
@@ -44,7 +46,7 @@ def test_class_scores_are_those_of_open_clip(clip):
 def test_the_caption_loss_is_open_clips_own_when_captions_differ(clip):
     batch = captions(["a red circle", "the digit two", "Q", "a blue square on a green ground"])
     image = clip.clip.encode_image(clip._pixels(batch), normalize=True)
-    text = clip.clip.encode_text(batch.tokens, normalize=True)
+    text = clip.clip.encode_text(batch.input_ids, normalize=True)
     logits = clip.clip.logit_scale.exp() * image @ text.T
     label = torch.arange(4)
     want = (functional.cross_entropy(logits, label) + functional.cross_entropy(logits.T, label)) / 2
@@ -63,8 +65,8 @@ def test_equal_captions_are_positives_of_each_other(clip):
 
 def test_padding_does_not_change_which_captions_are_equal(clip):
     batch = captions(["a cat", "a dog"])
-    longer = functional.pad(batch.tokens, (0, 5))
-    padded = Batch(batch.images, batch.labels, batch.task, tokens=longer)
+    longer = functional.pad(batch.input_ids, (0, 5))
+    padded = Batch(batch.images, batch.labels, batch.task_ids, input_ids=longer)
     torch.testing.assert_close(clip.loss(clip(padded), padded), clip.loss(clip(batch), batch))
 
 
@@ -77,8 +79,8 @@ def test_padding_does_not_change_which_captions_are_equal(clip):
         {("image", 1): (2, 160), ("text", 1): (2, 128)},
     ],
 )
-def test_prompted_rows_do_not_depend_on_their_batch(clip, places):
-    batch, g = pictures(), torch.Generator().manual_seed(1)
+def test_prompted_samples_do_not_depend_on_their_batch(clip, places):
+    batch, g = images(), torch.Generator().manual_seed(1)
     tokens = {place: torch.randn(6, *shape, generator=g) for place, shape in places.items()}
     with torch.no_grad():
         together = clip(batch, Prompts(tokens)).logits
@@ -91,7 +93,7 @@ def test_prompted_rows_do_not_depend_on_their_batch(clip, places):
 
 
 def test_text_prompts_in_a_class_text_are_those_of_one_text_at_a_time(clip):
-    batch = pictures(2)
+    batch = images(2)
     added = torch.randn(2, 3, 128, generator=torch.Generator().manual_seed(2))
     got = clip(batch, Prompts({("text", 0): added})).logits
     text = clip.clip
@@ -100,7 +102,7 @@ def test_text_prompts_in_a_class_text_are_those_of_one_text_at_a_time(clip):
         for column, name in enumerate(NAMES):
             units = []
             for template in TEMPLATES:
-                tokens = clip._tokenizer([template.format(name)])
+                tokens = clip.tokenizer([template.format(name)])
                 length = int((tokens != 0).sum())
                 hidden = text.token_embedding(tokens) + text.positional_embedding
                 hidden = hidden[:, :length]
@@ -115,49 +117,49 @@ def test_text_prompts_in_a_class_text_are_those_of_one_text_at_a_time(clip):
 
 
 def test_class_embeddings_follow_a_changed_weight():
-    model = OpenCLIP("tiny", frozen=["text"])
+    model = OpenCLIP("tiny", freeze=["text"])
     model.set_classes(NAMES, TEMPLATES)
-    before = model(pictures()).text
-    assert model(pictures()).text is before  # kept while the frozen tower stands still
+    before = model(images()).text
+    assert model(images()).text is before  # kept while the frozen tower stands still
     with torch.no_grad():
         model.clip.ln_final.weight.mul_(torch.linspace(0.5, 1.5, 128))
-    assert not torch.allclose(model(pictures()).text, before)
+    assert not torch.allclose(model(images()).text, before)
 
 
-def test_classes_shown_while_scoring_can_be_trained_on():
-    model = OpenCLIP("tiny", frozen=["image"])
+def test_classes_set_in_evaluation_can_be_trained_on():
+    model = OpenCLIP("tiny", freeze=["image"])
     with torch.inference_mode():
         model.set_classes(NAMES, TEMPLATES)
-        model(pictures())
-    model.loss(model(pictures()), pictures()).backward()
+        model(images())
+    model.loss(model(images()), images()).backward()
     assert model.clip.token_embedding.weight.grad.abs().sum() > 0
 
 
 def test_a_frozen_tower_gets_no_gradient_and_the_other_does():
-    model = OpenCLIP("tiny", frozen=["image"])
+    model = OpenCLIP("tiny", freeze=["image"])
     model.set_classes(NAMES, TEMPLATES)
     assert model.is_frozen("image")
     assert not model.is_frozen("text")
-    model.loss(model(pictures()), pictures()).backward()
+    model.loss(model(images()), images()).backward()
     assert all(p.grad is None for p in model.tower("image"))
     assert all(p.grad is not None for p in model.tower("text"))
 
 
-def test_features_stand_in_for_pictures(clip):
-    batch = pictures()
-    stored = Batch(None, batch.labels, batch.task, features=clip.encode(batch))
+def test_features_replace_images(clip):
+    batch = images()
+    stored = Batch(None, batch.labels, batch.task_ids, features=clip.encode_image(batch))
     torch.testing.assert_close(clip(stored).logits, clip(batch).logits)
 
 
 def test_image_prompts_refuse_features(clip):
-    batch = pictures(2)
-    stored = Batch(None, batch.labels, batch.task, features=clip.encode(batch))
+    batch = images(2)
+    stored = Batch(None, batch.labels, batch.task_ids, features=clip.encode_image(batch))
     with pytest.raises(ValueError, match="skip the image tower"):
         clip(stored, Prompts({("image", 0): torch.zeros(2, 1, 160)}))
 
 
 def test_the_fingerprint_is_of_frozen_weights_only():
-    model = OpenCLIP("tiny", frozen=["text"], seed=0)
+    model = OpenCLIP("tiny", freeze=["text"], seed=0)
     mark = model.fingerprint()
     with torch.no_grad():
         model.clip.visual.proj.add_(1)
@@ -168,18 +170,18 @@ def test_the_fingerprint_is_of_frozen_weights_only():
 
 
 def test_a_task_loss_leaves_other_tasks_classes_out():
-    model = OpenCLIP("tiny", loss_over="task")
+    model = OpenCLIP("tiny", logit_scope="task")
     model.set_classes(NAMES, TEMPLATES, tasks=[0, 0, 1])
-    batch = pictures(2)
+    batch = images(2)
     logits = model(batch).logits
     want = functional.cross_entropy(logits[:, :2], batch.labels)
     torch.testing.assert_close(model.loss(model(batch), batch), want)
 
 
-def test_a_row_of_another_source_is_compared_with_all_classes():
-    model = OpenCLIP("tiny", loss_over="task")
+def test_a_sample_of_another_source_is_compared_with_all_classes():
+    model = OpenCLIP("tiny", logit_scope="task")
     model.set_classes(NAMES, TEMPLATES, tasks=[0, 0, 1])
-    batch = pictures(2)
+    batch = images(2)
     batch = Batch(batch.images, torch.tensor([0, 2]), torch.tensor([0, -1]))
     logits = model(batch).logits
     own = functional.cross_entropy(logits[:1, :2], batch.labels[:1])
@@ -188,26 +190,48 @@ def test_a_row_of_another_source_is_compared_with_all_classes():
 
 
 def test_unscored_captions_are_no_negatives_either(clip):
-    batch = pictures(4)
+    batch = images(4)
     tokens = torch.tensor([[5, 6, 7], [5, 8, 7], [9, 6, 7], [9, 9, 7]])
-    said = Batch(batch.images, batch.labels, batch.task, tokens=tokens, mask=tokens > 0)
-    some = replace(said, scored=torch.tensor([True, False, True, False]))
-    two = said.take(torch.tensor([0, 2]))
+    captioned = Batch(
+        batch.images, batch.labels, batch.task_ids, input_ids=tokens, attention_mask=tokens > 0
+    )
+    some = replace(captioned, in_loss=torch.tensor([True, False, True, False]))
+    two = captioned.take(torch.tensor([0, 2]))
     torch.testing.assert_close(clip.loss(clip(some), some), clip.loss(clip(two), two))
 
 
-def test_unscored_rows_are_left_out_of_the_mean(clip):
-    batch = pictures(4)
-    some = Batch(batch.images, torch.tensor([0, 1, UNSCORED, UNSCORED]), batch.task)
+def test_unscored_samples_are_left_out_of_the_mean(clip):
+    batch = images(4)
+    some = Batch(batch.images, torch.tensor([0, 1, IGNORE_INDEX, IGNORE_INDEX]), batch.task_ids)
     two = batch.take(torch.tensor([0, 1]))
     torch.testing.assert_close(clip.loss(clip(some), some), clip.loss(clip(two), two))
 
 
-def test_scoring_without_classes_says_what_to_call():
+def test_a_forward_pass_without_classes_names_what_to_call():
     with pytest.raises(RuntimeError, match=r"model\.set_classes"):
-        OpenCLIP("tiny")(pictures())
+        OpenCLIP("tiny")(images())
 
 
-def test_the_best_class_is_answered_by_name(clip):
-    best = clip(pictures()).logits.argmax(1)
-    assert clip.answer(pictures()) == [NAMES[column] for column in best]
+def test_the_answer_is_the_name_of_the_best_class(clip):
+    best = clip(images()).logits.argmax(1)
+    assert clip.generate(images()) == [NAMES[column] for column in best]
+
+
+def test_the_tokenizer_returns_padded_token_ids(clip):
+    tokens = clip.tokenizer(["a cat", "the digit two"])
+    assert tokens.dtype == torch.int64
+    assert tokens.shape == (2, clip.clip.context_length)
+    lengths = (tokens != 0).sum(1)
+    assert all((row[:n] != 0).all() for row, n in zip(tokens, lengths, strict=True))
+    transform = clip.transform(False)
+    sample = transform(torch.zeros(3, 8, 8, dtype=torch.uint8), "a cat", 0)
+    assert torch.equal(tokens[0, : lengths[0]], sample.tokens)
+
+
+def test_the_tokenizer_is_read_only_and_a_model_without_one_is_named():
+    model = OpenCLIP("tiny")
+    with pytest.raises(AttributeError):
+        model.tokenizer = None
+    model._tokenizer = None
+    with pytest.raises(TypeError, match="the model 'tiny' has no tokenizer"):
+        _ = model.tokenizer

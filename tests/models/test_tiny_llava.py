@@ -1,4 +1,4 @@
-"""What ships: a folder that transformers loads, its size, hash and words, and that it sees."""
+"""The shipped tiny LLaVA: folder, tokenizer and weights, and that its answers need the image."""
 
 import hashlib
 import json
@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mmcl.models.tiny_llava
-from mmcl.core import Dialogue, Turn
-from mmcl.data.builders.scene_words import FIGURES, SIGNS, corpus_texts
-from mmcl.data.row import MadeRow, collate
+from mmcl.core import Conversation, Turn
+from mmcl.data.batches.collate import Example, collate
 from mmcl.models import ImageTextToText, TinyLlava
-from mmcl.models.tiny_llava.words import learn_merges, spellings, write_tokenizer
+from mmcl.streams.scene_model import FIGURES, SIGNS, corpus_texts
 from tests.benchmarks.tiny_llava import answers, questions, share_right
+from tests.vocabularies.llava_vocabulary import spellings
 
 FOLDER = Path(mmcl.models.tiny_llava.__file__).parent
 WEIGHTS = FOLDER / "model.safetensors"
@@ -31,7 +31,7 @@ def theirs():
 
 
 @pytest.fixture(scope="module")
-def asked():
+def samples():
     return questions(rows=12, seed=5)
 
 
@@ -48,21 +48,21 @@ def test_the_model_computes_in_single_precision_though_the_file_is_in_half(ours)
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
 
 
-def test_both_doors_lead_to_the_same_logits(ours, theirs, asked):
-    pixels, dialogue = asked["colour"][0]
+def test_mmcl_and_transformers_give_the_same_logits(ours, theirs, samples):
+    pixels, dialogue = samples["colour"][0]
     row = ours.transform(False)(pixels, dialogue, 0)
-    batch = collate([MadeRow(row, -100, 0, 0, "", False, dialogue.reference)])
+    batch = collate([Example(row, -100, 0, 0, "", False, dialogue.reference)])
     with torch.no_grad():
         mine = ours(batch).logits
-    said = [
+    messages = [
         {
             "role": "user",
-            "content": [{"type": "image"}, {"type": "text", "text": _asked(dialogue)}],
+            "content": [{"type": "image"}, {"type": "text", "text": _question(dialogue)}],
         },
         {"role": "assistant", "content": [{"type": "text", "text": dialogue.answers[0]}]},
     ]
     processor = AutoProcessor.from_pretrained(FOLDER)
-    text = processor.apply_chat_template(said, tokenize=False)
+    text = processor.apply_chat_template(messages, tokenize=False)
     inputs = processor(images=[pixels], text=[text], return_tensors="pt")
     assert inputs["input_ids"][0].tolist() == row.tokens.tolist()
     with torch.no_grad():
@@ -71,18 +71,8 @@ def test_both_doors_lead_to_the_same_logits(ours, theirs, asked):
     torch.testing.assert_close(mine, whole[scored], atol=1e-4, rtol=1e-4)
 
 
-def _asked(dialogue: Dialogue) -> str:
+def _question(dialogue: Conversation) -> str:
     return dialogue.turns[0].text.removeprefix("<image>\n")
-
-
-def test_the_tokenizer_is_made_by_the_program_byte_for_byte(tmp_path):
-    write_tokenizer(tmp_path / "tokenizer.json")
-    assert (tmp_path / "tokenizer.json").read_bytes() == (FOLDER / "tokenizer.json").read_bytes()
-
-
-def test_the_most_frequent_pair_of_bytes_is_merged_first():
-    # a-b 3 times, b-c twice, then ab-c twice and b-d once.
-    assert learn_merges(["abc", "abc", "ab"]) == [("a", "b"), ("ab", "c")]
 
 
 def test_every_word_of_the_scenes_is_one_token(ours):
@@ -93,7 +83,7 @@ def test_every_word_of_the_scenes_is_one_token(ours):
     assert {f" {word}" for word in words} <= set(spellings())
 
 
-def test_figures_are_read_one_by_one_and_nothing_is_unknown(ours):
+def test_digits_are_single_tokens_and_nothing_is_unknown(ours):
     tokenizer = ours.processor.tokenizer
     assert tokenizer.tokenize("473") == ["4", "7", "3"]
     for text in ("the number is 473.", "größe, 大 and \N{CAT FACE}!", "[0.1, 0.25]"):
@@ -101,8 +91,8 @@ def test_figures_are_read_one_by_one_and_nothing_is_unknown(ours):
         assert tokenizer.decode(tokens) == text
 
 
-def test_a_later_stage_begins_with_the_weights_of_an_earlier_one(tmp_path):
-    small = {"width": 16, "layers": 1, "heads": 2, "mlp": 32}
+def test_a_later_stage_starts_from_the_weights_of_an_earlier_one(tmp_path):
+    small = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32}
     first = TinyLlava(**small, seed=1)
     first.save(tmp_path / "stage")
     second = TinyLlava(**small, seed=2, start=str(tmp_path / "stage"))
@@ -111,12 +101,13 @@ def test_a_later_stage_begins_with_the_weights_of_an_earlier_one(tmp_path):
 
 
 def test_a_stage_of_another_size_is_refused(tmp_path):
-    TinyLlava(width=16, layers=1, heads=2, mlp=32).save(tmp_path / "stage")
+    stage = tmp_path / "stage"
+    TinyLlava(hidden_size=16, num_layers=1, num_heads=2, mlp_dim=32).save(stage)
     with pytest.raises(ValueError, match="are of another model"):
-        TinyLlava(width=32, layers=1, heads=2, mlp=32, start=str(tmp_path / "stage"))
+        TinyLlava(hidden_size=32, num_layers=1, num_heads=2, mlp_dim=32, start=str(stage))
 
 
-def test_a_stage_that_is_not_there_is_named():
+def test_a_missing_stage_is_named():
     with pytest.raises(FileNotFoundError, match="there is no config.json in it"):
         TinyLlava(start="nowhere/export")
 
@@ -127,15 +118,15 @@ def test_the_file_is_in_half_precision():
     assert "float32" not in {config[part].get("dtype") for part in ("text_config", "vision_config")}
 
 
-def test_it_names_colours_and_places_and_needs_the_picture_for_it(ours, asked):
+def test_answers_on_colours_and_positions_need_the_image(ours, samples):
     for kind in ("colour", "place"):
-        rows = asked[kind]
+        rows = samples[kind]
         others = [(rows[number - 1][0], dialogue) for number, (_, dialogue) in enumerate(rows)]
         assert share_right(ours, rows) >= 0.4
         assert share_right(ours, others) < share_right(ours, rows)
 
 
-def test_other_pictures_give_other_answers(ours, asked):
+def test_other_images_give_other_answers(ours, samples):
     turns = (Turn("human", "<image>\nDescribe the picture."), Turn("assistant", "?"))
-    pictures = [(one, Dialogue(turns, ("?",))) for one, _ in asked["colour"]]
-    assert len(set(answers(ours, pictures))) > len(pictures) / 2
+    images = [(one, Conversation(turns, ("?",))) for one, _ in samples["colour"]]
+    assert len(set(answers(ours, images))) > len(images) / 2

@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mmcl.models import ImageTextToText, TinyLlava
-from mmcl.models.loading import load_clip
-from mmcl.models.timm_towers import twin_of
-from mmcl.models.vision_towers import vision_tower
-from tests.stand_in_llava import a_dialogue_batch, architecture
+from mmcl.models.open_clip.loading import load_clip
+from mmcl.models.tiny_llava.timm_towers import convert_vit
+from mmcl.models.tiny_llava.vision_towers import vision_tower
+from tests.toys.toy_llava import a_dialogue_batch, architecture
 
 SMALL = {"img_size": 32, "depth": 3, "embed_dim": 32, "num_heads": 2}
 KINDS = {
@@ -40,12 +40,12 @@ def an_architecture(tmp_path, **vision):
     return str(file)
 
 
-def outputs_of(blocks, run, picture):
-    """What every block gives out."""
+def outputs_of(blocks, run, image):
+    """Output of every block."""
     seen = []
     hooks = [block.register_forward_hook(lambda m, i, out: seen.append(out)) for block in blocks]
     with torch.no_grad():
-        run(picture)
+        run(image)
     for hook in hooks:
         hook.remove()
     return seen
@@ -60,9 +60,9 @@ def test_hidden_states_are_those_of_open_clips_tower(is_quick, tmp_path):
     weights = tmp_path / "weights.safetensors"
     save_file(shaken(clip).state_dict(), str(weights))
     made = vision_tower(str(file), str(weights), 0)
-    picture = torch.randn(2, 3, 16, 16)
-    theirs = outputs_of(clip.visual.transformer.resblocks, clip.encode_image, picture)
-    mine = made.tower(picture, output_hidden_states=True).hidden_states
+    image = torch.randn(2, 3, 16, 16)
+    theirs = outputs_of(clip.visual.transformer.resblocks, clip.encode_image, image)
+    mine = made.tower(image, output_hidden_states=True).hidden_states
     assert len(mine) == len(theirs) + 1
     for own, other in zip(mine[1:], theirs, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
@@ -73,11 +73,11 @@ def test_hidden_states_are_those_of_open_clips_tower(is_quick, tmp_path):
 @pytest.mark.parametrize(("name", "kind"), KINDS.items())
 def test_hidden_states_are_those_of_timms_vit(name, kind):
     vit = shaken(timm.create_model(name, **SMALL))
-    tower, config = twin_of(name, vit)
-    picture = torch.randn(2, 3, 32, 32)
+    tower, config = convert_vit(name, vit)
+    image = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        theirs = outputs_of(vit.blocks, vit.forward_features, picture)
-        mine = tower(picture, output_hidden_states=True).hidden_states
+        theirs = outputs_of(vit.blocks, vit.forward_features, image)
+        mine = tower(image, output_hidden_states=True).hidden_states
     assert type(tower).__name__ == kind
     assert (config.image_size, config.patch_size) == (32, 16)
     for own, other in zip(mine[1:], theirs, strict=True):
@@ -85,7 +85,7 @@ def test_hidden_states_are_those_of_timms_vit(name, kind):
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "said"),
+    ("name", "options", "message"),
     [
         ("vit_base_patch16_siglip_224", SMALL, "other tokens in front of the patches"),
         ("vit_small_patch14_dinov2", {"img_size": 28, "depth": 1}, r"has 'blocks\.0\.ls1\.gamma'"),
@@ -93,24 +93,26 @@ def test_hidden_states_are_those_of_timms_vit(name, kind):
         ("test_resnet", {}, "is a ResNet"),
     ],
 )
-def test_other_architectures_of_timm_are_refused(name, options, said):
-    with pytest.raises(ValueError, match=f"{said}.*use a ViT with a class token"):
-        twin_of(name, timm.create_model(name, **options))
+def test_other_architectures_of_timm_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=f"{message}.*use a ViT with a class token"):
+        convert_vit(name, timm.create_model(name, **options))
 
 
-def test_a_vit_that_computes_otherwise_is_refused():
+def test_a_vit_that_computes_something_else_is_refused():
     vit = timm.create_model("vit_tiny_patch16_224", **SMALL)
     vit.blocks[1].mlp.act = nn.ReLU()
-    with pytest.raises(ValueError, match="sees otherwise than its twin"):
-        twin_of("changed", vit)
+    with pytest.raises(ValueError, match="has other hidden states after conversion"):
+        convert_vit("changed", vit)
 
 
 def test_a_llava_on_a_vit_of_timm_answers_and_is_saved(tmp_path):
-    model = TinyLlava("timm:test_vit", None, width=16, layers=1, heads=2, mlp=16).eval()
-    assert model.pixels.size == 160
-    assert model.pixels.mean == pytest.approx([127.5] * 3)
+    model = TinyLlava(
+        "timm:test_vit", None, hidden_size=16, num_layers=1, num_heads=2, mlp_dim=16
+    ).eval()
+    assert model.image_inputs.size == 160
+    assert model.image_inputs.mean == pytest.approx([127.5] * 3)
     batch = a_dialogue_batch(model, 2)
-    assert model.encode(batch).shape == (2, 100, 64)
+    assert model.encode_image(batch).shape == (2, 100, 64)
     model.save(tmp_path)
     other = ImageTextToText(str(tmp_path))
     torch.testing.assert_close(other(batch).logits, model(batch).logits)
@@ -136,7 +138,7 @@ def test_timms_weights_come_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tower", "weights", "said"),
+    ("tower", "weights", "message"),
     [
         ("timm:vit_teeny", None, "timm has no model 'vit_teeny': it has"),
         ("timm:test_vit", "built-in", "only 'tiny' ships with mmcl; give 'timm' for timm's own"),
@@ -144,8 +146,8 @@ def test_timms_weights_come_from_a_file(tmp_path):
         ("ViT-B-16", "built-in", "only 'tiny' ships with mmcl"),
     ],
 )
-def test_what_is_no_tower_is_refused_in_a_sentence(tower, weights, said):
-    with pytest.raises((ValueError, FileNotFoundError), match=said):
+def test_other_towers_and_weights_are_refused(tower, weights, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         vision_tower(tower, weights, 0)
 
 
@@ -155,13 +157,13 @@ def test_timms_weights_without_a_network_name_a_way_out():
 
 
 @pytest.mark.parametrize(
-    ("vision", "said"),
+    ("vision", "message"),
     [
         ({"layers": [1, 1, 1, 1], "width": 8}, "is a ModifiedResNet, expected a plain ViT"),
         ({"ls_init_value": 0.1}, r"has 'ls_1\.gamma' in its layers"),
         ({"no_ln_pre": True}, r"has no 'pre_layrnorm"),
     ],
 )
-def test_towers_of_open_clip_that_differ_from_clips_are_refused(vision, said, tmp_path):
-    with pytest.raises(ValueError, match=f"{said}.*timm:<name>"):
+def test_towers_of_open_clip_that_differ_from_clips_are_refused(vision, message, tmp_path):
+    with pytest.raises(ValueError, match=f"{message}.*timm:<name>"):
         vision_tower(an_architecture(tmp_path, **vision), None, 0)

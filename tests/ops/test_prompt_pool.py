@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mmcl.ops.prompt_pool import count_choices, gather_prompts, match_keys, pull
+from mmcl.ops.prompt_pool import count_choices, gather_prompts, key_pull_loss, match_keys
 
 
 @pytest.fixture(autouse=True)
@@ -11,24 +11,24 @@ def _same_numbers_every_time():
 
 def test_a_key_is_its_own_best_match():
     keys = torch.eye(4)
-    index, likeness = match_keys(3.0 * keys, keys, top_k=1)
+    index, similarity = match_keys(3.0 * keys, keys, top_k=1)
     assert index.flatten().tolist() == [0, 1, 2, 3]
-    torch.testing.assert_close(likeness, torch.ones(4, 1))
+    torch.testing.assert_close(similarity, torch.ones(4, 1))
 
 
 def test_matches_agree_with_cosines_computed_one_by_one():
     query, keys = torch.randn(5, 7), torch.randn(6, 7)
-    index, likeness = match_keys(query, keys, top_k=3)
+    index, similarity = match_keys(query, keys, top_k=3)
     for row in range(5):
         cosines = [
             float((query[row] * key).sum() / (query[row].norm() * key.norm())) for key in keys
         ]
         best = sorted(range(6), key=lambda entry: -cosines[entry])[:3]
         assert index[row].tolist() == best
-        torch.testing.assert_close(likeness[row], torch.tensor([cosines[b] for b in best]))
+        torch.testing.assert_close(similarity[row], torch.tensor([cosines[b] for b in best]))
 
 
-def test_a_row_is_matched_alike_alone_and_in_company():
+def test_a_match_does_not_depend_on_the_rest_of_the_batch():
     query, keys = torch.randn(5, 7), torch.randn(6, 7)
     together, _ = match_keys(query, keys, top_k=2)
     alone = torch.cat([match_keys(row[None], keys, top_k=2)[0] for row in query])
@@ -40,12 +40,12 @@ def test_top_k_beyond_the_pool_names_the_pool_size():
         match_keys(torch.randn(2, 3), torch.randn(4, 3), top_k=5)
 
 
-def test_a_query_of_another_width_is_refused():
-    with pytest.raises(ValueError, match="query is 3 wide but keys are 4"):
+def test_a_query_of_another_dim_is_refused():
+    with pytest.raises(ValueError, match="query has dim 3 but keys have 4"):
         match_keys(torch.randn(2, 3), torch.randn(4, 4), top_k=1)
 
 
-def test_every_row_gets_the_prompts_of_its_own_choices_in_order():
+def test_every_sample_gets_its_own_prompts_in_order():
     prompts = torch.randn(4, 3, 5)
     index = torch.tensor([[2, 0], [1, 3]])
     gathered = gather_prompts(prompts, index)
@@ -57,18 +57,18 @@ def test_every_row_gets_the_prompts_of_its_own_choices_in_order():
                 assert torch.equal(gathered[row, 3 * place + token], expected)
 
 
-def test_pull_is_minus_the_mean_over_rows_of_the_summed_likeness():
-    likeness = torch.tensor([[0.5, 0.25], [1.0, -0.25]])
-    assert float(pull(likeness)) == -(0.75 + 0.75) / 2
+def test_pull_is_minus_the_mean_over_samples_of_the_summed_similarity():
+    similarity = torch.tensor([[0.5, 0.25], [1.0, -0.25]])
+    assert float(key_pull_loss(similarity)) == -(0.75 + 0.75) / 2
 
 
 def test_making_the_pull_small_turns_the_chosen_key_to_the_query():
     query = torch.tensor([[1.0, 0.0]])
     key = torch.tensor([[0.6, 0.8]], requires_grad=True)
-    _, likeness = match_keys(query, key, top_k=1)
-    (slope,) = torch.autograd.grad(pull(likeness), key)
+    _, similarity = match_keys(query, key, top_k=1)
+    (slope,) = torch.autograd.grad(key_pull_loss(similarity), key)
     _, closer = match_keys(query, key - 0.1 * slope, top_k=1)
-    assert float(closer.detach()) > float(likeness.detach())
+    assert float(closer.detach()) > float(similarity.detach())
 
 
 def test_choices_are_counted_for_every_entry_of_the_pool():

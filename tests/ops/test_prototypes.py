@@ -7,8 +7,8 @@ from mmcl.ops.prototypes import (
     class_sums,
     cosine_scores,
     one_hot,
+    random_projection,
     solve_ridge,
-    spread,
     squared_error,
 )
 
@@ -55,17 +55,17 @@ def sums_of(rows, seed=0):
     return lifted, targets
 
 
-def test_the_solution_from_sums_is_the_ridge_solution_of_the_rows():
+def test_the_solution_from_sums_is_the_ridge_solution_of_the_samples():
     lifted, targets = sums_of(40)
     weights = solve_ridge(lifted.T @ lifted, lifted.T @ targets, 0.3)
-    # Ridge as least squares on rows extended by sqrt(ridge) times the unit matrix.
+    # Ridge as least squares on samples extended by sqrt(ridge) times the unit matrix.
     rows = np.concatenate([lifted.numpy(), np.sqrt(0.3) * np.eye(6)])
     wanted = np.concatenate([targets.numpy(), np.zeros((6, 3))])
     expected = np.linalg.lstsq(rows, wanted, rcond=None)[0]
     np.testing.assert_allclose(weights.numpy(), expected, atol=1e-10)
 
 
-def test_the_error_from_sums_is_the_error_over_the_rows():
+def test_the_error_from_sums_is_the_error_over_the_samples():
     lifted, targets = sums_of(40)
     weights = torch.randn(6, 3, dtype=torch.float64)
     expected = 0.0
@@ -111,8 +111,10 @@ def test_features_that_are_not_numbers_leave_no_ridge():
 
 def test_lifted_features_forget_length_and_are_never_negative():
     features, projection = torch.randn(5, 4), torch.randn(4, 9, dtype=torch.float64)
-    lifted = spread(features, projection)
-    torch.testing.assert_close(lifted, spread(7 * features, projection), rtol=1e-6, atol=1e-7)
+    lifted = random_projection(features, projection)
+    torch.testing.assert_close(
+        lifted, random_projection(7 * features, projection), rtol=1e-6, atol=1e-7
+    )
     expected = np.maximum(
         features.double().numpy()
         / np.linalg.norm(features.double().numpy(), axis=1)[:, None]

@@ -1,4 +1,4 @@
-"""Routing equations against loops over rows and experts."""
+"""Routing equations against loops over samples and experts."""
 
 import math
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from mmcl.ops.routing import (
-    best_of_groups,
+    cosine_similarity,
+    ema_weights,
+    group_max,
     k_means,
-    likeness,
-    momentum_shares,
-    nearest_last,
     one_hot_gates,
     soft_gates,
+    top_k_ascending,
     top_k_gates,
     top_k_mask,
 )
@@ -27,9 +27,9 @@ def cosine(a, b):
     return sum(x * y for x, y in zip(a, b, strict=True)) / length if length else 0.0
 
 
-def test_likeness_is_the_weighted_sum_of_cosines():
+def test_similarity_is_the_weighted_sum_of_cosines():
     features, means = (draw(5, 3), draw(5, 4, seed=1)), (draw(2, 3, seed=2), draw(2, 4, seed=3))
-    found = likeness(features, means, (0.3, 0.7))
+    found = cosine_similarity(features, means, (0.3, 0.7))
     for row in range(5):
         for task in range(2):
             expected = sum(
@@ -39,13 +39,13 @@ def test_likeness_is_the_weighted_sum_of_cosines():
             assert float(found[row, task]) == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_row_without_a_picture_is_like_no_picture():
-    assert likeness((torch.zeros(1, 3),), (draw(2, 3),), (1.0,)).tolist() == [[0, 0]]
+def test_a_sample_without_an_image_has_similarity_zero():
+    assert cosine_similarity((torch.zeros(1, 3),), (draw(2, 3),), (1.0,)).tolist() == [[0, 0]]
 
 
-def test_likeness_in_other_embeddings_names_both_widths():
-    with pytest.raises(ValueError, match="rows are 3 wide and tasks 4"):
-        likeness((draw(1, 3),), (draw(1, 4),), (1.0,))
+def test_similarity_in_other_embeddings_names_both_dims():
+    with pytest.raises(ValueError, match="samples have dim 3 and tasks 4"):
+        cosine_similarity((draw(1, 3),), (draw(1, 4),), (1.0,))
 
 
 def test_soft_gates_are_a_softmax_over_known_tasks_only():
@@ -61,7 +61,7 @@ def test_one_known_task_has_all_the_weight():
     assert soft_gates(draw(2, 2), torch.tensor([False, True]), 0.1).tolist() == [[0, 1]] * 2
 
 
-def test_one_hot_gates_open_one_slot():
+def test_one_hot_gates_open_one_adapter():
     assert one_hot_gates(torch.tensor([2, 0]), 3).tolist() == [[0, 0, 1], [1, 0, 0]]
 
 
@@ -78,28 +78,28 @@ def test_kept_weights_have_a_gradient():
 
 def test_the_best_column_comes_last_and_few_columns_are_all_taken():
     scores = torch.tensor([[0.1, 0.9, 0.5], [0.7, 0.2, 0.3]])
-    assert nearest_last(scores, 2).tolist() == [[2, 1], [2, 0]]
-    assert nearest_last(scores, 9).tolist() == [[0, 2, 1], [1, 2, 0]]
-    assert nearest_last(scores, 0).shape == (2, 0)
+    assert top_k_ascending(scores, 2).tolist() == [[2, 1], [2, 0]]
+    assert top_k_ascending(scores, 9).tolist() == [[0, 2, 1], [1, 2, 0]]
+    assert top_k_ascending(scores, 0).shape == (2, 0)
 
 
 def test_experts_that_led_only_before_keep_the_smaller_share():
     before = torch.tensor([True, True, False, False])
     now = torch.tensor([True, False, True, False])
-    assert momentum_shares(before, now, 0.7).tolist() == pytest.approx([0.7, 0.3, 0.7, 0.7])
+    assert ema_weights(before, now, 0.7).tolist() == pytest.approx([0.7, 0.3, 0.7, 0.7])
 
 
 def test_a_group_scores_as_its_best_column():
     scores = torch.tensor([[1.0, 5.0, 3.0], [4.0, 2.0, 0.0]])
-    found = best_of_groups(scores, torch.tensor([0, 2, 0]), 3)
+    found = group_max(scores, torch.tensor([0, 2, 0]), 3)
     assert found.tolist() == [[3, -math.inf, 5], [4, -math.inf, 2]]
 
 
-def test_k_means_finds_separate_heaps():
-    heaps = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]])
-    rows = heaps.repeat(20, 1) + 0.1 * draw(60, 2)
+def test_k_means_finds_separate_clusters():
+    clusters = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]])
+    rows = clusters.repeat(20, 1) + 0.1 * draw(60, 2)
     found = k_means(rows, 3, torch.Generator().manual_seed(0))
-    distance = torch.cdist(heaps.double(), found).min(1).values
+    distance = torch.cdist(clusters.double(), found).min(1).values
     assert float(distance.max()) < 0.1
     for centre in found:
         own = [row for row in rows.double() if torch.cdist(row[None], found).argmin() ==
@@ -107,7 +107,7 @@ def test_k_means_finds_separate_heaps():
         torch.testing.assert_close(centre, torch.stack(own).mean(0))
 
 
-def test_k_means_makes_no_more_centres_than_there_are_different_rows():
+def test_k_means_returns_no_more_centers_than_different_vectors():
     rows = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     found = k_means(rows, 5, torch.Generator().manual_seed(0))
     assert sorted(found.tolist()) == [[0.0, 1.0], [1.0, 0.0]]

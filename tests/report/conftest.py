@@ -7,16 +7,16 @@ import random
 import pytest
 from PIL import Image, ImageDraw
 
-from mmcl.metrics import (
+from mmcl.evaluation import (
     AccuracyMatrix,
-    Answer,
     Column,
     Ledger,
+    Prediction,
     RunSummary,
     TaskCost,
-    all_figures,
-    answers_path,
-    write_answers,
+    compute_all_metrics,
+    predictions_path,
+    write_predictions,
 )
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -24,10 +24,10 @@ TASKS = tuple(f"{DIGITS[i]}-{DIGITS[i + 1]}" for i in range(0, 10, 2))
 CONFIG = "# mmcl --config configs/quickstart.yaml\nstrategy:\n  class_path: ExperienceReplay\n"
 
 
-def a_matrix(*, tasks=TASKS, probes=("colours",), loss=0.04, rows=None, seed=0, stream="digits"):
+def a_matrix(*, tasks=TASKS, eval_only=("colours",), loss=0.04, rows=None, seed=0, stream="digits"):
     draw = random.Random(seed)
     columns = [Column(name, size=72) for name in tasks]
-    matrix = AccuracyMatrix(stream, "class", columns, [Column(name, size=50) for name in probes])
+    matrix = AccuracyMatrix(stream, "class", columns, [Column(name, size=50) for name in eval_only])
     for row in range(len(matrix.rows) if rows is None else rows):
         for place in range(len(matrix.columns)):
             learned = place + 1
@@ -41,12 +41,12 @@ def a_matrix(*, tasks=TASKS, probes=("colours",), loss=0.04, rows=None, seed=0, 
     return matrix
 
 
-def a_picture(text, seed):
+def an_image(text, seed):
     draw = random.Random(seed)
-    picture = Image.new("L", (32, 32), 20)
-    ImageDraw.Draw(picture).text((10 + draw.randrange(4), 8 + draw.randrange(4)), text, fill=240)
+    image = Image.new("L", (32, 32), 20)
+    ImageDraw.Draw(image).text((10 + draw.randrange(4), 8 + draw.randrange(4)), text, fill=240)
     file = io.BytesIO()
-    picture.save(file, "png")
+    image.save(file, "png")
     return file.getvalue()
 
 
@@ -69,10 +69,10 @@ def write_run(
         strategy=strategy,
         model="OpenCLIP tiny",
         seed=seed,
-        figures=tuple(all_figures(matrix)),
+        metrics=tuple(compute_all_metrics(matrix)),
         versions={"mmcl": "0.1.0", "torch": "2.15.0", "open_clip_torch": "3.3.0"},
         hashes={"card": "9c1f" * 16, "weights": "07ab" * 16},
-        faults=({"shard": "train-000.tar", "key": "000017", "reason": "broken JPEG"},),
+        errors=({"shard": "train-000.tar", "key": "000017", "reason": "broken JPEG"},),
         seconds=93.2,
         finished=is_finished,
     )
@@ -91,14 +91,14 @@ def write_samples(folder, tasks):
     (folder / "figures").mkdir(exist_ok=True)
     samples = []
     for column, task in enumerate(tasks):
-        truth = DIGITS[2 * column % 10]
+        target = DIGITS[2 * column % 10]
         for row in {0, column + 1, len(tasks)}:
-            said = truth if row == column + 1 or (row and column % 2) else DIGITS[row]
-            answers = [Answer("000", truth, said, said == truth, 0.9)]
-            write_answers(answers_path(folder, row, column), answers)
+            prediction = target if row == column + 1 or (row and column % 2) else DIGITS[row]
+            answers = [Prediction("000", target, prediction, prediction == target, 0.9)]
+            write_predictions(predictions_path(folder, row, column), answers)
         name = f"sample_{column}.png"
-        (folder / "figures" / name).write_bytes(a_picture(str(2 * column), column))
-        samples.append({"task": task, "key": "000", "truth": truth, "picture": name})
+        (folder / "figures" / name).write_bytes(an_image(str(2 * column), column))
+        samples.append({"task": task, "key": "000", "target": target, "image": name})
     (folder / "figures" / "samples.json").write_text(json.dumps(samples))
 
 

@@ -6,7 +6,7 @@ import statistics
 import pytest
 from PIL import Image
 
-from mmcl.metrics import RunSummary
+from mmcl.evaluation import RunSummary
 from mmcl.report import compare
 
 
@@ -20,7 +20,7 @@ def six_runs(make_run):
 
 
 def average_of(folder):
-    return RunSummary.read(folder / "summary.json").figure("average accuracy").value
+    return RunSummary.read(folder / "summary.json").metric("average accuracy").value
 
 
 def test_runs_that_differ_in_the_seed_are_one_group_and_the_best_comes_first(six_runs):
@@ -30,7 +30,7 @@ def test_runs_that_differ_in_the_seed_are_one_group_and_the_best_comes_first(six
 
 
 def test_mean_and_deviation_are_those_of_the_seeds(six_runs):
-    finetune = compare(six_runs).groups[1].spreads[0]
+    finetune = compare(six_runs).groups[1].stats[0]
     values = [average_of(folder) for folder in six_runs[:3]]
     assert finetune.name == "average accuracy"
     assert finetune.mean == pytest.approx(sum(values) / 3)
@@ -38,9 +38,9 @@ def test_mean_and_deviation_are_those_of_the_seeds(six_runs):
 
 
 def test_one_seed_has_no_deviation(make_run):
-    spread = compare([make_run("a")]).groups[0].spreads[0]
-    assert spread.deviation is None
-    assert "±" not in spread.words
+    stats = compare([make_run("a")]).groups[0].stats[0]
+    assert stats.deviation is None
+    assert "±" not in stats.text
 
 
 def test_the_curve_is_the_average_accuracy_after_each_task(six_runs):
@@ -92,10 +92,10 @@ def test_an_unfinished_run_is_left_out_and_named(make_run):
 def test_a_figure_that_one_seed_lacks_is_undefined_for_the_group(make_run):
     runs = [make_run("er-seed0"), make_run("er-seed1", seed=1)]
     raw = json.loads((runs[0] / "summary.json").read_text())
-    raw["figures"][0] |= {"value": None, "reason": "not measured"}
+    raw["metrics"][0] |= {"value": None, "reason": "not measured"}
     (runs[0] / "summary.json").write_text(json.dumps(raw))
-    spread = compare(runs).groups[0].spreads[0]
-    assert (spread.mean, spread.words, spread.reason) == (None, "·", "not measured")
+    stats = compare(runs).groups[0].stats[0]
+    assert (stats.mean, stats.text, stats.reason) == (None, "·", "not measured")
 
 
 def test_a_folder_without_a_summary_is_named(tmp_path):
@@ -117,7 +117,7 @@ def test_everything_is_written(six_runs, tmp_path):
     }  # fmt: skip
     Image.open(tmp_path / "out" / "comparison.png").verify()
     rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "comparison.csv").read_text())))
-    assert float(rows[0]["average accuracy mean"]) == found.groups[0].spreads[0].mean
+    assert float(rows[0]["average accuracy mean"]) == found.groups[0].stats[0].mean
     assert r"\pm" in found.latex()
     assert "<script" not in page.read_text()
 

@@ -4,8 +4,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mmcl.metrics import AccuracyMatrix, Column, RunSummary
-from mmcl.report import RunDirectory, write_report
+from mmcl.evaluation import AccuracyMatrix, Column, RunSummary
+from mmcl.evaluation.run_files import RunFiles
+from mmcl.report import write_report
 
 ATTACK = "<script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(1)>"
 
@@ -52,11 +53,11 @@ def test_a_whole_run_becomes_one_page_with_every_part(make_run):
         "class-incremental",
         "finished",
         "Accuracy matrix",
-        "Seen tasks and tasks to come",
+        "Seen and unseen tasks",
         "Each task over training",
         "Forgetting per task",
         "Time and memory",
-        "What the model said",
+        "Predictions",
         "1/T sum over i of a[i][i]",
         "Bad samples that were left out: 1",
         "train-000.tar · 000017 · broken JPEG",
@@ -108,10 +109,10 @@ def test_untrusted_names_are_shown_and_never_run(make_run):
     for key in ("name", "strategy", "model"):
         summary[key] = ATTACK
     summary["warnings"] = [ATTACK]
-    summary["faults"] = [ATTACK, {"key": ATTACK}]
+    summary["errors"] = [ATTACK, {"key": ATTACK}]
     summary["versions"] = summary["hashes"] = {ATTACK: ATTACK}
-    summary["figures"][0]["definition"] = ATTACK
-    summary["figures"][-1] |= {"name": ATTACK, "value": None, "reason": ATTACK}
+    summary["metrics"][0]["definition"] = ATTACK
+    summary["metrics"][-1] |= {"name": ATTACK, "value": None, "reason": ATTACK}
     (folder / "summary.json").write_text(json.dumps(summary))
     seen = Tags(page_of(folder))
     assert "script" not in seen.tags
@@ -167,7 +168,7 @@ def test_a_half_done_run_shows_the_figures_of_its_last_complete_row(tmp_path):
         matrix.set(row, column, value)
     matrix.write(tmp_path / "matrix.json")
     page = page_of(tmp_path)
-    assert "stands after task 2 of 3" in page
+    assert ">after task 2 of 3<" in page
     assert '<div class="value">37.5<small>%</small></div>' in page
     assert '<div class="value">+65.0<small>pp</small></div>' in page
 
@@ -189,43 +190,43 @@ def test_warnings_stand_on_the_page(make_run):
 
 
 def test_samples_carry_the_answers_before_when_learned_and_at_the_end(make_run):
-    sample = RunDirectory.read(make_run()).samples[1]
-    assert (sample.task, sample.truth) == ("two-three", "two")
-    said = {row: (answer.answer, answer.correct) for row, answer in sample.answers.items()}
-    assert said == {
+    sample = RunFiles.read(make_run()).samples[1]
+    assert (sample.task, sample.target) == ("two-three", "two")
+    predictions = {row: (each.text, each.correct) for row, each in sample.predictions.items()}
+    assert predictions == {
         "zero-shot": ("zero", False),
         "two-three": ("two", True),
         "eight-nine": ("two", True),
     }
 
 
-@pytest.mark.parametrize("picture", ["../config.yaml", "/etc/hostname", "sub/x.png", ".", ""])
-def test_a_picture_outside_the_figures_folder_is_refused(make_run, picture):
+@pytest.mark.parametrize("name", ["../config.yaml", "/etc/hostname", "sub/x.png", "."])
+def test_an_image_outside_the_figures_folder_is_refused(make_run, name):
     folder = make_run()
-    entry = {"task": "zero-one", "key": "000", "truth": "zero", "picture": picture}
+    entry = {"task": "zero-one", "key": "000", "target": "zero", "image": name}
     (folder / "figures" / "samples.json").write_text(json.dumps([entry]))
-    run = RunDirectory.read(folder)
+    run = RunFiles.read(folder)
     assert run.samples == []
     assert "is not a small file in figures/" in run.notes[0]
 
 
-def test_a_picture_that_is_no_png_is_refused(make_run):
+def test_an_image_that_is_no_png_is_refused(make_run):
     folder = make_run()
     (folder / "figures" / "sample_0.png").write_bytes(b"<svg onload=alert(1)>")
-    run = RunDirectory.read(folder)
+    run = RunFiles.read(folder)
     assert len(run.samples) == 4
     assert "is not a PNG" in run.notes[0]
 
 
-def test_a_linked_picture_is_refused(make_run):
+def test_a_linked_image_is_refused(make_run):
     folder = make_run()
     (folder / "figures" / "sample_0.png").unlink()
     (folder / "figures" / "sample_0.png").symlink_to(folder / "figures" / "sample_1.png")
-    assert len(RunDirectory.read(folder).samples) == 4
+    assert len(RunFiles.read(folder).samples) == 4
 
 
 def test_no_such_folder_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="give the folder of a run"):
+    with pytest.raises(FileNotFoundError, match="give a run directory"):
         write_report(tmp_path / "nothing")
 
 
@@ -233,4 +234,4 @@ def test_no_such_folder_is_an_error(tmp_path):
 def test_an_unfinished_summary_says_where_the_run_stands(make_run):
     folder = make_run(is_finished=False)
     assert not RunSummary.read(folder / "summary.json").finished
-    assert "stands after task 5 of 5" in page_of(folder)
+    assert ">after task 5 of 5<" in page_of(folder)

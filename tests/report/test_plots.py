@@ -6,9 +6,9 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from PIL import Image
 
-from mmcl.metrics import AccuracyMatrix, Column, Ledger, TaskCost
+from mmcl.evaluation import AccuracyMatrix, Column, Ledger, TaskCost
 from mmcl.report import plots
-from mmcl.report.canvas import spread
+from mmcl.report.plot_style import separate_labels
 
 OF_A_MATRIX = [
     plots.heat_map,
@@ -54,7 +54,7 @@ def test_a_heat_map_of_thirty_tasks_keeps_its_numbers_apart(make_matrix):
     "name", ["$\\frac{$", "<script>alert(1)</script>", "\x00\x1b\ud800", "日本 😀"]
 )
 def test_no_name_breaks_a_plot(plot, name, make_matrix):
-    matrix = make_matrix(tasks=(name, "b", "c"), probes=(name + "2",))
+    matrix = make_matrix(tasks=(name, "b", "c"), eval_only=(name + "2",))
     svg = plot(matrix)
     assert b"<script" not in svg
     ElementTree.fromstring(svg)
@@ -65,7 +65,7 @@ def test_no_name_breaks_a_plot(plot, name, make_matrix):
 @pytest.mark.parametrize("rows", [0, 1, 2])
 def test_a_run_that_has_hardly_begun_can_be_drawn(plot, rows, make_matrix):
     plot(make_matrix(rows=rows))
-    plot(make_matrix(tasks=("only",), probes=(), rows=min(rows, 2)))
+    plot(make_matrix(tasks=("only",), eval_only=(), rows=min(rows, 2)))
 
 
 def test_scores_above_one_are_drawn_on_their_own_scale():
@@ -82,7 +82,7 @@ def test_forgetting_shows_a_gain_as_negative():
 
 
 def test_costs_are_drawn_with_units():
-    ledger = Ledger([TaskCost("a", 65.0, bytes_remembered=2048), TaskCost("b", 5.0)])
+    ledger = Ledger([TaskCost("a", 65.0, state_bytes=2048), TaskCost("b", 5.0)])
     words = words_of(plots.cost_bars(ledger))
     assert {"1 min 05 s", "5.0 s", "2.0 KiB", "0 B", "a", "b"} <= set(words)
     plots.cost_bars(Ledger())
@@ -99,8 +99,8 @@ def test_an_unknown_format_is_refused(make_matrix):
 
 
 def test_labels_move_apart_and_stay_below_the_top():
-    assert spread([10.0, 11.0, 50.0], gap=5.0, highest=100.0) == [10.0, 15.0, 50.0]
-    assert spread([98.0, 99.0, 99.5], gap=5.0, highest=100.0) == [90.0, 95.0, 100.0]
+    assert separate_labels([10.0, 11.0, 50.0], gap=5.0, highest=100.0) == [10.0, 15.0, 50.0]
+    assert separate_labels([98.0, 99.0, 99.5], gap=5.0, highest=100.0) == [90.0, 95.0, 100.0]
 
 
 @pytest.mark.slow

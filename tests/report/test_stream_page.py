@@ -11,14 +11,16 @@ def a_stream(name="birds", **changes):
     samples = (
         ShownSample("k1", "a.tar", "duck", PNG, "8 × 6"),
         ShownSample("k2", "a.tar", "", b"\xff\xd8\xff...", "640 × 480", (("", "a duck"),)),
-        ShownSample("k3", "a.tar", said=tuple((("human", "What?"), ("assistant", "That."))) * 5),
+        ShownSample("k3", "a.tar", turns=tuple((("human", "What?"), ("assistant", "That."))) * 5),
     )
     tasks = (
-        ShownTask("ponds", "task", (("kind", "classify"), ("training", "1,200")), 1200, 3,
+        ShownTask("ponds", "task", (("task_type", "classification"), ("training", "1,200")),
+                  1200, 3,
                   (("duck", 700, 2), ("swan", 500, 1)), samples=samples),
-        ShownTask("lakes", "task", (("kind", "classify"),), 5, 3, (("gull", 5, 3),)),
-        ShownTask("asked", "task", (("kind", "answer"),), 5, 3, (), (("yes", 3), ("no", 2)), 5),
-        ShownTask("far", "probe", (), 0, 9),
+        ShownTask("lakes", "task", (("task_type", "classification"),), 5, 3, (("gull", 5, 3),)),
+        ShownTask("quiz", "task", (("task_type", "instruction"),), 5, 3, (),
+                  (("yes", 3), ("no", 2)), 5),
+        ShownTask("far", "eval-only task", (), 0, 9),
     )  # fmt: skip
     facts = (("scenario", "class-incremental"),)
     return ShownStream(name, facts, tasks=tasks, **changes)
@@ -27,16 +29,16 @@ def a_stream(name="birds", **changes):
 def test_the_page_shows_every_part():
     page = stream_page(
         a_stream(
-            about="Birds on water.", origin=(("Licence", "CC0"),), faults=("shard x is missing",),
-            remarks=("a remark",), looked="counted in 5 of 10 samples",
+            about="Birds on water.", origin=(("License", "CC0"),), errors=("shard x is missing",),
+            warnings=("a warning",), counted="counted in 5 of 10 samples",
         )
     )  # fmt: skip
     for words in (
-        "<h1>birds</h1>", "Birds on water.", "CC0", "<h2>1 fault</h2>", "shard x is missing",
-        "a remark", "counted in 5 of 10 samples", "Which classes in which task", "1,200",
+        "<h1>birds</h1>", "Birds on water.", "CC0", "<h2>1 error</h2>", "shard x is missing",
+        "a warning", "counted in 5 of 10 samples", "Which classes in which task", "1,200",
         '<p class="label">duck</p>', "640 × 480", "a duck", "and 4 more turns",
-        "The most frequent right answers", '<span class="role">probe</span>',
-        "No sample of it can be shown.",
+        "The most frequent right answers", '<span class="role">eval-only task</span>',
+        "No sample can be shown.",
     ):  # fmt: skip
         assert words in page, words
     assert page.count("data:image/png;base64,") == 1
@@ -50,10 +52,10 @@ def test_hostile_captions_and_names_are_shown_and_never_run():
     task = ShownTask(
         ATTACK, "task", ((ATTACK, ATTACK),), 3, 1, ((ATTACK, 3, 1), ("b", 0, 0)), samples=(sample,)
     )
-    asked = ShownTask(ATTACK, ATTACK, (), 3, 1, (), ((ATTACK, 3), ("$\\frac", 1)), 4)
+    quiz = ShownTask(ATTACK, ATTACK, (), 3, 1, (), ((ATTACK, 3), ("$\\frac", 1)), 4)
     stream = ShownStream(
         ATTACK, ((ATTACK, ATTACK),), ATTACK, ((ATTACK, ATTACK),), (ATTACK,), (ATTACK,), ATTACK,
-        (task, task, asked),
+        (task, task, quiz),
     )  # fmt: skip
     page = stream_page(stream)
     seen = Tags(page)
@@ -79,7 +81,7 @@ def test_the_page_asks_for_nothing_outside_itself_and_its_ids_are_its_own():
 
 
 def test_a_stream_of_which_nothing_is_known_still_has_a_page():
-    page = stream_page(ShownStream("x", faults=("it is not YAML",)))
+    page = stream_page(ShownStream("x", errors=("it is not YAML",)))
     assert "it is not YAML" in page
     assert "<svg" not in page
 

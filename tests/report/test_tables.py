@@ -3,9 +3,9 @@ import io
 
 import pytest
 
-from mmcl.metrics import AccuracyMatrix, Column
+from mmcl.evaluation import AccuracyMatrix, Column
 from mmcl.report import matrix_csv, matrix_latex, matrix_table
-from mmcl.report.words import duration, large, points, size, unit
+from mmcl.report.formatting import duration, format_count, format_metric, size, unit
 
 
 def two_tasks(names=("a", "b")):
@@ -17,11 +17,11 @@ def two_tasks(names=("a", "b")):
 
 def test_the_table_shows_percent_dots_and_the_task_just_learned_in_brackets():
     lines = matrix_table(two_tasks()).split("\n")
-    assert lines[0].split() == ["after,", "%", "1", "2", "p1"]
+    assert lines[0].split() == ["after,", "%", "1", "2", "e1"]
     assert lines[1].split() == ["0", "zero-shot", "10.0", "·", "·"]
     assert lines[2].split() == ["1", "a", "[90.0]", "·", "·"]
     assert lines[3].split() == ["2", "b", "50.0", "[75.0]", "0.0"]
-    assert lines[4] == "probe p1 = p"
+    assert lines[4] == "eval-only task e1 = p"
 
 
 def test_the_last_line_holds_the_main_figures_and_a_dot_for_an_undefined_one():
@@ -37,15 +37,15 @@ def test_a_wide_matrix_is_drawn_in_blocks_that_fit(make_matrix):
     lines = matrix_table(matrix, width=80).split("\n")
     assert max(map(len, lines)) <= 80
     heads = [word for line in lines if line.startswith("after") for word in line.split()[2:]]
-    assert heads == [*map(str, range(1, 31)), "p1"]
+    assert heads == [*map(str, range(1, 31)), "e1"]
 
 
 def test_names_can_neither_style_the_table_nor_steer_the_terminal():
     names = ("[bold red]x[/]:smile:\x1b[2J", "b")
-    table = matrix_table(two_tasks(names), is_coloured=False)
+    table = matrix_table(two_tasks(names), is_colored=False)
     assert "[bold red]x[/]:smile:\ufffd[2J" in table
     assert "\x1b" not in table
-    assert "\x1b[1m" in matrix_table(two_tasks(), is_coloured=True)
+    assert "\x1b[1m" in matrix_table(two_tasks(), is_colored=True)
 
 
 def test_csv_holds_all_digits_and_empty_cells():
@@ -82,7 +82,7 @@ def test_latex_is_a_tabular_with_the_task_just_learned_in_bold():
     ],
 )
 def test_a_figure_is_written_in_its_unit(name, value, words):
-    assert f"{points(name, value)} {unit(name)}" == words
+    assert f"{format_metric(name, value)} {unit(name)}" == words
 
 
 def test_sizes_times_and_counts_are_readable():
@@ -93,7 +93,7 @@ def test_sizes_times_and_counts_are_readable():
         "3 min 05 s",
         "2 h 10 min",
     ]
-    assert [large(n) for n in (0, 9_999, 10_000, 4.5e6, 3e12, 2e16)] == [
+    assert [format_count(n) for n in (0, 9_999, 10_000, 4.5e6, 3e12, 2e16)] == [
         "0",
         "9999",
         "10.0 k",

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mmcl.core import begin_task, end_task, step, trainable
-from mmcl.core.randomness import generator, ranks_of
+from mmcl.core import begin_task, end_task, step, trainable_parameters
+from mmcl.core.seeding import generator, hash_priorities
 from mmcl.strategies.agem import AGEM
-from tests.stand_in import StandIn, a_batch, a_task, task_batches
-from tests.stand_in_llava import a_llava, an_answer_task, dialogue_batches
+from tests.toys.toy_clip import StandIn, a_batch, a_task, task_batches
+from tests.toys.toy_llava import a_llava, an_answer_task, dialogue_batches
 
 
 def through_a_file(state):
@@ -51,12 +51,12 @@ def reference_vector(model, strategy, seed, step_number, rows):
 
 
 def test_a_conflicting_gradient_is_projected_as_one_vector():
-    model, strategy = after_a_task(samples=16, reference_rows=6, seed=3)
+    model, strategy = after_a_task(buffer_size=16, reference_batch_size=6, seed=3)
     unlearn(model, strategy)
     gradient = flat_gradient(model)
     reference = reference_vector(model, strategy, 3, 0, 6)
     assert float(gradient @ reference) < 0
-    strategy.project(model)
+    strategy.project_gradients(model)
     expected = gradient - (gradient @ reference) / (reference @ reference) * reference
     torch.testing.assert_close(flat_gradient(model), expected, rtol=1e-4, atol=1e-6)
     assert abs(float(flat_gradient(model) @ reference)) < 1e-4 * float(reference @ reference)
@@ -66,7 +66,7 @@ def test_a_gradient_without_conflict_is_untouched():
     model, strategy = after_a_task()
     step(model, strategy, a_batch(8)).loss.backward()
     before = flat_gradient(model)
-    strategy.project(model)
+    strategy.project_gradients(model)
     assert torch.equal(flat_gradient(model), before)
 
 
@@ -75,19 +75,19 @@ def test_in_the_first_task_nothing_is_projected():
     begin_task(model, strategy, a_task(0))
     step(model, strategy, a_batch(8)).loss.backward()
     before = flat_gradient(model)
-    strategy.project(model)
+    strategy.project_gradients(model)
     assert torch.equal(flat_gradient(model), before)
-    assert strategy.idle() == ("memory is empty",)
+    assert strategy.inactive_parts() == ("memory is empty",)
 
 
 def test_a_parameter_without_a_gradient_counts_as_zero():
-    model, strategy = after_a_task(samples=16, reference_rows=16)
+    model, strategy = after_a_task(buffer_size=16, reference_batch_size=16)
     unlearn(model, strategy)
     model.patch.bias.grad = torch.zeros_like(model.patch.bias)
     gradient = flat_gradient(model)
     reference = reference_vector(model, strategy, 0, 0, 16)
     model.patch.bias.grad = None
-    strategy.project(model)
+    strategy.project_gradients(model)
     expected = gradient - (gradient @ reference) / (reference @ reference) * reference
     torch.testing.assert_close(flat_gradient(model), expected, rtol=1e-4, atol=1e-6)
 
@@ -96,38 +96,38 @@ def test_frozen_parameters_stay_without_a_gradient():
     model, strategy = after_a_task()
     model.freeze("image")
     unlearn(model, strategy)
-    strategy.project(model)
+    strategy.project_gradients(model)
     assert model.patch.weight.grad is None
     assert model.names.weight.grad is not None
 
 
 def test_the_memory_holds_equally_many_of_every_task():
-    model, strategy = StandIn(), AGEM(samples=12, seed=2)
+    model, strategy = StandIn(), AGEM(buffer_size=12, seed=2)
     for index in range(3):
         end_task(model, strategy, a_task(index), task_batches(index))
-        counts = Counter(strategy.memory.columns["task"].tolist())
+        counts = Counter(strategy.memory.columns["task_ids"].tolist())
         assert counts == dict.fromkeys(range(index + 1), 12 // (index + 1))
-    hashes = ranks_of(2, 1, torch.arange(24)).tolist()
+    hashes = hash_priorities(2, 1, torch.arange(24)).tolist()
     chosen = sorted(range(24), key=lambda sample: hashes[sample])[:4]
     pictures = torch.cat([batch.images for batch in task_batches(1)])
-    own = strategy.memory.columns["task"] == 1
+    own = strategy.memory.columns["task_ids"] == 1
     assert torch.equal(strategy.memory.columns["images"][own], pictures[chosen])
 
 
 def test_draws_change_with_every_step():
-    model, strategy = after_a_task(samples=24, reference_rows=4)
+    model, strategy = after_a_task(buffer_size=24, reference_batch_size=4)
     first = strategy._reference(model, list(model.parameters()))
-    strategy.project(model)
+    strategy.project_gradients(model)
     second = strategy._reference(model, list(model.parameters()))
     assert not torch.equal(first[0], second[0])
 
 
-def test_a_checkpoint_goes_on_as_the_original():
-    model, original = after_a_task(samples=10, reference_rows=4)
+def test_a_checkpoint_resumes_as_the_original():
+    model, original = after_a_task(buffer_size=10, reference_batch_size=4)
     spoiled = replace(a_batch(8), labels=1 - a_batch(8).labels)
     step(model, original, spoiled).loss.backward()
-    original.project(model)
-    fresh = AGEM(samples=10, reference_rows=4)
+    original.project_gradients(model)
+    fresh = AGEM(buffer_size=10, reference_batch_size=4)
     begin_task(model, fresh, a_task(1))
     fresh.load_state_dict(through_a_file(original.state_dict()))
     gradients = []
@@ -135,36 +135,34 @@ def test_a_checkpoint_goes_on_as_the_original():
         model.zero_grad()
         end_task(model, strategy, a_task(1), task_batches(1))
         unlearn(model, strategy)
-        strategy.project(model)
+        strategy.project_gradients(model)
         gradients.append(flat_gradient(model))
     assert torch.equal(*gradients)
 
 
 def test_captions_come_back_with_their_tokens():
     tokens = torch.arange(8)[:, None].expand(8, 3)
-    captions = [replace(batch, tokens=tokens) for batch in task_batches(0)]
-    model, strategy = StandIn(), AGEM(samples=5)
+    captions = [replace(batch, input_ids=tokens) for batch in task_batches(0)]
+    model, strategy = StandIn(), AGEM(buffer_size=5)
     end_task(model, strategy, a_task(0), captions)
     columns = strategy.memory.columns
-    assert columns["tokens"].shape == (5, 3)
-    assert columns["mask"].all()
+    assert columns["input_ids"].shape == (5, 3)
+    assert columns["attention_mask"].all()
 
 
-def test_wrong_arguments_say_what_to_do():
-    with pytest.raises(ValueError, match="reference_rows is 0: draw at least 1"):
-        AGEM(reference_rows=0)
-    shared = replace(a_batch(4), owner=torch.tensor([0, 0, 1, 2]))
-    with pytest.raises(ValueError, match="AGEM was given rows that share or lack pictures"):
+def test_samples_that_share_images_are_refused():
+    shared = replace(a_batch(4), image_owner=torch.tensor([0, 0, 1, 2]))
+    with pytest.raises(ValueError, match="AGEM was given samples that share or lack images"):
         end_task(StandIn(), AGEM(), a_task(), [shared])
 
 
-def test_rows_that_are_answered_are_remembered_with_labels_for_every_token():
-    model, strategy = a_llava(), AGEM(samples=20, reference_rows=6, seed=3)
+def test_samples_that_are_answered_are_stored_with_labels_for_every_token():
+    model, strategy = a_llava(), AGEM(buffer_size=20, reference_batch_size=6, seed=3)
     for task in (0, 1):
         begin_task(model, strategy, an_answer_task(task))
         end_task(model, strategy, an_answer_task(task), dialogue_batches(model, task))
     columns = strategy.memory.columns
-    assert bool((columns["labels"][~columns["mask"]] == -100).all())
+    assert bool((columns["labels"][~columns["attention_mask"]] == -100).all())
     rows = [
         batch.take(torch.tensor([row]))
         for task in (0, 1)
@@ -176,7 +174,7 @@ def test_rows_that_are_answered_are_remembered_with_labels_for_every_token():
         next(row for row in rows if torch.equal(row.images[0], columns["images"][place]))
         for place in places.tolist()
     ]
-    weights = list(trainable(model).values())
+    weights = list(trainable_parameters(model).values())
     words = [int((row.labels != -100).sum()) for row in own]
     losses = [model.loss(model(row), row) * count for row, count in zip(own, words, strict=True)]
     expected = torch.autograd.grad(sum(losses) / sum(words), weights)

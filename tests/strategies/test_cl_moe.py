@@ -1,33 +1,30 @@
 """CLMoE: shared experts, weighed by row and by task, merged with momentum."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
 
-from mmcl.core import Chain, begin_task, end_task, run, step, trainable
-from mmcl.layers import LowRankSlots, installed
-from mmcl.strategies import CLMoE, ExperienceReplay
-from tests.stand_in import StandIn
-from tests.stand_in_llava import a_dialogue_batch, dialogue_batches
-from tests.strategies.dialogue_lessons import (
+from mmcl.core import begin_task, end_task, forward, step, trainable_parameters
+from mmcl.layers import MultiLoRALinear, find_layers
+from mmcl.strategies import CLMoE
+from tests.strategies.generative_fixtures import (
     TASKS,
     attached,
     keeps_its_promises,
     mixed,
-    scores,
     steps_of,
     taught,
 )
+from tests.toys.toy_llava import a_dialogue_batch, dialogue_batches
 
 
 def make(**how):
-    return lambda: CLMoE(**{"rank": 2, "experts": 4, **how})
+    return lambda: CLMoE(**{"rank": 2, "num_experts": 4, **how})
 
 
 def layers_of(model):
-    return list(installed(model, LowRankSlots).values())
+    return list(find_layers(model, MultiLoRALinear).values())
 
 
 def uneven(make_strategy):
@@ -84,12 +81,12 @@ def gates_of(strategy, model, batch):
     return torch.stack([gates[f"cl_moe.{place}"] for place in range(len(gates))], 1).double()
 
 
-@pytest.mark.parametrize("how", [{}, {"top_k": 1}, {"instance_share": 0.0}])
+@pytest.mark.parametrize("how", [{}, {"top_k": 1}, {"instance_weight": 0.0}])
 def test_what_every_strategy_of_this_track_promises(how):
     keeps_its_promises(make(**how))
 
 
-def test_in_training_the_row_alone_weighs_the_experts():
+def test_in_training_the_sample_alone_weighs_the_experts():
     model, strategy = attached(uneven(make()))
     begin_task(model, strategy, TASKS[0])
     batch = mixed(model)
@@ -114,17 +111,19 @@ def test_in_evaluation_half_of_the_weight_is_the_usage_of_the_nearest_task():
     torch.testing.assert_close(gates_of(strategy, model, batch), top_two(mix), rtol=0, atol=1e-6)
 
 
-def test_a_layer_answers_with_its_experts_weighed_for_each_row():
+def test_a_layer_answers_with_its_experts_weighed_for_each_sample():
     model, strategy = taught(*attached(uneven(make(alpha=6))), TASKS[:2])
     batch = mixed(model)
-    run(model, strategy, batch)
+    forward(model, strategy, batch)
     gates = gates_of(strategy, model, batch).float()
     for place, layer in enumerate(layers_of(model)):
         x = torch.randn(8, 3, layer.in_features, generator=torch.Generator().manual_seed(1))
         for row in range(8):
             expected = torch.nn.functional.linear(x[row], layer.weight, layer.bias)
-            for expert, slot in enumerate(layer.slots):
-                expected = expected + 3 * gates[row, place, expert] * (x[row] @ slot.A.T @ slot.B.T)
+            for expert, adapter in enumerate(layer.adapters):
+                expected = expected + 3 * gates[row, place, expert] * (
+                    x[row] @ adapter.lora_A.T @ adapter.lora_B.T
+                )
             torch.testing.assert_close(layer(x)[row], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -139,17 +138,17 @@ def test_the_merge_keeps_less_of_experts_that_led_only_in_the_task_before():
     new = copy.deepcopy(model.state_dict())
     now = usage_of(model, strategy, 1)
     end_task(model, strategy, TASKS[1], dialogue_batches(model, 1))
-    shares = set()
-    for place, (name, layer) in enumerate(installed(model, LowRankSlots).items()):
+    fractions = set()
+    for place, (name, layer) in enumerate(find_layers(model, MultiLoRALinear).items()):
         led, leads = (set(usage[place].topk(2).indices.tolist()) for usage in (before, now))
         for expert in range(4):
-            share = 0.3 if expert in led - leads else 0.7
-            shares.add(share)
+            fraction = 0.3 if expert in led - leads else 0.7
+            fractions.add(fraction)
             for side in "AB":
-                key = f"{name}.slots.{expert}.{side}"
-                expected = share * old[key] + (1 - share) * new[key]
-                torch.testing.assert_close(getattr(layer.slot(expert), side), expected)
-    assert shares == {0.3, 0.7}
+                key = f"{name}.adapters.{expert}.lora_{side}"
+                expected = fraction * old[key] + (1 - fraction) * new[key]
+                torch.testing.assert_close(getattr(layer.adapter(expert), f"lora_{side}"), expected)
+    assert fractions == {0.3, 0.7}
 
 
 def test_the_first_task_is_not_merged():
@@ -167,7 +166,7 @@ def test_experts_and_router_learn():
     steps_of(model, strategy, dialogue_batches(model, 0)[:1])
     step(model, strategy.train(), a_dialogue_batch(model)).loss.backward()
     assert strategy.router.grad.any()
-    assert {name.split(".slots.")[1][0] for name in trainable(model)} == set("0123")
+    assert {name.split(".adapters.")[1][0] for name in trainable_parameters(model)} == set("0123")
 
 
 def test_usage_does_not_depend_on_batches():
@@ -179,7 +178,7 @@ def test_usage_does_not_depend_on_batches():
     torch.testing.assert_close(first.usage.tensors, second.usage.tensors)
 
 
-def test_experts_that_no_row_chose_are_reported():
+def test_experts_that_no_sample_chose_are_reported():
     model, strategy = attached(make(top_k=1))
     with torch.no_grad():
         strategy.router.zero_()
@@ -188,28 +187,4 @@ def test_experts_that_no_row_chose_are_reported():
     chosen = strategy.usage.get("chosen")
     unused = [str(e) for e in range(4) if not chosen[e]]
     assert unused
-    assert strategy.idle() == (f"experts {', '.join(unused)} of 4 were never chosen",)
-
-
-def test_it_learns_in_a_chain_with_replay():
-    model, strategy = attached(lambda: Chain([CLMoE(rank=2), ExperienceReplay(samples=4)]))
-    taught(model, strategy, TASKS[:1])
-    begin_task(model, strategy, TASKS[1])
-    old = replace(a_dialogue_batch(model, 2, 0), recalled=torch.ones(2, dtype=torch.bool))
-    steps_of(model, strategy, [a_dialogue_batch(model, 4, 1).join(old)])
-    assert torch.isfinite(scores(model, strategy, mixed(model))).all()
-
-
-def test_a_model_without_a_language_model_is_refused():
-    with pytest.raises(TypeError, match="CLMoE needs model.answer"):
-        CLMoE().attach(StandIn())
-
-
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [({"top_k": 5}, r"top_k must be 1 to 4"), ({"momentum": 1.5}, "momentum is 1.5"),
-     ({"rank": 0}, "rank is 0"), ({"instance_share": -1.0}, "instance_share -1.0")],
-)  # fmt: skip
-def test_arguments_that_make_no_sense_are_refused(how, said):
-    with pytest.raises(ValueError, match=said):
-        CLMoE(**how)
+    assert strategy.inactive_parts() == (f"experts {', '.join(unused)} of 4 were never chosen",)

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mmcl.core import UNSCORED, Chain, begin_task, step
-from mmcl.core.randomness import generator, ranks_of
+from mmcl.core import IGNORE_INDEX, Chain, begin_task, step
+from mmcl.core.seeding import generator, hash_priorities
 from mmcl.strategies.dark_replay import DarkReplay
 from mmcl.strategies.finetune import Finetune
-from tests.stand_in import StandIn, a_batch, a_task
+from tests.toys.toy_clip import StandIn, a_batch, a_task
 
 
 def through_a_file(state):
@@ -36,7 +36,7 @@ def one_step(model, strategy, batch):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter -= 0.05 * parameter.grad
-    strategy.observe(model, done.batch, done.output)
+    strategy.after_step(model, done.batch, done.output)
     return done
 
 
@@ -49,11 +49,11 @@ def started(model=None, **arguments):
 
 def test_the_first_step_is_plain_and_fills_the_buffer():
     model, strategy = started()
-    assert strategy.idle() == ("memory is empty",)
+    assert strategy.inactive_parts() == ("memory is empty",)
     done = one_step(model, strategy, a_batch(8))
     assert set(done.terms) == {"task"}
     assert len(done.batch) == 8
-    assert strategy.holdings() == {"memory": 8}
+    assert strategy.buffer_sizes() == {"memory": 8}
 
 
 def loop_terms(model, columns, first, second, alpha, beta):
@@ -72,7 +72,7 @@ def loop_terms(model, columns, first, second, alpha, beta):
 
 
 def test_the_loss_is_that_of_a_loop():
-    model, strategy = started(samples=20, alpha=0.7, beta=0.4, seed=5)
+    model, strategy = started(buffer_size=20, alpha=0.7, beta=0.4, seed=5)
     for start in (0, 8, 16):
         one_step(model, strategy, a_batch(8, seed=start, start=start))
     new = a_batch(8, task=1)
@@ -92,7 +92,7 @@ def test_the_loss_is_that_of_a_loop():
 def test_scores_of_classes_unknown_at_insertion_are_not_compared():
     model = Growing()
     model.known = 2
-    model, strategy = started(model, samples=50)
+    model, strategy = started(model, buffer_size=50)
     one_step(model, strategy, a_batch(8))
     model.known = 4
     one_step(model, strategy, a_batch(8, task=1))
@@ -107,30 +107,30 @@ def test_scores_of_classes_unknown_at_insertion_are_not_compared():
     torch.testing.assert_close(done.terms["dark_labels"], labelled)
 
 
-def test_rows_just_stored_are_at_distance_zero():
+def test_samples_just_stored_are_at_distance_zero():
     model, strategy = started()
     done = step(model, strategy, a_batch(8))
-    strategy.observe(model, done.batch, done.output)
+    strategy.after_step(model, done.batch, done.output)
     again = step(model, strategy, a_batch(8, seed=1))
     assert float(again.terms["dark_logits"].detach()) == pytest.approx(0, abs=1e-9)
 
 
-def test_the_buffer_is_a_sample_of_the_new_rows_only():
-    model, strategy = started(samples=10, seed=1)
+def test_the_buffer_is_a_sample_of_the_new_samples_only():
+    model, strategy = started(buffer_size=10, seed=1)
     images = []
     for start in range(0, 40, 8):
         batch = a_batch(8, seed=start, start=start)
         images.append(batch.images)
         one_step(model, strategy, batch)
-    hashes = ranks_of(1, 0, torch.arange(40)).tolist()
+    hashes = hash_priorities(1, 0, torch.arange(40)).tolist()
     chosen = sorted(range(40), key=lambda visit: hashes[visit])[:10]
     assert torch.equal(strategy.memory.columns["images"], torch.cat(images)[chosen])
 
 
-def test_rows_that_the_loader_recalled_are_not_stored_again():
+def test_samples_that_the_loader_replayed_are_not_stored_again():
     model, strategy = started()
-    recalled = torch.tensor([False, True] * 4)
-    one_step(model, strategy, replace(a_batch(8), recalled=recalled))
+    replayed = torch.tensor([False, True] * 4)
+    one_step(model, strategy, replace(a_batch(8), is_replay=replayed))
     assert torch.equal(
         strategy.memory.columns["images"].sort(0).values, a_batch(8).images[::2].sort(0).values
     )
@@ -139,13 +139,13 @@ def test_rows_that_the_loader_recalled_are_not_stored_again():
 class Appender(Finetune):
     """Joins a copy of the batch's first rows, as another member of a chain may."""
 
-    def replay(self, model, batch):
+    def extend_batch(self, model, batch):
         copy = a_batch(3)
         marks = torch.ones(3, dtype=torch.bool)
-        return batch.join(replace(copy, labels=torch.full((3,), UNSCORED), recalled=marks))
+        return batch.join(replace(copy, labels=torch.full((3,), IGNORE_INDEX), is_replay=marks))
 
 
-def test_rows_appended_by_other_members_do_not_move_the_terms():
+def test_samples_appended_by_other_members_do_not_move_the_terms():
     alone_model, alone = started()
     one_step(alone_model, alone, a_batch(8))
     expected = step(alone_model, alone, a_batch(8, task=1)).terms
@@ -156,14 +156,14 @@ def test_rows_appended_by_other_members_do_not_move_the_terms():
     terms = step(model, chain, a_batch(8, task=1)).terms
     for name in ("task", "dark_logits", "dark_labels"):
         torch.testing.assert_close(terms[name], expected[name])
-    assert chain.holdings() == {"DarkReplay.memory": 8}
+    assert chain.buffer_sizes() == {"DarkReplay.memory": 8}
 
 
-def test_ratio_sets_the_rows_of_a_draw_up_to_the_memory():
-    model, strategy = started(samples=6, ratio=0.5)
+def test_ratio_sets_the_samples_of_a_draw_up_to_the_memory():
+    model, strategy = started(buffer_size=6, draws_per_sample=0.5)
     one_step(model, strategy, a_batch(8))
-    assert len(strategy.replay(model, a_batch(8))) == 8 + 2 * 4
-    assert len(strategy.replay(model, a_batch(30))) == 30 + 2 * 6
+    assert len(strategy.extend_batch(model, a_batch(8))) == 8 + 2 * 4
+    assert len(strategy.extend_batch(model, a_batch(30))) == 30 + 2 * 6
 
 
 def test_without_beta_it_is_plain_der_with_one_draw():
@@ -174,12 +174,12 @@ def test_without_beta_it_is_plain_der_with_one_draw():
     assert len(done.batch) == 16
 
 
-def test_a_checkpoint_goes_on_as_the_original():
-    model, original = started(samples=12)
+def test_a_checkpoint_resumes_as_the_original():
+    model, original = started(buffer_size=12)
     for start in (0, 8, 16):
         one_step(model, original, a_batch(8, seed=start))
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    fresh_model, fresh = started(samples=12)
+    fresh_model, fresh = started(buffer_size=12)
     fresh_model.load_state_dict(weights)
     fresh.load_state_dict(through_a_file(original.state_dict()))
     for start in (24, 32):
@@ -193,11 +193,9 @@ def test_a_checkpoint_goes_on_as_the_original():
 
 def test_captions_and_features_are_refused_at_the_first_batch():
     model, strategy = started()
-    caption = replace(a_batch(4), tokens=torch.zeros(4, 3, dtype=torch.int64))
+    caption = replace(a_batch(4), input_ids=torch.zeros(4, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="for captions"):
         step(model, strategy, caption)
     features = replace(a_batch(4), images=None, features=torch.zeros(4, 1, 16))
     with pytest.raises(ValueError, match="DarkReplay was given features"):
         step(model, strategy, features)
-    with pytest.raises(ValueError, match="ratio is 0, expected above 0"):
-        DarkReplay(ratio=0)

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from mmcl.core import Batch, Output, begin_task, end_task, step, trainable
-from mmcl.core.randomness import generator
+from mmcl.core import Batch, Output, begin_task, end_task, step, trainable_parameters
+from mmcl.core.seeding import generator
 from mmcl.strategies.ewc import EWC
 from mmcl.strategies.lora import LoRA
-from tests.stand_in import StandIn, a_task, task_batches
-from tests.stand_in_llava import a_dialogue_batch, a_llava, an_answer_task
-from tests.strategies.bare_loop import learn
+from tests.strategies.plain_loop import learn
+from tests.toys.toy_clip import StandIn, a_task, task_batches
+from tests.toys.toy_llava import a_dialogue_batch, a_llava, an_answer_task
 
 
 class Logistic(nn.Module):
@@ -41,7 +41,7 @@ class Pairs(nn.Module):
 
     def forward(self, batch, prompts=None):
         image = self.image(batch.images.flatten(1).float() / 255)
-        text = self.text(batch.tokens).mean(1)
+        text = self.text(batch.input_ids).mean(1)
         return Output(3 * image @ text.T, image, text)
 
 
@@ -49,7 +49,9 @@ def rows(count=10, classes=3, seed=0):
     g = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (count, 3, 2, 2), generator=g, dtype=torch.uint8)
     labels = torch.randint(0, classes, (count,), generator=g)
-    return Batch(images, labels, torch.zeros(count, dtype=torch.int64), sample=torch.arange(count))
+    return Batch(
+        images, labels, torch.zeros(count, dtype=torch.int64), sample_ids=torch.arange(count)
+    )
 
 
 def task_of(batch, index=0):
@@ -76,9 +78,9 @@ def test_the_fisher_of_softmax_regression_is_the_closed_form():
     torch.testing.assert_close(found.double(), closed_form(model, batch), rtol=1e-5, atol=1e-9)
 
 
-def test_the_fisher_does_not_depend_on_how_rows_are_batched():
+def test_the_fisher_does_not_depend_on_how_samples_are_batched():
     model, batch = Logistic(), rows()
-    one, many = EWC(samples=6), EWC(samples=6)
+    one, many = EWC(fisher_samples=6), EWC(fisher_samples=6)
     one.end_task(model, task_of(batch), [batch])
     shuffled = batch.take(torch.randperm(10, generator=torch.Generator().manual_seed(0)))
     many.end_task(model, task_of(batch), [shuffled.take(row[None]) for row in torch.arange(10)])
@@ -87,9 +89,9 @@ def test_the_fisher_does_not_depend_on_how_rows_are_batched():
     )
 
 
-def test_samples_takes_exactly_that_many_rows():
+def test_samples_takes_exactly_that_many_samples():
     model, batch = Logistic(), rows()
-    strategy = EWC(samples=4)
+    strategy = EWC(fisher_samples=4)
     chosen = strategy._chosen(task_of(batch), batch)
     assert len(chosen) == 4
     strategy.end_task(model, task_of(batch), [batch])
@@ -103,20 +105,20 @@ def test_the_models_own_labels_give_the_mean_over_its_answers():
     with torch.no_grad():
         model.head.weight.mul_(0.1)
     many = batch.take(torch.zeros(3000, dtype=torch.int64))
-    many = Batch(many.images, many.labels, many.task, sample=torch.arange(3000))
+    many = Batch(many.images, many.labels, many.task_ids, sample_ids=torch.arange(3000))
     strategy = EWC(fisher="model")
     strategy.end_task(model, task_of(many), [many])
     answer = model(batch).logits[0].softmax(0)
     expected = sum(
         float(answer[label].detach())
-        * closed_form(model, Batch(batch.images, torch.tensor([label]), batch.task))
+        * closed_form(model, Batch(batch.images, torch.tensor([label]), batch.task_ids))
         for label in range(3)
     )
     found = strategy.importance.get("head.weight").double()
     torch.testing.assert_close(found, expected, rtol=0.1, atol=1e-3)
 
 
-def test_the_scale_of_the_cosine_moves_freely_unless_asked_otherwise():
+def test_the_scale_of_the_cosine_moves_freely_by_default():
     model, batch = Logistic(), rows()
     free, held = EWC(), EWC(exclude=())
     for strategy in (free, held):
@@ -127,7 +129,7 @@ def test_the_scale_of_the_cosine_moves_freely_unless_asked_otherwise():
 
 def test_the_penalty_is_half_the_weighted_squared_distance():
     model, batch = Logistic(), rows()
-    strategy = EWC(weight=7.0)
+    strategy = EWC(ewc_lambda=7.0)
     begin_task(model, strategy, task_of(batch))
     assert set(step(model, strategy, batch).terms) == {"task"}
     end_task(model, strategy, task_of(batch), [batch])
@@ -165,7 +167,9 @@ def test_an_older_fisher_decays_and_the_anchor_moves():
 def test_a_caption_is_scored_among_its_group_both_ways_round():
     model, batch = Pairs(), rows(6)
     tokens = torch.arange(12).view(6, 2) % 9
-    batch = Batch(batch.images, batch.labels, batch.task, tokens=tokens, sample=batch.sample)
+    batch = Batch(
+        batch.images, batch.labels, batch.task_ids, input_ids=tokens, sample_ids=batch.sample_ids
+    )
     strategy = EWC(group=4)
     strategy.end_task(model, task_of(batch), [batch])
     total = torch.zeros_like(model.image.weight, dtype=torch.float64)
@@ -180,12 +184,12 @@ def test_a_caption_is_scored_among_its_group_both_ways_round():
     torch.testing.assert_close(found, total / 6, rtol=1e-4, atol=1e-9)
 
 
-def test_rows_without_a_label_do_not_count():
+def test_samples_without_a_label_do_not_count():
     model, batch = Logistic(), rows()
     labels = batch.labels.clone()
     labels[5:] = -100
     strategy = EWC()
-    masked = Batch(batch.images, labels, batch.task, sample=batch.sample)
+    masked = Batch(batch.images, labels, batch.task_ids, sample_ids=batch.sample_ids)
     strategy.end_task(model, task_of(batch), [masked])
     expected = closed_form(model, batch.take(torch.arange(5)))
     found = strategy.importance.get("head.weight").double()
@@ -195,13 +199,13 @@ def test_rows_without_a_label_do_not_count():
 def test_a_held_model_moves_less_where_it_matters():
     moved = {}
     for weight in (0.0, 50.0):
-        model, strategy = learn(StandIn(), EWC(weight=weight), [a_task(0)])
+        model, strategy = learn(StandIn(), EWC(ewc_lambda=weight), [a_task(0)])
         begin_task(model, strategy, a_task(1))
-        optimiser = torch.optim.SGD(model.parameters(), lr=0.02)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
         for batch in 8 * task_batches(1):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             step(model, strategy, batch).loss.backward()
-            optimiser.step()
+            optimizer.step()
         moved[weight] = sum(
             float((fisher * (parameter.detach() - strategy.anchors.get(name)) ** 2).sum())
             for (name, fisher), parameter in zip(
@@ -220,39 +224,33 @@ def test_the_fisher_leaves_modes_and_gradients_as_they_were():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_task_without_rows_is_an_error_that_says_what_to_give():
-    with pytest.raises(RuntimeError, match="EWC saw no scored rows of task 'task 0'"):
+def test_a_task_without_samples_is_an_error_that_says_what_to_give():
+    with pytest.raises(RuntimeError, match="EWC saw no scored samples of task 'task 0'"):
         EWC().end_task(Logistic(), a_task(), [])
 
 
-def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="decay 2"):
-        EWC(decay=2)
-    with pytest.raises(ValueError, match="fisher is 'exact'"):
-        EWC(fisher="exact")
-
-
-def likelihood_of(model, row, said=None):
+def likelihood_of(model, row, sampled=None):
     """Sum of log p of the scored tokens of one row, by transformers' own forward pass."""
-    length = int(row.mask.sum())
-    tokens, labels = row.tokens[:, :length], row.labels[0, :length]
+    length = int(row.attention_mask.sum())
+    tokens, labels = row.input_ids[:, :length], row.labels[0, :length]
     logits = model.lm(
-        input_ids=tokens, pixel_values=model.pixels.inputs(model.lm, row)["pixel_values"]
+        input_ids=tokens,
+        pixel_values=model.image_inputs.forward_kwargs(model.lm, row)["pixel_values"],
     ).logits[0]
     scored = [place for place in range(1, length) if int(labels[place]) != -100]
-    said = [int(labels[place]) for place in scored] if said is None else said
+    sampled = [int(labels[place]) for place in scored] if sampled is None else sampled
     return sum(
-        logits[place - 1].log_softmax(0)[word] for place, word in zip(scored, said, strict=True)
+        logits[place - 1].log_softmax(0)[word] for place, word in zip(scored, sampled, strict=True)
     )
 
 
-def by_hand(model, batch, said=None):
+def by_hand(model, batch, sampled=None):
     """Mean over rows of the squared gradient of each row's log p, by name of what learns."""
-    weights = trainable(model)
+    weights = trainable_parameters(model)
     totals = {name: torch.zeros_like(weight).double() for name, weight in weights.items()}
     for row in range(len(batch)):
         one = batch.take(torch.tensor([row]))
-        likelihood = likelihood_of(model, one, None if said is None else said[row])
+        likelihood = likelihood_of(model, one, None if sampled is None else sampled[row])
         slopes = torch.autograd.grad(likelihood, list(weights.values()), allow_unused=True)
         for name, slope in zip(weights, slopes, strict=True):
             if slope is not None:
@@ -278,7 +276,7 @@ def test_the_fisher_of_an_answer_is_that_of_the_sum_over_its_scored_tokens():
 def test_under_an_adapter_only_what_learns_counts():
     model = a_llava()
     LoRA(rank=2).attach(model)
-    for name, parameter in trainable(model).items():
+    for name, parameter in trainable_parameters(model).items():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
     batch = a_dialogue_batch(model, rows=4)
@@ -293,18 +291,18 @@ def test_the_models_own_words_are_drawn_at_every_scored_token_behind_the_right_o
     batch = a_dialogue_batch(model, rows=3, task=1)
     strategy = EWC(fisher="model", seed=5)
     strategy.end_task(model, an_answer_task(1, size=3), [batch])
-    said = []
+    sampled = []
     for row in range(3):
         logits = model(batch.take(torch.tensor([row]))).logits.detach()
         drawn = generator(5, 1, row)
         answer = logits.softmax(1).double()
-        said.append(torch.multinomial(answer, 1, generator=drawn).flatten().tolist())
+        sampled.append(torch.multinomial(answer, 1, generator=drawn).flatten().tolist())
     right = [batch.labels[row][batch.labels[row] != -100].tolist() for row in range(3)]
-    assert said != right
-    expect_fisher(strategy, by_hand(model, batch, said))
+    assert sampled != right
+    expect_fisher(strategy, by_hand(model, batch, sampled))
 
 
-def test_the_fisher_of_answers_does_not_depend_on_how_rows_are_batched():
+def test_the_fisher_of_answers_does_not_depend_on_how_samples_are_batched():
     model = a_llava()
     short, long = a_dialogue_batch(model, rows=4), a_dialogue_batch(model, rows=4, task=1)
     one, many = EWC(), EWC()
@@ -315,7 +313,7 @@ def test_the_fisher_of_answers_does_not_depend_on_how_rows_are_batched():
         torch.testing.assert_close(value, many.importance.get(name), rtol=1e-5, atol=1e-12)
 
 
-def test_rows_whose_answer_is_not_scored_do_not_count():
+def test_samples_whose_answer_is_not_scored_do_not_count():
     model = a_llava()
     batch = a_dialogue_batch(model, rows=4)
     labels = batch.labels.clone()

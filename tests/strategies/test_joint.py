@@ -2,10 +2,10 @@ import io
 
 import torch
 
-from mmcl.core import begin_task, end_task, trainable
+from mmcl.core import begin_task, end_task, trainable_parameters
 from mmcl.strategies.finetune import Finetune
 from mmcl.strategies.joint import Joint
-from tests.stand_in import StandIn, a_batch, a_task, task_batches
+from tests.toys.toy_clip import StandIn, a_batch, a_task, task_batches
 
 
 def through_a_file(state):
@@ -15,13 +15,13 @@ def through_a_file(state):
     return torch.load(file, weights_only=True)
 
 
-def recalled(strategy):
-    recall = strategy.recall()
-    return list(zip(recall.task.tolist(), recall.sample.tolist(), strict=True))
+def replayed(strategy):
+    replay_plan = strategy.replay_plan()
+    return list(zip(replay_plan.task_ids.tolist(), replay_plan.sample_ids.tolist(), strict=True))
 
 
 def weights(model):
-    return {name: p.detach().clone() for name, p in trainable(model).items()}
+    return {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
 
 
 def shaken(model):
@@ -30,35 +30,35 @@ def shaken(model):
             parameter += 0.5
 
 
-def test_finetune_remembers_nothing():
+def test_finetune_stores_nothing():
     strategy, model = Finetune(), StandIn()
     begin_task(model, strategy, a_task())
     end_task(model, strategy, a_task(), task_batches())
-    assert strategy.recall() is None
-    assert strategy.bytes_remembered() == 0
-    assert strategy.idle() == ()
+    assert strategy.replay_plan() is None
+    assert strategy.state_bytes() == 0
+    assert strategy.inactive_parts() == ()
 
 
-def test_every_old_sample_is_recalled_once_without_a_share():
+def test_every_old_sample_is_replayed_once_without_a_share():
     strategy, model = Joint(), StandIn()
-    assert strategy.recall() is None
+    assert strategy.replay_plan() is None
     end_task(model, strategy, a_task(0, size=5), [])
     end_task(model, strategy, a_task(1, size=3), [])
-    assert recalled(strategy) == [(0, n) for n in range(5)] + [(1, n) for n in range(3)]
-    assert strategy.recall().share is None
+    assert replayed(strategy) == [(0, n) for n in range(5)] + [(1, n) for n in range(3)]
+    assert strategy.replay_plan().replay_ratio is None
 
 
 def test_without_a_card_the_pass_is_counted():
     strategy = Joint()
     end_task(StandIn(), strategy, a_task(size=0), [a_batch(8), a_batch(3, start=8)])
-    assert recalled(strategy) == [(0, n) for n in range(11)]
+    assert replayed(strategy) == [(0, n) for n in range(11)]
 
 
-def test_a_task_ended_again_after_a_resume_is_recalled_once():
+def test_a_task_ended_again_after_a_resume_is_replayed_once():
     strategy = Joint()
     end_task(StandIn(), strategy, a_task(size=4), [])
     end_task(StandIn(), strategy, a_task(size=4), [])
-    assert len(strategy.recall()) == 4
+    assert len(strategy.replay_plan()) == 4
 
 
 def test_restart_goes_back_to_the_first_weights_at_every_task():
@@ -71,7 +71,7 @@ def test_restart_goes_back_to_the_first_weights_at_every_task():
         shaken(model)
 
 
-def test_without_restart_weights_go_on():
+def test_without_restart_weights_continue():
     model, strategy = StandIn(), Joint()
     begin_task(model, strategy, a_task(0))
     shaken(model)
@@ -91,7 +91,7 @@ def test_restart_leaves_frozen_and_grown_weights_alone():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_a_checkpoint_goes_on_as_the_original():
+def test_a_checkpoint_resumes_as_the_original():
     model, original = StandIn(), Joint(restart=True)
     begin_task(model, original, a_task(0))
     end_task(model, original, a_task(0, size=6), [])
@@ -99,7 +99,7 @@ def test_a_checkpoint_goes_on_as_the_original():
     shaken(model)
     fresh = Joint(restart=True)
     fresh.load_state_dict(through_a_file(original.state_dict()))
-    assert recalled(fresh) == recalled(original)
-    assert fresh.holdings() == {"memory": 6}
+    assert replayed(fresh) == replayed(original)
+    assert fresh.buffer_sizes() == {"memory": 6}
     begin_task(model, fresh, a_task(1))
     assert all(torch.equal(weight, first[name]) for name, weight in weights(model).items())

@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mmcl.core import Chain, trainable
-from mmcl.layers.peft_linear import FusedLoraLinear
+from mmcl.core import Chain, trainable_parameters
+from mmcl.layers.peft_lora import FusedLoraLinear
 from mmcl.strategies import EWC, ExperienceReplay, LoRA, LwF
 from mmcl.strategies.lora import peft_state
-from tests.stand_in import StandIn, a_task
-from tests.strategies.bare_loop import learn, lesson, whole
+from tests.strategies.plain_loop import learn, lesson, whole
+from tests.toys.toy_clip import StandIn, a_task
 
 ENDS = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj")}
 
@@ -42,7 +42,7 @@ class Speaker(nn.Module):
         self.lm = native()
         self.gates = {}
 
-    def linears(self, which="all"):
+    def target_linears(self, which="all"):
         ends = ENDS.get(which, ENDS["attention"] + ENDS["mlp"])
         return {
             name: module
@@ -91,19 +91,19 @@ def test_a_new_adapter_changes_no_answer_and_is_all_that_learns():
     plain = Speaker()
     model, _ = attached(fill=False)
     assert torch.equal(model(tokens()), plain(tokens()))
-    assert all("lora_" in name for name in trainable(model))
-    assert len(trainable(model)) == 2 * len(plain.linears())
+    assert all("lora_" in name for name in trainable_parameters(model))
+    assert len(trainable_parameters(model)) == 2 * len(plain.target_linears())
 
 
 @pytest.mark.parametrize("layers", ["attention", "mlp"])
 def test_layers_choose_what_is_adapted(layers):
-    model, _ = attached(layers=layers)
-    assert list(layers_of(model)) == list(Speaker().linears(layers))
+    model, _ = attached(target_modules=layers)
+    assert list(layers_of(model)) == list(Speaker().target_linears(layers))
 
 
 def test_the_projector_learns_if_it_may():
     model, _ = attached(train_projector=True)
-    assert [n for n in trainable(model) if "lora_" not in n] == [
+    assert [n for n in trainable_parameters(model) if "lora_" not in n] == [
         "lm.connector.weight",
         "lm.connector.bias",
     ]
@@ -152,7 +152,7 @@ def test_the_start_is_a_function_of_the_seed_and_disturbs_nobody():
         model = Speaker()
         torch.random.set_rng_state(state)
         LoRA(rank=4, seed=seed).attach(model)
-        states.append(torch.cat([p.flatten() for p in trainable(model).values()]))
+        states.append(torch.cat([p.flatten() for p in trainable_parameters(model).values()]))
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
@@ -161,7 +161,7 @@ def test_the_start_is_a_function_of_the_seed_and_disturbs_nobody():
 def test_adapters_of_a_half_precision_model_learn_in_float32():
     model = Speaker().bfloat16()
     LoRA(rank=4).attach(model)
-    assert {p.dtype for p in trainable(model).values()} == {torch.float32}
+    assert {p.dtype for p in trainable_parameters(model).values()} == {torch.float32}
     answer, slopes = answer_and_slopes(model)
     assert answer.dtype == torch.bfloat16
     assert all(slope.dtype == torch.float32 for slope in slopes.values())
@@ -176,7 +176,7 @@ def test_folding_answers_alike_and_gives_back_the_very_bits(options, dtype):
     model.lm.to(dtype) if dtype == torch.bfloat16 else None
     model.eval()
     before, answer = copy.deepcopy(model.state_dict()), model(tokens())
-    with torch.inference_mode(), strategy.folded(model):
+    with torch.inference_mode(), strategy.merged_adapters(model):
         assert all(layer.merged for layer in layers_of(model).values())
         gap = (model(tokens()) - answer).float().norm() / answer.detach().float().norm()
         assert float(gap) < (1e-4 if dtype == torch.float32 else 0.05)
@@ -187,10 +187,10 @@ def test_folding_answers_alike_and_gives_back_the_very_bits(options, dtype):
     model(tokens()).float().sum().backward()
 
 
-def test_an_error_while_folded_brings_the_weights_back():
+def test_an_error_while_merged_brings_the_weights_back():
     model, strategy = attached()
     answer = model(tokens())
-    with pytest.raises(KeyError), strategy.folded(model):
+    with pytest.raises(KeyError), strategy.merged_adapters(model):
         raise KeyError
     assert torch.equal(model(tokens()), answer)
 
@@ -213,8 +213,8 @@ def test_peft_reads_the_exported_folder_into_the_native_model(how, tmp_path):
 
 
 def test_the_exported_names_are_those_of_the_native_model():
-    model, strategy = attached(layers="attention")
-    names = {name.removeprefix("lm.") for name in Speaker().linears("attention")}
+    model, strategy = attached(target_modules="attention")
+    names = {name.removeprefix("lm.") for name in Speaker().target_linears("attention")}
     assert set(peft_state(model)) == {f"{n}.lora_{side}.weight" for n in names for side in "AB"}
     config = strategy.peft_config(model)
     assert config["target_modules"] == sorted(names)
@@ -232,7 +232,7 @@ def test_the_next_task_begins_with_the_answers_of_the_last_to_the_bit():
 
 @pytest.mark.parametrize(
     "other",
-    [lambda: EWC(weight=10.0), LwF, lambda: ExperienceReplay(6)],
+    [lambda: EWC(ewc_lambda=10.0), LwF, lambda: ExperienceReplay(6)],
     ids=["EWC", "LwF", "ExperienceReplay"],
 )
 def test_with_another_strategy_only_the_adapter_learns(other):
@@ -251,22 +251,16 @@ def test_with_another_strategy_only_the_adapter_learns(other):
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "message"),
     [
         ({"options": {"r": 8, "alpha": 2}}, "options has alpha, r, which"),
         ({"options": {"init_lora_weights": "pissa"}}, "rewrites the frozen weights"),
-        ({"layers": "none"}, r"model\.linears\('none'\) is empty"),
-        ({"rank": 0}, "rank is 0"),
+        ({"target_modules": "none"}, r"model\.target_linears\('none'\) is empty"),
     ],
 )
-def test_what_cannot_be_is_refused(how, said):
+def test_what_cannot_be_is_refused(how, message):
     model = Speaker()
-    everything = model.linears
-    model.linears = lambda which: {} if which == "none" else everything(which)
-    with pytest.raises(ValueError, match=said):
+    everything = model.target_linears
+    model.target_linears = lambda which: {} if which == "none" else everything(which)
+    with pytest.raises(ValueError, match=message):
         LoRA(**how).attach(model)
-
-
-def test_a_model_without_linears_is_refused():
-    with pytest.raises(TypeError, match=r"LoRA needs model\.linears"):
-        LoRA().attach(nn.Linear(2, 2))

@@ -5,11 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmcl.core import Chain, begin_task, run, step, trainable
-from mmcl.strategies import ExperienceReplay, ModalPrompt
-from tests.stand_in import StandIn
-from tests.stand_in_llava import WIDTH, a_dialogue_batch, a_llava, dialogue_batches
-from tests.strategies.dialogue_lessons import (
+from mmcl.core import begin_task, forward, step, trainable_parameters
+from mmcl.strategies import ModalPrompt
+from tests.strategies.generative_fixtures import (
     TASKS,
     attached,
     keeps_its_promises,
@@ -18,10 +16,11 @@ from tests.strategies.dialogue_lessons import (
     steps_of,
     taught,
 )
+from tests.toys.toy_llava import WIDTH, a_dialogue_batch, a_llava, dialogue_batches
 
 
 def make(**how):
-    return lambda: ModalPrompt(**{"length": 2, **how})
+    return lambda: ModalPrompt(**{"prompt_length": 2, **how})
 
 
 def cosine(a, b):
@@ -82,18 +81,18 @@ def test_in_training_the_current_prompt_stands_behind_the_best_past_ones(transfe
         assert torch.equal(tokens[row], lined_up(strategy, [*past, tasks - 1]))
 
 
-def test_rows_of_one_batch_have_different_prompts():
+def test_samples_of_one_batch_have_different_prompts():
     model, strategy = taught(*attached(make(top_k=1)), TASKS)
     batch = a_dialogue_batch(model, 4, 0)
     with torch.no_grad():
         seen = model.embed(batch, "image") + model.embed(batch, "text")
         strategy.prototypes = lambda: seen[:3]
-    choice = strategy.prompts(model, batch).notes["modal_prompt_choice"]
+    choice = strategy.prompts(model, batch).aux["modal_prompt_choice"]
     assert choice[:3].flatten().tolist() == [0, 1, 2]
 
 
-def test_the_term_pulls_the_current_prototype_to_pictures_and_questions():
-    model, strategy = taught(*attached(make(weight=0.3)), TASKS[:1])
+def test_the_term_pulls_the_current_prototype_to_images_and_questions():
+    model, strategy = taught(*attached(make(align_weight=0.3)), TASKS[:1])
     begin_task(model, strategy, TASKS[1])
     batch = mixed(model)
     done = step(model, strategy.train(), batch)
@@ -107,11 +106,11 @@ def test_the_term_pulls_the_current_prototype_to_pictures_and_questions():
     assert float(done.terms["modal_prompt"].detach()) == pytest.approx(expected, 1e-5)
 
 
-def test_remembered_rows_do_not_pull():
+def test_stored_samples_do_not_pull():
     model, strategy = taught(*attached(make()), TASKS[:1])
     begin_task(model, strategy, TASKS[1])
     new, old = a_dialogue_batch(model, 4, 1), a_dialogue_batch(model, 4, 0)
-    old = replace(old, recalled=torch.ones(4, dtype=torch.bool))
+    old = replace(old, is_replay=torch.ones(4, dtype=torch.bool))
     strategy.train()
     pull, diluted, nothing = (
         float(step(model, strategy, batch).terms["modal_prompt"].detach())
@@ -124,7 +123,7 @@ def test_remembered_rows_do_not_pull():
 
 def test_only_the_current_tasks_prompts_and_transform_learn():
     model, strategy = attached(make())
-    assert trainable(model) == {}
+    assert trainable_parameters(model) == {}
     for task in TASKS:
         begin_task(model, strategy, task)
         learning = {name for name, p in strategy.named_parameters() if p.requires_grad}
@@ -146,26 +145,20 @@ def test_prototypes_learn_to_tell_tasks_apart():
         steps_of(model, strategy, dialogue_batches(model, task.index) * 5, 0.2)
     for task in range(3):
         batch = a_dialogue_batch(model, 4, task, seed=5)
-        choice = strategy.eval().prompts(model, batch).notes["modal_prompt_choice"]
+        choice = strategy.eval().prompts(model, batch).aux["modal_prompt_choice"]
         assert choice.flatten().tolist() == [task] * 4
 
 
 def test_prompts_start_at_words_where_the_model_shows_them():
     model = a_llava()
     model.words = model.lm.get_input_embeddings().weight
-    strategy = ModalPrompt(length=3)
+    strategy = ModalPrompt(prompt_length=3)
     strategy.attach(model)
     for token in strategy.tokens[0]:
         assert bool((model.words == token).all(1).any())
 
 
-def test_it_learns_in_a_chain_with_replay():
-    model, strategy = attached(lambda: Chain([ModalPrompt(length=2), ExperienceReplay(samples=4)]))
-    taught(model, strategy, TASKS[:2], rate=0.1)
-    assert torch.isfinite(scores(model, strategy, mixed(model))).all()
-
-
-def test_pictures_and_questions_in_different_spaces_ask_for_a_guide():
+def test_images_and_questions_in_different_spaces_ask_for_a_guide():
     model, strategy = attached(make())
     begin_task(model, strategy, TASKS[0])
     embed = model.embed
@@ -173,17 +166,7 @@ def test_pictures_and_questions_in_different_spaces_ask_for_a_guide():
         :, : 9 if modality == "text" else 16
     ]
     with pytest.raises(
-        ValueError, match="questions 9, and prototypes are 16: give the model a guide"
+        ValueError,
+        match="question embeddings 9 and prototypes 16: give the model a routing encoder",
     ):
-        run(model, strategy, mixed(model))
-
-
-def test_a_model_without_a_language_model_is_refused():
-    with pytest.raises(TypeError, match="ModalPrompt needs model.answer"):
-        ModalPrompt().attach(StandIn())
-
-
-@pytest.mark.parametrize("how", [{"length": 0}, {"transfer": 0}, {"top_k": 0}, {"weight": -1.0}])
-def test_arguments_that_make_no_sense_are_refused(how):
-    with pytest.raises(ValueError, match="give 1 or more of the first three"):
-        ModalPrompt(**how)
+        forward(model, strategy, mixed(model))

@@ -1,31 +1,30 @@
-"""MoELoRA: experts that a router weighs token by token, all of them learning on every task."""
+"""MoELoRA: experts that a router weighs per token, all of them trained on every task."""
 
-import pytest
 import torch
 from torch import nn
 
-from mmcl.core import Chain, begin_task, end_task, trainable
-from mmcl.layers import MoELoRALinear, installed
-from mmcl.strategies import ExperienceReplay, LoRA, MoELoRA, moe_lora
-from tests.stand_in import StandIn, a_task, task_batches
-from tests.stand_in_llava import a_dialogue_batch, dialogue_batches
-from tests.strategies.bare_loop import learn, whole
-from tests.strategies.dialogue_lessons import (
+from mmcl.core import begin_task, end_task, trainable_parameters
+from mmcl.layers import MoELoRALinear, find_layers
+from mmcl.strategies import MoELoRA, moe_lora
+from tests.strategies.generative_fixtures import (
     TASKS,
     attached,
     keeps_its_promises,
     mixed,
     scores,
     taught,
+    trains_as_lora,
 )
+from tests.toys.toy_clip import StandIn, a_task, task_batches
+from tests.toys.toy_llava import a_dialogue_batch, dialogue_batches
 
 
 def make(**how):
-    return lambda: MoELoRA(**{"experts": 3, "rank": 2, "samples": 8, **how})
+    return lambda: MoELoRA(**{"num_experts": 3, "rank": 2, "samples": 8, **how})
 
 
 def layers_of(model):
-    return list(installed(model, MoELoRALinear).values())
+    return list(find_layers(model, MoELoRALinear).values())
 
 
 def test_a_layer_answers_as_experts_weighed_one_by_one():
@@ -45,13 +44,13 @@ def test_what_every_strategy_of_this_track_promises():
     keeps_its_promises(make())
 
 
-def test_a_new_task_changes_nothing_and_everything_goes_on_learning():
+def test_a_new_task_changes_nothing_and_everything_resumes_learning():
     model, strategy = taught(*attached(make()), TASKS[:1])
     batch = mixed(model)
-    before, names = scores(model, strategy, batch), set(trainable(model))
+    before, names = scores(model, strategy, batch), set(trainable_parameters(model))
     begin_task(model, strategy, TASKS[1])
     assert torch.equal(scores(model, strategy, batch), before)
-    assert set(trainable(model)) == names
+    assert set(trainable_parameters(model)) == names
     assert {name.rpartition(".")[2] for name in names} == {"A", "B", "router"}
 
 
@@ -65,14 +64,7 @@ def test_the_state_does_not_grow():
 
 
 def test_one_expert_is_lora():
-    ours, theirs = (StandIn(), MoELoRA(experts=1, rank=3)), (StandIn(), LoRA(rank=3))
-    ours[1].attach(ours[0])
-    theirs[1].attach(theirs[0])
-    with torch.no_grad():
-        theirs[0].patch.lora_A["default"].weight.copy_(ours[0].patch.A)
-    learn(*ours, [a_task(0), a_task(1)])
-    learn(*theirs, [a_task(0), a_task(1)])
-    torch.testing.assert_close(ours[0](whole(0)).logits, theirs[0](whole(0)).logits)
+    trains_as_lora(MoELoRA(num_experts=1, rank=3), lambda layer: layer.A, tasks=2)
 
 
 def test_every_layer_starts_in_its_own_way_and_the_same_every_time():
@@ -102,21 +94,26 @@ def test_mean_weights_are_those_of_real_tokens_counted_one_by_one():
     five = batches[0].join(batches[1].take(torch.tensor([0])))
     for row in range(5):
         alone = five.take(torch.tensor([row]))
-        length = int(alone.mask.sum())
-        cut = {name: getattr(alone, name)[:, :length] for name in ("tokens", "mask", "labels")}
+        length = int(alone.attention_mask.sum())
+        cut = {
+            name: getattr(alone, name)[:, :length]
+            for name in ("input_ids", "attention_mask", "labels")
+        }
         scores(model, strategy, type(alone)(**{**vars(alone), **cut}))
     hook.remove()
-    torch.testing.assert_close(strategy.shares[0].double(), total / tokens, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        strategy.mean_weights[0].double(), total / tokens, rtol=1e-5, atol=1e-7
+    )
 
 
-def test_two_ranks_look_at_the_rows_that_one_looks_at(monkeypatch):
+def test_two_ranks_look_at_the_samples_that_one_looks_at(monkeypatch):
     model, strategy = attached(make(samples=5))
     batches = dialogue_batches(model, 0, rows=8)
     end_task(model, strategy, TASKS[0], batches)
-    whole, parts = strategy.shares, []
+    whole, parts = strategy.mean_weights, []
     for rank in (0, 1):
         monkeypatch.setattr(moe_lora, "rank_and_world", lambda rank=rank: (rank, 2))
-        monkeypatch.setattr(moe_lora, "sum_over_ranks", lambda own: parts.append(own) or own)
+        monkeypatch.setattr(moe_lora, "all_reduce_sum", lambda own: parts.append(own) or own)
         own = [batch.take(torch.arange(rank, 8, 2)) for batch in batches]
         end_task(model, strategy, TASKS[0], own)
     total = parts[0] + parts[1]
@@ -124,15 +121,15 @@ def test_two_ranks_look_at_the_rows_that_one_looks_at(monkeypatch):
 
 
 def test_an_expert_that_no_token_wants_is_named():
-    model, strategy = StandIn(), MoELoRA(experts=3, rank=2)
+    model, strategy = StandIn(), MoELoRA(num_experts=3, rank=2)
     strategy.attach(model)
     begin_task(model, strategy, a_task(0))
     end_task(model, strategy, a_task(0), task_batches(0))
-    assert strategy.idle() == ()
+    assert strategy.inactive_parts() == ()
     with torch.no_grad():  # pictures are not negative, so one router's row far below loses always
         model.patch.router.zero_()[1] = -1000.0
     end_task(model, strategy, a_task(0), task_batches(0))
-    assert strategy.idle() == (
+    assert strategy.inactive_parts() == (
         "1 of 3 experts weigh less than 0.01 on average, the first of them expert 1 of layer 0",
     )
     assert not model.patch._forward_pre_hooks
@@ -140,8 +137,8 @@ def test_an_expert_that_no_token_wants_is_named():
 
 def test_looking_can_be_switched_off():
     model, strategy = taught(*attached(make(samples=0)), TASKS[:1])
-    assert not strategy.shares.any()
-    assert strategy.idle() == ()
+    assert not strategy.mean_weights.any()
+    assert strategy.inactive_parts() == ()
 
 
 def test_a_gradient_reaches_every_part_in_the_end():
@@ -149,26 +146,4 @@ def test_a_gradient_reaches_every_part_in_the_end():
     model.zero_grad()
     batch = a_dialogue_batch(model)
     model.loss(model(batch), batch).backward()
-    assert all(p.grad.any() for p in trainable(model).values())
-
-
-def test_with_replay_experts_alone_learn():
-    model = StandIn()
-    chain = Chain([MoELoRA(experts=2, rank=2), ExperienceReplay(6)])
-    chain.attach(model)
-    learn(model, chain, [a_task(0), a_task(1)])
-    assert set(trainable(model)) == {"patch.A", "patch.B", "patch.router"}
-
-
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [({"experts": 0}, "experts is 0"), ({"samples": -1}, "samples -1"), ({"rank": 0}, "rank is 0")],
-)
-def test_what_cannot_be_is_refused(how, said):
-    with pytest.raises(ValueError, match=said):
-        MoELoRA(**how)
-
-
-def test_a_model_without_linears_is_refused():
-    with pytest.raises(TypeError, match=r"MoELoRA needs model\.linears"):
-        MoELoRA().attach(nn.Linear(2, 2))
+    assert all(p.grad.any() for p in trainable_parameters(model).values())

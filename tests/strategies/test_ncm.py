@@ -1,12 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from mmcl.core import Output, begin_task, end_task, run, trainable
+from mmcl.core import Output, begin_task, end_task, forward, trainable_parameters
 from mmcl.strategies.ncm import NCM
-from tests.stand_in import StandIn, a_task, task_batches
-from tests.strategies.bare_loop import learn, whole
+from tests.strategies.plain_loop import learn, whole
+from tests.toys.toy_clip import StandIn, a_task, task_batches
 
 
 def taught(order=(0, 1, 2), cut=task_batches):
@@ -28,7 +27,7 @@ def test_scores_are_cosines_with_the_mean_unit_feature_of_each_class():
     batch = whole(0).join(whole(1)).join(whole(2))
     features = model.embed(batch, "image").double().numpy()
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    found = run(model, strategy, batch).logits
+    found = forward(model, strategy, batch).logits
     for label in range(6):
         mean = unit[batch.labels.numpy() == label].mean(0)
         expected = 100 * unit @ mean / np.linalg.norm(mean)
@@ -49,12 +48,12 @@ def test_the_models_own_scores_stay_before_any_task():
     model, strategy = StandIn(), NCM()
     strategy.attach(model)
     batch = whole(0)
-    assert torch.equal(run(model, strategy, batch).logits, model(batch).logits)
+    assert torch.equal(forward(model, strategy, batch).logits, model(batch).logits)
 
 
 def test_a_class_that_was_not_met_is_impossible():
     model, strategy = taught((0,))
-    logits = run(model, strategy, whole(0)).logits
+    logits = forward(model, strategy, whole(0)).logits
     assert logits.shape == (24, 6)
     assert torch.isneginf(logits[:, 2:]).all()
     assert torch.isfinite(logits[:, :2]).all()
@@ -65,34 +64,18 @@ def test_a_probe_with_fewer_classes_keeps_the_models_scores():
     batch = whole(0)
     own = model(batch)
     narrow = Output(own.logits[:, :3], own.image, own.text)
-    assert strategy.refine(model, batch, narrow) is narrow
+    assert strategy.transform_output(model, batch, narrow) is narrow
 
 
 def test_nothing_learns_and_classes_are_held():
     model, strategy = StandIn(), NCM()
     strategy.attach(model)
     learn(model, strategy, [a_task(0), a_task(1)])
-    assert trainable(model) == {}
-    assert strategy.holdings() == {"means": 4}
+    assert trainable_parameters(model) == {}
+    assert strategy.buffer_sizes() == {"means": 4}
 
 
-class Bare(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(2, 2)
-
-
-def test_a_model_that_cannot_embed_is_refused_by_name():
-    with pytest.raises(TypeError, match=r"NCM needs model\.embed.*Bare has none"):
-        NCM().attach(Bare())
-
-
-def test_a_task_without_rows_is_an_error_that_says_what_to_give():
+def test_a_task_without_samples_is_an_error_that_says_what_to_give():
     model, strategy = StandIn(), NCM()
-    with pytest.raises(RuntimeError, match="NCM saw no rows of task 'task 0'"):
+    with pytest.raises(RuntimeError, match="NCM saw no samples of task 'task 0'"):
         strategy.end_task(model, a_task(0), [])
-
-
-def test_a_scale_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="scale is 0"):
-        NCM(scale=0)

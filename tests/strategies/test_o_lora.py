@@ -1,25 +1,26 @@
-"""O-LoRA: one pair for each task, all of them answering, the new one pushed off the old."""
+"""O-LoRA: one adapter per task, all of them summed, the new one orthogonal to the old."""
 
 import pytest
 import torch
 from torch import nn
 
-from mmcl.core import Chain, begin_task, run, step, trainable
-from mmcl.layers import LowRankSlots, installed
-from mmcl.strategies import ExperienceReplay, LoRA, OLoRA
-from tests.stand_in import StandIn, a_task
-from tests.stand_in_llava import a_dialogue_batch
-from tests.strategies.bare_loop import learn, whole
-from tests.strategies.dialogue_lessons import (
+from mmcl.core import begin_task, forward, step, trainable_parameters
+from mmcl.layers import MultiLoRALinear, find_layers
+from mmcl.strategies import OLoRA
+from tests.strategies.generative_fixtures import (
     TASKS,
     attached,
     keeps_its_promises,
     mixed,
     scores,
+    second_step,
     taught,
+    trains_as_lora,
+    trains_only_the_newest_adapter,
 )
+from tests.toys.toy_llava import a_dialogue_batch
 
-SMALL = {"rank": 2, "weight": 10.0}
+SMALL = {"rank": 2, "overlap_weight": 10.0}
 
 
 def make(**how):
@@ -27,7 +28,7 @@ def make(**how):
 
 
 def layers_of(model):
-    return list(installed(model, LowRankSlots).values())
+    return list(find_layers(model, MultiLoRALinear).values())
 
 
 def test_a_layer_answers_with_all_pairs_added():
@@ -35,9 +36,9 @@ def test_a_layer_answers_with_all_pairs_added():
     for layer in layers_of(model):
         x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
         expected = nn.functional.linear(x, layer.weight, layer.bias)
-        for slot in layer.slots:
-            assert slot.B.any()
-            expected = expected + 3 * (x @ slot.A.T @ slot.B.T)
+        for adapter in layer.adapters:
+            assert adapter.lora_B.any()
+            expected = expected + 3 * (x @ adapter.lora_A.T @ adapter.lora_B.T)
         torch.testing.assert_close(layer(x), expected)
 
 
@@ -46,12 +47,8 @@ def test_what_every_strategy_of_this_track_promises(how):
     keeps_its_promises(make(**how))
 
 
-def test_pairs_come_with_the_tasks_and_only_the_newest_learns():
-    model, strategy = attached(make())
-    for task in TASKS:
-        begin_task(model, strategy, task)
-        assert {len(layer.slots) for layer in layers_of(model)} == {task.index + 1}
-        assert {name.split(".slots.")[1][0] for name in trainable(model)} == {str(task.index)}
+def test_only_the_newest_adapter_is_trained():
+    trains_only_the_newest_adapter(make)
 
 
 def test_a_new_task_begins_with_the_answers_of_the_last():
@@ -69,7 +66,7 @@ def test_the_overlap_is_a_mean_over_layers_and_entries(measure, power):
     term = step(model, strategy, a_dialogue_batch(model, task=2)).terms["overlap"]
     means = []
     for layer in layers_of(model):
-        first, second, new = (slot.A.detach() for slot in layer.slots)
+        first, second, new = (adapter.lora_A.detach() for adapter in layer.adapters)
         entries = [
             abs(float(row @ other)) ** power
             for old in (first, second)
@@ -81,45 +78,39 @@ def test_the_overlap_is_a_mean_over_layers_and_entries(measure, power):
 
 
 def test_the_documented_weight_makes_the_released_codes_sum():
-    model, strategy = taught(*attached(make()), TASKS[:1])
-    begin_task(model, strategy, TASKS[1])
-    ours = step(model, strategy, a_dialogue_batch(model, task=1)).terms["overlap"]
-    layers = layers_of(model)
-    pairs = [(one.slots[0].A.detach(), one.slots[1].A.detach()) for one in layers]
+    model, _, done = second_step(make)
+    ours, layers = done.terms["overlap"], layers_of(model)
+    pairs = [(one.adapters[0].lora_A.detach(), one.adapters[1].lora_A.detach()) for one in layers]
     summed = sum(float((old @ new.T).abs().sum()) for old, new in pairs)
     theirs = 10.0 / (len(layers) * 2 * 2)
     assert float(ours.detach()) == pytest.approx(theirs * summed, rel=1e-4)
 
 
-def test_no_gradient_reaches_the_past():
-    model, strategy = taught(*attached(make()), TASKS[:1])
-    begin_task(model, strategy, TASKS[1])
-    step(model, strategy, a_dialogue_batch(model, task=1)).loss.backward()
-    for layer in layers_of(model):
-        assert layer.slots[0].A.grad is None
-        assert layer.slots[0].B.grad is None
-        assert layer.slots[1].A.grad.any()
-
-
 def test_a_strong_weight_makes_new_pairs_orthogonal():
     def left(weight):
-        model, strategy = taught(*attached(make(weight=weight, overlap="squared")), TASKS[:2], 0.05)
-        pairs = [(one.slots[0].A.detach(), one.slots[1].A.detach()) for one in layers_of(model)]
+        model, strategy = taught(
+            *attached(make(overlap_weight=weight, overlap="squared")), TASKS[:2], 0.05
+        )
+        pairs = [
+            (one.adapters[0].lora_A.detach(), one.adapters[1].lora_A.detach())
+            for one in layers_of(model)
+        ]
         return sum(float((old @ new.T).square().mean()) for old, new in pairs)
 
     assert left(200.0) < 0.3 * left(0.0)
 
 
 def test_without_weights_there_is_no_term():
-    model, strategy = taught(*attached(make(weight=0.0)), TASKS[:1])
-    begin_task(model, strategy, TASKS[1])
-    assert set(step(model, strategy, a_dialogue_batch(model, task=1)).terms) == {"task"}
+    assert set(second_step(make, overlap_weight=0.0)[2].terms) == {"task"}
 
 
 def test_decay_is_the_mean_norm_of_the_newest_pair():
-    model, strategy = taught(*attached(make(decay=0.5, weight=0.0)), TASKS[:1])
+    model, strategy = taught(*attached(make(decay=0.5, overlap_weight=0.0)), TASKS[:1])
     term = step(model, strategy, a_dialogue_batch(model)).terms["decay"]
-    sides = [(one.slots[0].A.detach(), one.slots[0].B.detach()) for one in layers_of(model)]
+    sides = [
+        (one.adapters[0].lora_A.detach(), one.adapters[0].lora_B.detach())
+        for one in layers_of(model)
+    ]
     norms = [sum(float(side.square().sum().sqrt()) for side in pair) for pair in sides]
     assert float(term.detach()) == pytest.approx(0.5 * sum(norms) / len(norms), rel=1e-5)
 
@@ -128,54 +119,18 @@ def test_a_zero_pair_has_a_finite_decay_gradient():
     model, strategy = attached(make(decay=0.5))
     begin_task(model, strategy, TASKS[0])
     step(model, strategy, a_dialogue_batch(model)).loss.backward()
-    assert all(p.grad.isfinite().all() for p in trainable(model).values())
+    assert all(p.grad.isfinite().all() for p in trainable_parameters(model).values())
 
 
 def test_the_variant_trains_the_new_pair_alone_and_tests_them_all():
     model, strategy = taught(*attached(make(past_in_forward=False)), TASKS[:1])
     begin_task(model, strategy, TASKS[1])
     batch = mixed(model)
-    run(model.train(), strategy, batch)
+    forward(model.train(), strategy, batch)
     assert {one.active for one in layers_of(model)} == {(1,)}
-    run(model.eval(), strategy, batch)
+    forward(model.eval(), strategy, batch)
     assert {one.active for one in layers_of(model)} == {(0, 1)}
 
 
 def test_the_first_task_is_lora():
-    ours = StandIn(), OLoRA(rank=3)
-    theirs = StandIn(), LoRA(rank=3)
-    ours[1].attach(ours[0])
-    theirs[1].attach(theirs[0])
-    with torch.no_grad():
-        theirs[0].patch.lora_A["default"].weight.copy_(ours[0].patch.slots[0].A)
-    learn(*ours, [a_task(0)])
-    learn(*theirs, [a_task(0)])
-    torch.testing.assert_close(ours[0](whole(0)).logits, theirs[0](whole(0)).logits)
-
-
-def test_with_replay_only_the_newest_pair_learns():
-    model = StandIn()
-    chain = Chain([OLoRA(rank=2), ExperienceReplay(6)])
-    chain.attach(model)
-    learn(model, chain, [a_task(0), a_task(1)])
-    assert set(trainable(model)) == {"patch.slots.1.A", "patch.slots.1.B"}
-
-
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ({"weight": -1.0}, "weight is -1.0"),
-        ({"decay": -1.0}, "decay -1.0"),
-        ({"overlap": "cubed"}, "overlap is 'cubed'"),
-        ({"rank": 0}, "rank is 0"),
-        ({"dropout": 1.0}, "dropout 1.0"),
-    ],
-)
-def test_what_cannot_be_is_refused(how, said):
-    with pytest.raises(ValueError, match=said):
-        OLoRA(**how)
-
-
-def test_a_model_without_linears_is_refused():
-    with pytest.raises(TypeError, match=r"OLoRA needs model\.linears"):
-        OLoRA().attach(nn.Linear(2, 2))
+    trains_as_lora(OLoRA(rank=3), lambda layer: layer.adapters[0].lora_A)

@@ -2,17 +2,17 @@ import numpy as np
 import pytest
 import torch
 
-from mmcl.core import Output, begin_task, end_task, run, trainable
-from mmcl.core.randomness import ranks_of
+from mmcl.core import Output, begin_task, end_task, forward, trainable_parameters
+from mmcl.core.seeding import hash_priorities
 from mmcl.strategies.ranpac import RanPAC
-from tests.stand_in import StandIn, a_task, task_batches
-from tests.strategies.bare_loop import learn, whole
+from tests.strategies.plain_loop import learn, whole
+from tests.toys.toy_clip import StandIn, a_task, task_batches
 
 ORDER = (0, 1, 2)
 
 
 def taught(order=ORDER, cut=task_batches, **arguments):
-    model, strategy = StandIn(), RanPAC(**{"width": 50, **arguments})
+    model, strategy = StandIn(), RanPAC(**{"projection_dim": 50, **arguments})
     strategy.attach(model)
     for index in order:
         begin_task(model, strategy, a_task(index))
@@ -32,8 +32,8 @@ def lifted_rows(model, strategy):
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     lifted = np.maximum(unit @ strategy._projection.numpy(), 0)
     held = [
-        int(ranks_of(0, int(task), sample[None])) % 5 == 0
-        for task, sample in zip(batch.task, batch.sample, strict=True)
+        int(hash_priorities(0, int(task), sample[None])) % 5 == 0
+        for task, sample in zip(batch.task_ids, batch.sample_ids, strict=True)
     ]
     return lifted, np.eye(6)[batch.labels.numpy()], np.array(held)
 
@@ -55,13 +55,13 @@ def test_scores_are_the_lifted_features_times_the_solution():
     model, strategy = taught(ridges=(0.1,))
     lifted, targets, _ = lifted_rows(model, strategy)
     batch = whole(0).join(whole(1)).join(whole(2))
-    found = run(model, strategy, batch).logits
+    found = forward(model, strategy, batch).logits
     expected = lifted @ joint_ridge(lifted, targets, 0.1)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
     assert float((found.argmax(1) == batch.labels).float().mean()) > 0.9
 
 
-def test_the_ridge_is_the_best_on_the_held_out_rows():
+def test_the_ridge_is_the_best_on_the_held_out_samples():
     ridges = (1e-3, 0.1, 10.0, 1000.0)
     model, strategy = taught(ridges=ridges)
     lifted, targets, held = lifted_rows(model, strategy)
@@ -83,8 +83,8 @@ def test_the_solution_does_not_depend_on(other):
     other_model, other_strategy = taught(**other)
     batch = whole(0).join(whole(1))
     torch.testing.assert_close(
-        run(other_model, other_strategy, batch).logits,
-        run(model, strategy, batch).logits,
+        forward(other_model, other_strategy, batch).logits,
+        forward(model, strategy, batch).logits,
         rtol=0,
         atol=1e-5,
     )
@@ -97,29 +97,31 @@ def test_the_projection_is_a_function_of_the_seed_and_not_in_the_checkpoint():
     assert torch.equal(first._projection, second._projection)
     assert not torch.equal(first._projection, third._projection)
     assert "_projection" not in "".join(first.state_dict())
-    fresh = RanPAC(width=50)
+    fresh = RanPAC(projection_dim=50)
     fresh.load_state_dict(first.state_dict())
     model = StandIn()
-    assert torch.equal(run(model, fresh, whole(0)).logits, run(model, first, whole(0)).logits)
+    assert torch.equal(
+        forward(model, fresh, whole(0)).logits, forward(model, first, whole(0)).logits
+    )
 
 
 def test_the_models_own_scores_stay_before_any_task():
-    model, strategy = StandIn(), RanPAC(width=50)
+    model, strategy = StandIn(), RanPAC(projection_dim=50)
     strategy.attach(model)
-    assert torch.equal(run(model, strategy, whole(0)).logits, model(whole(0)).logits)
+    assert torch.equal(forward(model, strategy, whole(0)).logits, model(whole(0)).logits)
 
 
 def test_a_class_that_was_not_met_is_impossible_and_a_narrow_probe_is_left_alone():
     model, strategy = taught((0,))
     batch = whole(0)
-    logits = run(model, strategy, batch).logits
+    logits = forward(model, strategy, batch).logits
     assert torch.isneginf(logits[:, 2:]).all()
     assert torch.isfinite(logits[:, :2]).all()
     narrow = Output(model(batch).logits[:, :1])
-    assert strategy.refine(model, batch, narrow) is narrow
+    assert strategy.transform_output(model, batch, narrow) is narrow
 
 
-def test_rows_without_a_label_do_not_count():
+def test_samples_without_a_label_do_not_count():
     def with_unscored(index):
         batch = whole(index)
         extra = batch.take(torch.arange(5))
@@ -134,13 +136,8 @@ def test_rows_without_a_label_do_not_count():
 
 
 def test_nothing_learns_and_classes_are_held():
-    model, strategy = StandIn(), RanPAC(width=50)
+    model, strategy = StandIn(), RanPAC(projection_dim=50)
     strategy.attach(model)
     learn(model, strategy, [a_task(0), a_task(1)])
-    assert trainable(model) == {}
-    assert strategy.holdings() == {"classes": 4}
-
-
-def test_ridges_of_nothing_are_refused():
-    with pytest.raises(ValueError, match="at least one ridge, all above 0"):
-        RanPAC(ridges=(0.0, 1.0))
+    assert trainable_parameters(model) == {}
+    assert strategy.buffer_sizes() == {"classes": 4}

@@ -1,32 +1,31 @@
-"""RegLoRA: a pair for each task on top of all before, held back where those were large."""
+"""RegLoRA: one adapter per task, all summed, regularized where older ones are large."""
 
 import pytest
 import torch
-from torch import nn
 
-from mmcl.core import Chain, begin_task, end_task, step, trainable
-from mmcl.layers import LowRankSlots, installed
-from mmcl.ops.positions import unpack_bits
-from mmcl.strategies import ExperienceReplay, LoRA, RegLoRA
-from tests.stand_in import StandIn, a_task
-from tests.stand_in_llava import a_dialogue_batch
-from tests.strategies.bare_loop import learn, whole
-from tests.strategies.dialogue_lessons import (
+from mmcl.core import begin_task, end_task, step
+from mmcl.layers import MultiLoRALinear, find_layers
+from mmcl.ops.sparse_mask import unpack_bits
+from mmcl.strategies import RegLoRA
+from tests.strategies.generative_fixtures import (
     TASKS,
     attached,
     keeps_its_promises,
     mixed,
     scores,
     taught,
+    trains_as_lora,
+    trains_only_the_newest_adapter,
 )
+from tests.toys.toy_llava import a_dialogue_batch
 
 
 def make(**how):
-    return lambda: RegLoRA(**{"rank": 2, "weight": 10.0, "share": 0.1, **how})
+    return lambda: RegLoRA(**{"rank": 2, "reg_weight": 10.0, "top_fraction": 0.1, **how})
 
 
 def layers_of(model):
-    return installed(model, LowRankSlots)
+    return find_layers(model, MultiLoRALinear)
 
 
 def marks_of(model, strategy):
@@ -48,9 +47,9 @@ def test_the_past_is_merged_in_effect():
     before = scores(model, strategy, batch)
     with torch.no_grad():
         for layer in layers_of(model).values():
-            for slot in layer.slots:
-                layer.base.weight += 3 * slot.B @ slot.A
-                slot.B.zero_()
+            for adapter in layer.adapters:
+                layer.base.weight += 3 * adapter.lora_B @ adapter.lora_A
+                adapter.lora_B.zero_()
     torch.testing.assert_close(scores(model, strategy, batch), before, rtol=1e-4, atol=1e-5)
 
 
@@ -66,7 +65,9 @@ def test_a_task_marks_its_largest_entries():
     model, strategy = taught(*attached(make()), TASKS[:1])
     marks = marks_of(model, strategy)
     for name, layer in layers_of(model).items():
-        product = (layer.slots[0].B @ layer.slots[0].A).detach().abs().flatten().tolist()
+        product = (
+            (layer.adapters[0].lora_B @ layer.adapters[0].lora_A).detach().abs().flatten().tolist()
+        )
         order = sorted(range(len(product)), key=lambda place: -product[place])
         wanted = sorted(order[: round(0.1 * len(product))])
         assert marks[name].flatten().nonzero().flatten().tolist() == wanted
@@ -78,12 +79,12 @@ def test_marks_add_up_and_count_once():
     end_task(model, strategy, TASKS[0], ())
     again = marks_of(model, strategy)
     assert all(torch.equal(first[name], again[name]) for name in first)
-    size = strategy.bytes_remembered()
+    size = strategy.state_bytes()
     taught(model, strategy, TASKS[1:2])
     both = marks_of(model, strategy)
     assert all((both[name] >= first[name]).all() for name in first)
     assert any((both[name] > first[name]).any() for name in first)
-    assert strategy.bytes_remembered() == size
+    assert strategy.state_bytes() == size
     layers = layers_of(model).values()
     assert size == sum(one.out_features * -(-one.in_features // 8) for one in layers)
 
@@ -93,26 +94,26 @@ def test_the_term_is_the_mean_of_single_entries_without_the_scale():
     begin_task(model, strategy, TASKS[1])
     with torch.no_grad():
         for layer in layers_of(model).values():
-            layer.slots[1].B.normal_(generator=torch.Generator().manual_seed(1))
+            layer.adapters[1].lora_B.normal_(generator=torch.Generator().manual_seed(1))
     term = step(model, strategy, a_dialogue_batch(model, task=1)).terms["held"]
     means = []
     for name, layer in layers_of(model).items():
-        A, B = layer.slots[1].A.detach(), layer.slots[1].B.detach()
-        places = marks_of(model, strategy)[name].nonzero().tolist()
-        entries = [abs(float(B[row] @ A[:, column])) for row, column in places]
+        A, B = layer.adapters[1].lora_A.detach(), layer.adapters[1].lora_B.detach()
+        marked = marks_of(model, strategy)[name].nonzero().tolist()
+        entries = [abs(float(B[row] @ A[:, column])) for row, column in marked]
         means.append(sum(entries) / len(entries))
     assert float(term.detach()) == pytest.approx(10.0 * sum(means) / len(means), rel=1e-4)
 
 
 def test_a_strong_weight_keeps_marked_entries_small():
     def moved(weight):
-        model, strategy = taught(*attached(make(weight=0.0)), TASKS[:1])
-        strategy.weight = weight
+        model, strategy = taught(*attached(make(reg_weight=0.0)), TASKS[:1])
+        strategy.reg_weight = weight
         marks = marks_of(model, strategy)
         taught(model, strategy, TASKS[1:2])
         total = 0.0
         for name, layer in layers_of(model).items():
-            product = (layer.slots[1].B @ layer.slots[1].A).detach()
+            product = (layer.adapters[1].lora_B @ layer.adapters[1].lora_A).detach()
             total += float(product[marks[name]].abs().mean())
         return total
 
@@ -120,47 +121,8 @@ def test_a_strong_weight_keeps_marked_entries_small():
 
 
 def test_the_first_task_has_no_term_and_is_lora():
-    ours, theirs = (StandIn(), RegLoRA(rank=3)), (StandIn(), LoRA(rank=3))
-    ours[1].attach(ours[0])
-    theirs[1].attach(theirs[0])
-    with torch.no_grad():
-        theirs[0].patch.lora_A["default"].weight.copy_(ours[0].patch.slots[0].A)
-    learn(*ours, [a_task(0)])
-    learn(*theirs, [a_task(0)])
-    torch.testing.assert_close(ours[0](whole(0)).logits, theirs[0](whole(0)).logits)
+    trains_as_lora(RegLoRA(rank=3), lambda layer: layer.adapters[0].lora_A)
 
 
-def test_no_gradient_reaches_the_past():
-    model, strategy = taught(*attached(make()), TASKS[:1])
-    begin_task(model, strategy, TASKS[1])
-    step(model, strategy, a_dialogue_batch(model, task=1)).loss.backward()
-    for layer in layers_of(model).values():
-        assert layer.slots[0].A.grad is None
-        assert layer.slots[1].B.grad.any()
-
-
-def test_with_replay_only_the_newest_pair_learns():
-    model = StandIn()
-    chain = Chain([RegLoRA(rank=2), ExperienceReplay(6)])
-    chain.attach(model)
-    learn(model, chain, [a_task(0), a_task(1)])
-    assert set(trainable(model)) == {"patch.slots.1.A", "patch.slots.1.B"}
-
-
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ({"weight": -1.0}, "weight is -1.0"),
-        ({"share": 0.0}, "share 0.0"),
-        ({"share": 1.5}, "share 1.5"),
-        ({"rank": 0}, "rank is 0"),
-    ],
-)
-def test_what_cannot_be_is_refused(how, said):
-    with pytest.raises(ValueError, match=said):
-        RegLoRA(**how)
-
-
-def test_a_model_without_linears_is_refused():
-    with pytest.raises(TypeError, match=r"RegLoRA needs model\.linears"):
-        RegLoRA().attach(nn.Linear(2, 2))
+def test_only_the_newest_adapter_is_trained():
+    trains_only_the_newest_adapter(make)

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import get_context
 
-from mmcl.core import answer, end_task
+from mmcl.core import end_task, generate, trainable_parameters
 from mmcl.models import OpenCLIP
 from mmcl.strategies import CLMoE, HiDe, LoRARouter, ModalPrompt
-from tests.stand_in_llava import COLOURS, dialogue_batches
-from tests.strategies.dialogue_lessons import TASKS, attached, mixed, scores, taught
+from tests.strategies.generative_fixtures import TASKS, attached, mixed, scores, taught
+from tests.toys.toy_llava import COLORS, a_llava, dialogue_batches
 
 MAKERS = {
     "LoRARouter": lambda: LoRARouter(rank=2),
@@ -20,7 +20,7 @@ MAKERS = {
     "k-means": lambda: LoRARouter(rank=2, prototypes=2, samples=10),
     "HiDe": lambda: HiDe(rank=2),
     "CLMoE": lambda: CLMoE(rank=2),
-    "ModalPrompt": lambda: ModalPrompt(length=2),
+    "ModalPrompt": lambda: ModalPrompt(prompt_length=2),
 }
 
 
@@ -38,24 +38,43 @@ def one_by_one(batch):
     return [batch.take(torch.tensor([row])) for row in range(len(batch))]
 
 
-def test_with_a_guide_rows_are_answered_alike_alone_and_in_any_place(make):
-    model, strategy = taught(*attached(make, guide=a_guide()), TASKS[:2])
+def test_with_a_guide_samples_are_answered_alike_alone_and_in_any_place(make):
+    model, strategy = taught(*attached(make, routing_encoder=a_guide()), TASKS[:2])
     batch = mixed(model)
     together = scores(model, strategy, batch)
     alone = torch.cat([scores(model, strategy, row) for row in one_by_one(batch)])
     torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)
     order = torch.tensor([5, 0, 7, 2, 1, 6, 3, 4])
-    said = answer(model, strategy, batch, max_new_tokens=4)
-    moved = answer(model, strategy, batch.take(order), max_new_tokens=4)
-    assert moved == [said[row] for row in order]
+    generated = generate(model, strategy, batch, max_new_tokens=4)
+    moved = generate(model, strategy, batch.take(order), max_new_tokens=4)
+    assert moved == [generated[row] for row in order]
+
+
+@pytest.mark.parametrize("name", ["HiDe", "LoRARouter"])
+def test_before_the_first_task_the_model_answers_as_it_is(name):
+    model, strategy = attached(MAKERS[name])
+    batch = mixed(model)
+    assert torch.equal(scores(model, strategy, batch), a_llava()(batch).logits)
+    assert trainable_parameters(model)
+
+
+@pytest.mark.parametrize("name", ["HiDe", "LoRARouter"])
+def test_prototypes_do_not_depend_on_how_a_pass_is_cut_into_batches(name):
+    model, first = attached(MAKERS[name])
+    second = MAKERS[name]()
+    end_task(model, first, TASKS[0], dialogue_batches(model, 0))
+    cut = [b.take(rows) for b in dialogue_batches(model, 0) for rows in torch.arange(8).split(3)]
+    end_task(model, second, TASKS[0], cut)
+    assert first.means.counts.tolist() == second.means.counts.tolist() == [24]
+    torch.testing.assert_close(first.means.sums, second.means.sums)
 
 
 def test_candidates_win_alike_alone_and_together(make):
     model, strategy = taught(*attached(make), TASKS[:2])
     batch = mixed(model)
-    said = answer(model, strategy, batch, candidates=COLOURS)
-    assert said == [
-        answer(model, strategy, row, candidates=COLOURS)[0] for row in one_by_one(batch)
+    generated = generate(model, strategy, batch, candidates=COLORS)
+    assert generated == [
+        generate(model, strategy, row, candidates=COLORS)[0] for row in one_by_one(batch)
     ]
 
 

@@ -1,1 +1,1 @@
-"""Shards that lie elsewhere: addresses, fetching, and the cache."""
+"""Remote shards: addresses, downloads and the cache."""

@@ -1,9 +1,8 @@
-"""Copies of remote shards in a folder that workers and ranks share, within a number of bytes."""
+"""Cache folder of remote shards, shared by workers and ranks, with a limit in bytes."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import os
 import re
@@ -14,14 +13,14 @@ from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 
-from mmcl.data.faults import BadShard
-from mmcl.data.lock import exclusive, remove_left_over, written_once
-from mmcl.data.remote.address import cached_name, without_secrets
-from mmcl.data.remote.fetch import Patience, fetch
+from mmcl.core.atomic_write import OUT_OF_SPACE
+from mmcl.data.errors import BadShard
+from mmcl.data.remote.fetch import RetryPolicy, fetch
+from mmcl.data.remote.file_lock import file_lock, remove_left_over, write_once
+from mmcl.data.remote.url import cached_name, redact_url
 
 _WHOLE = re.compile(r"[0-9a-f]{16}-.*(?<!\.index\.npz)", re.DOTALL)
 _PART = re.compile(r"\.[0-9a-f]{16}-.*\.part(\.[0-9a-f]{8})?", re.DOTALL)
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TURN_SECONDS = 0.1
 _FETCHES_AHEAD = 2
 _UNITS = {
@@ -30,8 +29,8 @@ _UNITS = {
 }  # fmt: skip
 
 
-def bytes_of(size: int | str) -> int:
-    """Return a size as a person writes it in bytes: 1000000, "50GB" (10^9), "512MiB" (2^20).
+def parse_size(size: int | str) -> int:
+    """Parse a size in bytes: 1000000, "50GB" (10^9), "512MiB" (2^20).
 
     Raises:
         ValueError: if it is no size, or not above 0.
@@ -51,26 +50,26 @@ def bytes_of(size: int | str) -> int:
 
 @dataclass(frozen=True)
 class ShardCache:
-    """A folder with copies of remote shards; any number of processes may use it at once.
+    """Folder with copies of remote shards; any number of processes may use it at once.
 
     Whole shards have the names of ``cached_name``, the time of their last use as access time, and
-    the time when they were fetched as modification time. What is being fetched begins with a dot,
-    has its final size from the start, and is locked by the process that fetches it.
+    the time when they were fetched as modification time. The name of a partial file begins with a
+    dot; it has its final size from the start, and is locked by the process that fetches it.
 
     Args:
-        folder: where they lie; made when the first is fetched.
-        limit_bytes: that whole and half-fetched shards may have together; None = any number. What
-            is removed while it is mapped takes its room on the disk until it is closed. Shards
-            whose size nobody states may go over it until they are whole.
-        patience: how often and how long a fetch is tried.
+        folder: of the copies; made when the first is fetched.
+        limit_bytes: of whole and partial shards together; None = no limit. A shard that is evicted
+            while it is mapped occupies the disk until it is closed. Shards of unknown size may
+            exceed the limit until they are whole.
+        patience: retry policy of a fetch.
     """
 
     folder: Path
     limit_bytes: int | None = None
-    patience: Patience = field(default_factory=Patience)
+    patience: RetryPolicy = field(default_factory=RetryPolicy)
 
     def path(self, address: str, sha256: str = "") -> Path:
-        """Return a shard's copy, fetched if it is not there.
+        """Return the cached copy of a shard, fetched if it is not there.
 
         Raises:
             BadShard: if it cannot be fetched, does not fit, or has another hash.
@@ -80,7 +79,7 @@ class ShardCache:
         while not _is_used(place):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with written_once(place, self.folder / f".{name}.part") as file:
+                with write_once(place, self.folder / f".{name}.part") as file:
                     if file is not None:
                         self._fetch(address, sha256, f".{name}.part", file)
             except OSError as error:
@@ -96,10 +95,10 @@ class ShardCache:
             raise self._unwritable(error, missing) from None
 
     def _reserve(self, own: str, file: FileIO, needed: int, wanted: int) -> int:
-        """Give a half-fetched file its size, as soon as that many bytes fit.
+        """Reserve space: set the size of a partial file as soon as that many bytes fit.
 
-        Others see the size and leave the room to it, though its bytes are still to come. Waits for
-        what others are fetching if that is all there is; whoever waits holds no room itself.
+        Other processes count this size before the bytes arrive. Waits while only the fetches of
+        others fill the cache; a process that waits reserves nothing itself.
         """
         had = file.tell()
         file.truncate(had)
@@ -108,14 +107,16 @@ class ShardCache:
             return self._grow(file, had, needed, wanted)
         if needed > self.limit_bytes:
             raise BadShard(
-                f"has {needed:,} bytes or more and the cache may hold {self.limit_bytes:,}: raise "
-                "the cache limit, or fetch the shard yourself and name the file"
+                f"has {needed:,} bytes or more and the cache limit is {self.limit_bytes:,}: raise "
+                "the limit, or fetch the shard yourself and name the file"
             )
         wanted = min(wanted, self.limit_bytes)
+        lock = self.folder / ".lock"
         while True:
-            with exclusive(_made(self.folder / ".lock")):
+            lock.touch()
+            with file_lock(lock):
                 others, is_moving = _in_flight(self.folder, own)
-                over = _shrunk(self.folder, others + wanted - self.limit_bytes)
+                over = _evict_lru(self.folder, others + wanted - self.limit_bytes)
                 if over <= 0 or had or not is_moving:
                     return self._grow(file, had, needed, wanted)
             self.patience.sleep(_TURN_SECONDS)
@@ -130,7 +131,7 @@ class ShardCache:
         return wanted
 
     def _unwritable(self, error: OSError, missing: int = 0) -> BadShard:
-        if error.errno in _FULL:
+        if error.errno in OUT_OF_SPACE:
             return self._full(missing)
         return BadShard(
             f"cannot be fetched, the cache folder {self.folder} is not writable "
@@ -143,19 +144,19 @@ class ShardCache:
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(self.folder).free
         return BadShard(
-            f"could not be stored, the disk of {self.folder} is full (room for {missing:,} more "
-            f"bytes is wanted, {free:,} are free): make room, set a lower cache limit, or name a "
+            f"could not be stored, the disk of {self.folder} is full ({missing:,} more bytes are "
+            f"needed, {free:,} are free): free some space, set a lower cache limit, or name a "
             "folder on a larger disk with $MMCL_CACHE"
         )
 
 
 @dataclass(frozen=True, slots=True)
-class CachedOrigin:
-    """A shard that is fetched whole into a cache; implements ``Origin``.
+class CachedFile:
+    """Remote shard that is fetched whole into a cache; implements ``ShardLocation``.
 
     Args:
-        address: of the shard, with whatever is secret in it.
-        cache: for its copy.
+        address: of the shard, with its secrets.
+        cache: of its copy.
         sha256: of its content in hex, "" = unknown.
     """
 
@@ -165,26 +166,26 @@ class CachedOrigin:
 
     @property
     def url(self) -> str:
-        """Return the address without what is secret in it."""
-        return without_secrets(self.address)
+        """Return the address without its secrets."""
+        return redact_url(self.address)
 
     @property
     def is_remote(self) -> bool:
-        """Tell that it may have to be fetched."""
+        """Return True, it may have to be fetched."""
         return True
 
     def path(self) -> Path:
-        """Return the copy; open it at once, it may be removed again.
+        """Return the cached copy; open it at once, for it may be evicted.
 
         Raises:
             BadShard: if it cannot be fetched.
         """
         return self.cache.path(self.address, self.sha256)
 
-    def fetch_ahead(self) -> None:
-        """Begin to fetch it in the background, at most two shards of a process at a time.
+    def prefetch(self) -> None:
+        """Prefetch the shard in the background, at most two shards of a process at a time.
 
-        A fetch that fails is told when ``path`` is asked for.
+        The error of a fetch that fails is raised by ``path``.
         """
         if not (self.cache.folder / cached_name(self.address, self.sha256)).exists():
             threading.Thread(target=self._fetch_quietly, daemon=True).start()
@@ -195,9 +196,9 @@ class CachedOrigin:
 
 
 def _is_used(place: Path) -> bool:
-    """Tell whether a file is there, and note the time."""
+    """Return whether a file exists, and set its access time."""
     try:
-        # The time of modification stays: the index of the shard is checked against it.
+        # The modification time stays: the index of the shard is checked against it.
         os.utime(place, ns=(time.time_ns(), place.stat().st_mtime_ns))
     except FileNotFoundError:
         return False
@@ -207,11 +208,11 @@ def _is_used(place: Path) -> bool:
 
 
 def _in_flight(folder: Path, own: str) -> tuple[int, bool]:
-    """Return the bytes of what others fetch, and whether some will be done; remove left-overs.
+    """Return the bytes that others are fetching, and whether any fetch can end; remove left-overs.
 
-    Where nothing can be locked, nobody knows whether another process still fetches.
+    Without locks it is unknown whether another process still fetches.
     """
-    held, is_moving = 0, False
+    reserved, is_moving = 0, False
     for entry in _entries(folder, _PART):
         place = Path(entry.path)
         if entry.name.startswith(own):
@@ -220,13 +221,13 @@ def _in_flight(folder: Path, own: str) -> tuple[int, bool]:
             if remove_left_over(place):
                 continue
             size = place.stat().st_size
-            held += size
+            reserved += size
             is_moving = is_moving or (size > 0 and entry.name.endswith(".part"))
-    return held, is_moving
+    return reserved, is_moving
 
 
-def _shrunk(folder: Path, over: int) -> int:
-    """Remove the shards used longest ago until at least this many bytes are gone.
+def _evict_lru(folder: Path, over: int) -> int:
+    """Evict the least recently used shards until the cache is within its limit.
 
     Args:
         folder: of the cache.
@@ -257,18 +258,13 @@ def _entries(folder: Path, names: re.Pattern[str]) -> list[os.DirEntry[str]]:
         return [entry for entry in entries if names.fullmatch(entry.name)]
 
 
-def _made(lock: Path) -> Path:
-    lock.touch()
-    return lock
-
-
 @functools.lru_cache(maxsize=16)
 def _tidy_once(folder: Path, process: int) -> None:
-    """Remove what killed processes left, once in every process."""
+    """Remove the partial files of killed processes, once in every process."""
     _in_flight(folder, "/")
 
 
 @functools.cache
 def _ahead(process: int) -> threading.BoundedSemaphore:
-    # A forked process gets one of its own: the threads that hold the other stay with its parent.
+    # One per process: after a fork, the threads that hold the other stay in the parent.
     return threading.BoundedSemaphore(_FETCHES_AHEAD)

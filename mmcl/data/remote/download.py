@@ -1,4 +1,4 @@
-"""What every way of fetching a remote shard gives and raises."""
+"""Download of a remote shard, its transient error, and redaction of foreign error texts."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class Download:
-    """The bytes of a remote shard as they arrive.
+    """Bytes of a remote shard as they arrive.
 
     Attributes:
-        pieces: of the content from byte ``start`` on; raises PassingFault, TimeoutError or OSError
-            where it breaks off, and may also just end too early.
-        total: bytes of the whole shard, None where nobody states them.
-        start: first byte of the first piece; 0, or where a cut-off transfer is gone on with.
-        version: tells two contents of one address apart, "" = cannot.
+        pieces: chunks of the content from byte ``start``; raises TransientError, TimeoutError or
+            OSError where the transfer breaks off, and may also just end too early.
+        total: bytes of the whole shard, None if unknown.
+        start: first byte of the first chunk; 0, or where an interrupted transfer is resumed.
+        version: differs between two contents of one address, "" = unknown.
     """
 
     pieces: Iterator[bytes]
@@ -27,13 +27,13 @@ class Download:
     version: str = ""
 
 
-class PassingFault(Exception):
-    """An attempt failed in a way that may pass; its text is the reason.
+class TransientError(Exception):
+    """Transient error: an attempt failed and a retry may succeed; its text is the reason.
 
     Args:
         reason: what happened, without the address.
-        wait_seconds: what the server asks to wait before the next attempt, 0 = nothing.
-        starts_over: what came so far is of no use.
+        wait_seconds: that the server requests before the next attempt, 0 = none.
+        starts_over: the bytes received so far are useless.
     """
 
     def __init__(self, reason: str, wait_seconds: float = 0.0, starts_over: bool = False) -> None:
@@ -42,8 +42,8 @@ class PassingFault(Exception):
         self.starts_over = starts_over
 
 
-def told(error: BaseException) -> str:
-    """Put an error of a foreign library in words, without what could be secret in it."""
+def redact(error: BaseException) -> str:
+    """Return the text of another library's error with everything secret redacted."""
     text = " ".join(str(error).split())
     text = re.sub(r"(\w+://)[^\s/@]+@", r"\1", text)
     text = re.sub(r"(\w+://[^\s?]*)\?\S+", r"\1?...", text)

@@ -1,8 +1,7 @@
-"""Fetching one remote shard: several attempts, going on where a transfer was cut off."""
+"""Fetch of one remote shard: retries, and resume where a transfer was cut off."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import random
@@ -11,47 +10,47 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 
-from mmcl.data.faults import BadShard
-from mmcl.data.remote.clouds import open_cloud
-from mmcl.data.remote.download import Download, PassingFault
-from mmcl.data.remote.web import WEB, open_web
+from mmcl.data.errors import BadShard
+from mmcl.data.remote.download import Download, TransientError
+from mmcl.data.remote.fsspec_store import open_cloud
+from mmcl.data.remote.http import WEB, open_web
 
 _STEP = 1 << 26
-"""Bytes by which room is asked for where nobody states how many there are."""
-# Python's own generator belongs to the user, who may have seeded it.
+"""Bytes reserved at a time where the size of a shard is unknown."""
+# Python's global generator belongs to the user, who may have seeded it.
 _CHANCE = random.SystemRandom()
 
 
 Reserve = Callable[[int, int], int]
-"""Called with (bytes that a file has to hold, bytes it had better hold), gives those it may."""
+"""Called with (bytes that a file needs, bytes that it wants), returns the bytes it may have."""
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long a fetch goes on trying.
+class RetryPolicy:
+    """Retry policy of a fetch: attempts, timeouts and exponential backoff.
 
     Attributes:
-        attempts: in all, at least 1.
-        stall_seconds: without a connection, or without a byte, end an attempt.
-        first_wait_seconds: after the first attempt; doubled after each further one.
-        longest_wait_seconds: between two attempts, of our own accord.
-        longest_asked_seconds: between two attempts, where the server asks for it (Retry-After).
-        jitter: share by which a wait is lengthened at most, so that workers do not come at once.
-        sleep: waits; tests replace it.
+        attempts: number of attempts, at least 1.
+        stall_seconds: timeout of an attempt without a connection, or without a byte.
+        first_wait_seconds: backoff after the first attempt; doubled after each further one.
+        longest_wait_seconds: upper bound of the backoff.
+        max_requested_seconds: upper bound where the server requests a wait (Retry-After).
+        jitter: largest fraction added to a wait, so that workers do not retry in step.
+        sleep: function that waits; tests replace it.
     """
 
     attempts: int = 5
     stall_seconds: float = 30.0
     first_wait_seconds: float = 1.0
     longest_wait_seconds: float = 30.0
-    longest_asked_seconds: float = 120.0
+    max_requested_seconds: float = 120.0
     jitter: float = 0.25
     sleep: Callable[[float], None] = time.sleep
 
-    def wait(self, attempts: int, asked_seconds: float = 0.0) -> None:
-        """Wait after so many attempts, as long as the server asks for or longer."""
+    def wait(self, attempts: int, requested_seconds: float = 0.0) -> None:
+        """Wait after a number of attempts, at least as long as the server requests."""
         own = min(self.first_wait_seconds * 2.0 ** (attempts - 1), self.longest_wait_seconds)
-        seconds = max(own, min(asked_seconds, self.longest_asked_seconds))
+        seconds = max(own, min(requested_seconds, self.max_requested_seconds))
         self.sleep(seconds * (1.0 + self.jitter * _CHANCE.random()))
 
 
@@ -61,44 +60,46 @@ def fetch(
     *,
     reserve: Reserve,
     sha256: str = "",
-    patience: Patience | None = None,
+    patience: RetryPolicy | None = None,
 ) -> None:
     """Write a remote shard into a file.
 
     Args:
-        address: of the shard; no error names it, it may hold a password.
-        file: open for writing; what it holds is written over.
-        reserve: asked for room as soon as the size of the shard is known, else in steps.
+        address: of the shard; no error names it, for it may hold a password.
+        file: open for writing; its content is overwritten.
+        reserve: reserves disk space as soon as the size of the shard is known, else in steps.
         sha256: of the shard in hex, "" = unknown. On a mismatch it is fetched a second time.
-        patience: how often and how long.
+        patience: retry policy.
 
     Raises:
-        BadShard: if it does not arrive whole, with what happened at every attempt.
+        BadShard: if it does not arrive whole, with the error of every attempt.
         OSError: if the file cannot be written.
     """
-    patience = patience or Patience()
+    patience = patience or RetryPolicy()
     work = _Fetch(address, file, reserve, sha256.lower())
     failures: list[str] = []
     while True:
         try:
             work.attempt(patience.stall_seconds)
             return
-        except PassingFault as fault:
-            failures.append(str(fault))
-            asked = fault.wait_seconds
-            if fault.starts_over:
+        except TransientError as error:
+            failures.append(str(error))
+            requested = error.wait_seconds
+            if error.starts_over:
                 work.version = ""
         if len(failures) >= patience.attempts:
             count = "1 attempt" if len(failures) == 1 else f"{len(failures)} attempts"
+            alike = [(text, len(list(group))) for text, group in itertools.groupby(failures)]
+            listed = "; ".join(text if n == 1 else f"{text}, {n} times" for text, n in alike)
             raise BadShard(
-                f"could not be fetched after {count} ({_summary(failures)}): check the address "
+                f"could not be fetched after {count} ({listed}): check the address "
                 "and the network, or fetch it yourself and name the file"
             )
-        patience.wait(len(failures), asked)
+        patience.wait(len(failures), requested)
 
 
 class _Fetch:
-    """What is known of a shard after some attempts."""
+    """State of a fetch across its attempts."""
 
     def __init__(self, address: str, file: FileIO, reserve: Reserve, sha256: str) -> None:
         self.address = address
@@ -114,12 +115,14 @@ class _Fetch:
 
     def attempt(self, seconds: float) -> None:
         start = self.written if self.version else 0
-        with _opened(self.address, start, self.version, seconds) as download:
+        is_web = self.address.partition(":")[0].lower() in WEB
+        opened = open_web if is_web else open_cloud
+        with opened(self.address, start, self.version, seconds) as download:
             self.begin(download)
             for piece in self.arriving(download, seconds):
                 self.write(piece)
         if self.total not in (None, self.written):
-            raise PassingFault(f"it was cut off at {self.place()}")
+            raise TransientError(f"it was cut off at {self.position()}")
         self.check_hash()
         self.file.truncate(self.written)
 
@@ -132,20 +135,22 @@ class _Fetch:
             self.reserved = self.reserve(self.total, self.total)
 
     def arriving(self, download: Download, seconds: float) -> Iterator[bytes]:
-        """Give the pieces; where they break off, tell at which byte."""
+        """Yield the chunks; an error names the byte where they break off."""
         try:
             yield from download.pieces
         except TimeoutError:
-            raise PassingFault(f"it stalled for {seconds:g} s at {self.place()}") from None
+            raise TransientError(f"it stalled for {seconds:g} s at {self.position()}") from None
         except OSError:
-            raise PassingFault(f"it was cut off at {self.place()}") from None
+            raise TransientError(f"it was cut off at {self.position()}") from None
 
     def write(self, piece: bytes) -> None:
         after = self.written + len(piece)
         if self.total is None and after > self.reserved:
             self.reserved = self.reserve(after, after + _STEP)
         elif self.total is not None and after > self.total:
-            raise PassingFault(f"more bytes came than the {self.total:,} stated", starts_over=True)
+            raise TransientError(
+                f"more bytes came than the {self.total:,} stated", starts_over=True
+            )
         rest = memoryview(piece)
         while rest:
             rest = rest[self.file.write(rest) :]
@@ -153,7 +158,7 @@ class _Fetch:
         if self.sha256:
             self.digest.update(piece)
 
-    def place(self) -> str:
+    def position(self) -> str:
         of = "" if self.total is None else f" of {self.total:,}"
         return f"byte {self.written:,}{of}"
 
@@ -168,16 +173,4 @@ class _Fetch:
                 "or the card"
             )
         self.other_hash = own
-        raise PassingFault("its sha256 was not the card's", starts_over=True)
-
-
-def _opened(
-    address: str, start: int, version: str, seconds: float
-) -> contextlib.AbstractContextManager[Download]:
-    scheme = address.partition(":")[0].lower()
-    return (open_web if scheme in WEB else open_cloud)(address, start, version, seconds)
-
-
-def _summary(failures: list[str]) -> str:
-    grouped = [(text, len(list(alike))) for text, alike in itertools.groupby(failures)]
-    return "; ".join(text if count == 1 else f"{text}, {count} times" for text, count in grouped)
+        raise TransientError("its sha256 was not the card's", starts_over=True)

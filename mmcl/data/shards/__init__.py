@@ -1,1 +1,1 @@
-"""Shards: tars and loose files, their indexes, and copies that are kept."""
+"""Shards: tars and JSON files in place, their indexes, and copies of replay samples."""

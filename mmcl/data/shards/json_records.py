@@ -16,17 +16,17 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from mmcl.data.faults import BadSample
-from mmcl.data.shard import Numbers
+from mmcl.data.errors import BadSample
+from mmcl.data.protocols import IntArray
 
 MAX_RECORD_BYTES = 4 << 20
 """Longer records are bad samples."""
 MAX_DEPTH = 64
-"""Lists and mappings of a record that lie inside each other, at most."""
+"""Deepest nesting of lists and mappings in a record."""
 
-_PIECE = 8 << 20
+_CHUNK = 8 << 20
 _SPACE = b" \t\r\n"
-_MARK = b"\xef\xbb\xbf"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _QUOTE, _BACKSLASH, _COMMA = b'"\\,'
 _STEPS = np.zeros(256, dtype=np.int8)
 _STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
@@ -36,38 +36,38 @@ _IS_STRUCTURE[_COMMA] = True
 
 @dataclass(frozen=True)
 class JsonRecords:
-    """Where the n records of a file lie; picklable.
+    """Offsets and lengths of the n records of a file; picklable.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         size: bytes of the file when it was scanned.
-        time_ns: when it had been written.
-        offset: (n,) byte where each record starts; spaces may stand before and after it.
-        length: (n,) its bytes.
+        time_ns: modification time of the file when it was scanned.
+        offset: (n,) byte where each record starts; white space may surround it.
+        length: (n,) bytes of each record.
     """
 
     path: Path
     size: int
     time_ns: int
-    offset: Numbers
-    length: Numbers
+    offset: IntArray
+    length: IntArray
 
     def __len__(self) -> int:
         """Return n."""
         return len(self.offset)
 
-    def part(self, places: Numbers | slice) -> JsonRecords:
-        """Return some of the records."""
-        return replace(self, offset=self.offset[places], length=self.length[places])
+    def part(self, indices: IntArray | slice) -> JsonRecords:
+        """Return a subset of the records."""
+        return replace(self, offset=self.offset[indices], length=self.length[indices])
 
-    def read(self, place: int) -> Any:
+    def read(self, index: int) -> Any:
         """Parse a record.
 
         Raises:
             BadSample: if it is too large, too deep, not UTF-8 or not JSON.
             RuntimeError: if the file changed since it was scanned.
         """
-        offset, length = int(self.offset[place]), int(self.length[place])
+        offset, length = int(self.offset[index]), int(self.length[index])
         if length > MAX_RECORD_BYTES:
             raise BadSample(f"its record has {length} bytes, more than {MAX_RECORD_BYTES}")
         return parse(self._bytes(offset, length))
@@ -123,7 +123,7 @@ def find_records(path: Path) -> JsonRecords:
         else:
             stop = status.st_size if first == b"{" else start
             offset, length = np.array([start]), np.array([stop - start])
-        if len(offset) == 1 and not _holds(file, int(offset[0]), int(length[0])):
+        if len(offset) == 1 and not _has_text(file, int(offset[0]), int(length[0])):
             offset = length = offset[:0]
     if not len(offset):
         reason = "" if first in b"[{" else f" (it starts with byte {first[0]:#04x})"
@@ -135,117 +135,118 @@ def find_records(path: Path) -> JsonRecords:
 
 
 def _start(file: BinaryIO) -> tuple[int, bytes]:
-    """Return where the first byte that says something is, and this byte; b"" if there is none."""
-    start = len(_MARK) if file.read(len(_MARK)) == _MARK else 0
+    """Return offset and value of the first byte that is not white space; b"" if there is none."""
+    mark = _BYTE_ORDER_MARK
+    start = len(mark) if file.read(len(mark)) == mark else 0
     file.seek(start)
-    while piece := file.read(1 << 16):
-        rest = piece.lstrip(_SPACE)
+    while chunk := file.read(1 << 16):
+        rest = chunk.lstrip(_SPACE)
         if rest:
-            return start + len(piece) - len(rest), rest[:1]
-        start += len(piece)
+            return start + len(chunk) - len(rest), rest[:1]
+        start += len(chunk)
     return start, b""
 
 
 def _is_lines(file: BinaryIO, start: int) -> bool:
-    """Tell whether a file that starts with ``{`` holds more than this one value."""
+    """Return whether a file that starts with ``{`` holds more than this one value."""
     file.seek(start)
     line = file.readline(MAX_RECORD_BYTES)
     return line.rstrip().endswith(b"}") and bool(file.read(1 << 16).strip())
 
 
-def _lines(file: BinaryIO, start: int) -> tuple[Numbers, Numbers]:
-    """Return offset and length of all lines that hold more than spaces."""
+def _lines(file: BinaryIO, start: int) -> tuple[IntArray, IntArray]:
+    """Return offset and length of all lines that are not blank."""
     offset, length = array("q"), array("q")
     file.seek(start)
-    place, says = start, False
+    line_start, has_text = start, False
     while line := file.readline(MAX_RECORD_BYTES):
         start += len(line)
-        says = says or not line.isspace()
+        has_text = has_text or not line.isspace()
         if line.endswith(b"\n") or not file.peek(1):  # type: ignore[attr-defined]
-            if says:
-                offset.append(place)
-                length.append(start - place)
-            place, says = start, False
+            if has_text:
+                offset.append(line_start)
+                length.append(start - line_start)
+            line_start, has_text = start, False
     return np.array(offset, dtype=np.int64), np.array(length, dtype=np.int64)
 
 
-def _elements(path: Path, file: BinaryIO, start: int) -> tuple[Numbers, Numbers]:
-    """Return offset and length of what stands between the brackets and commas of a list."""
+def _elements(path: Path, file: BinaryIO, start: int) -> tuple[IntArray, IntArray]:
+    """Return offset and length of the elements of a list: what its brackets and commas separate."""
     file.seek(start)
     bounds = [np.array([start], dtype=np.int64)]
-    depth, in_text, done = 0, False, start
-    while len(piece := _piece(path, file)):
-        places, is_quoted = _outside_of_texts(piece, in_text)
-        depths = depth + np.cumsum(_STEPS[piece[places]], dtype=np.int64)
+    depth, in_string, done = 0, False, start
+    while len(chunk := _chunk(path, file)):
+        structure, ends_in_string = _outside_of_strings(chunk, in_string)
+        depths = depth + np.cumsum(_STEPS[chunk[structure]], dtype=np.int64)
         ends = np.flatnonzero(depths == 0)
         if len(ends):
-            end = int(places[ends[0]])
-            own = places[: ends[0]][depths[: ends[0]] == 1]
-            bounds.append(done + own[piece[own] == _COMMA])
+            end = int(structure[ends[0]])
+            own = structure[: ends[0]][depths[: ends[0]] == 1]
+            bounds.append(done + own[chunk[own] == _COMMA])
             bounds.append(np.array([done + end]))
-            _expect_nothing_more(path, file, done + end + 1)
-            whole = np.concatenate(bounds)
-            return whole[:-1] + 1, np.diff(whole) - 1
-        own = places[(depths == 1) & (piece[places] == _COMMA)]
+            _expect_only_space(path, file, done + end + 1)
+            bound = np.concatenate(bounds)
+            return bound[:-1] + 1, np.diff(bound) - 1
+        own = structure[(depths == 1) & (chunk[structure] == _COMMA)]
         bounds.append(done + own)
-        depth, in_text = int(depths[-1]) if len(depths) else depth, is_quoted
-        done += len(piece)
+        depth, in_string = int(depths[-1]) if len(depths) else depth, ends_in_string
+        done += len(chunk)
     raise ValueError(
         f"{path} is not JSON, it ends at byte {done} in the middle of its list: fetch or write it "
         "again"
     )
 
 
-def _piece(path: Path, file: BinaryIO) -> npt.NDArray[np.uint8]:
-    """Read a piece that does not end between a backslash and what it stands before."""
-    piece = file.read(_PIECE)
-    while piece.endswith(b"\\") and (more := file.read(1 << 16)):
-        piece += more
-        if len(piece) > 4 * MAX_RECORD_BYTES + _PIECE:
+def _chunk(path: Path, file: BinaryIO) -> npt.NDArray[np.uint8]:
+    """Read a chunk that does not end between a backslash and the character that it escapes."""
+    chunk = file.read(_CHUNK)
+    while chunk.endswith(b"\\") and (more := file.read(1 << 16)):
+        chunk += more
+        if len(chunk) > 4 * MAX_RECORD_BYTES + _CHUNK:
             raise ValueError(f"{path} is not JSON, it holds megabytes of backslashes")
-    return np.frombuffer(piece, np.uint8)
+    return np.frombuffer(chunk, np.uint8)
 
 
-def _outside_of_texts(piece: npt.NDArray[np.uint8], in_text: bool) -> tuple[Numbers, bool]:
-    """Find brackets and commas that are not inside of a text.
+def _outside_of_strings(chunk: npt.NDArray[np.uint8], in_string: bool) -> tuple[IntArray, bool]:
+    """Find brackets and commas that are not inside of a string.
 
     Args:
-        piece: (n,) bytes of the file, not in the middle of an escape.
-        in_text: whether the piece starts inside of a text.
+        chunk: (n,) bytes of the file, not in the middle of an escape.
+        in_string: whether the chunk starts inside of a string.
 
     Returns:
-        their places in the piece, and whether it ends inside of a text.
+        their indices in the chunk, and whether it ends inside of a string.
     """
-    quotes = np.flatnonzero(piece == _QUOTE)
-    slashes = np.flatnonzero(piece == _BACKSLASH)
+    quotes = np.flatnonzero(chunk == _QUOTE)
+    slashes = np.flatnonzero(chunk == _BACKSLASH)
     if len(slashes):
-        # A quote is part of the text if an odd number of backslashes stands before it.
+        # A quote is part of the string if an odd number of backslashes precedes it.
         runs = slashes[np.flatnonzero(np.diff(slashes, prepend=-2) > 1)]
-        after = (quotes > 0) & (piece[quotes - 1] == _BACKSLASH)
+        after = (quotes > 0) & (chunk[quotes - 1] == _BACKSLASH)
         run = runs[np.searchsorted(runs, quotes[after]) - 1]
         escaped = np.zeros(len(quotes), dtype=bool)
         escaped[after] = (quotes[after] - run) % 2 == 1
         quotes = quotes[~escaped]
-    found = np.flatnonzero(_IS_STRUCTURE[piece])
+    found = np.flatnonzero(_IS_STRUCTURE[chunk])
     before = np.searchsorted(quotes, found)
-    return found[(before + in_text) % 2 == 0], bool((len(quotes) + in_text) % 2)
+    return found[(before + in_string) % 2 == 0], bool((len(quotes) + in_string) % 2)
 
 
-def _expect_nothing_more(path: Path, file: BinaryIO, end: int) -> None:
+def _expect_only_space(path: Path, file: BinaryIO, end: int) -> None:
     file.seek(end)
-    while piece := file.read(1 << 20):
-        if piece.strip(_SPACE):
+    while chunk := file.read(1 << 20):
+        if chunk.strip(_SPACE):
             raise ValueError(
-                f"{path} is not JSON, it goes on after the end of its list at byte {end}"
+                f"{path} is not JSON, it continues after the end of its list at byte {end}"
             )
 
 
-def _holds(file: BinaryIO, offset: int, length: int) -> bool:
+def _has_text(file: BinaryIO, offset: int, length: int) -> bool:
     file.seek(offset)
-    return length > 1 << 16 or bool(file.read(length).strip(_SPACE + _MARK))
+    return length > 1 << 16 or bool(file.read(length).strip(_SPACE + _BYTE_ORDER_MARK))
 
 
 def _depth(data: bytes) -> int:
-    piece = np.frombuffer(data, np.uint8)
-    places, _ = _outside_of_texts(piece, False)
-    return int(np.cumsum(_STEPS[piece[places]], dtype=np.int64).max(initial=0))
+    chunk = np.frombuffer(data, np.uint8)
+    structure, _ = _outside_of_strings(chunk, False)
+    return int(np.cumsum(_STEPS[chunk[structure]], dtype=np.int64).max(initial=0))

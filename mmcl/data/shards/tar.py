@@ -1,4 +1,4 @@
-"""Tar headers, read one after the other without trusting any of them.
+"""Tar reader that walks over untrusted headers and yields the regular files.
 
 ``tarfile`` itself takes a damaged header in the middle of an archive for its end, reads extended
 headers of any size into memory and follows chains of them by recursion. So only its parser of a
@@ -12,14 +12,14 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from mmcl.data.faults import BadShard
+from mmcl.data.errors import BadShard
 
 BLOCK = 512
 MAX_EXTENDED_BYTES = 1 << 20
 """Longest extended header (pax records, a GNU long name) that is read."""
 
 Piece = Callable[[int, int], bytes]
-"""Called with an offset and a length, returns the bytes there, fewer at the end of the file."""
+"""Function (offset, length) -> the bytes of this range, fewer at the end of the file."""
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
 _EMPTY = bytes(BLOCK)
@@ -33,7 +33,7 @@ class Member(NamedTuple):
     """A regular file inside a tar.
 
     Attributes:
-        name: as it stands in the header; never used as a path.
+        name: name in the header; never used as a path.
         offset: byte of the shard where its content starts.
         length: bytes of content.
     """
@@ -44,7 +44,7 @@ class Member(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What is read of a 512-byte header: the name, the type's byte, and the bytes of content."""
+    """Fields of a 512-byte header: name, type byte, and number of content bytes."""
 
     name: bytes
     kind: bytes
@@ -52,12 +52,12 @@ class Header(NamedTuple):
 
 
 def members(piece: Piece, size: int, start: int = 0) -> Iterator[Member]:
-    """Walk over the regular files of a tar; links, devices and folders are passed over.
+    """Yield the regular files of a tar; links, devices and folders are skipped.
 
     Args:
-        piece: reads the tar.
+        piece: reads a byte range of the tar.
         size: bytes of the tar.
-        start: byte behind the padded content of a member, to begin there.
+        start: offset after the padded content of a member, to begin there.
 
     Raises:
         BadShard: if the file is empty, compressed, truncated or damaged, with the offset.
@@ -71,7 +71,7 @@ def members(piece: Piece, size: int, start: int = 0) -> Iterator[Member]:
         inside, kind = offset + BLOCK, header.kind
         content = header.size if length is None else length
         if content < 0 or kind == tarfile.GNUTYPE_SPARSE:
-            raise BadShard(f"holds a sparse or negative member at byte {offset}: write it anew")
+            raise BadShard(f"holds a sparse or negative member at byte {offset}: write it again")
         if kind in _LONG:
             text = _extended(piece, inside, header.size, size).split(b"\0", 1)[0]
             name = text if kind == tarfile.GNUTYPE_LONGNAME else name
@@ -93,11 +93,11 @@ def members(piece: Piece, size: int, start: int = 0) -> Iterator[Member]:
                 yield Member(header.name if name is None else name, inside, content)
             name = length = None
         offset = inside + padded(content)
-    _expect_nothing_more(piece, offset, size)
+    _expect_only_zeros(piece, offset, size)
 
 
 def padded(length: int) -> int:
-    """Return the bytes that content of this length takes up in a tar."""
+    """Return the bytes that content of this length occupies in a tar, whole blocks."""
     return -(-length // BLOCK) * BLOCK
 
 
@@ -134,9 +134,9 @@ def _header(piece: Piece, offset: int, size: int) -> Header | None:
 
 
 def plain_header(block: bytes) -> Header | None:
-    """Read a header with octal numbers, a true checksum and a name in one piece; None = another.
+    """Parse a plain header (octal numbers, valid checksum, name in one field); None = not plain.
 
-    Several times as fast as ``tarfile``, which parses every field and adds the bytes up twice.
+    Several times as fast as ``tarfile``, which parses every field and sums the bytes twice.
     """
     size, checksum, kind = block[124:136], block[148:156], block[156:157]
     digits, stated = size.rstrip(b" \0"), checksum.strip(b" \0")
@@ -145,17 +145,17 @@ def plain_header(block: bytes) -> Header | None:
     # The checksum's own field counts as eight spaces; zeros, most of a header, add nothing.
     counted = sum(block.translate(None, b"\0")) - sum(checksum) + 8 * 32
     try:
-        is_true, length = int(stated, 8) == counted, int(digits, 8)
+        is_valid, length = int(stated, 8) == counted, int(digits, 8)
     except ValueError:
         return None
-    return Header(block[:100].split(b"\0", 1)[0], kind, length) if is_true else None
+    return Header(block[:100].split(b"\0", 1)[0], kind, length) if is_valid else None
 
 
 def _extended(piece: Piece, start: int, length: int, size: int) -> bytes:
     if not 0 <= length <= MAX_EXTENDED_BYTES:
         raise BadShard(
             f"has an extended header of {length} bytes at byte {start}, expected at most "
-            f"{MAX_EXTENDED_BYTES}: write it anew"
+            f"{MAX_EXTENDED_BYTES}: write it again"
         )
     data = piece(start, length)
     if len(data) < length:
@@ -164,18 +164,18 @@ def _extended(piece: Piece, start: int, length: int, size: int) -> bytes:
 
 
 def _pax_records(data: bytes, offset: int) -> dict[bytes, bytes]:
-    """Read the records of a pax header: length, space, keyword, ``=``, value, end of line."""
+    """Parse the records of a pax header: length, space, keyword, ``=``, value, end of line."""
     records: dict[bytes, bytes] = {}
-    place = 0
-    while place < len(data) and data[place]:
-        space = data.find(b" ", place, place + 20)
-        digits = data[place:space] if space > 0 else b""
-        end = place + int(digits) if digits.isdigit() else 0
+    start = 0
+    while start < len(data) and data[start]:
+        space = data.find(b" ", start, start + 20)
+        digits = data[start:space] if space > 0 else b""
+        end = start + int(digits) if digits.isdigit() else 0
         if not 0 < space < end <= len(data):
-            raise BadShard(f"has a damaged extended header at byte {offset}: write it anew")
+            raise BadShard(f"has a damaged extended header at byte {offset}: write it again")
         keyword, _, value = data[space + 1 : end - 1].partition(b"=")
         records[keyword] = value
-        place = end
+        start = end
     return records
 
 
@@ -183,22 +183,22 @@ def _path_and_size(
     records: dict[bytes, bytes], offset: int, name: bytes | None, length: int | None
 ) -> tuple[bytes | None, int | None]:
     if any(keyword.startswith(b"GNU.sparse") for keyword in records):
-        raise BadShard(f"holds a sparse member at byte {offset}: write it anew, not sparse")
+        raise BadShard(f"holds a sparse member at byte {offset}: write it again, not sparse")
     stated = records.get(b"size")
     if stated is not None:
         if not stated.isdigit() or len(stated) > 18:
-            raise BadShard(f"has a damaged extended header at byte {offset}: write it anew")
+            raise BadShard(f"has a damaged extended header at byte {offset}: write it again")
         length = int(stated)
     return records.get(b"path", name), length
 
 
-def _expect_nothing_more(piece: Piece, offset: int, size: int) -> None:
-    # Readers stop at the end mark, so the second of two joined tars would be lost in silence.
-    place = offset
-    while place < size and (data := piece(place, 1 << 20)):
+def _expect_only_zeros(piece: Piece, offset: int, size: int) -> None:
+    # Readers stop at the end mark, so the second of two joined tars would be lost without an error.
+    start = offset
+    while start < size and (data := piece(start, 1 << 20)):
         if data.count(0) < len(data):
             raise BadShard(
-                f"goes on after its end mark at byte {offset} of {size}: "
-                "joined tars must be listed one by one or packed anew"
+                f"continues after its end mark at byte {offset} of {size}: "
+                "joined tars must be listed one by one or packed again"
             )
-        place += len(data)
+        start += len(data)

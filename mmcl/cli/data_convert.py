@@ -1,0 +1,224 @@
+"""``mmcl data convert``: convert your own data to shards and a card, or to a card alone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.progress import Progress
+
+from mmcl.cli.parser import CommandParser, UsageError
+from mmcl.data.convert.convert import ConvertedTasks, convert
+from mmcl.data.convert.in_place import InPlace
+from mmcl.data.convert.open_input import is_instructions, open_source
+from mmcl.data.convert.options import ConvertOptions
+from mmcl.data.convert.record import InputData, ProgressFn
+from mmcl.evaluation.scorers import find_scorer
+from mmcl.report.formatting import sanitize
+
+Made = TypeVar("Made")
+
+_LISTED = 5
+_EXAMPLES = """\
+SOURCE is one of
+  a folder   <class>/image.jpg, or train/<class>/... and test/<class>/...
+  a table    .csv, .tsv or .parquet (or a folder of these) with the columns path,text (captions),
+             path,label (classes) or path,question,answer; also task and split (train, test)
+  a JSON     LLaVA-style list or lines of {id, image, conversations: [{from, value}, ...]}, or of
+             {question_id, image, text, answer}
+
+  mmcl data convert flowers/ --out data/flowers --classes_per_task 10
+  mmcl data convert captions.csv --images images --out data/captions
+  mmcl data convert llava.json --images images --out data/llava --in_place
+  mmcl data convert more.json --images images --test test.json --references coco.json \\
+      --scorer caption --out data/llava --name more --append
+
+Images (JPEG, PNG, WebP) are copied byte for byte. Everything is read once before anything is
+written, and all bad samples are reported at once. The same command resumes if it was stopped.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Convert an image folder, a table or LLaVA-style JSON to a stream, or to more tasks of one."""
+    parser = CommandParser(
+        prog="mmcl data convert",
+        description=main.__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_inputs(parser)
+    _add_tasks(parser)
+    add_options(parser)
+    given = parser.parse_args(argv)
+    _expect_consistent(given)
+    options = _options(given)
+    train, test = _inputs(given)
+    card, converted = with_bar(
+        lambda progress: convert(
+            train,
+            test,
+            given.out,
+            options,
+            append=given.append,
+            card=given.card,
+            in_place=_in_place(given),
+            progress=progress,
+        )
+    )
+    report(card, [converted])
+    return 0
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="folder, csv, tsv, parquet or JSON")
+    add("--out", type=Path, required=True, help="folder of shards and card")
+    add("--images", type=Path, help="folder from which image paths start (that of SOURCE)")
+    add("--test", type=Path, help="source of the test samples")
+    add("--test_images", type=Path, help="folder of the images of --test (as --images)")
+    add("--tasks_are_folders", action="store_true",
+        help="SOURCE has the layout <task>/<class>/image.jpg")  # fmt: skip
+    add(
+        "--in_place",
+        action="store_true",
+        help="write no shards: the card refers to the JSON and its images",
+    )
+    add("--answer_field", default="answer",
+        help="JSON: key of the right answer in records with text (%(default)s)")  # fmt: skip
+    add("--references", type=Path,
+        help="JSON: file of all reference answers of --test, or of SOURCE without --test "
+        "(COCO captions, TextVQA)")  # fmt: skip
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    default = ConvertOptions
+    add = parser.add_argument
+    add("--name", help="name of the stream and its card (SOURCE without its extension)")
+    add("--task", default="", help="name of the task, if there is only one (as --name)")
+    add("--append", action="store_true", help="append the tasks to the card in --out")
+    add("--card", type=Path, help="card to append to, if --out has several")
+    add("--task_type", choices=("classification", "captioning", "retrieval", "instruction"),
+        help="type of the tasks (derived from the columns)")  # fmt: skip
+    add("--test_fraction", type=float, default=default.test_fraction,
+        help="without a test split: fraction of the samples to hold out (%(default)s)")  # fmt: skip
+    add("--classes_per_task", type=int, help="split the classes into tasks of this many")
+    add("--scenario", choices=("class", "domain", "task"),
+        help="class: new classes per task; domain: same; task: task known at test")  # fmt: skip
+    add("--scorer", default=default.scorer, help="scorer of answers (%(default)s)")
+    add("--max_new_tokens", type=int, help="length of an answer (64)")
+    add("--license", default="", help="license of the data, for the card")
+    add("--shard_samples", type=int, default=default.shard_samples,
+        help="samples per shard (%(default)s)")  # fmt: skip
+
+
+def add_options(parser: argparse.ArgumentParser, max_bad_fraction: float = 0.0) -> None:
+    """Add the options that every conversion has; see `shared_options`."""
+    add = parser.add_argument
+    add("--max_samples", type=_number,
+        help="200: at most 200 samples per file; 0.02: that fraction")  # fmt: skip
+    add("--max_bad_fraction", type=float, default=max_bad_fraction,
+        help="fraction of bad samples that may be left out (%(default)s)")  # fmt: skip
+    add("--skip_bad", action="store_true", help="leave out bad samples, however many")
+    add("--seed", type=int, default=0, help="random seed (%(default)s)")
+    add("--shard_mb", type=float, default=256, help="size of a shard in MiB (%(default)s)")
+    add("--num_workers", type=int, default=min(4, os.cpu_count() or 1),
+        help="processes (%(default)s)")  # fmt: skip
+
+
+def _number(text: str) -> int | float:
+    return float(text) if "." in text or "e" in text.lower() else int(text)
+
+
+def shared_options(given: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of `add_options` as arguments of `ConvertOptions`."""
+    return {
+        "seed": given.seed,
+        "max_samples": given.max_samples,
+        "shard_bytes": int(given.shard_mb * (1 << 20)),
+        "max_bad_fraction": 1.0 if given.skip_bad else given.max_bad_fraction,
+        "num_workers": given.num_workers,
+    }
+
+
+def _expect_consistent(given: argparse.Namespace) -> None:
+    find_scorer(given.scorer)
+    if given.card is not None and not given.append:
+        raise UsageError("--card names a card to append to: give --append as well")
+    if given.in_place and not is_instructions(given.source):
+        raise UsageError("--in_place needs LLaVA-style JSON, folders and tables become shards")
+    if given.in_place and given.references is not None:
+        raise UsageError("--in_place cannot add --references to a JSON: leave out one of them")
+
+
+def _options(given: argparse.Namespace) -> ConvertOptions:
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", given.source.resolve().stem).strip("-_")[:64]
+    own = (
+        "task", "scenario", "classes_per_task", "test_fraction", "shard_samples", "license",
+        "scorer", "max_new_tokens",
+    )  # fmt: skip
+    return ConvertOptions(
+        name=given.name or stem or "mine",
+        **{name: getattr(given, name) for name in own},
+        **shared_options(given),
+    )
+
+
+def _inputs(given: argparse.Namespace) -> tuple[InputData, InputData | None]:
+    """Open SOURCE, and --test or None."""
+
+    def opened(path: Path, images: Path | None, references: Path | None) -> InputData:
+        return open_source(
+            path,
+            given.task_type,
+            images,
+            tasks_are_folders=given.tasks_are_folders,
+            answer_field=given.answer_field,
+            references=references,
+        )
+
+    if given.test is None:
+        return opened(given.source, given.images, given.references), None
+    train = opened(given.source, given.images, None)
+    return train, opened(given.test, given.test_images or given.images, given.references)
+
+
+def _in_place(given: argparse.Namespace) -> InPlace | None:
+    if not given.in_place:
+        return None
+    images = given.images or given.source.parent
+    return InPlace(images, given.test_images or images, given.answer_field)
+
+
+def with_bar(work: Callable[[ProgressFn], Made]) -> Made:
+    """Run a conversion with a progress bar."""
+    with Progress(transient=True) as bar:
+        line = bar.add_task("", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            if done % 50 == 0 or done == total:
+                bar.update(line, description=what, completed=done, total=total)
+
+        return work(show)
+
+
+def report(card: Path, converted: Sequence[ConvertedTasks]) -> None:
+    """Print what was converted, what was left out, and the path of the card."""
+    for one in converted:
+        for entry in one.entries:
+            classes = f", {len(entry['classes'])} classes" if entry.get("classes") else ""
+            scorer = f", scored by {entry['scorer']}" if "scorer" in entry else ""
+            print(
+                f"{sanitize(entry['name']):16} {entry['size']:,} training and "
+                f"{entry['test_size']:,} test samples{classes}{scorer}"
+            )
+        if one.num_leaked:
+            print(f"{one.num_leaked:,} test samples have an image that is also a training image")
+        if one.num_bad:
+            print(f"{one.num_bad:,} bad samples left out (listed in {one.left_out_file}):")
+            for bad in one.left_out[:_LISTED]:
+                print(f"- {bad}")
+    print(card)

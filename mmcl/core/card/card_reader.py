@@ -1,0 +1,161 @@
+"""Reader of stream cards: the file, its size, and the checks that compare several fields."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmcl.core.card.schema import MAX_ERRORS, Card, CardErrors, SourceEntry, TaskEntry, nearest
+from mmcl.core.card.yaml_safe import parse_yaml
+from mmcl.core.quoting import repr_short, sanitize
+
+MAX_CARD_BYTES = 64 << 20
+
+_SUITED = {
+    "classification": ("image", "classification"),
+    "captioning": ("captioning", "retrieval"),
+    "retrieval": ("captioning", "retrieval"),
+    "instruction": ("instruction",),
+}
+"""Task type -> types of the sources whose samples fit into one batch with its own."""
+
+
+def read_card(path: Path, scorers: Sequence[str] = ()) -> Card:
+    """Read and check a stream card.
+
+    Args:
+        path: YAML file.
+        scorers: names that tasks may give as ``scorer``; empty = any.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: with one line for every error found.
+    """
+    card, errors = validate_card(path, scorers)
+    if errors:
+        lines = "\n".join(f"  - {error}" for error in errors)
+        count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
+        raise ValueError(f"stream card {path} has {count}:\n{lines}")
+    return card
+
+
+def validate_card(path: Path, scorers: Sequence[str] = ()) -> tuple[Card, list[str]]:
+    """Read a stream card as far as it can be read.
+
+    Args:
+        path: YAML file.
+        scorers: names that tasks may give as ``scorer``; empty = any.
+
+    Returns:
+        the card, with defaults in place of what is wrong, and one line for every error.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: if it is too large, or not YAML.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no stream card {path}: build the stream (mmcl data build <name>) "
+            "or give the path of a card"
+        )
+    if path.stat().st_size > MAX_CARD_BYTES:
+        raise ValueError(f"{path} is larger than {MAX_CARD_BYTES} bytes: this is not a card")
+    try:
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not YAML: {sanitize(str(error))}") from None
+    errors = CardErrors(scorers)
+    card = _check_entries(Card.model_validate(raw, context=errors), errors)
+    more = len(errors.found) - MAX_ERRORS
+    return card, errors.found[:MAX_ERRORS] + [f"and {more} more"] * (more > 0)
+
+
+def card_schema() -> dict[str, Any]:
+    """Return the JSON schema of a card's YAML file, for editors that complete and check it."""
+    return Card.model_json_schema()
+
+
+def _check_entries(card: Card, errors: CardErrors) -> Card:
+    """Note what does not fit together; return the card with inherited classes filled in."""
+    sources, tasks, eval_only = {}, [], []
+    for name, source in card.sources.items():
+        with errors.at(f"source {repr_short(name)}"):
+            sources[name] = _check_source(source, card, errors)
+    for n, task in enumerate(card.tasks):
+        with errors.at(f"task {n}", task.name or None):
+            tasks.append(_check_task(task, card, errors, known=card.classes))
+            _check_mixture(task, card, errors)
+    for n, task in enumerate(card.eval_only):
+        with errors.at(f"eval-only task {n}", task.name or None):
+            eval_only.append(_check_task(task, card, errors))
+    names = Counter(task.name for task in tasks + eval_only if task.name)
+    for name in sorted(name for name, count in names.items() if count > 1):
+        errors.add(f"has two tasks named {repr_short(name)}: give each its own name")
+    classes = card.classes or tuple(dict.fromkeys(n for task in tasks for n in task.classes))
+    entries = {"sources": sources, "tasks": tuple(tasks), "eval_only": tuple(eval_only)}
+    return card.model_copy(update={**entries, "classes": classes})
+
+
+def _check_task(task: TaskEntry, card: Card, errors: CardErrors, known: Sequence[str] = ()) -> Any:
+    classes = task.classes or card.classes
+    if task.task_type == "classification" and not classes:
+        errors.add("has no 'classes': name them here or at the top")
+    unknown = sorted(set(task.classes) - set(known)) if known else []
+    if unknown:
+        errors.add(f"has classes {repr_short(unknown)} that the card's 'classes' lack: add them")
+    both = sorted(set(task.train) & set(task.test))
+    if both:
+        errors.add(f"tests on shards it trains on: {repr_short(both)}")
+    if task.decoding == "candidates" and not (task.task_type == "instruction" and classes):
+        errors.add(
+            f"lets candidates compete (decoding) but has task_type '{task.task_type}' and "
+            f"{len(classes)} 'classes': they are the answers of a task of task_type 'instruction'"
+        )
+    # A name may be followed by the version of its rule, as in exact/1.
+    scorer = task.scorer.partition("/")[0]
+    if task.task_type == "instruction" and errors.scorers and scorer not in errors.scorers:
+        hint = nearest(task.scorer, errors.scorers)
+        errors.add(f"has the unknown scorer {repr_short(task.scorer)}: {hint}")
+    return task.model_copy(update={"classes": classes})
+
+
+def _check_mixture(task: TaskEntry, card: Card, errors: CardErrors) -> None:
+    suited = _SUITED.get(task.task_type, ())
+    for name in task.mixture:
+        source = card.sources.get(name)
+        if source is None:
+            known = ", ".join(map(repr_short, card.sources))[:80] or "there are none"
+            errors.add(
+                f"mixes in {repr_short(name)}, which is none of the card's 'sources' ({known})"
+            )
+        elif source.task_type not in suited:
+            errors.add(
+                f"has task_type '{task.task_type}' and mixes in {repr_short(name)} of task_type "
+                f"'{source.task_type}', expected {' or '.join(suited) or 'no source'}: all samples "
+                "of a batch have the same fields"
+            )
+    total = sum(task.mixture.values()) + (task.replay_ratio or 0)
+    if total >= 1:
+        errors.add(
+            f"gives {total:g} of every batch to replayed samples and sources "
+            "(replay_ratio, mixture): leave some to its own"
+        )
+
+
+def _check_source(source: SourceEntry, card: Card, errors: CardErrors) -> SourceEntry:
+    is_classified = source.task_type == "classification"
+    classes = source.classes or (card.classes if is_classified else ())
+    foreign = sorted(set(classes) - set(card.classes))
+    if is_classified and (foreign or not classes):
+        errors.add(
+            "has task_type 'classification' and has classes "
+            f"{repr_short(foreign) if foreign else 'none'} "
+            "that the card's own 'classes' lack: list them at the top"
+        )
+    if source.in_loss and source.task_type == "image":
+        errors.add(
+            "has scored True, expected false for images alone: they have no loss of their own"
+        )
+    return source.model_copy(update={"classes": classes})

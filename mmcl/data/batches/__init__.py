@@ -1,0 +1,1 @@
+"""Training and evaluation batches: permutation, batch plan, collate, loaders, shared memory."""

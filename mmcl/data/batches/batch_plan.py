@@ -1,0 +1,233 @@
+"""Which samples make up which batch: a function of (seed, task, epoch, step), never a state.
+
+A global batch holds new samples of the task and, each in an exact number of slots, replayed samples
+and samples of mixed-in sources. Any batch of any epoch is computed from its number alone.
+
+Ranks: with W ranks and A accumulated micro-batches, micro-batch a of rank r takes the samples
+``a * W + r, a * W + r + W * A, ...`` of the global batch. So rank r sees samples r, r + W, ... of
+it, and micro-batch a of all ranks together, sample i of rank r at index i * W + r, keeps its order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+
+from mmcl.core.seeding import hash_priorities, hash_seed
+from mmcl.data.batches.permutation import SORTED, Permutation, shuffled
+from mmcl.data.protocols import IntArray
+
+_NEW, _REPLAYED, _SOURCE, _GROUPED = 1, 2, 3, 4
+"""Purpose of a permutation, hashed into its seed so that no two purposes share draws."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Composition of the global batches of a task: new, replayed and mixed-in samples.
+
+    Attributes:
+        new: samples of the task.
+        global_batch_size: samples of a batch over all ranks and accumulated micro-batches, at most.
+        num_replay: samples in the replay list.
+        replay_ratio: fraction of every batch that they take; None = they are shuffled among the new
+            ones.
+        sources: (samples, fraction of every batch) of each mixed-in source.
+    """
+
+    new: int
+    global_batch_size: int
+    num_replay: int = 0
+    replay_ratio: float | None = None
+    sources: tuple[tuple[int, float], ...] = ()
+
+    @cached_property
+    def replay_slots(self) -> tuple[int, ...]:
+        """Slots of every global batch that replayed samples and each source take.
+
+        Raises:
+            ValueError: if no slot is left for new samples.
+        """
+        fractions = [(self.num_replay, self.replay_ratio or 0.0), *self.sources]
+        slots = tuple(
+            max(1, round(fraction * self.global_batch_size)) if count and fraction else 0
+            for count, fraction in fractions
+        )
+        if sum(slots) >= self.global_batch_size:
+            stated = ", ".join(f"{fraction:g}" for _, fraction in fractions if fraction)
+            raise ValueError(
+                f"replayed samples and sources take {sum(slots)} of the {self.global_batch_size} "
+                f"samples of a global batch (shares {stated}) and leave none for new samples: use "
+                "smaller shares or a larger global_batch_size"
+            )
+        return slots
+
+    @property
+    def epoch_samples(self) -> int:
+        """Number of samples that come exactly once in an epoch."""
+        return self.new + (self.num_replay if self.replay_ratio is None else 0)
+
+    @property
+    def steps(self) -> int:
+        """Number of global batches of an epoch."""
+        return -(-self.epoch_samples // (self.global_batch_size - sum(self.replay_slots)))
+
+    @property
+    def min_batch(self) -> int:
+        """Number of samples of the smallest global batch of an epoch."""
+        return self.epoch_samples // self.steps + sum(self.replay_slots) if self.steps else 0
+
+    def start_of(self, number: int) -> int:
+        """Return how many of the samples that come once are used before a batch."""
+        return number * self.epoch_samples // max(1, self.steps)
+
+
+class EpochPlan:
+    """The global batches of an epoch, each computed from its number.
+
+    Every new sample comes exactly once, spread so that batch sizes differ by one at most. Replayed
+    samples and those of a source are consecutive slices of an endless sequence of permutations of
+    their list, which continues from epoch to epoch.
+
+    An *entry* of a batch is a new sample's number; ``new`` + the index of a replayed sample in its
+    list; after these the samples of the first source, and so on.
+
+    Args:
+        mixture: composition of a batch.
+        seed: seed of the run.
+        task: index of the task.
+        epoch: from 0.
+        order: permutation of the samples that come once; None = shuffled.
+        lengths: (entries,) text length of every possible entry, see ``group``; None = samples are
+            not grouped by length.
+        group: batches over which samples are sorted by length before they are cut into batches,
+            which then come in random order.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        *,
+        seed: int,
+        task: int,
+        epoch: int,
+        order: Permutation | None = None,
+        lengths: IntArray | None = None,
+        group: int = 0,
+    ) -> None:
+        self.mixture, self.lengths, self.group = mixture, lengths, group
+        self.order = order or shuffled(hash_seed(seed, task, _NEW, epoch), mixture.epoch_samples)
+        self._seed, self._task, self._epoch = seed, task, epoch
+        self._window: tuple[int, list[IntArray]] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of global batches."""
+        return self.mixture.steps
+
+    def batch(self, number: int) -> IntArray:
+        """Return the entries of a global batch: new samples, replayed ones, sources in order."""
+        if self.lengths is None or self.group < 2:
+            return self._concatenated([kind(number, number + 1) for kind in self._kinds])
+        window, index = divmod(number, self.group)
+        if self._window is None or self._window[0] != window:
+            self._window = (window, self._grouped_by_length(window, self.lengths))
+        return self._window[1][index]
+
+    def samples(self, number: int) -> int:
+        """Return the number of samples of a global batch."""
+        once = self.mixture.start_of(number + 1) - self.mixture.start_of(number)
+        return once + sum(self.mixture.replay_slots)
+
+    @cached_property
+    def _kinds(self) -> list[Callable[[int, int], IntArray]]:
+        """Functions that fill the slots: each maps batches ``start`` to ``stop`` to entries."""
+        kinds: list[Callable[[int, int], IntArray]] = [self._once]
+        first, counts = self.mixture.new, [self.mixture.num_replay]
+        counts += [count for count, _ in self.mixture.sources]
+        for index, (count, slots) in enumerate(zip(counts, self.mixture.replay_slots, strict=True)):
+            if slots:
+                purpose = (_SOURCE, index) if index else (_REPLAYED,)
+                seed = hash_seed(self._seed, self._task, *purpose)
+                kinds.append(self._cycled(seed, count, slots, first))
+            first += count
+        return kinds
+
+    def _once(self, start: int, stop: int) -> IntArray:
+        return self.order.slice(self.mixture.start_of(start), self.mixture.start_of(stop))
+
+    def _cycled(
+        self, seed: int, count: int, slots: int, first: int
+    ) -> Callable[[int, int], IntArray]:
+        before = self._epoch * self.mixture.steps
+
+        def drawn(start: int, stop: int) -> IntArray:
+            indices = _cycled(seed, count, (before + start) * slots, (stop - start) * slots)
+            return indices + first
+
+        return drawn
+
+    def _grouped_by_length(self, window: int, lengths: IntArray) -> list[IntArray]:
+        """Return the batches of a window, samples of similar length together."""
+        start = window * self.group
+        stop = min(start + self.group, len(self))
+        seed = hash_seed(self._seed, self._task, _GROUPED, self._epoch, window)
+        turns = shuffled(seed, stop - start).slice(0, stop - start)
+        batches: list[list[IntArray]] = [[] for _ in range(start, stop)]
+        for kind in self._kinds:
+            entries = kind(start, stop)
+            entries = entries[np.argsort(lengths[entries], kind="stable")]
+            sizes = [len(kind(start + turn, start + turn + 1)) for turn in turns.tolist()]
+            pieces = np.split(entries, np.cumsum(sizes)[:-1])
+            for turn, piece in zip(turns.tolist(), pieces, strict=True):
+                batches[turn].append(piece)
+        return [self._concatenated(pieces) for pieces in batches]
+
+    def _concatenated(self, pieces: list[IntArray]) -> IntArray:
+        entries = np.concatenate(pieces)
+        if self.mixture.replay_ratio is None and self.mixture.num_replay:
+            is_old = entries >= self.mixture.new
+            entries = entries[np.argsort(is_old, kind="stable")]
+        return entries
+
+
+def rank_slice(
+    batch: IntArray, micro_batch: int, accumulation: int, rank: int, world: int
+) -> IntArray:
+    """Return the entries of a global batch that one rank takes in one micro-batch."""
+    return batch[micro_batch * world + rank :: world * accumulation]
+
+
+def _cycled(seed: int, count: int, start: int, length: int) -> IntArray:
+    """Return ``length`` indices from ``start`` of the concatenated permutations of a list."""
+    pieces = []
+    while length:
+        turn, offset = divmod(start, count)
+        piece = _turn(seed, count, turn).slice(offset, min(count, offset + length))
+        pieces.append(piece)
+        start, length = start + len(piece), length - len(piece)
+    return np.concatenate(pieces)
+
+
+@lru_cache(maxsize=8)
+def _turn(seed: int, count: int, turn: int) -> Permutation:
+    """Return one of the permutations of a list."""
+    if count > SORTED:
+        return shuffled(hash_seed(seed, turn), count)
+    return _HashedTurn(seed, count, turn)
+
+
+class _HashedTurn:
+    """Permutation of n list indices by hash: turn t sorts the hashes of t * n to t * n + n - 1."""
+
+    def __init__(self, seed: int, count: int, turn: int) -> None:
+        hashes = hash_priorities(seed, 0, torch.arange(turn * count, (turn + 1) * count))
+        self._numbers: IntArray = hashes.argsort(stable=True).numpy()
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def slice(self, start: int, stop: int) -> IntArray:
+        return self._numbers[start:stop]

@@ -1,0 +1,240 @@
+"""Collation: a stored sample becomes an example by its task's needs, examples become a batch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mmcl.core import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN,
+    Batch,
+    Conversation,
+    ProcessedSample,
+    Reference,
+    Task,
+    Transform,
+    Turn,
+)
+from mmcl.data.conversation_json import apply_template, has_visible_text, read_dialogue
+from mmcl.data.decode import decode_image
+from mmcl.data.errors import BadSample
+from mmcl.data.protocols import Sample
+from mmcl.data.shards.tar_index import IMAGES
+
+_WHOLE_NUMBER = re.compile(rb"\s*([0-9]{1,18})\s*")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example of a batch: the processed sample, and where it came from.
+
+    Attributes:
+        processed: output of the transform for the sample.
+        label: column of its class, or IGNORE_INDEX.
+        task_id: index of its task.
+        sample_id: its number in that task.
+        key: its key in the shard.
+        is_recalled: True where the sample is not of the task that is trained.
+        reference: right answers of a generative sample.
+        source_id: see ``Batch.source_ids``.
+        in_loss: False where it is not in the task loss.
+        num_bytes: bytes of the sample's members.
+    """
+
+    processed: ProcessedSample
+    label: int
+    task_id: int
+    sample_id: int
+    key: str
+    is_recalled: bool = False
+    reference: Reference | None = None
+    source_id: int = 0
+    in_loss: bool = True
+    num_bytes: int = 0
+
+
+def make_example(
+    sample: Sample,
+    number: int,
+    task: Task,
+    transform: Transform,
+    *,
+    seed: int,
+    max_pixels: int,
+    is_recalled: bool = False,
+) -> Example:
+    """Make an example: decode a sample and apply the model's transform.
+
+    Args:
+        sample: the sample as it is stored.
+        number: number of the sample in its task.
+        task: says which members are needed: ``.cls`` to classify, ``.json`` to answer, none
+            besides the image for "image", else the text member.
+        transform: the model's transform.
+        seed: seed of the sample's augmentation.
+        max_pixels: largest image that is decoded.
+        is_recalled: marks the example as replayed.
+
+    Raises:
+        BadSample: if a member is missing or broken, or the label is not one of the task's.
+    """
+    label, reference = IGNORE_INDEX, None
+    if task.task_type == "instruction":
+        dialogue, pixels = _conversation(sample, task, max_pixels)
+        row = transform(pixels, dialogue, seed)
+        if row.labels is not None and not bool((row.labels != IGNORE_INDEX).any()):
+            raise BadSample("its answer is beyond the model's max_length: raise it or shorten it")
+        reference = dialogue.reference
+    else:
+        text = None
+        if task.task_type == "classification":
+            label = _class_column(sample, task)
+        elif task.task_type != "image":
+            text = _text(sample, task.text_field.lower())
+        row = transform(decode_image(_image_bytes(sample), max_pixels), text, seed)
+    size = sum(map(len, sample.members.values()))
+    return Example(
+        row, label, task.index, number, sample.key, is_recalled, num_bytes=size, reference=reference
+    )
+
+
+def collate(
+    examples: Sequence[Example],
+    errors: Sequence[str] = (),
+    weight: float = 1.0,
+    room: Tensor | None = None,
+) -> Batch:
+    """Collate examples into a batch; texts are padded with 0 to the longest.
+
+    Examples without text are all padding.
+
+    Args:
+        examples: at least one, images of one size.
+        errors: descriptions of the samples that could not be read.
+        weight: see ``Batch.loss_weight``.
+        room: (bytes,) uint8 buffer for the images if they fit; None = new memory.
+    """
+    owners = [
+        index for index, example in enumerate(examples) if example.processed.image is not None
+    ]
+    images = [
+        example.processed.image for example in examples if example.processed.image is not None
+    ]
+    texts = [example.processed.tokens for example in examples]
+    tokens, mask = _padded(texts) if any(text is not None for text in texts) else (None, None)
+    is_mixed = any(example.source_id for example in examples)
+    return Batch(
+        images=_stacked(images, room) if images else None,
+        image_owner=torch.tensor(owners) if 0 < len(images) < len(examples) else None,
+        labels=_labels(examples),
+        task_ids=torch.tensor([example.task_id for example in examples]),
+        input_ids=tokens,
+        attention_mask=mask,
+        sample_ids=torch.tensor([example.sample_id for example in examples]),
+        is_replay=torch.tensor([example.is_recalled for example in examples]),
+        source_ids=torch.tensor([example.source_id for example in examples]) if is_mixed else None,
+        in_loss=_in_loss(examples),
+        num_bytes=torch.tensor([example.num_bytes for example in examples]),
+        keys=tuple(example.key for example in examples),
+        references=tuple(e.reference for e in examples if e.reference is not None),
+        errors=tuple(errors),
+        loss_weight=weight,
+    )
+
+
+def _stacked(images: Sequence[Tensor], room: Tensor | None) -> Tensor:
+    size = len(images) * images[0].nbytes
+    if room is None or images[0].dtype != torch.uint8 or size > len(room):
+        return torch.stack(list(images))
+    return torch.stack(list(images), out=room[:size].view(len(images), *images[0].shape))
+
+
+def _padded(texts: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    longest = max(len(text) for text in texts if text is not None)
+    tokens = torch.zeros(len(texts), longest, dtype=torch.int64)
+    mask = torch.zeros(len(texts), longest, dtype=torch.bool)
+    for index, text in enumerate(texts):
+        if text is not None:
+            tokens[index, : len(text)] = text
+            mask[index, : len(text)] = True
+    return tokens, mask
+
+
+def _in_loss(examples: Sequence[Example]) -> Tensor | None:
+    in_loss = [example.in_loss for example in examples]
+    return None if all(in_loss) else torch.tensor(in_loss)
+
+
+def _labels(examples: Sequence[Example]) -> Tensor:
+    """Return (B,) class columns, or (B, L) target tokens, padded with IGNORE_INDEX."""
+    targets = [
+        example.processed.labels for example in examples if example.processed.labels is not None
+    ]
+    if not targets:
+        return torch.tensor([example.label for example in examples])
+    if len(targets) < len(examples):
+        raise ValueError("samples with target tokens and samples with classes met in one batch")
+    return torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)
+
+
+def _conversation(
+    sample: Sample, task: Task, max_pixels: int
+) -> tuple[Conversation, Tensor | None]:
+    """Return the conversation of a sample and its decoded image, None if it has no image."""
+    if "json" not in sample.members:
+        raise BadSample("it has no conversation (.json)")
+    dialogue = apply_template(read_dialogue(sample.members["json"]), *task.templates[:1] or ("{}",))
+    image_tokens = sum(turn.text.count(IMAGE_TOKEN) for turn in dialogue.turns)
+    if any(extension in sample.members for extension in IMAGES):
+        if image_tokens > 1:
+            raise BadSample(f"its conversation shows {image_tokens} images and it has one")
+        if not image_tokens:
+            first = dialogue.turns[0]
+            with_image = Turn(first.role, f"{IMAGE_TOKEN}\n{first.text}")
+            dialogue = replace(dialogue, turns=(with_image, *dialogue.turns[1:]))
+        return dialogue, decode_image(_image_bytes(sample), max_pixels)
+    if image_tokens:
+        raise BadSample(f"its conversation shows {image_tokens} images and it has none")
+    return dialogue, None
+
+
+def _image_bytes(sample: Sample) -> bytes:
+    for extension in IMAGES:
+        if extension in sample.members:
+            return sample.members[extension]
+    raise BadSample(f"it has no image (.{', .'.join(IMAGES)})")
+
+
+def _class_column(sample: Sample, task: Task) -> int:
+    """Return the column of a sample's class; its ``.cls`` holds the card's label."""
+    if "cls" not in sample.members:
+        raise BadSample("it has no label (.cls)")
+    stated = sample.members["cls"]
+    matched = _WHOLE_NUMBER.fullmatch(stated)
+    if matched is None:
+        raise BadSample(f"its label is {stated[:20]!r}, expected a whole number")
+    label = int(matched[1])
+    if label >= len(task.label_to_class):
+        raise BadSample(
+            f"its label is {label}, the card has classes 0 to {len(task.label_to_class) - 1}"
+        )
+    if task.label_to_class[label] < 0:
+        raise BadSample(f"its label is {label}, which is not a class of task '{task.name}'")
+    return task.label_to_class[label]
+
+
+def _text(sample: Sample, member: str) -> str:
+    if member not in sample.members:
+        raise BadSample(f"it has no caption (.{member})")
+    try:
+        text = sample.members[member].decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise BadSample(f"its caption (.{member}) is not UTF-8 ({error.reason})") from None
+    if not has_visible_text(text):
+        raise BadSample(f"its caption (.{member}) is empty")
+    return text

@@ -1,0 +1,1 @@
+"""Conversion of your own data to a stream: ``mmcl data convert``."""

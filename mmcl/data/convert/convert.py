@@ -1,0 +1,367 @@
+"""Conversion of input data to a stream: ``mmcl data convert``, as shards or in place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmcl.core.atomic_write import write_atomic
+from mmcl.core.card import read_card
+from mmcl.data.convert.in_place import InPlace, write_in_place
+from mmcl.data.convert.options import ConvertOptions
+from mmcl.data.convert.record import InputData, ProgressFn, SkippedRecord
+from mmcl.data.convert.scan import ScanResult, scan_input
+from mmcl.data.convert.task_shards import plan_task, unique_names
+from mmcl.data.convert.task_split import TaskSplits, assign_tasks
+from mmcl.data.parallel import WorkerPool
+from mmcl.data.remote.file_lock import file_lock
+from mmcl.data.writing.card_writer import card_counts, find_card, load_card, put_tasks, save_card
+from mmcl.data.writing.shard_writer import build_stream
+
+RECIPE = 1  # counts up whenever the same input would give other bytes
+_LISTED = 10
+_MIN_SAMPLES_PER_WORKER = 10_000
+"""Samples for which one more process is started, which takes the time of some thousands."""
+_TEMPLATE = "a photo of a {}."
+_NOT_IN_SHARDS = (
+    "num_workers", "max_bad_fraction", "license", "scorer", "max_new_tokens", "scenario",
+)  # fmt: skip
+"""Options that do not change the bytes of a shard."""
+
+
+@dataclass(frozen=True)
+class ConvertedTasks:
+    """Tasks that were converted, for a card.
+
+    Attributes:
+        entries: of the card's ``tasks``.
+        classes: all class names in the order of their ids.
+        hashes: file -> sha256.
+        counts: file -> number of samples.
+        left_out: the first bad samples.
+        num_bad: all bad samples.
+        left_out_file: that lists ``left_out``, written if there are any.
+        num_leaked: test samples whose image is, byte for byte, also a training image; only where
+            a test input was given.
+    """
+
+    entries: Sequence[dict[str, Any]]
+    classes: Sequence[str]
+    hashes: Mapping[str, str]
+    counts: Mapping[str, int]
+    left_out: Sequence[SkippedRecord]
+    num_bad: int
+    left_out_file: Path
+    num_leaked: int
+
+
+def convert(
+    train: InputData,
+    test: InputData | None,
+    folder: Path,
+    options: ConvertOptions,
+    *,
+    append: bool = False,
+    card: Path | None = None,
+    in_place: InPlace | None = None,
+    progress: ProgressFn = lambda *_: None,
+) -> tuple[Path, ConvertedTasks]:
+    """Convert an input to shards, and put its tasks on a card.
+
+    Nothing is written before everything was read once. The same call resumes after a kill; after
+    the end it changes nothing.
+
+    Args:
+        train: training samples, and test samples unless ``test`` is given.
+        test: test samples.
+        folder: of shards and card, created if missing.
+        options: of the conversion.
+        append: put the tasks at the end of an existing card; else the card is ``<name>.yaml``.
+        card: to append to; None takes the only one of the folder.
+        in_place: write no shards, use the samples in place.
+        progress: called with (what is done, samples done, samples in all).
+
+    Returns:
+        The path of the card, and what was converted.
+
+    Raises:
+        FileNotFoundError: if the card to append to is missing.
+        ValueError: listing the bad samples if there are too many; if tasks cannot be assigned; or
+            if a card of the folder uses shards of these names that were made from other data.
+    """
+    path = _card_path(folder, options, append, card)
+    known = read_card(path).classes if path.is_file() else ()
+    converted = convert_tasks(
+        train,
+        test,
+        folder,
+        options,
+        known=known,
+        append=append,
+        in_place=in_place,
+        progress=progress,
+    )
+    with file_lock(folder):
+        _put_on_card(path, load_card(path), converted, train, options, append)
+    return path, converted
+
+
+def convert_tasks(
+    train: InputData,
+    test: InputData | None,
+    folder: Path,
+    options: ConvertOptions,
+    *,
+    known: Sequence[str] = (),
+    append: bool = False,
+    in_place: InPlace | None = None,
+    progress: ProgressFn = lambda *_: None,
+) -> ConvertedTasks:
+    """Convert an input to shards, but leave it to the caller to put its tasks on a card.
+
+    Args:
+        train: see `convert`, as for what is not listed here.
+        test: test samples.
+        folder: of the shards.
+        options: of the conversion.
+        known: classes that a card has already, whose ids stay.
+        append: name the build record after the first task, not after the stream.
+        in_place: write no shards.
+        progress: progress callback.
+
+    Raises:
+        ValueError: as `convert`.
+    """
+    sources = [train] if test is None else [train, test]
+    with WorkerPool(_num_workers(sources, options)) as workers:
+        scans = _scan(sources, options, progress, workers)
+        tasks, classes = assign_tasks(scans[0], scans[1] if test else None, options, known)
+        name = unique_names([tasks[0].name])[0] if append else options.name
+        if in_place is not None:
+            entries, hashes, counts = write_in_place(folder, tasks, in_place)
+        else:
+            recipe = _recipe(scans, options, tasks, classes)
+            entries, hashes, counts = _write_shards(
+                folder, name, tasks, recipe, options, progress, workers
+            )
+    for entry in entries:
+        entry.update(_card_fields(train, options))
+    left_out = [bad for scan in scans for bad in scan.left_out]
+    left_out_file = folder / f"{name}.left_out.txt"
+    _write_left_out(left_out_file, left_out)
+    num_leaked = sum(_num_leaked(task) for task in tasks) if test else 0
+    num_bad = sum(scan.num_bad for scan in scans)
+    return ConvertedTasks(
+        entries, classes, hashes, counts, left_out, num_bad, left_out_file, num_leaked
+    )
+
+
+def _card_fields(train: InputData, options: ConvertOptions) -> dict[str, Any]:
+    """Return what every task's card entry says of its task type and answers."""
+    fields: dict[str, Any] = {"task_type": train.task_type}
+    if train.task_type == "instruction":
+        fields["scorer"] = options.scorer
+    if options.max_new_tokens is not None:
+        fields["max_new_tokens"] = options.max_new_tokens
+    return fields
+
+
+def _scan(
+    sources: Sequence[InputData], options: ConvertOptions, progress: ProgressFn, workers: WorkerPool
+) -> list[ScanResult]:
+    """Scan the inputs.
+
+    Raises:
+        ValueError: if there are too many bad samples, or an option does not fit the inputs.
+    """
+    if options.max_new_tokens is not None and sources[0].task_type != "instruction":
+        raise ValueError(
+            f"--max_new_tokens is for answers, and {sources[0].where} has none: leave it out"
+        )
+    # Answers are scored only in the input from which the test samples are taken.
+    scorers = [*("" for _ in sources[1:]), options.scorer]
+    scans = [
+        scan_input(source, options, progress, workers.map, scorer)
+        for source, scorer in zip(sources, scorers, strict=True)
+    ]
+    _expect_few_bad(scans, options.max_bad_fraction)
+    return scans
+
+
+def _num_workers(sources: Sequence[InputData], options: ConvertOptions) -> int:
+    """Return how many processes are worth the seconds that they take to start."""
+    total = sum(options.sample_count(sum(map(len, source.chunks))) for source in sources)
+    return min(options.num_workers, 1 + total // _MIN_SAMPLES_PER_WORKER)
+
+
+def _card_path(folder: Path, options: ConvertOptions, append: bool, card: Path | None) -> Path:
+    path = (card or find_card(folder)) if append else folder / f"{options.name}.yaml"
+    if append and not path.is_file():
+        raise FileNotFoundError(f"there is no card {path} to append to")
+    if path.parent.resolve() != folder.resolve():
+        raise ValueError(f"card {path} is not in {folder}: shards are stored next to their card")
+    return path
+
+
+def _expect_few_bad(scans: Sequence[ScanResult], max_bad_fraction: float) -> None:
+    """Raise an error that lists the bad samples of all inputs if one has too many.
+
+    Raises:
+        ValueError: naming the first of them, and the option that leaves them out.
+    """
+    fractions = [scan.num_bad / scan.num_read for scan in scans]
+    if all(fraction <= max_bad_fraction and fraction < 1 for fraction in fractions):
+        return
+    num_bad = sum(scan.num_bad for scan in scans)
+    listed = [bad for scan in scans for bad in scan.left_out][:_LISTED]
+    lines = "".join(f"\n  - {bad}" for bad in listed)
+    more = f"\n  - and {num_bad - len(listed):,} more" if num_bad > len(listed) else ""
+    if all(str(bad).endswith("is missing") for bad in listed):
+        more += "\nImage paths start from the folder of --images: is it the right one?"
+    fix = "correct them"
+    if max(fractions) < 1:
+        needed = max(math.ceil(100 * scan.num_bad / scan.num_read) / 100 for scan in scans)
+        fix += f", or leave them out with --skip_bad or --max_bad_fraction {needed:.2f}"
+    raise ValueError(
+        f"{num_bad:,} of {sum(scan.num_read for scan in scans):,} samples in "
+        f"{' and '.join(scan.source.where for scan in scans)} cannot be used: {fix}:{lines}{more}"
+    )
+
+
+def _write_shards(
+    folder: Path,
+    name: str,
+    tasks: Sequence[TaskSplits],
+    recipe: Mapping[str, Any],
+    options: ConvertOptions,
+    progress: ProgressFn,
+    workers: WorkerPool,
+) -> tuple[list[dict[str, Any]], dict[str, str], dict[str, int]]:
+    """Write the shards of tasks; return card entries, hashes and counts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _expect_free(folder, name, recipe)
+    planned = [
+        plan_task(stem, task, options)
+        for stem, task in zip(unique_names([task.name for task in tasks]), tasks, strict=True)
+    ]
+    plans = [plan for entry in planned for plan in (*entry.train, *entry.test)]
+    hashes: dict[str, str] = {}
+
+    def keep_hashes(made: Mapping[str, str]) -> Mapping[str, str]:
+        hashes.update(made)
+        return {}
+
+    build_stream(
+        folder,
+        name,
+        plans,
+        (),
+        keep_hashes,
+        recipe=recipe,
+        progress=lambda done, total: progress("writing shards", done, total),
+        parallel_map=workers.map,
+    )
+    return [one.entry for one in planned], hashes, card_counts(plans)
+
+
+def _recipe(
+    scans: Sequence[ScanResult],
+    options: ConvertOptions,
+    tasks: Sequence[TaskSplits],
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    """Return everything that the bytes of the shards depend on."""
+    labels = [[task.name, [[name, classes.index(name)] for name in task.classes]] for task in tasks]
+    return {
+        "number": RECIPE,
+        "options": {k: value for k, value in asdict(options).items() if k not in _NOT_IN_SHARDS},
+        "sources": [scan.digest for scan in scans],
+        "left_out": [scan.num_bad for scan in scans],
+        # The ids of classes follow from the card that the tasks are put on.
+        "tasks": hashlib.sha256(json.dumps(labels).encode()).hexdigest(),
+    }
+
+
+def _expect_free(folder: Path, name: str, recipe: Mapping[str, Any]) -> None:
+    """Refuse to overwrite shards that a card uses and that were made from other data.
+
+    Raises:
+        ValueError: naming the card.
+    """
+    try:
+        record = json.loads((folder / f"{name}.build.json").read_text(encoding="utf-8"))
+        shards = set(record["shards"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if record.get("recipe") == json.loads(json.dumps(recipe)):
+        return
+    for card in sorted(folder.glob("*.yaml")):
+        text = card.read_text(encoding="utf-8", errors="replace")
+        if any(shard in text for shard in shards):
+            raise ValueError(
+                f"'{name}' in {folder} was made from other files or options and card {card.name} "
+                f"uses it: choose another --out or --name, or delete {name}.build.json to have it "
+                "written again"
+            )
+
+
+def _write_left_out(path: Path, left_out: Sequence[SkippedRecord]) -> None:
+    """Write a line for every sample that was left out; remove the file if there is none."""
+    if left_out:
+        write_atomic(path, "".join(f"{bad}\n" for bad in left_out))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _put_on_card(
+    path: Path,
+    content: dict[str, Any],
+    converted: ConvertedTasks,
+    train: InputData,
+    options: ConvertOptions,
+    append: bool,
+) -> None:
+    if append and options.license:
+        for entry in converted.entries:
+            entry["description"] = f"license: {options.license}"
+    if not content:
+        content = {
+            "name": options.name,
+            "scenario": options.scenario or _scenario(converted.entries),
+            "task_type": train.task_type,
+            "stage": "cft",
+            **({"license": options.license} if options.license else {}),
+            "source": Path(train.where).name,
+            **({"templates": [_TEMPLATE]} if train.task_type == "classification" else {}),
+        }
+    content.setdefault("tasks", [])
+    if options.scenario not in (None, content["scenario"]):
+        raise ValueError(
+            f"--scenario is {options.scenario} and card {path} says {content['scenario']}: leave "
+            "it out, or change the card"
+        )
+    if converted.classes:
+        content["classes"] = list(converted.classes)
+    made = f"Made by: mmcl data convert {Path(train.where).name}"
+    content = put_tasks(content, converted.entries, converted.hashes, converted.counts)
+    save_card(path, content, [made])
+
+
+def _scenario(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Return "class" if no class occurs in two tasks, else "domain"."""
+    named = [name for entry in entries for name in entry.get("classes", ())]
+    return "class" if named and len(set(named)) == len(named) else "domain"
+
+
+def _num_leaked(task: TaskSplits) -> int:
+    """Return how many test images are, byte for byte, also training images."""
+    learned = task.train.scan.content[task.train.numbers]
+    scored = task.test.scan.content[task.test.numbers]
+    return int(np.isin(scored, learned).sum())

@@ -1,0 +1,160 @@
+"""Image folders with one folder for each class, as torchvision's ImageFolder reads them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mmcl.data.convert.record import Chunk, InputData, InvalidRecord, Record
+from mmcl.data.errors import BadSample
+from mmcl.data.protocols import IntArray
+from mmcl.data.shards.image_folder import extension_of, read_file
+
+_CHUNK_RECORDS = 1000
+_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
+           "val": "test", "valid": "test", "validation": "test"}  # fmt: skip
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+@dataclass(frozen=True)
+class FolderChunk:
+    """Some images of one class folder; names are joined, as a list takes ten times the memory."""
+
+    folder: str
+    joined: bytes
+    count: int
+    label: str
+    task: str
+    split: str
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return self.count
+
+    def subset(self, indices: IntArray) -> FolderChunk:
+        """Return a chunk with only the images at these indices."""
+        names = self.joined.split(b"\0")
+        chosen = b"\0".join(names[index] for index in indices.tolist())
+        return replace(self, joined=chosen, count=len(indices))
+
+    def read(self) -> Iterator[Record | InvalidRecord]:
+        """Yield the images."""
+        for raw in self.joined.split(b"\0"):
+            name = os.fsdecode(raw)
+            shown = os.path.join(os.path.basename(self.folder), name)
+            try:
+                data = read_file(os.path.join(self.folder, name), shown)
+                members = {extension_of(data, shown): data}
+                yield Record(Path(name).stem, members, self.task, self.label, self.split)
+            except BadSample as error:
+                yield InvalidRecord(shown, str(error))
+
+
+def natural(name: str) -> tuple[object, ...]:
+    """Return a natural sort key, which sorts 2 before 10."""
+    pieces = re.split(r"([0-9]{1,18})", name)
+    return tuple((int(text), text) if index % 2 else text for index, text in enumerate(pieces))
+
+
+def open_folder(path: Path, tasks_are_folders: bool = False) -> InputData:
+    """Open an image folder: ``<class>/*``, or ``train/<class>/*`` and ``test/<class>/*``.
+
+    Hidden files and folders are skipped; so are files without an image extension.
+
+    Args:
+        path: of the folder.
+        tasks_are_folders: there is a folder for each task, which holds the class folders.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if it has another layout, saying what was found.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no folder {path}: correct the path")
+    chunks: list[Chunk] = []
+    classes: set[str] = set()
+    tasks: dict[str, None] = {}
+    for split, root in _split_folders(path):
+        for task, home in _folders(root) if tasks_are_folders else [("", root)]:
+            for own, inner in [(split, home)] if split else _split_folders(home):
+                for label, folder in _class_folders(inner, path, tasks_are_folders):
+                    classes.add(label)
+                    tasks[task] = None
+                    chunks += _chunks(folder, label, task, own)
+    return InputData(
+        "classification",
+        str(path),
+        chunks,
+        sorted(classes, key=natural),
+        tuple(filter(None, tasks)),
+        interleaved=True,
+    )
+
+
+def _split_folders(path: Path) -> list[tuple[str, Path]]:
+    """Return the folders of train and test, or the folder itself if there are none."""
+    inner = _folders(path)
+    known = {name: _SPLITS.get(name.lower(), "") for name, _ in inner}
+    if inner and all(known.values()) and "train" in known.values():
+        # If there is a test folder, a validation folder belongs to neither split.
+        has_test = any(name.lower().startswith("test") for name in known)
+        return [
+            (known[name], folder)
+            for name, folder in inner
+            if not (has_test and name.lower().startswith("val"))
+        ]
+    return [("", path)]
+
+
+def _folders(path: Path) -> list[tuple[str, Path]]:
+    with os.scandir(path) as entries:
+        names = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
+    return [(name, path / name) for name in sorted(names, key=natural)]
+
+
+def _class_folders(path: Path, top: Path, tasks_are_folders: bool) -> list[tuple[str, Path]]:
+    found = _folders(path)
+    if not found:
+        wanted = "<task>/<class>" if tasks_are_folders else "<class>"
+        direct = sum(1 for name in os.listdir(path) if name.lower().endswith(_EXTENSIONS))
+        raise ValueError(
+            f"{path} has no class folders and {direct} images: expected {top}/{wanted}/image.jpg; "
+            "list images with texts or labels in a csv with the columns path and text, or path "
+            "and label"
+        )
+    return [(_readable(name), folder) for name, folder in found]
+
+
+def _readable(name: str) -> str:
+    """Return a folder's name as a class name; bytes that are not UTF-8 are written in hex."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace").strip()
+
+
+def _chunks(folder: Path, label: str, task: str, split: str) -> list[Chunk]:
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if _is_image(entry)]
+    names.sort(key=natural)
+    if not names:
+        raise ValueError(
+            f"{folder} has no images (.jpg, .jpeg, .png, .webp): remove this folder, or, if it "
+            "holds class folders of a task, give --tasks_are_folders"
+        )
+    return [
+        FolderChunk(
+            str(folder),
+            b"\0".join(os.fsencode(name) for name in names[first : first + _CHUNK_RECORDS]),
+            len(names[first : first + _CHUNK_RECORDS]),
+            label,
+            _readable(task),
+            split,
+        )
+        for first in range(0, len(names), _CHUNK_RECORDS)
+    ]
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    name = entry.name
+    return name[0] != "." and name.lower().endswith(_EXTENSIONS) and not entry.is_dir()

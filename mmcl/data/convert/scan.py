@@ -1,0 +1,221 @@
+"""First pass over an input: every record is read and checked, and only numbers are kept of it."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mmcl.data.convert.options import ConvertOptions
+from mmcl.data.convert.record import (
+    SPLITS,
+    Chunk,
+    InputData,
+    InvalidRecord,
+    ProgressFn,
+    Record,
+    SkippedRecord,
+)
+from mmcl.data.decode import MAX_PIXELS, decode_image, size_of
+from mmcl.data.errors import BadSample
+from mmcl.data.parallel import ParallelMap
+from mmcl.data.protocols import IntArray
+from mmcl.data.shards.llava_json import expect_scorable
+from mmcl.data.shards.tar_index import IMAGES
+
+MAX_LISTED = 10_000
+"""Bad samples that are listed; more are only counted."""
+
+_EDGE = 1 << 16
+_BLOCK = 512
+
+
+@dataclass
+class ScanResult:
+    """Scan result: what is known of the n records of an input after a pass; 25 bytes for each.
+
+    Attributes:
+        source: the input.
+        size: (n,) bytes of each record in a shard, 0 if it is bad or was not read.
+        content: (n,) uint64 hash of its image, or of its text if it has none.
+        task: (n,) int32 index into ``tasks``.
+        label: (n,) int32 index into ``labels``.
+        split: (n,) int8 index into ``SPLITS``.
+        tasks: names of tasks as met.
+        labels: names of classes as met.
+        left_out: the first ``MAX_LISTED`` bad records.
+        num_read: records that were read, n unless ``max_samples`` is set.
+        num_bad: how many of these are bad.
+        digest: sha256 of everything that was read, in hex.
+    """
+
+    source: InputData
+    size: IntArray
+    content: npt.NDArray[np.uint64]
+    task: npt.NDArray[np.int32]
+    label: npt.NDArray[np.int32]
+    split: npt.NDArray[np.int8]
+    tasks: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    left_out: list[SkippedRecord] = field(default_factory=list)
+    num_read: int = 0
+    num_bad: int = 0
+    digest: str = ""
+
+    def __len__(self) -> int:
+        """Return n."""
+        return len(self.size)
+
+
+@dataclass
+class _ChunkScan:
+    """Scan result of one chunk; names are numbered in order of appearance."""
+
+    count: int
+    tasks: dict[str, int] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)
+    unusable: list[tuple[int, InvalidRecord]] = field(default_factory=list)
+    digest: bytes = b""
+
+    def __post_init__(self) -> None:
+        self.size = np.zeros(self.count, dtype=np.int64)
+        self.content = np.zeros(self.count, dtype=np.uint64)
+        self.task = np.zeros(self.count, dtype=np.int32)
+        self.label = np.zeros(self.count, dtype=np.int32)
+        self.split = np.zeros(self.count, dtype=np.int8)
+
+
+def scan_input(
+    source: InputData,
+    options: ConvertOptions,
+    progress: ProgressFn,
+    parallel_map: ParallelMap = map,
+    scorer: str = "",
+) -> ScanResult:
+    """Scan an input once.
+
+    Args:
+        source: to read.
+        options: ``max_samples`` and ``seed`` choose what is read.
+        progress: called after every chunk.
+        parallel_map: ``map``, or one over processes.
+        scorer: that has to accept the answers of all records but those for training; "" = any.
+
+    Raises:
+        RuntimeError: if a file changed meanwhile.
+    """
+    total = sum(map(len, source.chunks))
+    chosen = _chosen_numbers(source, total, options)
+    tasks: dict[str, int] = {name: index for index, name in enumerate(source.tasks)}
+    labels: dict[str, int] = {name: index for index, name in enumerate(source.classes)}
+    scan = ScanResult(
+        source, np.zeros(total, np.int64), np.zeros(total, np.uint64), np.zeros(total, np.int32),
+        np.zeros(total, np.int32), np.zeros(total, np.int8),
+    )  # fmt: skip
+    digest = hashlib.sha256()
+    for glance in parallel_map(partial(scan_chunk, scorer=scorer), _subsets(source, chosen)):
+        own = chosen[scan.num_read : scan.num_read + glance.count]
+        scan.size[own], scan.content[own] = glance.size, glance.content
+        scan.split[own] = glance.split
+        scan.task[own] = _renumbered(glance.task, glance.tasks, tasks)
+        scan.label[own] = _renumbered(glance.label, glance.labels, labels)
+        for index, bad in glance.unusable[: MAX_LISTED - len(scan.left_out)]:
+            scan.left_out.append(SkippedRecord(source.where, int(own[index]), bad.name, bad.reason))
+        digest.update(glance.digest)
+        scan.num_read += glance.count
+        scan.num_bad += len(glance.unusable)
+        progress(f"reading {source.where}", scan.num_read, len(chosen))
+    scan.tasks, scan.labels, scan.digest = list(tasks), list(labels), digest.hexdigest()
+    return scan
+
+
+def _chosen_numbers(source: InputData, total: int, options: ConvertOptions) -> IntArray:
+    """Return the rising numbers of the records that ``max_samples`` leaves."""
+    count = options.sample_count(total)
+    if count == total:
+        return np.arange(total)
+    group = f"{Path(source.where).name}/{options.name}".encode("utf-8", "surrogateescape")
+    drawn = np.random.default_rng([options.seed, zlib.crc32(group)]).permutation(total)
+    return np.sort(drawn[:count])
+
+
+def _subsets(source: InputData, chosen: IntArray) -> Iterator[Chunk]:
+    """Yield the chunks with only their chosen records, without empty ones."""
+    first = 0
+    for chunk in source.chunks:
+        last = first + len(chunk)
+        own = chosen[np.searchsorted(chosen, first) : np.searchsorted(chosen, last)]
+        if len(own):
+            yield chunk if len(own) == len(chunk) else chunk.subset(own - first)
+        first = last
+
+
+def scan_chunk(chunk: Chunk, scorer: str = "") -> _ChunkScan:
+    """Scan a chunk; see `scan_input`."""
+    glance, digest = _ChunkScan(len(chunk)), hashlib.sha256()
+    for index, record in enumerate(_checked(chunk, scorer)):
+        if isinstance(record, InvalidRecord):
+            glance.unusable.append((index, record))
+            digest.update(b"-")
+            continue
+        members = sorted(record.members.items())
+        images = [data for name, data in members if name in IMAGES]
+        content = hashlib.sha256(images[0] if images else b"".join(data for _, data in members))
+        glance.content[index] = int.from_bytes(content.digest()[:8], "big")
+        for name, data in members:
+            glance.size[index] += _BLOCK + -(-len(data) // _BLOCK) * _BLOCK
+            held = content.digest() if name in IMAGES else data
+            digest.update(f"{name} {len(held)} ".encode() + held)
+        stated = (record.name, record.task, record.label, record.split)
+        digest.update(repr(stated).encode("utf-8", "surrogateescape"))
+        glance.task[index] = glance.tasks.setdefault(record.task, len(glance.tasks))
+        glance.label[index] = glance.labels.setdefault(record.label, len(glance.labels))
+        glance.split[index] = SPLITS.index(record.split)
+    glance.digest = digest.digest()
+    return glance
+
+
+def _checked(chunk: Chunk, scorer: str) -> Iterator[Record | InvalidRecord]:
+    """Yield the records of a chunk, with broken images and unscorable answers as bad records."""
+    for record in chunk.read():
+        if isinstance(record, Record):
+            try:
+                for extension in set(record.members) & set(IMAGES):
+                    expect_whole(extension, record.members[extension])
+                if "json" in record.members and record.split != "train":
+                    expect_scorable(record.members["json"], scorer)
+            except BadSample as error:
+                yield InvalidRecord(record.name, str(error))
+                continue
+        yield record
+
+
+def expect_whole(extension: str, data: bytes) -> None:
+    """Check an image by its header and its end, and by decoding it if the end is odd.
+
+    Raises:
+        BadSample: if it is broken or has too many pixels.
+    """
+    height, width = size_of(data)
+    if height * width > MAX_PIXELS:
+        raise BadSample(f"its image is {width} x {height}, more than {MAX_PIXELS} pixels")
+    if extension == "webp":
+        is_whole = int.from_bytes(data[4:8], "little") + 8 <= len(data)
+    else:
+        is_whole = (b"\xff\xd9" if extension == "jpg" else b"IEND") in data[-_EDGE:]
+    if not is_whole:
+        decode_image(data)
+
+
+def _renumbered(
+    own: npt.NDArray[np.int32], names: dict[str, int], known: dict[str, int]
+) -> npt.NDArray[np.int32]:
+    """Convert indices into a chunk's names to indices into the names of the whole input."""
+    table: Sequence[int] = [known.setdefault(name, len(known)) for name in names] or [0]
+    return np.array(table, dtype=np.int32)[own]

@@ -1,0 +1,262 @@
+"""Assignment of the records of an input to tasks, splits and shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mmcl.core.seeding import hash_seed
+from mmcl.data.convert.image_folder_input import natural
+from mmcl.data.convert.options import ConvertOptions
+from mmcl.data.convert.record import SPLITS
+from mmcl.data.convert.scan import ScanResult
+from mmcl.data.protocols import IntArray
+
+_TEST = SPLITS.index("test")
+Bits = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class SplitSamples:
+    """Samples of one split of a task.
+
+    Attributes:
+        scan: of their input.
+        numbers: (r,) of the records in it, in the order in which they fill shards.
+        labels: (r,) class ids, zeros if there are no classes.
+    """
+
+    scan: ScanResult
+    numbers: IntArray
+    labels: IntArray
+
+
+@dataclass(frozen=True)
+class TaskSplits:
+    """A task with the samples of both splits.
+
+    Attributes:
+        name: of the task.
+        classes: that occur in it, in the card's order.
+        train: training samples.
+        test: test samples.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: SplitSamples
+    test: SplitSamples
+
+
+def assign_tasks(
+    train: ScanResult, test: ScanResult | None, options: ConvertOptions, known: Sequence[str] = ()
+) -> tuple[list[TaskSplits], list[str]]:
+    """Assign records to tasks and splits.
+
+    Args:
+        train: scan of the input.
+        test: scan of a separate test input; None takes the test split of ``train``, or holds out
+            a fraction of every class, with byte-identical images in one split.
+        options: of the conversion.
+        known: classes that the card has already, whose ids stay.
+
+    Returns:
+        The tasks, and all classes in the order of their ids.
+
+    Raises:
+        ValueError: if a task would have no training or no test samples, or tasks are stated in
+            two ways.
+    """
+    classes: list[str] = []
+    own: list[str] = []
+    scans = [train] if test is None else [train, test]
+    if train.source.task_type == "classification":
+        own = sorted({name for scan in scans for name in _labels(scan)}, key=natural)
+        stated = [name for name in train.source.classes if name in set(own)]
+        own = list(dict.fromkeys([*stated, *own]))
+        classes = list(dict.fromkeys([*known, *own]))
+    names, tasks = _tasks_of(scans, options, {name: classes.index(name) for name in own})
+    labels = [_class_ids(scan, classes) for scan in scans]
+    is_test = _is_test(scans, tasks[0], labels[0], options)
+    assigned = []
+    for index, name in enumerate(names):
+        learned = _hand(train, (tasks[0] == index) & ~is_test, labels[0])
+        scored = _hand(train, (tasks[0] == index) & is_test, labels[0])
+        if test is not None:
+            scored = _hand(test, tasks[1] == index, labels[1])
+        _expect_some(name, learned, scored)
+        both = np.union1d(learned.labels, scored.labels) if classes else ()
+        assigned.append(TaskSplits(name, tuple(classes[label] for label in both), learned, scored))
+    return assigned, classes
+
+
+def grouped_holdout(
+    content: npt.NDArray[np.uint64], group: IntArray, fraction: float, seed: int
+) -> Bits:
+    """Draw a hold-out of every group so that equal contents are never in both splits.
+
+    A group of two or more contents gives at least one and keeps at least one, unless its last
+    content was drawn for another group.
+
+    Args:
+        content: (n,) hashes.
+        group: (n,) for example classes.
+        fraction: of every group, between 0 and 1.
+        seed: of the draw, which depends on the contents alone.
+
+    Returns:
+        (n,) whether each is held out.
+    """
+    if not len(content):
+        return np.zeros(0, dtype=bool)
+    priority = _hash_with_seed(content, seed)
+    order = np.lexsort((priority, group))
+    position = np.arange(len(order))
+    new_group = np.ones(len(order), dtype=bool)
+    new_group[1:] = np.diff(group[order]) != 0
+    new_content = new_group.copy()
+    new_content[1:] |= priority[order][1:] != priority[order][:-1]
+    start = np.maximum.accumulate(np.where(new_group, position, 0))
+    first = np.maximum.accumulate(np.where(new_content, position, 0)) - start
+    ends = np.append(np.flatnonzero(new_group)[1:], len(order)) - 1
+    which = np.cumsum(new_group) - 1
+    counts = ends - np.flatnonzero(new_group) + 1
+    wanted = np.maximum(1, np.rint(fraction * counts))
+    drawn = (first < wanted[which]) & (first < first[ends][which])
+    return np.isin(content, content[order[drawn]])
+
+
+def shard_slices(sizes: IntArray, max_count: int, max_bytes: int) -> Iterator[slice]:
+    """Yield a slice of records for each shard.
+
+    Args:
+        sizes: (r,) bytes of each record.
+        max_count: records of a shard.
+        max_bytes: of a shard, unless one record alone is larger.
+    """
+    ends = np.cumsum(sizes)
+    first = 0
+    while first < len(sizes):
+        before = int(ends[first - 1]) if first else 0
+        fit = int(np.searchsorted(ends, before + max_bytes, side="right"))
+        last = max(first + 1, min(first + max_count, fit))
+        yield slice(first, last)
+        first = last
+
+
+def interleave_classes(labels: IntArray) -> IntArray:
+    """Order records so that every stretch holds samples of every class, each class in its order.
+
+    Args:
+        labels: (r,) classes.
+
+    Returns:
+        (r,) indices in the new order.
+    """
+    order = np.argsort(labels, kind="stable")
+    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    within = np.arange(len(labels)) - np.repeat(starts, counts)
+    fraction = (within + 0.5) / np.repeat(counts, counts)
+    return np.asarray(order[np.argsort(fraction, kind="stable")], dtype=np.int64)
+
+
+def _hash_with_seed(content: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
+    """Hash content hashes with a seed, by splitmix64."""
+    state = content ^ np.uint64(hash_seed(seed))
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(state ^ (state >> np.uint64(31)), dtype=np.uint64)
+
+
+def _labels(scan: ScanResult) -> list[str]:
+    """Return the classes of the usable records."""
+    return [scan.labels[index] for index in np.unique(scan.label[scan.size > 0])]
+
+
+def _class_ids(scan: ScanResult, classes: Sequence[str]) -> IntArray:
+    """Return (n,) class ids of all records, 0 for those without a class."""
+    ids = {name: number for number, name in enumerate(classes)}
+    table = np.array([ids.get(name, 0) for name in scan.labels] or [0], dtype=np.int64)
+    return np.asarray(table[scan.label], dtype=np.int64)
+
+
+def _tasks_of(
+    scans: Sequence[ScanResult], options: ConvertOptions, classes: Mapping[str, int]
+) -> tuple[list[str], list[IntArray]]:
+    """Return the names of tasks, and for every input (n,) the index of each record's task.
+
+    Args:
+        scans: of one or two inputs.
+        options: of the conversion.
+        classes: name -> class id of those that occur, in the order in which they are learned.
+    """
+    stated = list(dict.fromkeys(
+        scan.tasks[index] for scan in scans
+        for index in sorted(np.unique(scan.task[scan.size > 0]).tolist())
+    ))  # fmt: skip
+    if options.classes_per_task is not None:
+        if any(stated):
+            raise ValueError(
+                f"{scans[0].source.where} states its tasks itself "
+                f"({', '.join(map(repr, stated[:5]))}): leave out --classes_per_task"
+            )
+        if not classes:
+            raise ValueError(
+                "--classes_per_task splits classes into tasks, and there are no classes"
+            )
+        step, ids = options.classes_per_task, list(classes.values())
+        groups = [ids[first : first + step] for first in range(0, len(ids), step)]
+        names = [f"classes-{group[0]}-{group[-1]}" for group in groups]
+        table: Mapping[str, int] = {name: n // step for n, name in enumerate(classes)}
+        return names, [_looked_up(scan.label, scan.labels, table) for scan in scans]
+    table = {name: index for index, name in enumerate(stated)}
+    names = [name or options.task or options.name for name in stated]
+    return names, [_looked_up(scan.task, scan.tasks, table) for scan in scans]
+
+
+def _looked_up(
+    indices: npt.NDArray[np.int32], names: Sequence[str], table: Mapping[str, int]
+) -> IntArray:
+    numbers = np.array([table.get(name, -1) for name in names] or [-1], dtype=np.int64)
+    return np.asarray(numbers[indices], dtype=np.int64)
+
+
+def _is_test(
+    scans: Sequence[ScanResult], task: IntArray, label: IntArray, options: ConvertOptions
+) -> Bits:
+    """Return (n,) which records of the first input are test samples."""
+    train = scans[0]
+    usable = train.size > 0
+    is_test = np.zeros(len(train), dtype=bool)
+    if len(scans) > 1:
+        return is_test
+    if bool((train.split[usable] == _TEST).any()):
+        return np.asarray(train.split == _TEST)
+    group = task * (1 + int(label.max(initial=0))) + label
+    is_test[usable] = grouped_holdout(
+        train.content[usable], group[usable], options.test_fraction, options.seed
+    )
+    return is_test
+
+
+def _hand(scan: ScanResult, chosen: Bits, labels: IntArray) -> SplitSamples:
+    numbers = np.flatnonzero(chosen & (scan.size > 0))
+    if scan.source.interleaved and scan.source.task_type == "classification":
+        numbers = numbers[interleave_classes(labels[numbers])]
+    return SplitSamples(scan, numbers, labels[numbers])
+
+
+def _expect_some(name: str, learned: SplitSamples, scored: SplitSamples) -> None:
+    if not len(learned.numbers):
+        raise ValueError(
+            f"task {name!r} has no training samples in {learned.scan.source.where}: all of them "
+            "are in the test split or left out"
+        )
+    if not len(scored.numbers):
+        raise ValueError(
+            f"task {name!r} has no test samples in {scored.scan.source.where}: give --test, or "
+            f"more different images than its {len(learned.numbers)} samples have"
+        )

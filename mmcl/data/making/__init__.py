@@ -1,1 +1,0 @@
-"""Streams of what people have: ``mmcl data make``."""

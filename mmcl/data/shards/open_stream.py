@@ -1,0 +1,392 @@
+"""Opening of a stream: its shards are found, indexed, counted and checked, local or remote."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mmcl.core import Task, TaskStream
+from mmcl.data.errors import NAMED, BadShard, ErrorList
+from mmcl.data.protocols import IntArray, Shard, ShardLocation, Split
+from mmcl.data.remote.location import default_cache, is_remote, resolve_url, sha256_of
+from mmcl.data.shards.json_shard import SUFFIX, JsonShard
+from mmcl.data.shards.reader import Reader, shown
+from mmcl.data.shards.tar_index import is_read
+from mmcl.data.shards.tar_shard import TarShard
+from mmcl.data.subset import expect_limit, subset_indices, subset_size
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """Options of fetching and opening a shard.
+
+    Attributes:
+        cache: see ``open_stream``.
+        cache_limit: see ``open_stream``.
+        allow_pipes: see ``open_stream``.
+        sha256: of the card in lower case, "" = not stated.
+        count: samples as the card says, None = not stated.
+    """
+
+    cache: Path
+    cache_limit: int | None = None
+    allow_pipes: bool = False
+    sha256: str = ""
+    count: int | None = None
+
+
+def open_shard(
+    name: str, url: str, options: OpenOptions, *, is_lazy: bool = False
+) -> tuple[ShardLocation, Shard]:
+    """Open a shard; return its location too.
+
+    Args:
+        name: name of the shard on the card.
+        url: a path or URL.
+        options: options of opening it.
+        is_lazy: do not open a tar whose count is stated; a remote one is not fetched yet.
+
+    Raises:
+        BadShard: if it is missing, refused, no whole shard, or has another count than the card.
+        OSError: if it cannot be read.
+    """
+    origin = resolve_url(
+        url,
+        options.cache,
+        allow_pipes=options.allow_pipes,
+        limit_bytes=options.cache_limit,
+        sha256=options.sha256,
+    )
+    if name.endswith(SUFFIX):
+        return origin, JsonShard(origin, name, options.cache)
+    shard = TarShard(origin, name, options.cache, options.count)
+    if options.count is None or not is_lazy:
+        _ = shard.index
+    elif not origin.is_remote:
+        origin.path()
+    return origin, shard
+
+
+def expect_hash(origin: ShardLocation, stated: str) -> None:
+    """Compare the sha256 of a shard with the card.
+
+    Args:
+        origin: location of the shard.
+        stated: sha256 on the card in lower case, "" = not stated.
+
+    Raises:
+        BadShard: if they differ, or the shard is missing.
+    """
+    if not stated:
+        return
+    path = origin.path()
+    actual = sha256_of(path)
+    if actual != stated:
+        raise BadShard(
+            f"has the sha256 {actual} and the card says {stated}: it is not the shard that "
+            f"the card was written for; delete {path} and fetch or build it again"
+        )
+
+
+Progress = Callable[[int, int], None]
+"""Called with (shards done, shards in total)."""
+
+READABLE_TASK_TYPES = ("classification", "captioning", "retrieval", "instruction")
+
+EAGER = 1000
+"""A stream of at most this many shards has all local ones opened before the run."""
+
+_THREADS = 8
+
+
+@dataclass(frozen=True)
+class OpenStream:
+    """A stream whose shards were found and opened.
+
+    Attributes:
+        stream: the same stream with exact sizes, after the limit.
+        readers: (column, train or test) -> reader of these samples.
+        sources: number of a source that some task mixes in -> reader of its samples.
+    """
+
+    stream: TaskStream
+    readers: Mapping[tuple[int, Split], Reader]
+    sources: Mapping[int, Reader] = field(default_factory=dict)
+
+    def reader(self, column: int, split: Split) -> Reader:
+        """Return the reader of one split of a task or eval-only task.
+
+        Raises:
+            RuntimeError: if it is the training split of an eval-only task, which has none, or of a
+                finished task whose data was released.
+        """
+        if (column, split) not in self.readers:
+            name = self.stream.evaluated_task(column).name
+            raise RuntimeError(
+                f"the {split} split of '{name}' is not open to this run: it belongs to an "
+                "eval-only task or to a finished task whose data was released; storage='reference' "
+                "keeps old shards in use, storage='copy' stores the samples that are replayed"
+            )
+        return self.readers[column, split]
+
+    def source_reader(self, number: int) -> Reader:
+        """Return the reader of a source."""
+        return self.sources[number]
+
+
+def open_stream(
+    stream: TaskStream,
+    *,
+    limit: float | int | None = None,
+    seed: int = 0,
+    allow_pipes: bool = False,
+    cache: Path | None = None,
+    cache_limit: int | None = None,
+    verify_hashes: bool = False,
+    finished: Collection[int] = (),
+    progress: Progress | None = None,
+) -> OpenStream:
+    """Open a stream: find, index and count all its shards, several at a time.
+
+    A shard whose samples the card counts is opened at its first read, if it is remote or one of
+    more than ``EAGER``; an error in it ends the run then.
+
+    Args:
+        stream: as its card says.
+        limit: 200 = at most 200 samples of every split of every task, 0.02 = that fraction: a
+            seeded subset that depends on the task's name alone, in recorded order.
+        seed: of that subset.
+        allow_pipes: run ``pipe:`` urls, which are shell commands.
+        cache: folder for remote shards, and for indexes of read-only ones; None = $MMCL_CACHE or
+            the user's cache folder.
+        cache_limit: bytes that remote shards may take there; None = no limit.
+        verify_hashes: read every shard that has a hash on the card and compare.
+        finished: tasks whose training shards are not opened; they may be gone.
+        progress: called after every shard.
+
+    Returns:
+        The stream with exact sizes, and readers of its samples.
+
+    Raises:
+        ValueError: one line for every error of the stream, or a bad limit.
+    """
+    expect_limit(limit)
+    work = _Work(
+        stream, OpenOptions(cache or default_cache(), cache_limit, allow_pipes), verify_hashes
+    )
+    all_splits: list[tuple[Task, Split]] = [(t, p) for t in stream.all_tasks for p in _splits_of(t)]
+    splits = [(t, p) for t, p in all_splits if p == "test" or t.index not in finished]
+    mixed = sorted({number for task in stream.tasks for number, _ in task.mixture})
+    own = {number: stream.sources[number - 1].task for number in mixed}
+    work.open_all([*splits, *((rows, "train") for rows in own.values())], progress)
+    readers = {(task.index, split): work.reader(task, split, limit, seed) for task, split in splits}
+    sources = {number: work.reader(rows, "train", limit, seed) for number, rows in own.items()}
+    work.errors.raise_all(stream.name)
+    return OpenStream(_counted(stream, readers, limit), readers, sources)
+
+
+def display_name(task: Task) -> str:
+    """Return the name of a task, eval-only task or source as messages show it."""
+    return f"source '{task.name}'" if task.index < 0 else f"task '{task.name}'"
+
+
+def shard_names(task: Task, split: Split) -> tuple[str, ...]:
+    """Return the shards of a split as the card names them."""
+    return task.train if split == "train" else task.test
+
+
+def stated_options(stream: TaskStream, name: str, options: OpenOptions) -> OpenOptions:
+    """Add the hash and the sample count that the card states for a shard."""
+    return replace(
+        options, sha256=stream.hashes.get(name, "").lower(), count=stream.counts.get(name)
+    )
+
+
+def open_whole_shard(
+    name: str, url: str, options: OpenOptions, *, verify_hash: bool, is_lazy: bool = False
+) -> Shard:
+    """Open a shard, refuse one without samples, and compare its hash if wanted.
+
+    Raises:
+        BadShard: if it cannot be used.
+        OSError: if it cannot be read.
+    """
+    origin, shard = open_shard(name, url, options, is_lazy=is_lazy)
+    if verify_hash:
+        expect_hash(origin, options.sha256)
+    if len(shard) == 0:
+        raise BadShard(
+            "holds no samples: members are named <key>.png, <key>.cls, <key>.txt and so on"
+        )
+    return shard
+
+
+def task_type_error(task: Task) -> str:
+    """Return why no sample of this task type can be read, "" if they can."""
+    readable = READABLE_TASK_TYPES if task.index >= 0 else (*READABLE_TASK_TYPES, "image")
+    if task.task_type not in readable:
+        return (
+            f"{display_name(task)} has task_type '{task.task_type}', "
+            f"expected {', '.join(readable)}: this version reads no others"
+        )
+    if task.task_type not in ("classification", "image") and not is_read(task.text_field.lower()):
+        return (
+            f"{display_name(task)} takes its text from .{task.text_field}, expected .txt or a "
+            "member that ends in .txt, such as .de.txt"
+        )
+    return ""
+
+
+def count_error(task: Task, split: Split, counted: int) -> str:
+    """Return how the samples of a split differ from the size on the card, "" if they do not."""
+    key, stated = ("size", task.size) if split == "train" else ("test_size", task.test_size)
+    if counted == 0:
+        return f"{display_name(task)} has no {split} samples: list a shard that has some"
+    if stated in (0, counted):
+        return ""
+    return (
+        f"{display_name(task)} has {key} {stated} on the card and its {split} shards "
+        f"hold {counted} samples: correct the card or fetch the shards again"
+    )
+
+
+def add_repeated_keys(
+    errors: ErrorList,
+    where: str,
+    hashes: npt.NDArray[np.uint64],
+    name_of: Callable[[int], tuple[str, str]],
+) -> None:
+    """Add an error for every key that occurs twice in a split.
+
+    Args:
+        errors: to add to.
+        where: names the split.
+        hashes: (n,) of the keys of all its samples.
+        name_of: index among them -> (key, shard).
+    """
+    later, first = find_repeats(hashes)
+    lines: list[str] = []
+    for index, before in zip(later, first, strict=True):
+        (key, shard), (other, other_shard) = name_of(int(index)), name_of(int(before))
+        if key == other:  # two keys may share a hash
+            lines.append(
+                f"{where}: key '{key}' comes twice, in {other_shard} and in {shard}: "
+                "give every sample its own key"
+            )
+        if len(lines) == NAMED:
+            break
+    count = len(later) if len(lines) == NAMED else len(lines)
+    errors.add_some(lines, f"repeated keys in {where}", count)
+
+
+def find_repeats(hashes: npt.NDArray[np.uint64]) -> tuple[IntArray, IntArray]:
+    """Find the duplicates among (n,) hashes.
+
+    Returns:
+        (r,) indices of hashes that occurred before, rising; (r,) index of the first of each.
+    """
+    order: IntArray = np.argsort(hashes, kind="stable")
+    ordered = hashes[order]
+    is_first = np.ones(len(hashes), dtype=np.bool_)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    first = order[np.maximum.accumulate(np.where(is_first, np.arange(len(hashes)), 0))]
+    later = order[~is_first]
+    own_first = first[~is_first]
+    back = np.argsort(later)
+    return later[back], own_first[back]
+
+
+@dataclass
+class _Work:
+    """Shards opened so far, and the errors found in them."""
+
+    stream: TaskStream
+    options: OpenOptions
+    verify_hashes: bool
+    errors: ErrorList = field(default_factory=ErrorList)
+    opened: dict[str, Shard | str] = field(default_factory=dict)
+
+    def open_all(
+        self, splits: Sequence[tuple[Task, Split]], progress: Progress | None = None
+    ) -> None:
+        """Open every shard once; of one that cannot be opened the reason is stored."""
+        names = list(dict.fromkeys(n for task, split in splits for n in shard_names(task, split)))
+        is_eager = len(names) <= EAGER
+        with ThreadPoolExecutor(min(_THREADS, 2 * (os.cpu_count() or 1))) as pool:
+            found = pool.map(lambda name: self.open_shard(name, is_eager), names)
+            for done, (name, shard) in enumerate(zip(names, found, strict=True), start=1):
+                self.opened[name] = shard
+                if progress is not None:
+                    progress(done, len(names))
+
+    def open_shard(self, name: str, is_eager: bool) -> Shard | str:
+        """Return a shard, or why it cannot be opened."""
+        url, options = self.stream.shard(name), stated_options(self.stream, name, self.options)
+        is_lazy = not is_eager or is_remote(url)
+        try:
+            return open_whole_shard(
+                name, url, options, verify_hash=self.verify_hashes, is_lazy=is_lazy
+            )
+        except BadShard as error:
+            return str(error)
+        except OSError as error:
+            return f"cannot be read ({error})"
+
+    def reader(self, task: Task, split: Split, limit: float | int | None, seed: int) -> Reader:
+        """Check a split as a whole and return a reader of its samples."""
+        errors = [task_type_error(task)]
+        shards = []
+        for name in shard_names(task, split):
+            found = self.opened[name]
+            if isinstance(found, str):
+                errors.append(f"{display_name(task)}: shard {name} {found}")
+            else:
+                shards.append(found)
+        count = sum(map(len, shards))
+        if len(shards) == len(shard_names(task, split)):
+            errors.append(count_error(task, split, count))
+        for error in filter(None, errors):
+            self.errors.add(error)
+        self.check_keys(f"{display_name(task)} ({split})", shards)
+        return Reader(shards, subset_indices(task, split, count, limit, seed))
+
+    def check_keys(self, where: str, shards: Sequence[Shard]) -> None:
+        # Shards that are opened later are left to `mmcl data validate`.
+        opened = [s for s in shards if not isinstance(s, TarShard) or s.nbytes]
+        starts = np.cumsum([0, *map(len, opened)])
+
+        def name_of(index: int) -> tuple[str, str]:
+            number = int(np.searchsorted(starts, index, side="right")) - 1
+            return shown(opened[number].key(index - int(starts[number]))), opened[number].name
+
+        if opened:
+            hashes = np.concatenate([shard.key_hashes() for shard in opened])
+            add_repeated_keys(self.errors, where, hashes, name_of)
+
+
+def _splits_of(task: Task) -> tuple[Split, ...]:
+    return ("test",) if task.is_eval_only else ("train", "test")
+
+
+def _counted(
+    stream: TaskStream, readers: Mapping[tuple[int, Split], Reader], limit: float | int | None
+) -> TaskStream:
+    sized = copy.copy(stream)
+    sized.tasks = tuple(_sized(task, readers, limit) for task in stream.tasks)
+    sized.eval_only_tasks = tuple(_sized(task, readers, limit) for task in stream.eval_only_tasks)
+    return sized
+
+
+def _sized(
+    task: Task, readers: Mapping[tuple[int, Split], Reader], limit: float | int | None
+) -> Task:
+    train = readers.get((task.index, "train"))
+    size = subset_size(task.size, limit) if train is None else len(train)
+    return replace(task, size=size, test_size=len(readers[task.index, "test"]))

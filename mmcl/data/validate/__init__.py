@@ -1,0 +1,1 @@
+"""Validation and preview of a stream: ``mmcl data validate`` and ``mmcl data preview``."""

@@ -1,0 +1,1 @@
+"""Writers of a stream: shards and card."""

@@ -1,0 +1,214 @@
+"""Files of a run directory: their names, and a reader for a finished or half-done run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from mmcl.evaluation import strict_json
+from mmcl.evaluation.cost import Ledger
+from mmcl.evaluation.lenient_metrics import align_lenient_matrix
+from mmcl.evaluation.matrix import AccuracyMatrix
+from mmcl.evaluation.predictions import Prediction, read_predictions
+from mmcl.evaluation.summary import RunSummary
+
+CONFIG = "config.yaml"
+STATE = "run.json"
+MATRIX = "matrix.json"
+LENIENT = "lenient.json"
+SUMMARY = "summary.json"
+LEDGER = "ledger.json"
+REPORT = "report.html"
+FIGURES = "figures"
+SAMPLES = "figures/samples.json"
+ANSWERS = "answers"
+CHECKPOINTS = "checkpoints"
+MEMORY = "memory"
+EVALUATION = "evaluation"
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_MAX_IMAGE_BYTES = 4 * 2**20
+_MAX_SAMPLES = 60
+_MAX_CONFIG_BYTES = 2**18
+Read = TypeVar("Read")
+
+
+def predictions_path(folder: Path, row: int, column: int) -> Path:
+    """File of the predictions of one cell of a run's matrix."""
+    return folder / ANSWERS / f"row_{row:02d}" / f"col_{column:02d}.jsonl"
+
+
+def lenient_file(folder: Path) -> Path:
+    """File of a run's lenient scores, a matrix like its matrix.json."""
+    return folder / LENIENT
+
+
+def read_lenient(matrix: AccuracyMatrix, folder: Path) -> AccuracyMatrix | None:
+    """Read a run's lenient scores of the cells that a matrix has measured.
+
+    Args:
+        matrix: strict scores; cells that it lacks are left out of the result.
+        folder: run directory.
+
+    Returns:
+        a matrix of the same shape, None if the run has no lenient scores.
+
+    Raises:
+        ValueError: if the file is not a matrix.
+    """
+    file = lenient_file(folder)
+    return align_lenient_matrix(matrix, file) if file.is_file() else None
+
+
+@dataclass(frozen=True)
+class SamplePredictions:
+    """One test sample and the model's predictions of it over training.
+
+    Args:
+        image_png: the image, PNG bytes; empty for a sample of text alone.
+        task: name of its task.
+        target: the right answer, or the first of several.
+        predictions: row name -> prediction: before training, when just learned, at the end.
+        question: the sample's question, empty where all samples of the task have the same.
+    """
+
+    image_png: bytes
+    task: str
+    target: str
+    predictions: Mapping[str, Prediction]
+    question: str = ""
+
+    @property
+    def right_answers(self) -> tuple[str, ...]:
+        """Every right answer once, the most frequent first."""
+        given = [answer.right_answers for answer in self.predictions.values() if answer.references]
+        counted = Counter(given[-1] if given else (self.target,))
+        return tuple(text for text, _ in counted.most_common())
+
+
+@dataclass(frozen=True)
+class _SampleEntry:
+    """Keys and types of an entry of figures/samples.json."""
+
+    task: str
+    key: str
+    target: str
+    image: str = ""
+    question: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.image and not self.question:
+            raise ValueError("it has neither 'image' nor 'question'")
+
+
+@dataclass
+class RunFiles:
+    """Contents of a run directory; None or empty where a file is not there yet.
+
+    Args:
+        folder: run directory.
+        matrix: from matrix.json.
+        lenient: from lenient.json, of the matrix's shape.
+        summary: from summary.json, written when a run ends.
+        ledger: from ledger.json.
+        config: text of config.yaml.
+        samples: from figures/samples.json and answers/.
+        notes: what could not be read, a sentence each.
+    """
+
+    folder: Path
+    matrix: AccuracyMatrix | None = None
+    lenient: AccuracyMatrix | None = None
+    summary: RunSummary | None = None
+    ledger: Ledger | None = None
+    config: str | None = None
+    samples: list[SamplePredictions] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: Path) -> RunFiles:
+        """Read the files that are there; one that cannot be read becomes a note.
+
+        Raises:
+            FileNotFoundError: if there is no such directory.
+        """
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {folder}: give a run directory")
+        run = cls(folder)
+        run.matrix = run._read(MATRIX, AccuracyMatrix.read)
+        if run.matrix is not None:
+            run.lenient = run._read(LENIENT, partial(align_lenient_matrix, run.matrix))
+        run.summary = run._read(SUMMARY, RunSummary.read)
+        run.ledger = run._read(LEDGER, Ledger.read)
+        run.config = run._read(CONFIG, _read_config)
+        run.samples = run._read(SAMPLES, run._read_samples) or []
+        return run
+
+    def _read(self, name: str, read: Callable[[Path], Read]) -> Read | None:
+        path = self.folder / name
+        if not path.exists():
+            return None
+        try:
+            return read(path)
+        except (ValueError, OSError) as error:
+            self.notes.append(f"left out: {error}")
+            return None
+
+    def _read_samples(self, path: Path) -> list[SamplePredictions]:
+        raw = strict_json.read(path)
+        if not isinstance(raw, list):
+            raise ValueError(f"{path} is not valid: expected a list of samples")
+        optional = ("image", "question")
+        entries = [strict_json.load(_SampleEntry, each, str(path), optional) for each in raw]
+        cells: dict[tuple[int, int], dict[str, Prediction]] = {}
+        samples = []
+        for entry in entries[:_MAX_SAMPLES]:
+            image = self._image(entry.image) if entry.image else b""
+            if image is not None:
+                predictions = self._predictions(entry.task, entry.key, cells)
+                samples.append(
+                    SamplePredictions(image, entry.task, entry.target, predictions, entry.question)
+                )
+        return samples
+
+    def _image(self, name: str) -> bytes | None:
+        """Read an image of the figures folder; a name that leads elsewhere is refused."""
+        path = self.folder / FIGURES / name
+        is_inside = Path(name).name == name and not path.is_symlink()
+        if not is_inside or not path.is_file() or path.stat().st_size > _MAX_IMAGE_BYTES:
+            self.notes.append(f"left out: image {name!r} is not a small file in {FIGURES}/")
+            return None
+        image = path.read_bytes()
+        if not image.startswith(_PNG):
+            self.notes.append(f"left out: image {name!r} is not a PNG")
+            return None
+        return image
+
+    def _predictions(
+        self, task: str, key: str, cells: dict[tuple[int, int], dict[str, Prediction]]
+    ) -> dict[str, Prediction]:
+        """Find a sample's predictions before training, when just learned, and at the end."""
+        if self.matrix is None or task not in self.matrix.names:
+            return {}
+        column = self.matrix.names.index(task)
+        last = self.matrix.last_row or 0
+        learned = column + 1 if column < self.matrix.tasks else 0
+        found = {}
+        for row in sorted({0, min(learned, last), last}):
+            if (row, column) not in cells:
+                path = predictions_path(self.folder, row, column).relative_to(self.folder)
+                answers = self._read(str(path), read_predictions) or []
+                cells[row, column] = {answer.key: answer for answer in answers}
+            if key in cells[row, column]:
+                found[self.matrix.rows[row]] = cells[row, column][key]
+        return found
+
+
+def _read_config(path: Path) -> str:
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes: open it by itself")
+    return strict_json.read_text(path)

@@ -1,0 +1,103 @@
+"""peft's LoRA layer with a fused forward for the plain case, and a merge that is undone exactly.
+
+Nothing imports this file before a strategy needs peft, because peft imports transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from mmcl.layers.multi_lora import is_plain_linear
+from mmcl.ops.lora_linear import low_rank_linear
+
+
+class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
+    """peft's ``lora.Linear`` with a fused forward (``low_rank_linear``) for one plain adapter.
+
+    Everything else (dropout in training, DoRA and other variants, several adapters, merged or
+    disabled ones, a base with hooks) goes through peft's own forward. Parameters and names are
+    peft's.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the output of the base plus that of the active adapter.
+
+        Args:
+            x: (..., d_in).
+            args: for peft, as ``kwargs``.
+            kwargs: for peft.
+
+        Returns:
+            (..., d_out).
+        """
+        name = self._plain_adapter()
+        if name is None or args or kwargs:
+            return cast(Tensor, super().forward(x, *args, **kwargs))
+        base = self.base_layer
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        return low_rank_linear(x, base.weight, base.bias, A, B, self.scaling[name])
+
+    def _plain_adapter(self) -> str | None:
+        """Return the name of the active adapter if it is the only one and plain LoRA, else None."""
+        names = self.active_adapters
+        if len(names) != 1 or self.merged or self.disable_adapters:
+            return None
+        name: str = names[0]
+        if name not in self.lora_A or not is_plain_linear(self.base_layer):
+            return None
+        variant = getattr(self, "lora_variant", {}).get(name) or self.use_dora.get(name)
+        dropout = self.lora_dropout[name]
+        drops = self.training and not isinstance(dropout, nn.Identity) and dropout.p > 0
+        is_bare = is_plain_linear(self.lora_A[name]) and is_plain_linear(self.lora_B[name])
+        if variant or drops or not is_bare or self.lora_B[name].bias is not None:
+            return None
+        return name
+
+
+@contextmanager
+def merged_lora(model: nn.Module) -> Iterator[None]:
+    """Merge peft's active adapters inside the block; after it the weights are the same bits.
+
+    peft's own ``unmerge`` subtracts the delta, which rounds. Quantized layers and layers that were
+    merged before stay as they are.
+
+    Args:
+        model: with peft's LoRA layers.
+    """
+    kept: list[tuple[LoraLayer, dict[str, Tensor], dict[str, Any]]] = []
+    try:
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer) and not layer.merged and _is_floating(layer):
+                own = layer.get_base_layer()
+                bits = {name: p.data for name, p in own.named_parameters(recurse=False)}
+                kept.append((layer, bits, dict(getattr(layer, "_caches", {}))))
+                _merge(layer, own, bits)
+        yield
+    finally:
+        for layer, bits, caches in kept:
+            own = layer.get_base_layer()
+            for name, tensor in bits.items():
+                parameter = getattr(own, name)
+                parameter.data = tensor.to(parameter.device)
+            layer.merged_adapters.clear()
+            layer._caches = caches
+
+
+def _is_floating(layer: LoraLayer) -> bool:
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    return isinstance(weight, Tensor) and weight.is_floating_point()
+
+
+def _merge(layer: LoraLayer, own: nn.Module, bits: dict[str, Tensor]) -> None:
+    # Outside inference mode, because tensors made in it may not become weights.
+    with torch.inference_mode(False), torch.no_grad():
+        for name, tensor in bits.items():
+            getattr(own, name).data = tensor.clone()
+        layer.merge()

@@ -1,0 +1,432 @@
+"""Training loop over the tasks of a stream: a new Trainer per task, resumable after a kill."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from mmcl.core import TaskStream, begin_task
+from mmcl.core.atomic_write import OUT_OF_SPACE, WriteError
+from mmcl.core.distributed import rank_and_world
+from mmcl.evaluation import AccuracyMatrix, RunSummary
+from mmcl.evaluation.all_metrics import compute_all_metrics
+from mmcl.evaluation.cost import Ledger
+from mmcl.evaluation.lenient_metrics import compute_lenient_metrics
+from mmcl.evaluation.run_files import read_lenient
+from mmcl.evaluation.scorers import find_scorer
+from mmcl.lightning.checkpoint_io import raise_on_all_ranks
+from mmcl.lightning.datamodule import ContinualDataModule
+from mmcl.lightning.evaluate import evaluate_row
+from mmcl.lightning.module import ContinualModule, check_state
+from mmcl.lightning.run_dir import (
+    FROM_THE_BEGINNING,
+    RunDirectory,
+    RunState,
+    check_stream_extends,
+    task_fingerprint,
+)
+from mmcl.lightning.task_callback import TaskCallback
+from mmcl.lightning.task_checkpoints import (
+    check_resumable,
+    destroy_process_groups,
+    remove_mid_task_checkpoints,
+)
+
+SCORES = {"captioning": "recall@1", "retrieval": "recall@1"}
+TRAINER_OVERRIDES = {
+    "use_distributed_sampler": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "limit_val_batches": 0,
+}
+"""Trainer arguments that a run overrides: it has its own loaders, checkpoints and progress."""
+
+
+class ContinualRun:
+    """Resumable run over a stream of tasks.
+
+    Args:
+        make_module: builds the module from its configuration, the same every time.
+        make_trainer: builds a new Trainer; its keyword arguments override the configuration.
+        data: datamodule of the stream.
+        folder: run directory.
+        seed: seed of the run.
+        checkpoint_every_n_steps: optimizer steps between mid-task checkpoints, 0 = none.
+        log: receives log messages; the library itself prints nothing.
+    """
+
+    def __init__(
+        self,
+        make_module: Callable[[], ContinualModule],
+        make_trainer: Callable[..., pl.Trainer],
+        data: ContinualDataModule,
+        folder: Path,
+        *,
+        seed: int = 0,
+        checkpoint_every_n_steps: int = 200,
+        log: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
+        self.make_module, self.make_trainer, self.data = make_module, make_trainer, data
+        self.is_first = first_process()
+        self.folder = RunDirectory(folder, writes=self.is_first)
+        self.seed, self.checkpoint_every_n_steps = seed, checkpoint_every_n_steps
+        self.log = log if self.is_first else lambda sentence: None
+
+    def run(self) -> AccuracyMatrix:
+        """Train on all remaining tasks and evaluate all missing cells of the accuracy matrix.
+
+        Returns:
+            the matrix; everything else is in the run directory.
+
+        Raises:
+            OSError: if the run directory cannot be written to, or its disk is full.
+            RuntimeError: if another process uses the run directory, or one of this run was lost.
+            ValueError: if the directory holds another run, or the card, a shard or too many samples
+                are invalid.
+        """
+        with self.folder.lock(), translate_errors(self._where):
+            return self._run()
+
+    def _run(self) -> AccuracyMatrix:
+        started = time.monotonic()
+        self.data.prepare_data()
+        self.data.memory = self.folder.path / "memory"
+        stream = self.data.stream
+        state = self.folder.state() or RunState(finished_tasks=0, task=0, tasks=[], seed=self.seed)
+        check_stream_extends(state, self.data.declared_stream)
+        self._log_start(state)
+        matrix = self._matrix()
+        module = self._module_after(state.finished_tasks)
+        self._evaluate_missing(matrix, module, state)
+        earlier = state.seconds
+        for task in stream.tasks[state.finished_tasks :]:
+            self._train_task(module, state, task.index)
+            state.seconds = round(earlier + time.monotonic() - started, 3)
+            self.folder.save(state)
+            self._evaluate_row(matrix, module, task.index + 1, state)
+        return matrix
+
+    def evaluate(self, rows: Sequence[int], columns: Sequence[int]) -> AccuracyMatrix:
+        """Evaluate cells again from the task checkpoints, with results under ``evaluation/``.
+
+        Args:
+            rows: 0 = before training, t = after t tasks.
+            columns: tasks, then eval-only tasks.
+
+        Returns:
+            a matrix with only these cells.
+        """
+        matrix = AccuracyMatrix.for_stream(self.data.stream, SCORES)
+        folder = RunDirectory(self.folder.path / "evaluation", writes=self.is_first)
+        for row in rows:
+            module = self._module_after(row)
+            evaluate_row(module, self.data, self._trainer([]), matrix, folder, row, columns)
+        return matrix
+
+    def load_after(self, tasks: int | None = None) -> ContinualModule:
+        """Return the module after ``tasks`` tasks, None = all finished ones.
+
+        Raises:
+            FileNotFoundError: if the run has not finished as many.
+        """
+        self.data.prepare_data()
+        state = self.folder.state()
+        done = 0 if state is None else state.finished_tasks
+        return self._module_after(done if tasks is None else tasks)
+
+    def _where(self) -> str:
+        """Return where the same command would resume."""
+        state = self.folder.state()
+        return FROM_THE_BEGINNING if state is None else state.resume_point()
+
+    def _log_start(self, state: RunState) -> None:
+        total = len(self.data.stream)
+        if state.finished_tasks == total:
+            self.log(f"all {total} tasks are finished: {self.folder.path}")
+        elif state.last_checkpoint is not None:
+            self.log(
+                f"resuming {state.resume_point()}, from {self.folder.path / state.last_checkpoint}"
+            )
+        elif state.finished_tasks:
+            self.log(
+                f"resuming {state.resume_point()}, from "
+                f"{self.folder.task_checkpoint(state.finished_tasks)}"
+            )
+
+    def _matrix(self) -> AccuracyMatrix:
+        fresh = AccuracyMatrix.for_stream(self.data.stream, SCORES)
+        return fresh.with_cells_of(self.folder.path / "matrix.json")
+
+    def _module_after(self, tasks: int) -> ContinualModule:
+        module = self.make_module()
+        module.in_continual_run = True
+        module.strategy.set_memory_dir(self.folder.path / "memory")
+        for task in self.data.stream.tasks[:tasks]:
+            begin_task(module.model, module.strategy, task)
+        if tasks:
+            load_state(module, self.folder.task_checkpoint(tasks))
+        return module
+
+    def _evaluate_missing(
+        self, matrix: AccuracyMatrix, module: ContinualModule, state: RunState
+    ) -> None:
+        """Evaluate missing cells of finished rows: after a kill, or for appended tasks."""
+        for row in range(state.finished_tasks + 1):
+            if matrix.missing([row]):
+                row_module = module if row == state.finished_tasks else self._module_after(row)
+                self._evaluate_row(matrix, row_module, row, state)
+
+    def _evaluate_row(
+        self, matrix: AccuracyMatrix, module: ContinualModule, row: int, state: RunState
+    ) -> None:
+        columns = [column for _, column in matrix.missing([row])]
+        self.data.task_index = max(0, row - 1)
+        trainer = self._trainer([])
+        errors = evaluate_row(module, self.data, trainer, matrix, self.folder, row, columns)
+        destroy_process_groups(trainer, module)
+        state.errors += [error for error in errors if error not in state.errors]
+        if errors and state.tasks:
+            self.folder.save(state)
+        values = matrix.values[row][: row or matrix.tasks]
+        mean = 100 * sum(value for value in values if value is not None) / len(values)
+        when = f"after '{matrix.rows[row]}'" if row else "before training"
+        self.log(f"{when}: mean of its tasks {mean:.1f} %")
+
+    def _train_task(self, module: ContinualModule, state: RunState, index: int) -> None:
+        stream = self.data.stream
+        task = stream[index]
+        if len(state.tasks) == index:
+            state.tasks.append(
+                task_fingerprint(self.data.declared_stream, self.data.declared_stream[index])
+            )
+        state.task = index
+        self.folder.save(state)
+        hooks = TaskCallback(
+            task,
+            self.folder,
+            state,
+            seed=self.seed,
+            checkpoint_every_n_steps=self.checkpoint_every_n_steps,
+            max_bad_fraction=self.data.max_bad_fraction,
+        )
+        self.data.set_task(index)
+        epochs = {} if task.epochs is None else {"max_epochs": task.epochs}
+        trainer = self._trainer([hooks], **epochs)
+        trainer.accumulate_grad_batches = self.data.accumulate_grad_batches(trainer.world_size)
+        last = None if state.last_checkpoint is None else self.folder.path / state.last_checkpoint
+        check_resumable(trainer, last)
+        with warnings.catch_warnings():
+            # Our loader resumes by itself; Lightning cannot know that.
+            warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")
+            warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            module.train()
+            trainer.fit(module, datamodule=self.data, ckpt_path=last, weights_only=True)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        self._finish_task(state, hooks, trainer)
+        destroy_process_groups(trainer, module)
+
+    def _finish_task(self, state: RunState, hooks: TaskCallback, trainer: pl.Trainer) -> None:
+        state.finished_tasks, state.last_checkpoint, state.step = hooks.task.index + 1, None, 0
+        state.steps += hooks.counts.steps
+        state.warnings += hooks.warnings
+        state.errors += [error for error in hooks.counts.errors if error not in state.errors]
+        for sentence in hooks.warnings:
+            warnings.warn(sentence, stacklevel=2)
+        with raise_on_all_ranks(trainer):
+            if self.is_first:
+                ledger_file = self.folder.path / "ledger.json"
+                ledger = Ledger.read(ledger_file) if ledger_file.is_file() else Ledger()
+                ledger.put(hooks.cost)
+                ledger.write(ledger_file)
+                self.folder.save(state)
+                remove_mid_task_checkpoints(self.folder.last.parent)
+
+    def _trainer(self, callbacks: Sequence[pl.Callback], **settings: Any) -> pl.Trainer:
+        return self.make_trainer(
+            callbacks=list(callbacks),
+            default_root_dir=str(self.folder.path),
+            **TRAINER_OVERRIDES,
+            **settings,
+        )
+
+
+def first_process() -> bool:
+    """Return whether this process is rank 0, which Lightning knows before any process group."""
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)
+
+
+def load_state(module: ContinualModule, file: Path) -> None:
+    """Load a task checkpoint into a module for which the same tasks were begun.
+
+    Raises:
+        FileNotFoundError: if the checkpoint is missing.
+        ValueError: if it is broken, or belongs to another model or strategy.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"there is no checkpoint {file}: restore it, the run cannot resume without it"
+        )
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file can raise anything
+        raise ValueError(
+            f"{file} cannot be read ({type(error).__name__}): it is broken or holds pickled "
+            "objects, which are never run; restore the file, or remove the run directory"
+        ) from error
+    check_state(module, checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=False)
+
+
+class Terminated(RuntimeError):
+    """Error of a run that a signal ended."""
+
+    exit_status = 143  # 128 + SIGTERM, as in a shell
+
+
+@contextmanager
+def translate_errors(where: Callable[[], str]) -> Iterator[None]:
+    """Context that translates what ended a run into an error message for its user.
+
+    Args:
+        where: returns where the same command would resume, such as "after task 0 ('a')".
+
+    Raises:
+        WriteError: for a full disk.
+        KeyboardInterrupt: for Lightning's exit with status 1 after one.
+        RuntimeError: if another process of the run was lost.
+        Terminated: for SIGTERM, after which Lightning exits with status 0.
+    """
+    try:
+        yield
+    except SIGTERMException:
+        raise Terminated(f"ended by SIGTERM: the same command resumes {where()}") from None
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    except OSError as error:
+        message = _write_error(error)
+        if not message:
+            raise
+        raise WriteError(
+            f"{message}. Then the same command resumes {where()}", error.errno
+        ) from error
+    except RuntimeError as error:
+        if rank_and_world()[1] == 1 or not _is_lost_process(error):
+            raise
+        raise RuntimeError(
+            f"another process of this run ended or cannot be reached ({_first_line(error)}): see "
+            f"its output; the same command resumes {where()}"
+        ) from error
+
+
+def _write_error(error: OSError) -> str:
+    """Return the message for a file that could not be written, "" for another error."""
+    if isinstance(error, WriteError):
+        return str(error)
+    if error.errno not in (*OUT_OF_SPACE, errno.EROFS):
+        return ""
+    return f"{error.filename or 'a file'} cannot be written ({error.strerror}): make room"
+
+
+def _is_lost_process(error: RuntimeError) -> bool:
+    # torch raises most errors of its backends as plain RuntimeError.
+    return isinstance(error, dist.DistError) or bool(re.search("gloo|nccl", str(error), re.I))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+_LIBRARIES = ("mmcl", "torch", "pytorch-lightning", "open_clip_torch", "transformers", "webdataset")
+
+
+def summarize(
+    run: ContinualRun,
+    config: Mapping[str, Any],
+    matrix: AccuracyMatrix,
+    images: Sequence[Mapping[str, str]] = (),
+) -> RunSummary:
+    """Write the summary of a run, ``summary.json``, and ``figures/samples.json``.
+
+    Args:
+        run: a finished run.
+        config: the configuration as plain values.
+        matrix: accuracy matrix of the run.
+        images: test images for the report.
+    """
+    folder, stream = run.folder, run.data.stream
+    state = folder.state() or RunState(0, 0, [], run.seed)
+    lenient = read_lenient(matrix, folder.path)
+    metrics = compute_all_metrics(matrix)
+    metrics += compute_lenient_metrics(matrix, lenient) if lenient is not None else []
+    summary = RunSummary(
+        name=folder.path.name,
+        stream=stream.name,
+        scenario=stream.scenario,
+        strategy=name_of(config["model"].get("strategy")),
+        model=model_name(config["model"].get("model")),
+        seed=run.seed,
+        metrics=tuple(metrics),
+        versions={**_versions(), **_scorer_versions(stream)},
+        hashes={"card": hashlib.sha256(run.data.card.read_bytes()).hexdigest(), **stream.hashes},
+        errors=tuple(state.errors),
+        warnings=tuple(state.warnings),
+        seconds=state.seconds,
+        finished=state.finished_tasks == len(stream) and not matrix.missing(),
+    )
+    summary.write(folder.path / "summary.json")
+    folder.write("figures/samples.json", json.dumps(list(images), indent=1) + "\n")
+    return summary
+
+
+def name_of(strategy: Any) -> str:
+    """Return the class name of a configured strategy, or the names of a chain's members."""
+    if not isinstance(strategy, Mapping):
+        return "Finetune"
+    name = str(strategy.get("class_path", "")).rsplit(".", 1)[-1]
+    members = (strategy.get("init_args") or {}).get("strategies") or []
+    return " + ".join(name_of(member) for member in members) if members else name
+
+
+def model_name(model: Any) -> str:
+    """Return the class name of a configured model, and its architecture."""
+    if not isinstance(model, Mapping):
+        return "model"
+    arguments = model.get("init_args") or {}
+    name = str(model.get("class_path", "")).rsplit(".", 1)[-1]
+    return f"{name} {arguments.get('model', '')}".strip()
+
+
+def _scorer_versions(stream: TaskStream) -> dict[str, str]:
+    """Return the versions of the scorers' rules."""
+    names = sorted({task.scorer for task in stream.all_tasks if task.scorer})
+    return {f"scorer {name}": find_scorer(name).version for name in names}
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

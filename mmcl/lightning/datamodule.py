@@ -1,0 +1,353 @@
+"""LightningDataModule of a stream of tasks, with one selected task for training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from mmcl.core import ReplayPlan, Strategy, Task, TaskStream
+from mmcl.core.model import is_generative_model
+from mmcl.data import (
+    ReplayCopyReader,
+    eval_loader,
+    open_stream,
+    save_replay_copies,
+    task_pass_loader,
+    train_loader,
+)
+from mmcl.data.batches.train_loader import WINDOW
+from mmcl.data.remote.cache import parse_size
+from mmcl.data.shards.replay_copies import released_tasks
+from mmcl.evaluation.scorers import SCORERS
+from mmcl.lightning.evaluators import EvalSpec, make_eval_spec
+from mmcl.lightning.strategy_callback import OnDevice
+from mmcl.streams.registry import card_path, find_stream
+
+PREVIEWED = 1024
+"""Samples of a task that a strategy may see before the task's loader is built."""
+_NAMED_TASKS = 3
+"""Tasks named in an error message."""
+
+
+class ContinualDataModule(pl.LightningDataModule):
+    """Datamodule that reads a stream of tasks from shards.
+
+    Args:
+        stream: name of a stream that mmcl can build ("digits"), or the path of a card or of its
+            folder.
+        data_dir: folder of built streams.
+        global_batch_size: samples of one optimizer step over all devices, replay samples included.
+        micro_batch_size: maximum samples of a forward pass on one device; more are accumulated.
+            None = no limit.
+        eval_batch_size: batch size of evaluation on one device.
+        num_workers: processes that read and decode, 0 = none.
+        task_order: task indices in training order, a subset is allowed; None = as on the card.
+        max_samples: 200 = at most 200 samples of every split of a task, 0.02 = that fraction.
+        max_bad_fraction: fraction of a task's samples that may be unreadable before the run ends.
+        allow_pipes: let a card run ``pipe:`` commands to open shards.
+        verify_hashes: read every shard once and compare it with the card's hashes.
+        cache_dir: folder for remote shards; None = $MMCL_CACHE or the user's cache folder.
+        cache_limit: size limit of that folder, such as "200GB"; None = no limit.
+        shuffle_window: remote shards whose samples are shuffled together; local ones all are.
+        group_by_length: batches over which samples are sorted by text length before they are cut
+            into batches, to reduce padding; 0 = no sorting.
+        task_index: index of the task of ``fit`` and ``validate``; ``mmcl train`` sets it.
+        seed: seed of order, augmentation and limits.
+    """
+
+    def __init__(
+        self,
+        stream: str = "digits",
+        data_dir: str = "data",
+        global_batch_size: int = 64,
+        micro_batch_size: int | None = None,
+        eval_batch_size: int = 256,
+        num_workers: int = 0,
+        task_order: Sequence[int] | None = None,
+        max_samples: float | None = None,
+        max_bad_fraction: float = 0.01,
+        allow_pipes: bool = False,
+        verify_hashes: bool = False,
+        cache_dir: str | None = None,
+        cache_limit: str | int | None = None,
+        shuffle_window: int = WINDOW,
+        group_by_length: int = 0,
+        task_index: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, size in (
+            ("global_batch_size", global_batch_size),
+            ("eval_batch_size", eval_batch_size),
+        ):
+            if size < 1:
+                raise ValueError(f"data.{name} is {size}, expected a number of samples, 1 or more")
+        self.stream_name, self.data_dir = stream, Path(data_dir)
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
+        self.task_order, self.max_bad_fraction = task_order, max_bad_fraction
+        self.max_samples = (
+            int(max_samples) if max_samples is not None and max_samples >= 1 else max_samples
+        )
+        self.allow_pipes, self.verify_hashes = allow_pipes, verify_hashes
+        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
+        self.cache_limit = None if cache_limit is None else parse_size(cache_limit)
+        self.shuffle_window, self.group_by_length = shuffle_window, group_by_length
+        self.task_index, self.seed = task_index, seed
+        self.memory: Path | None = None
+        self.on_build: Callable[[int, int], None] | None = None
+        self._start = (0, 0)
+        self._prepared: Any = None
+
+    @property
+    def card(self) -> Path:
+        """Path of the card, which may not be built yet."""
+        return card_path(self.stream_name, self.data_dir)
+
+    def prepare_data(self) -> None:
+        """Build the stream if it is one of mmcl's and does not exist yet."""
+        if not self.card.is_file() and not self.stream_name.endswith((".yaml", ".yml")):
+            stream, _ = find_stream(self.stream_name)
+            # Ranks start together: the builder takes a lock, and the next rank finds the stream.
+            stream.builder()(self.card.parent, progress=self.on_build)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open and check the card and its shards, once."""
+        if self._prepared is None:
+            self._prepared = open_stream(
+                self.declared_stream,
+                finished=self.released_tasks,
+                limit=self.max_samples,
+                seed=self.seed,
+                allow_pipes=self.allow_pipes,
+                verify_hashes=self.verify_hashes,
+                cache=self.cache_dir,
+                cache_limit=self.cache_limit,
+            )
+
+    @cached_property
+    def declared_stream(self) -> TaskStream:
+        """Stream as declared by the card, before samples are counted or limited."""
+        return TaskStream.read(self.card, self.task_order, tuple(SCORERS))
+
+    @property
+    def released_tasks(self) -> list[int]:
+        """Tasks whose replay samples were copied and whose training shards are missing."""
+        return [] if self.memory is None else released_tasks(self.declared_stream, self.memory)
+
+    @property
+    def prepared(self) -> Any:
+        """Open stream with its readers; calls ``setup``."""
+        self.setup()
+        return self._prepared
+
+    @property
+    def stream(self) -> TaskStream:
+        """Stream of tasks with counted sizes."""
+        stream: TaskStream = self.prepared.stream
+        return stream
+
+    def set_task(self, task: int) -> None:
+        """Select the task of the next ``fit``, from its first batch."""
+        self.task_index, self._start = task, (0, 0)
+
+    def start_task(self, trainer: pl.Trainer) -> Task:
+        """Return the task of ``fit``, and set its classes on the model."""
+        self.set_model_classes(trainer.lightning_module.model)
+        return self.stream[self.task_index]
+
+    def set_model_classes(self, model: Any) -> None:
+        """Set the model's classes: all classes seen until the selected task."""
+        seen = self.stream.tasks[: self.task_index + 1]
+        names = self.stream.classes_seen(self.task_index)
+        if names and hasattr(model, "set_classes"):
+            first_seen = [task.index for task in seen for _ in task.classes]
+            model.set_classes(names, seen[-1].templates, first_seen)
+
+    def accumulate_grad_batches(self, world: int) -> int:
+        """Return the number of micro-batches that each device accumulates per optimizer step."""
+        if self.micro_batch_size is None:
+            return 1
+        return -(-self.global_batch_size // (self.micro_batch_size * world))
+
+    def train_dataloader(self) -> Any:
+        """Return the loader of the selected task, from the resumed position."""
+        trainer = self._active_trainer()
+        check_model_supports_stream(self.stream, trainer.lightning_module.model)
+        replay_plan = self._replay_plan(trainer.lightning_module.strategy)
+        return train_loader(
+            self.prepared,
+            self.task_index,
+            trainer.lightning_module.model.transform(True),
+            replay_plan=replay_plan,
+            recall_readers=self._replay_readers(replay_plan),
+            global_batch_size=self.global_batch_size,
+            accumulation=trainer.accumulate_grad_batches,
+            seed=self.seed,
+            **self._loader_options(),
+            position=self._next_position,
+            window=self.shuffle_window,
+            group=self.group_by_length,
+        )
+
+    def task_pass(self, few: int | None = None) -> Any:
+        """Return this rank's loader of one unaugmented pass over the selected task.
+
+        Args:
+            few: number of samples, None = all.
+        """
+        trainer = self._active_trainer()
+        return task_pass_loader(
+            self.prepared,
+            self.task_index,
+            trainer.lightning_module.model.transform(False),
+            batch=self.eval_batch_size,
+            **self._loader_options(),
+            few=few,
+        )
+
+    def test_loaders(self, columns: Sequence[int]) -> list[Any]:
+        """Return this rank's test loader of each requested matrix column.
+
+        Raises:
+            ValueError: if there are more devices than samples, or the model does not support the
+                stream.
+        """
+        trainer = self._active_trainer()
+        check_model_supports_stream(self.stream, trainer.lightning_module.model)
+        for task in (self.stream.evaluated_task(column) for column in columns):
+            # A rank without batches skips on_test_epoch_end, and the others would wait for it.
+            if task.test_size < trainer.world_size:
+                raise ValueError(
+                    f"the test split of '{task.name}' has {task.test_size} samples for "
+                    f"{trainer.world_size} devices: use fewer devices"
+                )
+        return [
+            eval_loader(
+                self.prepared,
+                column,
+                trainer.lightning_module.model.transform(False),
+                batch=self.eval_batch_size,
+                **self._loader_options(),
+            )
+            for column in columns
+        ]
+
+    def column(self, row: int, column: int) -> EvalSpec:
+        """Return the evaluation of matrix cell (row, column)."""
+        return make_eval_spec(self.stream, row, column)
+
+    def default_columns(self, stage: str) -> list[EvalSpec]:
+        """Return the evaluations of Lightning's own ``test`` and ``validate``."""
+        if stage == "test":
+            return [self.column(self.task_index + 1, index) for index in self._default_columns()]
+        return [self.column(self.task_index + 1, self.task_index)]
+
+    def test_dataloader(self) -> list[Any]:
+        """Return the test loaders of every task until the selected one and eval-only tasks."""
+        return self.test_loaders(self._default_columns())
+
+    def val_dataloader(self) -> list[Any]:
+        """Return the test loader of the selected task, as a list."""
+        return self.test_loaders([self.task_index])
+
+    def predict_dataloader(self) -> Any:
+        """Return the test loader of the selected task."""
+        return self.test_loaders([self.task_index])[0]
+
+    def save_replay_copies(self, replay_plan: ReplayPlan | None, task: int) -> None:
+        """Copy the replay samples of a finished task if the strategy stores copies."""
+        if replay_plan is not None and replay_plan.storage == "copy" and self.memory is not None:
+            save_replay_copies(self.prepared, replay_plan, self.memory, task)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the task: the epoch, and the finished batches of it."""
+        trainer = self._active_trainer()
+        # After a resume Lightning restarts the counters of the epoch, but not these.
+        done = int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+        epoch, batches = divmod(done, max(1, int(trainer.num_training_batches)))
+        return {"task": self.task_index, "epoch": epoch, "batches": batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume after the processed batches."""
+        if state["task"] != self.task_index:
+            raise ValueError(
+                f"the checkpoint is of task {state['task']} and task {self.task_index} is "
+                "selected: "
+                "give --data.task_index the checkpoint's number"
+            )
+        self._start = (state["epoch"], state["batches"])
+
+    def _replay_plan(self, strategy: Strategy) -> ReplayPlan | None:
+        """Return the strategy's replay plan, with the card's replay ratio if it has one."""
+        if strategy.overrides("preview"):
+            module = self._active_trainer().lightning_module
+            batches = OnDevice(self.task_pass(few=PREVIEWED), module.device)
+            strategy.preview(module.model, self.stream[self.task_index], batches)
+        replay_plan, ratio = strategy.replay_plan(), self.stream[self.task_index].replay_ratio
+        if replay_plan is None or replay_plan.replay_ratio is None or ratio is None:
+            return replay_plan
+        return replace(replay_plan, replay_ratio=ratio)
+
+    def _default_columns(self) -> list[int]:
+        eval_only = range(len(self.stream), len(self.stream.all_tasks))
+        return [*range(self.task_index + 1), *eval_only]
+
+    def _next_position(self) -> tuple[int, int]:
+        # Called once per epoch: after the first, epochs start at their first batch.
+        position, self._start = self._start, (self._start[0] + 1, 0)
+        return position
+
+    def _replay_readers(self, replay_plan: ReplayPlan | None) -> dict[int, Any]:
+        if replay_plan is None or replay_plan.storage != "copy" or self.memory is None:
+            return {}
+        tasks = sorted(set(replay_plan.task_ids.tolist()))
+        return {task: ReplayCopyReader(self.memory, task) for task in tasks}
+
+    def _loader_options(self) -> dict[str, int]:
+        trainer = self._active_trainer()
+        ranks = {"rank": trainer.global_rank, "world": trainer.world_size}
+        return {**ranks, "workers": self.num_workers}
+
+    def _active_trainer(self) -> Any:
+        if self.trainer is None:
+            raise RuntimeError(
+                "the datamodule has no trainer: pass it as datamodule= to Trainer.fit or test"
+            )
+        return self.trainer
+
+
+def check_model_supports_stream(stream: TaskStream, model: object) -> None:
+    """Check that a model supports every task and eval-only task of a stream.
+
+    Raises:
+        ValueError: naming the tasks that it does not support.
+    """
+    generative = [task for task in stream.all_tasks if task.task_type == "instruction"]
+    others = [task for task in stream.all_tasks if task.task_type != "instruction"]
+    name = type(model).__name__
+    if generative and not is_generative_model(model):
+        raise ValueError(
+            f"the stream '{stream.name}' has question-answering tasks ({_names(generative)}), and "
+            f"{name} cannot generate text: use a model that does, such as "
+            "mmcl.models.ImageTextToText, or a stream of classes or captions"
+        )
+    if others and is_generative_model(model):
+        raise ValueError(
+            f"the stream '{stream.name}' has tasks of kind '{others[0].task_type}' "
+            f"({_names(others)}), "
+            f"and {name} generates text: use a stream of kind 'instruction', or a contrastive "
+            "model, "
+            "such as mmcl.models.OpenCLIP"
+        )
+
+
+def _names(tasks: list[Task]) -> str:
+    named = ", ".join(f"'{task.name}'" for task in tasks[:_NAMED_TASKS])
+    rest = len(tasks) - _NAMED_TASKS
+    return f"{named} and {rest} more" if rest > 0 else named

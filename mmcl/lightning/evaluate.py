@@ -1,0 +1,195 @@
+"""Evaluation of matrix cells: scores go into the matrix, predictions into files."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from PIL import Image
+from torch import Tensor
+
+from mmcl.core import Conversation, ProcessedSample, write_atomic
+from mmcl.data import BadSample
+from mmcl.data.batches.collate import make_example
+from mmcl.evaluation import AccuracyMatrix
+from mmcl.evaluation.lenient_metrics import align_lenient_matrix
+from mmcl.evaluation.predictions import Prediction, write_predictions
+from mmcl.evaluation.run_files import lenient_file, predictions_path
+from mmcl.lightning.checkpoint_io import raise_on_all_ranks
+from mmcl.lightning.datamodule import ContinualDataModule
+from mmcl.lightning.evaluators import Evaluator, GenerationEvaluator
+from mmcl.lightning.module import ContinualModule
+from mmcl.lightning.run_dir import RunDirectory
+
+SAMPLES_PER_TASK = 4
+THUMBNAIL_SIZE = 128
+
+
+def evaluate_row(
+    module: ContinualModule,
+    data: ContinualDataModule,
+    trainer: pl.Trainer,
+    matrix: AccuracyMatrix,
+    folder: RunDirectory,
+    row: int,
+    columns: Sequence[int],
+) -> list[str]:
+    """Evaluate some columns of a matrix row, and write the matrix and the predictions.
+
+    Args:
+        module: its state after ``row`` tasks.
+        data: datamodule of the stream.
+        trainer: a new Trainer; it defines device, precision and ranks.
+        matrix: is filled and written.
+        folder: run directory.
+        row: matrix row.
+        columns: matrix columns.
+
+    Returns:
+        one sentence for each sample that could not be read.
+
+    Raises:
+        WriteError: on every rank, if there is no room for the files.
+        ValueError: if a larger fraction of a test split than ``data.max_bad_fraction`` cannot be
+            read.
+    """
+    if not columns:
+        return []
+    data.setup()
+    module.score([data.column(row, column) for column in columns])
+    data.trainer = trainer
+    trainer.test(module, datamodule=_TestLoaders(data, columns), verbose=False)
+    errors: list[str] = []
+    for scorer, column in zip(module.scorers, columns, strict=True):
+        _check_error_count(scorer, data.max_bad_fraction)
+        matrix.set(row, column, scorer.value)
+        errors += scorer.errors
+    with raise_on_all_ranks(trainer):
+        if folder.writes:
+            _write(data, matrix, folder, row, dict(zip(columns, module.scorers, strict=True)))
+    return errors
+
+
+def _write(
+    data: ContinualDataModule,
+    matrix: AccuracyMatrix,
+    folder: RunDirectory,
+    row: int,
+    scorers: Mapping[int, Evaluator],
+) -> None:
+    for column, scorer in scorers.items():
+        predictions = _answers(data, scorer, column)
+        if predictions:
+            write_predictions(predictions_path(folder.path, row, column), predictions)
+    _write_lenient(matrix, folder, row, scorers)
+    # The matrix comes last: a cell in it is not evaluated again.
+    matrix.write(folder.path / "matrix.json")
+
+
+def _write_lenient(
+    matrix: AccuracyMatrix, folder: RunDirectory, row: int, scorers: Mapping[int, Evaluator]
+) -> None:
+    """Write the lenient scores as a second matrix."""
+    scores = {
+        column: s.lenient for column, s in scorers.items() if isinstance(s, GenerationEvaluator)
+    }
+    if scores:
+        file = lenient_file(folder.path)
+        lenient = align_lenient_matrix(matrix, file)
+        for column, value in scores.items():
+            lenient.set(row, column, value)
+        lenient.write(file)
+
+
+def _check_error_count(scorer: Evaluator, max_bad_fraction: float) -> None:
+    task, errors = scorer.column.task, scorer.errors
+    if len(errors) > max_bad_fraction * max(1, task.test_size):
+        raise ValueError(
+            f"{len(errors)} test samples of '{task.name}' cannot be read, more than "
+            f"data.max_bad_fraction={max_bad_fraction:g} of {task.test_size} allows: "
+            f"{'; '.join(errors[:5])}"
+        )
+
+
+class _TestLoaders(pl.LightningDataModule):
+    """Datamodule with the test loaders of some matrix columns."""
+
+    def __init__(self, data: ContinualDataModule, columns: Sequence[int]) -> None:
+        super().__init__()
+        self.data, self.columns = data, columns
+
+    def test_dataloader(self) -> list[Any]:
+        """Return one loader per column."""
+        self.data.trainer = self.trainer
+        return self.data.test_loaders(self.columns)
+
+
+def _answers(data: ContinualDataModule, scorer: Evaluator, column: int) -> list[Prediction]:
+    if isinstance(scorer, GenerationEvaluator):
+        return scorer.answers
+    names, predictions = scorer.column.names, scorer.predictions
+    if "answer" not in predictions:
+        return []
+    reader = data.prepared.reader(column, "test")
+    fields = ("sample", "truth", "answer", "score")
+    samples = zip(*(predictions[name].tolist() for name in fields), strict=True)
+    return [
+        Prediction(
+            key=reader.read(sample_id).key,
+            target=names[truth],
+            text=names[answer],
+            correct=truth == answer,
+            score=round(score, 4) if math.isfinite(score) else None,
+        )
+        for sample_id, truth, answer, score in samples
+    ]
+
+
+def save_sample_images(data: ContinualDataModule, folder: RunDirectory) -> list[dict[str, str]]:
+    """Save a few test images of every column for the report.
+
+    Returns:
+        one mapping per image: task, key, target, file name under ``figures/``, and the question.
+    """
+    entries = []
+    for number, task in enumerate(data.stream.all_tasks):
+        if task.task_type not in ("classification", "instruction"):
+            continue
+        reader = data.prepared.reader(number, "test")
+        names = data.column(number + 1, number).names
+        step = max(1, len(reader) // SAMPLES_PER_TASK)
+        for index in range(0, len(reader), step)[:SAMPLES_PER_TASK]:
+            try:
+                made = make_example(
+                    reader.read(index), index, task, _identity, seed=0, max_pixels=1 << 24
+                )
+            except BadSample:
+                continue
+            if made.processed.image is None:
+                continue
+            file = f"sample_{number:02d}_{index:05d}.png"
+            write_atomic(folder.path / "figures" / file, _png(made.processed.image))
+            reference = made.reference
+            target = names[made.label] if reference is None else reference.answers[0]
+            entry = {"task": task.name, "key": made.key, "target": target, "image": file}
+            if reference is not None:
+                entry["question"] = reference.question
+            entries.append(entry)
+    return entries
+
+
+def _identity(pixels: Tensor | None, text: str | Conversation | None, seed: int) -> ProcessedSample:
+    return ProcessedSample(pixels)
+
+
+def _png(pixels: Tensor) -> bytes:
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    scale = THUMBNAIL_SIZE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    buffer = io.BytesIO()
+    image.resize(size, resampling).save(buffer, "PNG")
+    return buffer.getvalue()

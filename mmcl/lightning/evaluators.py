@@ -1,0 +1,248 @@
+"""Evaluators of one cell of the accuracy matrix: predictions on a task's test data, scored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmcl.core import Batch, Output, Strategy, Task, TaskStream, forward, generate
+from mmcl.core.distributed import all_gather_samples, all_gather_strings
+from mmcl.core.model import VLM
+from mmcl.core.seeding import hash_priorities
+from mmcl.evaluation.predictions import Prediction
+from mmcl.evaluation.retrieval import recall_at_k
+from mmcl.evaluation.scorers import find_scorer
+
+
+@dataclass(frozen=True)
+class EvalSpec:
+    """Specification of one evaluation: the task and the classes that compete.
+
+    Attributes:
+        task: its test data are scored.
+        names: class names that compete, in the order of the logits.
+        allowed: logit indices that may be predicted, None = all (class- and domain-incremental).
+        tells_task: True if the model may know the task of a sample (task-incremental).
+    """
+
+    task: Task
+    names: tuple[str, ...]
+    allowed: tuple[int, ...] | None = None
+    tells_task: bool = False
+
+    @property
+    def score(self) -> str:
+        """Name of the metric: accuracy, recall@1 for captions, the scorer's name for answers."""
+        if self.task.scorer:
+            return self.task.scorer
+        return "recall@1" if self.task.task_type in ("captioning", "retrieval") else "accuracy"
+
+
+def make_eval_spec(stream: TaskStream, row: int, column: int) -> EvalSpec:
+    """Return the specification of matrix cell (row, column), which depends on no later task.
+
+    Class-incremental: all classes seen until the row's or the column's task compete, whichever is
+    later. Task-incremental: the classes of the column's task. Eval-only tasks: their
+    own classes.
+    """
+    task = stream.evaluated_task(column)
+    if task.is_eval_only:
+        return EvalSpec(task, task.classes)
+    names = stream.classes_seen(max(row - 1, column))
+    tells_task = stream.scenario == "task"
+    return EvalSpec(task, names, task.class_ids if tells_task else None, tells_task)
+
+
+class Evaluator:
+    """Evaluator that collects a model's predictions for a column and computes one metric.
+
+    Attributes:
+        value: the metric, 0 to 1, the same on all ranks; None before ``compute``.
+        predictions: sample ids, targets, predictions and scores in sample order, after ``compute``.
+    """
+
+    def __init__(self, column: EvalSpec) -> None:
+        self.column = column
+        self.value: float | None = None
+        self.predictions: dict[str, Tensor] = {}
+        self.errors: list[str] = []
+        self._batches: list[dict[str, Tensor]] = []
+        self._device = torch.device("cpu")
+
+    def reset(self, model: Any) -> None:
+        """Reset the evaluator, and give the model the classes of this column."""
+        self._batches = []
+        if self.column.names and hasattr(model, "set_classes"):
+            model.set_classes(self.column.names, self.column.task.templates)
+
+    def update(self, model: Any, strategy: Strategy, batch: Batch) -> None:
+        """Update with the predictions for a batch."""
+        self.errors += batch.errors
+        if not len(batch):
+            return
+        batch = self.mask_task_ids(batch)
+        if self.column.task.is_eval_only:
+            # Heads trained for the stream's classes do not apply to the classes of this task.
+            output = model(batch, strategy.prompts(model, batch))
+        else:
+            output = forward(model, strategy, batch)
+        if self.column.score == "recall@1":
+            samples = _embeddings(output, batch)
+        else:
+            samples = _predictions(output.logits, batch.labels, self.column.allowed)
+        samples["sample"] = (
+            batch.sample_ids if batch.sample_ids is not None else torch.arange(len(batch))
+        )
+        self._device = batch.labels.device
+        self._batches.append({name: tensor.detach().cpu() for name, tensor in samples.items()})
+
+    def mask_task_ids(self, batch: Batch) -> Batch:
+        """Return the batch with its task ids masked (-1), unless the scenario reveals them."""
+        if self.column.tells_task:
+            return batch
+        return replace(batch, task_ids=torch.full_like(batch.task_ids, -1))
+
+    def compute(self) -> None:
+        """Gather the predictions of all ranks and compute the metric."""
+        self.errors = all_gather_strings(self.errors, self._device)
+        samples = self._gathered()
+        if not samples or not len(samples["sample"]):
+            raise ValueError(
+                f"no test sample of '{self.column.task.name}' could be read: check its shards"
+            )
+        if "answer" in samples:
+            self.value = float((samples["answer"] == samples["truth"]).double().mean())
+        else:
+            recall = recall_at_k(samples["image"], samples["text"], samples["caption"], ks=(1,))
+            self.value = (recall.image_to_text[1] + recall.text_to_image[1]) / 2
+        kept = ("sample", "truth", "answer", "score")
+        self.predictions = {name: samples[name] for name in kept if name in samples}
+
+    def _gathered(self) -> dict[str, Tensor]:
+        names = self._batches[0].keys() if self._batches else ()
+        own = {name: torch.cat([batch[name] for batch in self._batches]) for name in names}
+        self._batches = []
+        gathered = {
+            n: all_gather_samples(tensor.to(self._device)).cpu() for n, tensor in own.items()
+        }
+        if not gathered:
+            return {}
+        order = torch.argsort(gathered["sample"])
+        return {name: tensor[order] for name, tensor in gathered.items()}
+
+
+def _predictions(
+    logits: Tensor, labels: Tensor, allowed: tuple[int, ...] | None
+) -> dict[str, Tensor]:
+    if allowed is not None:
+        mask = torch.full((logits.shape[1],), float("-inf"), device=logits.device)
+        mask[list(allowed)] = 0
+        logits = logits + mask
+    best = logits.max(1)
+    return {"answer": best.indices, "truth": labels, "score": best.values.float()}
+
+
+def _embeddings(output: Output, batch: Batch) -> dict[str, Tensor]:
+    if output.image is None or output.text is None or batch.input_ids is None:
+        raise ValueError(
+            "retrieval needs an image and a text embedding of every sample, got None: use a model "
+            "that returns Output.image and Output.text"
+        )
+    position = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device) << 32
+    caption = (hash_priorities(1, 0, batch.input_ids + position) * (batch.input_ids != 0)).sum(1)
+    return {"image": output.image.float(), "text": output.text.float(), "caption": caption}
+
+
+class GenerationEvaluator(Evaluator):
+    """Evaluator that generates answers for a column and scores them, strictly and leniently.
+
+    Attributes:
+        answers: one for every test sample, in sample order, after ``compute``.
+        lenient: the lenient score, which ignores the format of an answer, 0 to 1.
+        version: version of the scorer's rule.
+    """
+
+    def __init__(self, column: EvalSpec) -> None:
+        super().__init__(column)
+        self.answers: list[Prediction] = []
+        self.lenient: float | None = None
+        self.scorer = find_scorer(column.task.scorer)
+        self.version = self.scorer.version
+        self._lines: list[str] = []
+
+    def reset(self, model: VLM) -> None:
+        """Reset the evaluator."""
+        self._lines = []
+
+    def update(self, model: VLM, strategy: Strategy, batch: Batch) -> None:
+        """Update with generated answers; a failing batch is retried sample by sample."""
+        self.errors += batch.errors
+        if not len(batch):
+            return
+        self._device = batch.labels.device
+        batch = self.mask_task_ids(batch)
+        ids = range(len(batch)) if batch.sample_ids is None else batch.sample_ids.tolist()
+        predictions = self._predictions(model, strategy, batch)
+        for index, (sample_id, prediction) in enumerate(zip(ids, predictions, strict=True)):
+            reference = batch.references[index]
+            key = batch.keys[index] if batch.keys else ""
+            line = [sample_id, key, reference.question, list(reference.answers), prediction]
+            self._lines.append(json.dumps(line))
+
+    def compute(self) -> None:
+        """Gather the answers of all ranks and compute the metric."""
+        self.errors = all_gather_strings(self.errors, self._device)
+        lines = [json.loads(line) for line in all_gather_strings(self._lines, self._device) if line]
+        self._lines = []
+        if not lines:
+            raise ValueError(
+                f"no test sample of '{self.column.task.name}' could be read: check its shards"
+            )
+        lines.sort(key=lambda line: int(line[0]))
+        references = [tuple(line[3]) for line in lines]
+        scored = self.scorer.score([line[4] for line in lines], references)
+        self.value, self.lenient = scored.strict, scored.lenient
+        samples = zip(lines, references, scored.strict_scores, scored.lenient_scores, strict=True)
+        self.answers = [
+            Prediction(
+                key=key, target=truths[0], text=prediction, correct=strict >= 0.5,
+                question=question, references=truths, strict=round(strict, 6),
+                lenient=round(lenient, 6),
+            )
+            for (_, key, question, _, prediction), truths, strict, lenient in samples
+        ]  # fmt: skip
+
+    def _predictions(self, model: VLM, strategy: Strategy, batch: Batch) -> list[str]:
+        try:
+            return self._generate(model, strategy, batch)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if len(batch) == 1:
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                self.errors.append(f"{(batch.keys or ('a sample',))[0]}: no answer ({reason})")
+                return [""]
+        indices = torch.arange(len(batch), device=batch.labels.device)
+        return [self._predictions(model, strategy, batch.take(i[None]))[0] for i in indices]
+
+    def _generate(self, model: VLM, strategy: Strategy, batch: Batch) -> list[str]:
+        task = self.column.task
+        candidates: Sequence[str] = self.column.names if task.decoding == "candidates" else ()
+        options = {"candidates": candidates, "max_new_tokens": task.max_new_tokens}
+        if task.is_eval_only:
+            # As for classes: the strategy does not transform outputs of an eval-only task.
+            predictions: list[str] = model.generate(  # type: ignore[attr-defined]
+                batch, strategy.prompts(model, batch), **options
+            )
+            return predictions
+        return generate(model, strategy, batch, **options)
+
+
+def make_evaluator(column: EvalSpec) -> Evaluator:
+    """Return the evaluator of a column: of answers, or of classes and embeddings."""
+    return (
+        GenerationEvaluator(column) if column.task.task_type == "instruction" else Evaluator(column)
+    )

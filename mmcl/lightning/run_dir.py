@@ -1,0 +1,349 @@
+"""Run directory: its state, its configuration, and the lock that admits one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmcl.core import Task, TaskStream, write_atomic
+from mmcl.evaluation import strict_json
+from mmcl.lightning.config_errors import renamed_key
+
+try:
+    import fcntl
+except ImportError:  # Windows: a second process is not noticed there.
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+FROM_THE_BEGINNING = "from the beginning"
+_TEST_BYTES = 4096
+_TAKEN = (errno.EACCES, errno.EAGAIN)
+# The temporary names of `write_atomic`.
+_TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{6}\.tmp")
+# Settings that may change when a run resumes: where and how fast, not what is computed.
+RESUMABLE_KEYS = (
+    "config", "run_name", "output_dir", "trainer.accelerator", "trainer.devices",
+    "trainer.num_nodes", "trainer.strategy", "trainer.logger", "trainer.callbacks",
+    "trainer.profiler",
+    "trainer.log_every_n_steps", "trainer.default_root_dir", "data.data_dir", "data.num_workers",
+    "data.eval_batch_size", "data.verify_hashes", "data.max_bad_fraction",
+    "data.cache_dir", "data.cache_limit", "checkpoint_every_n_steps",
+)  # fmt: skip
+
+
+@dataclass
+class RunState:
+    """State of a run, stored in ``run.json``.
+
+    Attributes:
+        finished_tasks: number of finished tasks, whose checkpoints are written.
+        task: index of the task in training, equal to ``finished_tasks``.
+        tasks: one fingerprint for each task that was started, which ends with its name.
+        seed: seed of the run.
+        last_checkpoint: mid-task checkpoint to resume from, relative to the run directory, or None.
+        step: optimizer step of ``last_checkpoint`` in its task.
+        seconds: wall time of earlier processes.
+        warnings: warnings for the summary.
+        steps: optimizer steps of the finished tasks.
+        errors: bad samples found so far.
+    """
+
+    finished_tasks: int
+    task: int
+    tasks: list[str]
+    seed: int
+    last_checkpoint: str | None = None
+    step: int = 0
+    seconds: float = 0.0
+    steps: int = 0
+    warnings: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def step_offset(self, step: int) -> int:
+        """Return the step count of the whole run at a step of the current task."""
+        return self.steps + step
+
+    def resume_point(self) -> str:
+        """Return where the run resumes, as the words after "resumes"."""
+        names = [each.partition(" ")[2] for each in self.tasks]
+        if self.last_checkpoint is not None:
+            name = names[self.finished_tasks]
+            return f"in task {self.finished_tasks} ('{name}') at step {self.step}"
+        if self.finished_tasks:
+            return f"after task {self.finished_tasks - 1} ('{names[self.finished_tasks - 1]}')"
+        return FROM_THE_BEGINNING
+
+
+class RunDirectory:
+    """Run directory: state, configuration, checkpoints and lock of one run.
+
+    Args:
+        path: path of the directory.
+        writes: False on ranks other than 0, which write nothing.
+    """
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+        self._is_held = False
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Lock the run directory, see ``lock_run_dir``; a nested call does nothing.
+
+        Raises:
+            OSError: if the directory cannot be written to.
+            RuntimeError: if another process holds the lock.
+        """
+        if self._is_held or not self.writes:
+            yield
+            return
+        with lock_run_dir(self.path):
+            self._is_held = True
+            try:
+                yield
+            finally:
+                self._is_held = False
+
+    @property
+    def last(self) -> Path:
+        """Path of the mid-task checkpoint."""
+        return self.path / "checkpoints" / "last.ckpt"
+
+    def task_checkpoint(self, tasks: int) -> Path:
+        """Return the path of the checkpoint after ``tasks`` tasks."""
+        return self.path / "checkpoints" / f"task_{tasks - 1:02d}.ckpt"
+
+    def state(self) -> RunState | None:
+        """Read the run state from ``run.json``; None if no run was started.
+
+        Raises:
+            ValueError: if the file is not a run state.
+        """
+        file = self.path / "run.json"
+        if not file.is_file():
+            return None
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+            if renamed := strict_json.renamed_keys(raw, RunState.__dataclass_fields__):
+                raise ValueError("; ".join(renamed))
+            state = RunState(**raw)
+            _check_state(state)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{file} is not a run state ({error}): move it away") from None
+        return state
+
+    def save(self, state: RunState) -> None:
+        """Write the run state to ``run.json``."""
+        self.write("run.json", json.dumps(asdict(state), indent=1) + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        """Write a text file into the run directory, on rank 0."""
+        if self.writes:
+            write_atomic(self.path / name, text)
+
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        """Store the run's configuration, or check that it equals the stored one.
+
+        A run directory without results accepts any configuration.
+
+        Raises:
+            ValueError: naming the renamed keys of an old run, or up to five settings that differ.
+        """
+        file = self.path / "config.yaml"
+        has_results = any((self.path / name).exists() for name in ("run.json", "matrix.json"))
+        if file.is_file() and has_results:
+            stored = flat(_config(file))
+            new = flat(json.loads(json.dumps(config, default=str)))
+            if old := [f"'{k}' is called '{n}' now" for k in stored if (n := renamed_key(k, new))]:
+                raise ValueError(
+                    f"{file} has keys of an earlier version: {'; '.join(old)}. Give this run "
+                    "another --run_name, or remove the directory"
+                )
+            keys = sorted(k for k in stored.keys() | new.keys() if not _is_free(k))
+            changed = [k for k in keys if stored.get(k) != new.get(k)]
+            if changed:
+                named = "; ".join(
+                    f"{k} is {stored.get(k)!r} there and {new.get(k)!r} here" for k in changed[:5]
+                )
+                raise ValueError(
+                    f"{self.path} holds a run with another configuration: {named}. Give this run "
+                    "another --run_name, or remove the directory"
+                )
+        elif has_results:
+            raise ValueError(
+                f"{self.path} holds a run without its config.yaml: use another --run_name"
+            )
+        else:
+            plain = json.loads(json.dumps(config, default=str))
+            self.write("config.yaml", yaml.safe_dump(plain, sort_keys=False))
+
+
+def _check_state(state: RunState) -> None:
+    counts = (state.finished_tasks, state.task, state.step, state.steps)
+    is_good = all(type(count) is int and count >= 0 for count in counts)
+    is_good = is_good and isinstance(state.last_checkpoint, str | None)
+    for listed in (state.tasks, state.warnings, state.errors):
+        is_good = is_good and isinstance(listed, list) and all(isinstance(t, str) for t in listed)
+    if not is_good or len(state.tasks) < state.finished_tasks:
+        raise ValueError("a field has the wrong type")
+    if state.last_checkpoint is not None and not _is_inside(state.last_checkpoint):
+        raise ValueError("its checkpoint is outside of the run directory")
+
+
+def _is_inside(name: str) -> bool:
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+def _config(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{file} is not a run configuration ({reason}): restore it, or use another --run_name"
+        ) from None
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in RESUMABLE_KEYS)
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one mapping with dotted keys."""
+    if not isinstance(config, Mapping):
+        return {prefix: config}
+    values: dict[str, Any] = {}
+    for key, value in config.items():
+        values |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return values
+
+
+def task_fingerprint(stream: TaskStream, task: Task) -> str:
+    """Return a fingerprint of a task: a hash of its data and prompts, a blank, and its name."""
+    shards = {name: stream.hashes.get(name, "") for name in (*task.train, *task.test)}
+    facts = [
+        task.name, task.task_type, task.classes, task.class_ids, task.templates, task.text_field,
+        task.size,
+        task.test_size, task.epochs, shards, stream.scenario,
+    ]  # fmt: skip
+    if task.replay_ratio is not None or task.mixture:
+        sources = [(stream.sources[i - 1].name, fraction) for i, fraction in task.mixture]
+        facts.append([task.replay_ratio, sources])
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return f"{digest} {task.name}"
+
+
+def check_stream_extends(state: RunState, stream: TaskStream) -> None:
+    """Check that the stream starts with the tasks that the run was trained on.
+
+    Raises:
+        ValueError: naming the first task that differs.
+    """
+    fingerprints = [task_fingerprint(stream, task) for task in stream]
+    for index, fingerprint in enumerate(state.tasks):
+        if index < len(fingerprints) and fingerprints[index] == fingerprint:
+            continue
+        name = fingerprint.partition(" ")[2]
+        if name not in [task.name for task in stream]:
+            raise ValueError(
+                f"task {index} ('{name}'), which this run was trained on, is not on the card: "
+                "tasks can be appended to a card, not removed; put it back, or use another "
+                "--run_name"
+            )
+        raise ValueError(
+            f"task {index} ('{name}') is not the one this run was trained on: its position, data, "
+            "classes or templates changed; append new tasks at the end, or use another --run_name"
+        )
+
+
+@contextmanager
+def lock_run_dir(folder: Path) -> Iterator[None]:
+    """Create and lock a run directory, and remove half-written files of killed processes.
+
+    The lock of a killed process is released by the system. Not ``filelock``: that uses flock, which
+    forked loader workers inherit and keep after the run was killed. If a network file system
+    refuses to lock, no process is kept out.
+
+    Args:
+        folder: run directory; it is locked for the processes of this machine and, if its file
+            system can lock over the network, of other machines.
+
+    Raises:
+        OSError: if the directory cannot be created or written to.
+        RuntimeError: if another process holds the lock.
+    """
+    handle = _open_lock(folder)
+    try:
+        _lock(handle, folder)
+        _remove_temporary_files(folder)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _open_lock(folder: Path) -> int:
+    """Open the lock file of a run directory, after a test write into it and its subfolders."""
+    path = folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (folder, *(entry for entry in folder.iterdir() if entry.is_dir())):
+            with tempfile.TemporaryFile(dir=path) as file:
+                file.write(bytes(_TEST_BYTES))
+        path = folder / LOCK
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        kind = "file" if path.name == LOCK else "folder"
+        raise OSError(
+            f"the run's {kind} {path} cannot be written to ({error.strerror}): nothing was "
+            "started; change that, or give --output_dir another folder"
+        ) from error
+
+
+def _lock(handle: int, folder: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        # Not flock: the loader's workers would inherit that, and outlive a killed run.
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _TAKEN:
+            return
+        raise RuntimeError(
+            f"{folder} is used by {_holder(handle)}: wait until that ends, or give this "
+            "run another --run_name"
+        ) from None
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    note = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
+    with contextlib.suppress(OSError):  # without room for the note the lock still holds
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{json.dumps(note)}\n".encode(), 0)
+
+
+def _holder(handle: int) -> str:
+    try:
+        note = json.loads(os.pread(handle, 4096, 0))
+        return f"process {note['process']} on {note['host']} since {note['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _remove_temporary_files(folder: Path) -> None:
+    """Remove half-written files of killed processes; the holder of the lock is the only writer."""
+    for file in folder.rglob(".*.tmp"):
+        if _TEMPORARY.fullmatch(file.name) and file.is_file():
+            with contextlib.suppress(OSError):
+                file.unlink()

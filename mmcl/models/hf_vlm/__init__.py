@@ -1,0 +1,1 @@
+"""Generative vision-language models of transformers (LLaVA and others) behind the VLM protocol."""

@@ -1,0 +1,169 @@
+"""Image inputs of a generative VLM: from uint8 squares to arguments of its forward pass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from mmcl.core import Batch
+from mmcl.models.hf_vlm.architectures import Architecture
+
+
+class ImageInputs:
+    """Image inputs: normalizes images on their device, or projects stored features instead.
+
+    Images are in the order of their samples.
+
+    Args:
+        lm: model of transformers.
+        processor: its processor.
+        architecture: architecture of its type.
+        size: side of an image; None = as in the model's configuration.
+
+    Attributes:
+        size: side of an image.
+        mean: of normalization, 0 to 255; float32 whatever the model is cast to.
+        std: of normalization, 0 to 255.
+        image_token_id: placeholder token; an image has one or more.
+
+    Raises:
+        ValueError: if the model takes no images of this size.
+    """
+
+    def __init__(
+        self, lm: Any, processor: Any, architecture: Architecture, size: int | None
+    ) -> None:
+        self.architecture, self._processor = architecture, processor.image_processor
+        self.size = _image_size(lm.config, architecture, size)
+        self.mean = [255.0 * value for value in self._processor.image_mean]
+        self.std = [255.0 * value for value in self._processor.image_std]
+        self.image_token_id = int(lm.config.image_token_id)
+        self._stats: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        arguments = inspect.signature(lm.model.forward).parameters
+        self._takes_token_types = "mm_token_type_ids" in arguments
+        self._takes_encoder_outputs = "mm_encoder_outputs" in arguments
+
+    @property
+    def description(self) -> str:
+        """Description of the preprocessing, for the fingerprint."""
+        return f"{self.size} {self.mean} {self.std} {dict(self.architecture.image_options)}"
+
+    def token_type_ids(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Return the token types (B, L), 1 for image placeholders, for models that take them."""
+        if not self._takes_token_types:
+            return {}
+        return {"mm_token_type_ids": (tokens == self.image_token_id).long()}
+
+    def forward_kwargs(self, lm: Any, batch: Batch) -> dict[str, Any]:
+        """Return the arguments of the forward pass with images or stored features."""
+        if batch.features is not None:
+            features = batch.features
+            if batch.input_ids is not None:  # a sample without an image has features of zeros
+                features = features[(batch.input_ids == self.image_token_id).any(1)]
+            if not len(features):
+                return {}
+            return {"mm_encoder_outputs": {"image": self._projected(lm, features)}}
+        images = batch.images
+        if images is None or not len(images):
+            return {}
+        dtype = _dtype(lm.model.get_submodule(self.architecture.tower).parameters())
+        if self.architecture.pixel_axes:
+            mean, std = self._mean_std(images.device)
+            pixels = images.float().sub_(mean).div_(std).to(dtype)
+            return {"pixel_values": pixels if self.architecture.pixel_axes == 4 else pixels[None]}
+        options = self.architecture.image_options
+        processed = self._processor(images=list(images), return_tensors="pt", **options)
+        moved = {k: v.to(images.device) for k, v in processed.items() if isinstance(v, Tensor)}
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in moved.items()}
+
+    def features(self, lm: Any, batch: Batch) -> Tensor:
+        """Return the projector inputs (M, N, D) of M images.
+
+        Raises:
+            ValueError: if there are no images.
+        """
+        inputs = self.forward_kwargs(lm, batch)
+        if batch.images is None or not inputs:
+            raise ValueError("the batch has neither images nor features: give one of them")
+        captured: list[Tensor] = []
+        projector = lm.model.get_submodule(self.architecture.projector)
+        hook = projector.register_forward_pre_hook(lambda module, args: captured.append(args[0]))
+        try:
+            lm.model.get_image_features(**inputs)
+        finally:
+            hook.remove()
+        return captured[0].reshape(len(batch.images), -1, captured[0].shape[-1])
+
+    def blank_features(self, lm: Any) -> Tensor:
+        """Return the projector input (1, N, D) of a black image."""
+        device = next(lm.parameters()).device
+        images = torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=device)
+        label = torch.zeros(1, dtype=torch.int64, device=device)
+        with torch.no_grad():
+            return self.features(lm, Batch(images, label, label))
+
+    def expect_feature_input(self, model_type: str) -> None:
+        """Check that stored features can replace images.
+
+        Args:
+            model_type: for the error.
+
+        Raises:
+            ValueError: if more than a projector follows the vision tower.
+            RuntimeError: if the installed transformers takes no features.
+        """
+        if not self.architecture.takes_features:
+            raise ValueError(
+                f"stored features cannot enter a model of type '{model_type}': more than a "
+                "projector follows its vision tower; use raw replay (ExperienceReplay)"
+            )
+        if not self._takes_encoder_outputs:
+            raise RuntimeError(
+                "stored features enter as mm_encoder_outputs, an argument that the installed "
+                "transformers does not have: install a newer one, or use raw replay "
+                "(ExperienceReplay)"
+            )
+
+    def _projected(self, lm: Any, features: Tensor) -> BaseModelOutputWithPooling:
+        self.expect_feature_input(lm.config.model_type)
+        projector = lm.model.get_submodule(self.architecture.projector)
+        projected = projector(features.to(_dtype(projector.parameters())))
+        return BaseModelOutputWithPooling(
+            pooler_output=projected if self.architecture.is_stacked else list(projected)
+        )
+
+    def _mean_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation (3, 1, 1) on a device."""
+        if device not in self._stats:
+            mean, std = (
+                torch.tensor(s, device=device).view(3, 1, 1) for s in (self.mean, self.std)
+            )
+            self._stats[device] = (mean, std)
+        return self._stats[device]
+
+
+def _image_size(config: Any, architecture: Architecture, size: int | None) -> int:
+    declared = getattr(config.vision_config, "image_size", None) or architecture.default_size
+    own = declared if isinstance(declared, int) else int(declared[0])
+    if size is None:
+        return own
+    if architecture.has_one_size and size != own:
+        raise ValueError(
+            f"size is {size}, but this model takes images of size {own} only: leave size out"
+        )
+    step = prod(int(getattr(config.vision_config, name)) for name in architecture.size_step)
+    if size < 1 or size % step:
+        raise ValueError(f"size is {size}, expected a multiple of {step} for this model")
+    return size
+
+
+def _dtype(parameters: Iterable[nn.Parameter]) -> torch.dtype:
+    """Return the dtype of the first weight that is not quantized."""
+    dtypes = (parameter.dtype for parameter in parameters if parameter.is_floating_point())
+    return next(dtypes, torch.bfloat16)

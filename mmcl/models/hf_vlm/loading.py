@@ -1,0 +1,319 @@
+"""Loading of generative VLMs of transformers by name or folder, with dtype and quantization."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+)
+from transformers.utils import is_bitsandbytes_available, logging
+
+from mmcl.core import Conversation, Turn
+from mmcl.models.hf_vlm.architectures import ARCHITECTURES, Architecture, architecture_of
+from mmcl.models.hf_vlm.chat_template import ChatTokenizer, parse_chat_template, vicuna
+from mmcl.models.hf_vlm.expert_gates import GateReplayContext
+from mmcl.models.open_clip.loading import one_line, quiet_hub_access
+
+TINY_LLAVA = Path(__file__).parent.parent / "tiny_llava"
+DType = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["8bit", "4bit"]
+ConvTemplate = Literal["model", "vicuna_v1"]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoadedVLM:
+    """Loaded model of transformers and its processor."""
+
+    lm: Any
+    processor: Any
+
+
+def load_vlm(
+    model: str,
+    pretrained: bool,
+    seed: int,
+    *,
+    dtype: DType | None = None,
+    quantization: Quantization | None = None,
+) -> LoadedVLM:
+    """Load a model and its processor.
+
+    Args:
+        model: "tiny-llava" (ships with mmcl), a local folder as transformers writes them, or a
+            name on the hub such as "llava-hf/llava-1.5-7b-hf".
+        pretrained: False takes the configuration and random weights from ``seed``.
+        seed: of random weights.
+        dtype: see ``weight_options``.
+        quantization: see ``weight_options``.
+
+    Raises:
+        FileNotFoundError: if a local folder or its config.json does not exist.
+        ValueError: if dtype or quantization is unknown, or the processor takes no images.
+        RuntimeError: if weights cannot be loaded or downloaded, or quantization has no GPU.
+    """
+    source = _local_or_hub(model)
+    options = weight_options(dtype, quantization, pretrained)
+    try:
+        with quiet_hub_access(), without_progress_bars():
+            processor = AutoProcessor.from_pretrained(source)
+            if pretrained:
+                lm = AutoModelForImageTextToText.from_pretrained(source, **options)
+            else:
+                lm = _random_weights(source, options, seed)
+    except Exception as error:  # every hub client raises errors of its own
+        raise RuntimeError(_unavailable(model, source, error)) from error
+    missing = [n for n in ("tokenizer", "image_processor") if not hasattr(processor, n)]
+    if missing:
+        raise ValueError(
+            f"the processor of {model} is a {type(processor).__name__} without {missing[0]}: give "
+            "a model of transformers that takes images and generates text"
+        )
+    return LoadedVLM(lm, processor)
+
+
+def _local_or_hub(model: str) -> str:
+    """Return the local folder or hub name of a model.
+
+    Raises:
+        FileNotFoundError: if it is neither.
+    """
+    if model == "tiny-llava":
+        return str(TINY_LLAVA)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"the folder {model} has no config.json: give one that save_pretrained of a model "
+                "and of its processor wrote"
+            )
+        return str(path)
+    if model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") != 1:
+        raise FileNotFoundError(
+            f"there is no folder {model}: give a local folder as transformers writes them, "
+            "'tiny-llava', or a name on the hub such as 'llava-hf/llava-1.5-7b-hf'"
+        )
+    return model
+
+
+def _unavailable(model: str, source: str, error: Exception) -> str:
+    reason = one_line(error)
+    if "Unrecognized configuration class" in reason:
+        kind = re.search(r"\.(\w+)Config'", reason)
+        return (
+            f"{model} is {f'a {kind[1]}' if kind else 'another model'}, which takes no images or "
+            f"generates no text: use one of type {', '.join(ARCHITECTURES)}"
+        )
+    if isinstance(error, ImportError):
+        return f"cannot load {model} ({reason}): install what is missing"
+    if Path(source).is_dir():
+        return (
+            f"cannot load {model} ({reason}): the folder must hold config.json, weights, "
+            "tokenizer.json and processor files as save_pretrained writes them"
+        )
+    return (
+        f"cannot get {model} ({reason}): check the name on the hub; without a network give a local "
+        "folder with config.json, weights and processor files as transformers writes them"
+    )
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Disable the progress bars of transformers in this context."""
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
+def _random_weights(source: str, options: dict[str, Any], seed: int) -> nn.Module:
+    config = AutoConfig.from_pretrained(source)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lm: nn.Module = AutoModelForImageTextToText.from_config(config, **options)
+    return lm.eval()
+
+
+def make_chat_tokenizer(
+    loaded: LoadedVLM, size: int, conv_template: ConvTemplate, max_length: int
+) -> ChatTokenizer:
+    """Return the chat tokenizer of a model.
+
+    Args:
+        loaded: model and processor.
+        size: side of its images.
+        conv_template: "model" takes the processor's chat template, "vicuna_v1" LLaVA-1.5's.
+        max_length: largest number of tokens of a sample.
+
+    Raises:
+        ValueError: if the tokenizer is a slow one, the template cannot be parsed, or an image takes
+            more than ``max_length``.
+    """
+    processor, tokenizer = loaded.processor, loaded.processor.tokenizer
+    if conv_template not in ("model", "vicuna_v1"):
+        raise ValueError(f"conv_template is {conv_template!r}, expected 'model' or 'vicuna_v1'")
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer is a {type(tokenizer).__name__}, a slow one, which returns no offsets "
+            "of tokens in a text: give a folder with tokenizer.json"
+        )
+    image_token = str(processor.image_token)
+    ends = tokenizer.convert_ids_to_tokens(eos_token_ids(loaded))
+    if not ends:
+        raise ValueError(
+            "neither the tokenizer nor generation_config.json names a token that ends an answer: "
+            "set eos_token in tokenizer_config.json"
+        )
+    if conv_template == "model" and getattr(processor, "chat_template", None):
+        template = parse_chat_template(processor, image_token, ends)
+    else:
+        template = vicuna(image_token, ends[0])
+    placeholders = _image_placeholders(loaded, image_token, size)
+    added = tokenizer.added_tokens_decoder.values()
+    named = [str(token) for token in added if token.special]
+    special_tokens = tuple(dict.fromkeys([*tokenizer.all_special_tokens, *named]))
+    found = ChatTokenizer(
+        tokenizer, template, image_token, placeholders, special_tokens, max_length
+    )
+    _expect_image_fits(found)
+    return found
+
+
+def eos_token_ids(loaded: LoadedVLM) -> list[int]:
+    """Return the tokens that end an answer, the tokenizer's own first."""
+    declared = loaded.lm.generation_config.eos_token_id
+    listed = declared if isinstance(declared, list) else [declared]
+    found = [loaded.processor.tokenizer.eos_token_id, *listed]
+    return list(dict.fromkeys(int(token) for token in found if token is not None))
+
+
+def _expect_image_fits(chat_tokenizer: ChatTokenizer) -> None:
+    """Check that an image with one word fits into ``max_length``.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    turns = (Turn("human", "?"), Turn("assistant", "!"))
+    unlimited = replace(chat_tokenizer, max_length=sys.maxsize)
+    needed = len(unlimited.tokenize(Conversation(turns, ("!",)), has_image=True)[0])
+    if needed > chat_tokenizer.max_length:
+        raise ValueError(
+            f"max_length is {chat_tokenizer.max_length} and an image with one word takes {needed} "
+            f"tokens: give at least {needed}"
+        )
+
+
+def _image_placeholders(loaded: LoadedVLM, image_token: str, size: int) -> str:
+    """Return the text by which the processor replaces the image token of one image of this size.
+
+    Raises:
+        ValueError: if the text gives other tokens than the processor does.
+    """
+    blank = torch.zeros(3, size, size, dtype=torch.uint8)
+    options = dict(architecture_of(loaded.lm).image_options)
+    processed = loaded.processor(
+        images=[blank], text=[image_token], add_special_tokens=False, return_tensors="pt", **options
+    )
+    tokens = processed["input_ids"][0].tolist()
+    tokenizer = loaded.processor.tokenizer
+    text = str(tokenizer.decode(tokens, skip_special_tokens=False))
+    repeated = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if repeated != tokens:
+        raise ValueError(
+            f"the processor makes {len(tokens)} tokens of an image, but their text gives "
+            f"{len(repeated)} others: this processor is not supported, use one of type "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    return text
+
+
+def weight_options(
+    dtype: DType | None, quantization: Quantization | None, pretrained: bool
+) -> dict[str, Any]:
+    """Return the dtype and quantization options of ``from_pretrained`` or ``from_config``.
+
+    Quantized weights go straight to the GPU of this process (LOCAL_RANK). A trainer's ``.to`` of
+    that device leaves them unchanged; transformers refuses to cast them.
+
+    Args:
+        dtype: of the weights that are not quantized: "float32", "bfloat16" or "float16"; None =
+            "float32", or "bfloat16" beside quantized weights.
+        quantization: "8bit" or "4bit" by bitsandbytes, None = not quantized.
+        pretrained: whether weights are loaded.
+
+    Raises:
+        ValueError: if dtype or quantization is unknown, or random weights would be quantized.
+        RuntimeError: if quantization has no GPU or no bitsandbytes.
+    """
+    name = dtype or ("float32" if quantization is None else "bfloat16")
+    if name not in _DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected 'float32', 'bfloat16' or 'float16'")
+    options = {"dtype": _DTYPES[name], "attn_implementation": "sdpa"}
+    if quantization is None:
+        return options
+    if quantization not in ("8bit", "4bit"):
+        raise ValueError(f"quantization is {quantization!r}, expected '8bit', '4bit' or null")
+    if not pretrained:
+        raise ValueError(
+            f"quantization is '{quantization}' and pretrained is false: random weights cannot be "
+            "quantized; leave quantization out"
+        )
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            f"quantization is '{quantization}' and this machine has no GPU that torch can use: "
+            "quantized weights need a GPU; use dtype 'bfloat16' without quantization here"
+        )
+    rank = os.environ.get("LOCAL_RANK")
+    device = torch.cuda.current_device() if rank is None else int(rank)
+    config = _quantization_config(quantization, _DTYPES[name])
+    return {**options, "quantization_config": config, "device_map": {"": device}}
+
+
+def _quantization_config(quantization: Quantization, compute_dtype: torch.dtype) -> Any:
+    if not is_bitsandbytes_available():
+        raise RuntimeError(
+            f"quantization is '{quantization}' and bitsandbytes is not installed: "
+            "pip install 'mmcl[quantized]', or use dtype 'bfloat16' without quantization"
+        )
+    # Only the language model is quantized: a trainable projector cannot be, and a vision tower is
+    # small. The head is listed too, because a list of our own replaces that of transformers.
+    known = (Architecture(), *ARCHITECTURES.values())
+    names = {
+        name for architecture in known for name in (architecture.projector, architecture.tower)
+    }
+    skipped = ["lm_head", *sorted(f"model.{name}" for name in names)]
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype, llm_int8_skip_modules=skipped,
+    )  # fmt: skip
+
+
+def enable_gradient_checkpointing(lm: Any, gates: MutableMapping[str, Tensor]) -> None:
+    """Enable gradient checkpointing, which computes layers twice to save memory.
+
+    Args:
+        lm: model of transformers.
+        gates: of expert layers; the second pass reads those of the first.
+    """
+    # transformers 5 renames this method and warns of the old name.
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next(getattr(lm, name) for name in names if hasattr(lm, name))
+    enable({"use_reentrant": False, "context_fn": GateReplayContext(gates)})

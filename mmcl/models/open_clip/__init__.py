@@ -1,0 +1,1 @@
+"""Contrastive dual encoders of open_clip behind the VLM protocol."""

@@ -1,0 +1,158 @@
+"""Loading of open_clip models by name, folder or file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import open_clip
+import torch
+from huggingface_hub import constants
+from torch import Tensor, nn
+
+TINY = Path(__file__).parent.parent / "tiny_clip"
+BUILT_IN = "built-in"
+
+
+def load_clip(
+    model: str, pretrained: str | None, seed: int
+) -> tuple[nn.Module, Callable[..., Tensor]]:
+    """Load an open_clip model and its tokenizer.
+
+    Args:
+        model: "tiny" (ships with mmcl), an open_clip architecture such as "ViT-B-16", a local
+            folder with ``open_clip_config.json`` and weights, or a ``.json`` architecture file.
+        pretrained: "built-in" (tiny only), a tag of open_clip such as "openai", a local checkpoint
+            file (.pt, .safetensors), or None for random weights from ``seed``.
+        seed: of random weights.
+
+    Raises:
+        FileNotFoundError: if a local path does not exist.
+        ValueError: if ``pretrained`` is "built-in" and the model is not "tiny".
+        RuntimeError: if weights cannot be loaded or downloaded.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if model == "tiny":
+            return _tiny(pretrained)
+        if pretrained == BUILT_IN:
+            raise ValueError(
+                f"pretrained is '{BUILT_IN}' but model is '{model}': only 'tiny' ships with mmcl; "
+                "give a tag such as 'openai' or a local checkpoint file"
+            )
+        return _named(model, pretrained)
+
+
+def _tiny(pretrained: str | None) -> tuple[nn.Module, Callable[..., Tensor]]:
+    config = json.loads((TINY / "tiny-clip.json").read_text())
+    clip = open_clip.model.CLIP(**{k: v for k, v in config.items() if k in _CLIP_ARGUMENTS})
+    tokenizer = open_clip.tokenizer.SimpleTokenizer(
+        bpe_path=str(TINY / "bpe.txt.gz"), context_length=clip.context_length
+    )
+    weights = str(TINY / "tiny-clip.safetensors") if pretrained == BUILT_IN else pretrained
+    if weights is not None:
+        _load_file(clip, Path(weights))
+    return clip.float(), tokenizer
+
+
+_CLIP_ARGUMENTS = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale")
+
+
+def _named(model: str, pretrained: str | None) -> tuple[nn.Module, Callable[..., Tensor]]:
+    path = Path(model).expanduser()
+    if path.suffix == ".json":
+        _add_architecture(path)
+        model = path.stem
+    elif path.is_dir():
+        model = f"local-dir:{path}"
+    elif "/" in model and ":" not in model:
+        raise FileNotFoundError(
+            f"there is no folder {model}: give a folder with open_clip_config.json, an "
+            "architecture such as 'ViT-B-16', or 'hf-hub:owner/name'"
+        )
+    file = Path(pretrained).expanduser() if pretrained else None
+    is_file = file is not None and (file.suffix in _SUFFIXES or file.exists())
+    try:
+        with quiet_hub_access():
+            clip = open_clip.create_model(
+                model,
+                pretrained=None if is_file else pretrained,
+                precision="fp32",
+                weights_only=True,
+            )
+            tokenizer = open_clip.get_tokenizer(model)
+    except Exception as error:  # every hub client raises errors of its own
+        raise RuntimeError(_unavailable(model, pretrained, error)) from error
+    if is_file and file is not None:
+        _load_file(clip, file)
+    return clip.float(), tokenizer
+
+
+@contextmanager
+def quiet_hub_access() -> Iterator[None]:
+    """Hub access that fails at once and without log lines if the hub cannot be reached.
+
+    The hub's client would retry for a minute and log every try. Its cache is still used.
+    """
+    host = urlsplit(constants.ENDPOINT).hostname or ""
+    was_offline, was_disabled = constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
+        logging.disable(was_disabled)
+
+
+_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".npz")
+
+
+def _add_architecture(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no architecture file {path}: give an open_clip .json")
+    open_clip.add_model_config(str(path))
+
+
+def _load_file(clip: nn.Module, file: Path) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"there is no checkpoint {file}: give a .pt or .safetensors file of this architecture"
+        )
+    try:
+        open_clip.load_checkpoint(clip, str(file), weights_only=True)
+    except Exception as error:
+        reason = one_line(error)
+        raise RuntimeError(
+            f"{file} does not load into this architecture ({reason}): check model and pretrained"
+        ) from error
+
+
+def _unavailable(model: str, pretrained: str | None, error: Exception) -> str:
+    return (
+        f"cannot get {model} with weights {pretrained!r} ({one_line(error)}): without a network "
+        "pass a local file as pretrained=/path/to/weights.safetensors, or a local folder as model"
+    )
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's message as one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def image_settings(clip: Any) -> tuple[int, Tensor, Tensor]:
+    """Return the image side in pixels, and mean and standard deviation (3,) of normalization."""
+    size = clip.visual.image_size
+    side = int(size[0] if isinstance(size, tuple | list) else size)
+    mean = getattr(clip.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+    std = getattr(clip.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+    return side, torch.tensor(mean), torch.tensor(std)

@@ -1,0 +1,297 @@
+"""OpenCLIP: contrastive dual encoders of open_clip behind the VLM protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mmcl.core import NO_PROMPTS, Batch, Modality, Output, Prompts, Transform
+from mmcl.core.output import PromptPosition
+from mmcl.models.fingerprint import fingerprint_of
+from mmcl.models.open_clip.loading import image_settings, load_clip
+from mmcl.models.open_clip.losses import class_loss, clip_loss
+from mmcl.models.open_clip.towers import image_embedding, text_embedding, token_dims, trim_padding
+from mmcl.models.open_clip.transform import ClipTransform
+
+_MAX_SCALE = 100.0
+
+
+class _Identity:
+    """Cache key that is equal only for the same object, and keeps that object alive."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+class OpenCLIP(nn.Module):
+    """CLIP that classifies by cosine similarity to class texts, or matches images and captions.
+
+    Args:
+        model: "tiny" (ships with mmcl), an open_clip architecture such as "ViT-B-16", a local
+            folder, or a ``.json`` architecture file.
+        pretrained: "built-in" (tiny only), a tag such as "openai", a local checkpoint file, or
+            None for random weights.
+        freeze: towers that are not trained, any of "image" and "text".
+        train_logit_scale: train the logit scale (it is kept at most 100).
+        logit_scope: the class texts that a training sample is compared with: "seen" (all classes
+            met so far) or "task" (those first met in the sample's own task).
+        label_smoothing: of the class loss, 0 to 1.
+        random_crop_scale: smallest area fraction of a random training crop; None = no augmentation.
+        horizontal_flip: mirror half of the training images.
+        seed: of random weights.
+    """
+
+    _mean: Tensor
+    _std: Tensor
+    _class_tokens: Tensor
+    _class_task: Tensor
+
+    def __init__(
+        self,
+        model: str = "tiny",
+        pretrained: str | None = None,
+        freeze: Sequence[Modality] = (),
+        train_logit_scale: bool = False,
+        logit_scope: Literal["seen", "task"] = "seen",
+        label_smoothing: float = 0.0,
+        random_crop_scale: float | None = 0.9,
+        horizontal_flip: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.name = model
+        self.clip: Any
+        self.clip, self._tokenizer = load_clip(model, pretrained, seed)
+        self.size, mean, std = image_settings(self.clip)
+        self.register_buffer("_mean", (mean * 255).view(3, 1, 1), persistent=False)
+        self.register_buffer("_std", (std * 255).view(3, 1, 1), persistent=False)
+        self.logit_scope, self.label_smoothing = logit_scope, label_smoothing
+        self.random_crop_scale, self.horizontal_flip = random_crop_scale, horizontal_flip
+        self.prompt_dims = token_dims(self.clip)
+        self.clip.logit_scale.requires_grad_(train_logit_scale)
+        self.freeze(*freeze)
+        self.register_buffer(
+            "_class_tokens", torch.zeros(0, 1, dtype=torch.int64), persistent=False
+        )
+        self.register_buffer("_class_task", torch.zeros(0, dtype=torch.int64), persistent=False)
+        self._classes: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+        self._text_cache: dict[tuple[str, str], Tensor] = {}
+        self._class_cache: tuple[Any, Tensor] | None = None
+        self._forwards_with_grad = 0
+
+    @property
+    def tokenizer(self) -> Callable[[list[str]], Tensor]:
+        """Tokenizer of captions: B texts -> (B, L) int64 token ids, padded with 0.
+
+        Raises:
+            TypeError: if the model has none.
+        """
+        if self._tokenizer is None:
+            raise TypeError(
+                f"the model '{self.name}' has no tokenizer, so it takes images only: choose an "
+                "open_clip model with a text tower"
+            )
+        return self._tokenizer
+
+    # Evaluation runs in inference mode, whose tensors a later training step could not use.
+    @torch.inference_mode(False)
+    def set_classes(
+        self, names: Sequence[str], templates: Sequence[str], tasks: Sequence[int] = ()
+    ) -> None:
+        """Set the classes that images are compared with.
+
+        Args:
+            names: class names in column order.
+            templates: each with one ``{}``; a class is the mean of its texts' unit embeddings.
+            tasks: the task each class was first met in, for ``logit_scope="task"``.
+        """
+        classes = (tuple(names), tuple(templates))
+        device = self._class_task.device
+        self._class_task = torch.tensor(list(tasks), dtype=torch.int64, device=device)
+        if classes == self._classes:
+            return
+        texts = [self._text(template, name) for name in names for template in templates]
+        longest = max((len(text) for text in texts), default=1)
+        padded = [functional.pad(text, (0, longest - len(text))) for text in texts]
+        stacked = torch.stack(padded) if padded else torch.zeros(0, 1, dtype=torch.int64)
+        self._class_tokens = stacked.to(device)
+        self._classes, self._class_cache = classes, None
+
+    def forward(self, batch: Batch, prompts: Prompts = NO_PROMPTS) -> Output:
+        """Return the scores of a batch, scaled cosine similarities of images and texts.
+
+        Samples with captions are compared with all captions of the batch, logits (B, B); samples
+        without are compared with the class texts, logits (B, C).
+        """
+        self._forwards_with_grad += torch.is_grad_enabled()
+        image = self._image(batch, prompts)
+        if batch.input_ids is not None:
+            text = self._unit(
+                text_embedding(self.clip, trim_padding(batch.input_ids), prompts.tokens)
+            )
+        elif any(tower == "text" for tower, _ in prompts.tokens):
+            return self._with_text_prompts(image, prompts)
+        else:
+            text = self._class_embeddings()
+        return Output(self._scale() * image @ text.T, image, text, prompts)
+
+    def loss(self, output: Output, batch: Batch) -> Tensor:
+        """Return cross entropy over class texts, or symmetric InfoNCE for samples with captions."""
+        if batch.input_ids is not None:
+            if output.image is None or output.text is None:
+                raise ValueError(
+                    "the caption loss needs output.image and output.text, got None: pass the "
+                    "output of model(batch) for a batch with captions"
+                )
+            pairs = (output.image, output.text, batch.input_ids)
+            return clip_loss(*pairs, self._scale(), batch.in_loss)
+        logits = output.logits
+        if self.logit_scope == "task" and len(self._class_task) == logits.shape[1]:
+            # Samples of another source have no task (-1) and are compared with all classes.
+            foreign = (self._class_task[None] != batch.task_ids[:, None]) & (
+                batch.task_ids[:, None] >= 0
+            )
+            logits = logits.masked_fill(foreign, float("-inf"))
+        return class_loss(logits, batch.labels, self.label_smoothing)
+
+    @cached_property
+    def embed_dim(self) -> int:
+        """Embedding dim E of both towers."""
+        declared = getattr(self.clip.visual, "output_dim", None)
+        if declared is None:  # timm towers have no output_dim
+            blank = torch.zeros(1, 3, self.size, self.size, device=self._mean.device)
+            with torch.inference_mode():
+                return int(image_embedding(self.clip, blank, {}).shape[1])
+        return int(declared)
+
+    @torch.no_grad()
+    def embed(self, batch: Batch, modality: Modality) -> Tensor:
+        """Return (B, E) unit embeddings of images or captions, without prompts."""
+        if modality == "image":
+            return self._image(batch, NO_PROMPTS)
+        if batch.input_ids is None:
+            raise ValueError("the batch has no captions to embed: use modality='image'")
+        return self._unit(text_embedding(self.clip, trim_padding(batch.input_ids), {}))
+
+    @torch.no_grad()
+    def encode_image(self, batch: Batch) -> Tensor:
+        """Return (B, 1, E) pooled output of the image tower, or the batch's stored features."""
+        if batch.features is not None:
+            return batch.features
+        return image_embedding(self.clip, self._pixels(batch), {})[:, None]
+
+    def freeze(self, *towers: Modality) -> None:
+        """Freeze whole towers; the logit scale belongs to neither."""
+        for tower in towers:
+            for parameter in self.tower(tower):
+                parameter.requires_grad_(False)
+
+    def tower(self, modality: Modality) -> Iterable[nn.Parameter]:
+        """Iterate over the parameters of one tower."""
+        for name, parameter in self.clip.named_parameters():
+            belongs = "image" if name.startswith("visual.") else "text"
+            if belongs == modality and not name.startswith("logit_"):
+                yield parameter
+
+    def is_frozen(self, modality: Modality) -> bool:
+        """Return whether a tower has no trainable parameter."""
+        return not any(parameter.requires_grad for parameter in self.tower(modality))
+
+    def fingerprint(self) -> str:
+        """Return the sha256 of frozen weights, their types and the preprocessing."""
+        tensors = [*self.clip.named_parameters(), ("mean", self._mean), ("std", self._std)]
+        frozen = [(name, tensor) for name, tensor in tensors if not tensor.requires_grad]
+        return fingerprint_of(f"{self.size}", frozen)
+
+    def transform(self, train: bool) -> Transform:
+        """Return the preprocessing of a sample, with augmentation in training."""
+        scale = self.random_crop_scale if train else None
+        return ClipTransform(self.size, self._tokenizer, scale, self.horizontal_flip and train)
+
+    def generate(self, batch: Batch, prompts: Prompts = NO_PROMPTS) -> list[str]:
+        """Return the name of the most similar class for every sample."""
+        names = self._classes[0]
+        return [names[best] for best in self(batch, prompts).logits.argmax(1).tolist()]
+
+    def _text(self, template: str, name: str) -> Tensor:
+        key = (template, name)
+        if key not in self._text_cache:
+            tokens = self._tokenizer([template.format(name)])[0]
+            self._text_cache[key] = tokens[: int((tokens != 0).sum())]
+        return self._text_cache[key]
+
+    def _pixels(self, batch: Batch) -> Tensor:
+        if batch.images is None:
+            raise ValueError("the batch has neither images nor features: give one of them")
+        pixels: Tensor = (batch.images.to(self._mean.dtype) - self._mean) / self._std
+        return pixels
+
+    def _image(self, batch: Batch, prompts: Prompts) -> Tensor:
+        if batch.features is not None:
+            if any(tower == "image" for tower, _ in prompts.tokens):
+                raise ValueError(
+                    "image prompts cannot enter stored features, which skip the image tower: use "
+                    "prompts on the text tower, or raw replay"
+                )
+            return self._unit(batch.features.to(self._mean.dtype).mean(1))
+        if batch.image_owner is not None and len(batch.image_owner) != len(batch):
+            raise ValueError(
+                f"the batch has {len(batch.image_owner)} images for {len(batch)} samples: a CLIP "
+                "takes one image per sample"
+            )
+        return self._unit(image_embedding(self.clip, self._pixels(batch), prompts.tokens))
+
+    def _class_embeddings(self) -> Tensor:
+        parameters = list(self.tower("text"))
+        is_trainable = any(parameter.requires_grad for parameter in parameters)
+        if is_trainable and torch.is_grad_enabled():
+            return self._embed_classes({})
+        # A fused optimizer changes weights without raising their version, so trainable weights are
+        # embedded again after every forward pass with gradients. The key holds the weights, or
+        # others could be allocated at the same address.
+        weights = [(_Identity(p), p.data_ptr(), p._version) for p in parameters]
+        key = (self._forwards_with_grad if is_trainable else 0, weights)
+        if self._class_cache is None or self._class_cache[0] != key:
+            # Tensors made in inference mode could not be used by a later training step.
+            with torch.inference_mode(False), torch.no_grad():
+                self._class_cache = (key, self._embed_classes({}))
+        return self._class_cache[1]
+
+    def _embed_classes(self, prompts: dict[PromptPosition, Tensor]) -> Tensor:
+        names, templates = self._classes
+        if not names:
+            raise RuntimeError(
+                "the model has no classes: call model.set_classes(names, templates) first"
+            )
+        text = self._unit(text_embedding(self.clip, self._class_tokens, prompts))
+        return self._unit(text.view(len(names), len(templates), -1).mean(1))
+
+    def _with_text_prompts(self, image: Tensor, prompts: Prompts) -> Output:
+        """Compare every image with class texts (B, C, E) that carry its own prompts."""
+        names, templates = self._classes
+        texts, samples = self._class_tokens, image.shape[0]
+        own = {at: t for at, t in prompts.tokens.items() if at[0] == "text"}
+        repeated = {at: t.repeat_interleave(len(texts), 0) for at, t in own.items()}
+        unit = self._unit(text_embedding(self.clip, texts.repeat(samples, 1), repeated))
+        text = self._unit(unit.view(samples, len(names), len(templates), -1).mean(2))
+        logits = self._scale() * torch.einsum("be,bce->bc", image, text)
+        return Output(logits, image, None, prompts)
+
+    def _scale(self) -> Tensor:
+        scale: Tensor = self.clip.logit_scale.exp().clamp(max=_MAX_SCALE)
+        return scale
+
+    @staticmethod
+    def _unit(embedding: Tensor) -> Tensor:
+        return functional.normalize(embedding, dim=-1)

@@ -1,0 +1,144 @@
+"""Embeddings of the two towers of an open_clip model, with prompt tokens of a strategy.
+
+No module of open_clip is patched. Where prompts enter, its blocks are called one by one; otherwise
+its own forward pass is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmcl.core.output import PromptPosition
+
+
+def image_embedding(clip: Any, images: Tensor, prompts: Mapping[PromptPosition, Tensor]) -> Tensor:
+    """Encode images, with prompt tokens after the class token.
+
+    A prompt at layer l > 0 replaces the prompt tokens that arrive there, as in VPT-deep (Jia et al.
+    2022, arXiv:2203.12119); if none arrive, they are inserted.
+
+    Args:
+        clip: an open_clip CLIP or CustomTextCLIP.
+        images: (B, 3, H, W) normalized.
+        prompts: (tower, layer) -> (B, P, D); those of the text tower are ignored.
+
+    Returns:
+        (B, E) not normalized.
+    """
+    own = {layer: tokens for (tower, layer), tokens in prompts.items() if tower == "image"}
+    if not own:
+        return torch.as_tensor(clip.encode_image(images))
+    visual = _require_vit(clip.visual, "image", "_embeds", "_pool", "transformer")
+    _check_layers("image", own, len(visual.transformer.resblocks))
+    tokens, prompt_length = visual._embeds(images), 0
+    for layer, block in enumerate(visual.transformer.resblocks):
+        if layer in own:
+            added = own[layer].to(tokens.dtype)
+            tokens = torch.cat([tokens[:, :1], added, tokens[:, 1 + prompt_length :]], dim=1)
+            prompt_length = added.shape[1]
+        tokens = block(tokens)
+    tokens = torch.cat([tokens[:, :1], tokens[:, 1 + prompt_length :]], dim=1)
+    pooled = visual._pool(tokens)[0]
+    return torch.as_tensor(pooled if visual.proj is None else pooled @ visual.proj)
+
+
+def text_embedding(clip: Any, tokens: Tensor, prompts: Mapping[PromptPosition, Tensor]) -> Tensor:
+    """Encode texts, with prompt tokens after the start token.
+
+    Texts may be padded to their longest only: a causal tower that pools at the end token sees
+    nothing after it.
+
+    Args:
+        clip: an open_clip CLIP or CustomTextCLIP.
+        tokens: (B, L) int64, 0 after the end token.
+        prompts: (tower, layer) -> (B, P, D); those of the image tower are ignored.
+
+    Returns:
+        (B, E) not normalized.
+    """
+    own = {layer: tokens for (tower, layer), tokens in prompts.items() if tower == "text"}
+    text = getattr(clip, "text", clip)
+    if not _is_causal_with_end_pooling(text, clip):
+        if own:
+            raise TypeError(
+                f"text prompts need a causal open_clip text tower that pools at the end token, and "
+                f"this is a {type(text).__name__}: use modality='image'"
+            )
+        return torch.as_tensor(clip.encode_text(_padded_to_context(tokens, text)))
+    _check_layers("text", own, len(text.transformer.resblocks))
+    hidden = text.token_embedding(tokens) + text.positional_embedding[: tokens.shape[1]]
+    prompt_length = 0
+    ends = tokens.argmax(dim=-1)
+    for layer, block in enumerate(text.transformer.resblocks):
+        if layer in own:
+            added = own[layer].to(hidden.dtype)
+            hidden = torch.cat([hidden[:, :1], added, hidden[:, 1 + prompt_length :]], dim=1)
+            prompt_length = added.shape[1]
+        hidden = block(hidden, attn_mask=_causal_mask(hidden.shape[1], text.attn_mask))
+    samples = torch.arange(hidden.shape[0], device=hidden.device)
+    pooled = text.ln_final(hidden[samples, ends + prompt_length])
+    projection = text.text_projection
+    if projection is None:
+        return torch.as_tensor(pooled)
+    return torch.as_tensor(
+        projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+    )
+
+
+def trim_padding(tokens: Tensor) -> Tensor:
+    """Trim (B, L) tokens to the longest text; padding is 0."""
+    longest = int((tokens != 0).sum(1).max()) if tokens.numel() else 0
+    return tokens[:, : max(longest, 1)]
+
+
+def token_dims(clip: Any) -> dict[str, int]:
+    """Return the token dim of each tower that prompts can enter."""
+    dims: dict[str, int] = {}
+    if hasattr(clip.visual, "_embeds") and hasattr(clip.visual, "transformer"):
+        dims["image"] = int(clip.visual.transformer.width)
+    text = getattr(clip, "text", clip)
+    if _is_causal_with_end_pooling(text, clip):
+        dims["text"] = int(text.transformer.width)
+    return dims
+
+
+def _is_causal_with_end_pooling(text: Any, clip: Any) -> bool:
+    pooling = getattr(text, "pool_type", None) or getattr(clip, "text_pool_type", None)
+    is_plain = getattr(text, "cls_emb", None) is None and not getattr(text, "use_pad_mask", False)
+    return pooling == "argmax" and is_plain and getattr(text, "attn_mask", None) is not None
+
+
+def _causal_mask(length: int, mask: Tensor) -> Tensor:
+    if length <= mask.shape[0]:
+        return mask[:length, :length]
+    return torch.full((length, length), float("-inf"), device=mask.device).triu(1)
+
+
+def _padded_to_context(tokens: Tensor, text: Any) -> Tensor:
+    context = int(getattr(text, "context_length", tokens.shape[1]))
+    missing = context - tokens.shape[1]
+    padding = int(getattr(text, "pad_id", 0))
+    return torch.nn.functional.pad(tokens, (0, missing), value=padding) if missing > 0 else tokens
+
+
+def _require_vit(visual: Any, tower: str, *members: str) -> Any:
+    missing = [name for name in members if not hasattr(visual, name)]
+    if missing:
+        raise TypeError(
+            f"{tower} prompts need an open_clip VisionTransformer, and this model has a "
+            f"{type(visual).__name__}: choose a ViT model or a strategy without prompts"
+        )
+    return visual
+
+
+def _check_layers(tower: str, own: Mapping[int, Tensor], layers: int) -> None:
+    wrong = [layer for layer in own if not 0 <= layer < layers]
+    if wrong:
+        raise ValueError(
+            f"{tower} prompts enter layer {wrong}, but the tower has layers 0 to {layers - 1}: "
+            "choose among these"
+        )

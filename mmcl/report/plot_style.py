@@ -1,0 +1,157 @@
+"""Plot style: colors, canvas, labels, and rendering to the same bytes each time."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from mmcl.report.formatting import sanitize
+
+Format = Literal["svg", "png"]
+
+INK = "#1f2430"
+MUTED = "#6b7280"
+LINE = "#d9dde5"
+PAPER = "#fefefe"
+ACCENT = "#0b62b4"
+WARM = "#d55e00"
+GOOD = "#009e73"
+# Palette of Okabe and Ito, safe for common color blindness; yellow is left out.
+SERIES = ("#0b72b2", "#d55e00", "#009e73", "#b5589a", "#b07d00", "#3c9fd6", "#7a6cc9")
+# On a page these become CSS variables, for light and dark mode.
+THEMED = {
+    INK: "--ink",
+    MUTED: "--muted",
+    LINE: "--line",
+    PAPER: "--on-accent",
+    ACCENT: "--accent",
+    **{color: f"--series-{n}" for n, color in enumerate(SERIES)},
+}
+
+_STYLE = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "text.color": INK,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.unicode_minus": True,
+    "axes.facecolor": "none",
+}
+
+
+def canvas(width: float, height: float, panels: int = 1) -> tuple[Figure, Any]:
+    """Make a plot of ``panels`` axes side by side (0 = none yet), width and height in inches."""
+    with style():
+        figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(1, panels) if panels else None
+    return figure, axes
+
+
+def style() -> AbstractContextManager[None]:
+    """Context with our matplotlib settings, for axes that are made after their canvas."""
+    return rc_context(_STYLE)
+
+
+def render(figure: Figure, name: str, format: Format) -> bytes:
+    """Render a plot to bytes: SVG with a transparent background or PNG on white, without a date.
+
+    Args:
+        figure: from ``canvas``.
+        name: salt of the ids inside the SVG, different for plots on one page.
+        format: svg or png.
+    """
+    if format not in ("svg", "png"):
+        raise ValueError(f"format is {format!r}: choose svg or png")
+    file = io.BytesIO()
+    metadata = {"Date": None, "Creator": None} if format == "svg" else {"Software": None}
+    background = "none" if format == "svg" else "white"
+    with rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        # Missing glyphs do not matter in SVG: the browser has them.
+        warnings.filterwarnings("ignore", message="(?s)Glyph .* missing from")
+        warnings.filterwarnings("ignore", message="(?s).*constrained_layout not applied")
+        figure.savefig(file, format=format, dpi=160, facecolor=background, metadata=metadata)
+    return file.getvalue()
+
+
+def write_text(label: Text, text: str, **style: Any) -> None:
+    """Set an untrusted text of a label: no formulas, no characters that cannot be drawn."""
+    label.set_parse_math(False)
+    label.set_text(sanitize(text))
+    label.set(**style)
+
+
+def tidy(axes: Axes, grid: Literal["x", "y"] = "y") -> None:
+    """Style axes with a light grid and without a frame."""
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom" and grid == "y")
+    axes.set_axisbelow(True)
+    axes.grid(axis=grid, color=LINE, linewidth=0.7)
+    axes.tick_params(length=0)
+
+
+def label_bars(axes: Axes, bars: BarContainer, labels: Sequence[str]) -> None:
+    """Label the end of each horizontal bar and leave room for the labels."""
+    axes.bar_label(bars, labels=list(labels), padding=4, fontsize=8, color=INK)
+    axes.margins(x=0.18)
+
+
+def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Label each line right of the axes, near its end, without overlaps.
+
+    Args:
+        axes: with a height of 0 to 100.
+        ends: height, name and color of each line.
+    """
+    right = axes.get_xlim()[1]
+    ordered = sorted(ends, key=lambda end: end[0])
+    heights = separate_labels([end[0] for end in ordered], gap=7.0, highest=100.0)
+    for height, (_, name, color) in zip(heights, ordered, strict=True):
+        label = axes.text(right, height, "", color=color, va="center", fontsize=8.5)
+        write_text(label, f" {name}")
+
+
+def separate_labels(heights: Sequence[float], gap: float, highest: float) -> list[float]:
+    """Separate ascending label heights by ``gap`` or more: up first, then down from ``highest``."""
+    moved: list[float] = []
+    for height in heights:
+        moved.append(max(height, moved[-1] + gap) if moved else height)
+    ceiling = highest
+    for n in reversed(range(len(moved))):
+        moved[n] = min(moved[n], ceiling)
+        ceiling = moved[n] - gap
+    return moved
+
+
+def name_ticks(axis: Axis, ticks: Sequence[float], names: Sequence[str], **style: Any) -> None:
+    """Name the ticks of an axis; like in ``write_text``, names are untrusted."""
+    axis.set_ticks(list(ticks), labels=[sanitize(name) for name in names])
+    for label in axis.get_ticklabels():
+        label.set_parse_math(False)
+        label.set(**style)
+
+
+def series_color(index: int, count: int) -> str:
+    """Color of a line: by hue for a few lines, from dark to light for many."""
+    if count <= len(SERIES):
+        return SERIES[index]
+    fraction = index / max(count - 1, 1)
+    ends = ((0x0B, 0x3C, 0x8C), (0xE0, 0x8A, 0x1E))
+    mixed = [round(a + (b - a) * fraction) for a, b in zip(*ends, strict=True)]
+    return "#" + "".join(f"{channel:02x}" for channel in mixed)

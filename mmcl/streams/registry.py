@@ -1,0 +1,147 @@
+"""Table of the streams that mmcl can build, and of their builders.
+
+A builder is imported only when it is used, so listing the streams is fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+Builder = Callable[..., Any]
+"""``build(folder, seed=0, progress=None)``: writes shards and cards, returns the card path(s)."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Entry of the table of streams.
+
+    Args:
+        module: dotted name of the builder's module.
+        function: name of the builder in it.
+        summary: one line.
+        folder: default output folder, relative to the working directory.
+        cards: file names of the cards; the first is the default for the stream's name.
+    """
+
+    module: str
+    function: str
+    summary: str
+    folder: Path
+    cards: tuple[str, ...]
+
+    def builder(self) -> Builder:
+        """Return the builder, imported now.
+
+        Raises:
+            ValueError: if a package that it needs is not installed.
+        """
+        try:
+            function: Builder = getattr(import_module(self.module), self.function)
+        except ModuleNotFoundError as error:
+            if (error.name or "mmcl").partition(".")[0] == "mmcl":
+                raise
+            raise ValueError(
+                f"building this stream needs the package {error.name!r}, which is not installed: "
+                'pip install "mmcl[streams]"'
+            ) from None
+        return function
+
+
+STREAMS: Mapping[str, Stream] = MappingProxyType(
+    {
+        "digits": Stream(
+            "mmcl.streams.digits",
+            "build",
+            "1,797 real handwritten digits, two new classes in each of five tasks",
+            Path("data/digits"),
+            ("digits.yaml",),
+        ),
+        "digits_domains": Stream(
+            "mmcl.streams.digits",
+            "build_domains",
+            "the same ten digits in five looks: clean, inverted, noisy, rotated, striped",
+            Path("data/digits_domains"),
+            ("digits_domains.yaml",),
+        ),
+        "emoji": Stream(
+            "mmcl.streams.emoji",
+            "build",
+            "192 emoji from a font of this machine, by group, by year and by language of the name",
+            Path("data/emoji"),
+            ("emoji_groups.yaml", "emoji_years.yaml", "emoji_languages.yaml"),
+        ),
+        "glyphs": Stream(
+            "mmcl.streams.glyphs",
+            "build",
+            "drawn shapes and characters, on which the built-in tiny CLIP was trained",
+            Path("data/glyphs"),
+            ("glyphs.yaml",),
+        ),
+        "scenes": Stream(
+            "mmcl.streams.scenes",
+            "build",
+            "questions on drawn scenes: eight skills, five looks of one skill, sixteen new words",
+            Path("data/scenes"),
+            ("scenes.yaml", "scenes_looks.yaml", "scenes_words.yaml"),
+        ),
+        "scenes_pretraining": Stream(
+            "mmcl.streams.scene_pretraining",
+            "build",
+            "captions and dialogues on drawn scenes, to pre-train a tiny LLaVA before `scenes`",
+            Path("data/scenes_pretraining"),
+            ("scenes_captions.yaml", "scenes_instructions.yaml"),
+        ),
+    }
+)
+
+
+def find_stream(name: str) -> tuple[Stream, str]:
+    """Find a stream by its name, or by the name of one of its cards.
+
+    Args:
+        name: for example ``emoji`` or ``emoji_years``.
+
+    Returns:
+        The stream, and the file name of the card.
+
+    Raises:
+        ValueError: if there is no such name, listing the known ones.
+    """
+    if name in STREAMS:
+        return STREAMS[name], STREAMS[name].cards[0]
+    cards = {
+        Path(card).stem: (stream, card) for stream in STREAMS.values() for card in stream.cards
+    }
+    if name in cards:
+        return cards[name]
+    known = ", ".join(dict.fromkeys((*STREAMS, *cards)))
+    raise ValueError(f"no stream {name!r} can be built: choose one of {known}")
+
+
+def card_path(stream: str, root: Path) -> Path:
+    """Return the path of a stream's card, which may not exist yet.
+
+    Args:
+        stream: name of a stream that mmcl can build, or the path of a card or of its folder.
+        root: folder of the built streams.
+
+    Raises:
+        ValueError: if a folder holds no card or several, or there is no stream of this name.
+    """
+    given = Path(stream).expanduser()
+    if given.is_dir():
+        cards = sorted(given.glob("*.yaml"))
+        if len(cards) != 1:
+            raise ValueError(
+                f"{given} holds {len(cards)} cards: give the path of one of them as data.stream"
+            )
+        return cards[0]
+    if given.suffix in (".yaml", ".yml"):
+        return given
+    known, card = find_stream(stream)
+    return root / known.folder.name / card

@@ -1,0 +1,143 @@
+"""`mmcl data convert`: from your own data to a stream, in one command."""
+
+import pytest
+
+from mmcl.core import TaskStream
+from tests.data.convert.llava_files import jpeg, put, quizzed, train_set
+from tests.data.convert.test_convert import class_folders, pictures
+
+
+def test_a_folder_of_classes_becomes_a_stream(desk):
+    class_folders(desk.folder / "flowers", {"a": 6, "b": 6, "c": 6, "d": 6})
+    words = ("flowers", "--out", "out", "--classes_per_task", 2, "--license", "CC0")
+    status, out, err = desk.give("data", "convert", *words)
+    assert (status, err) == (0, "")
+    assert "classes-0-1      10 training and 2 test samples, 2 classes" in out
+    assert out.splitlines()[-1] == "out/flowers.yaml"
+    stream = TaskStream.read(desk.folder / "out" / "flowers.yaml")
+    assert (len(stream), stream.scenario, stream.license) == (2, "class", "CC0")
+
+
+def test_a_run_learns_a_converted_stream(desk):
+    class_folders(desk.folder / "flowers", {"a": 6, "b": 6, "c": 6, "d": 6})
+    desk.give("data", "convert", "flowers", "--out", "out", "--classes_per_task", 2)
+    status, _, err = desk.run("--data.stream", "out/flowers.yaml")
+    assert (status, err) == (0, "")
+
+
+def test_a_json_is_used_in_place_and_learned(asking):
+    train_set(asking.folder, 12)
+    words = ("train.json", "--images", "pictures", "--out", "out", "--in_place", "--name", "vqa")
+    status, out, err = asking.give("data", "convert", *words)
+    assert (status, err) == (0, "")
+    assert "vqa              11 training and 1 test samples, scored by exact" in out
+    names = sorted(path.name for path in (asking.folder / "out").iterdir())
+    assert "vqa-train.loose.json" in names
+    assert not [name for name in names if name.endswith(".tar")]
+    status, _, err = asking.run("--data.stream", "out/vqa.yaml")
+    assert (status, err) == (0, "")
+
+
+def test_what_is_left_out_is_reported(desk):
+    pictures(desk.folder / "pics", 9)
+    put(desk.folder / "t.csv", "path,text\n" + "".join(f"{n}.jpg,x\n" for n in range(10)))
+    words = ("data", "convert", "t.csv", "--images", "pics", "--out", "out")
+    status, _, err = desk.give(*words)
+    assert status == 1
+    assert "1 of 10 samples in t.csv cannot be used: correct them, or leave them out with" in err
+    assert "--skip_bad or --max_bad_fraction 0.10:" in err
+    assert "t.csv, sample 9 (id '9.jpg'): its " in err
+    assert "'9.jpg' is missing" in err
+    for option in (["--skip_bad"], ["--max_bad_fraction", "0.1"]):
+        status, out, _ = desk.give(*words, *option)
+        assert status == 0
+        assert "1 bad samples left out (listed in out/t.left_out.txt):\n- t.csv, sample 9" in out
+
+
+def test_images_in_both_given_splits_are_counted(desk):
+    class_folders(desk.folder / "train", {"a": 4, "b": 4})
+    class_folders(desk.folder / "later", {"a": 4, "b": 2}, start=6)
+    put(desk.folder / "later" / "b" / "9.jpg", jpeg(50))
+    status, out, _ = desk.give("data", "convert", "train", "--test", "later", "--out", "out")
+    assert status == 0
+    assert "2 test samples have an image that is also a training image" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "sentence"),
+    [
+        ([], 2, "the following arguments are required: SOURCE, --out"),
+        (["nowhere", "--out", "o"], 1, "there is nothing at nowhere: correct SOURCE"),
+        (["t.csv", "--images", "nowhere", "--out", "o"], 1, "no folder of images nowhere"),
+        (["t.csv", "--out", "o"], 1, "t.csv has the columns file, words: expected path,text"),
+        (["pics", "--out", "o"], 1, "pics has no class folders and 2 images: expected pics/"),
+        (["pics/0.jpg", "--out", "o"], 1, "ends in '.jpg': expected .csv"),
+        (["t.csv", "--out", "o", "--in_place"], 2, "--in_place needs LLaVA-style JSON"),
+        (["t.csv", "--out", "o", "--tasks_are_folders"], 1, "give tables a column task"),
+        (
+            ["pics", "--out", "o", "--task_type", "captioning"],
+            1,
+            "--task_type is captioning, and pics is a folder",
+        ),
+        (["t.csv", "--out", "o", "--card", "c.yaml"], 2, "give --append as well"),
+        (["u.csv", "--out", "o", "--append"], 1, "there is no card in o to append to"),
+        (["t.csv", "--out", "o", "--test_fraction", "1"], 1, "test_fraction is 1.0, expected a"),
+        (["t.csv", "--out", "o", "--name", "../x"], 1, "name is '../x', expected up to 64"),
+        (["t.csv", "--out", "o", "--scorer", "exakt"], 1, "there is no scorer 'exakt'"),
+        (["t.csv", "--out", "o", "--shard_samples", "0"], 1, "shard_samples is 0"),
+        (["t.csv", "--out", "o", "--max_samples", "0"], 1, "max_samples is 0"),
+        (["t.csv", "--out", "o", "--max_bad_fraction", "2"], 1, "max_bad_fraction is 2.0"),
+        (["u.csv", "--out", "o", "--references", "r.json"], 1, "--references is for LLaVA-style"),
+        (["u.csv", "--out", "o", "--max_new_tokens", "9"], 1, "--max_new_tokens is for answers"),
+        (["x.json", "--out", "o", "--in_place", "--references", "r"], 2, "leave out one of them"),
+    ],
+)
+def test_a_mistake_is_reported_in_one_sentence(desk, words, status, sentence):
+    pictures(desk.folder / "pics", 2)
+    put(desk.folder / "t.csv", "file;words\n0.jpg;x\n")
+    put(desk.folder / "u.csv", "path,text\npics/0.jpg,x\n")
+    got, _, err = desk.give("data", "convert", *words)
+    assert (got, err.count("\n")) == (status, 1), err
+    assert sentence in err
+
+
+def test_help_has_examples_and_every_action_is_listed(desk):
+    status, out, _ = desk.give("data", "convert", "--help")
+    assert status == 0
+    assert out.count("  mmcl data convert ") == 4
+    status, out, _ = desk.give("data", "--help")
+    assert status == 0
+    assert all(name in out for name in ("convert", "validate", "preview", "list", "build"))
+
+
+def test_an_unknown_action_is_reported(desk):
+    status, _, err = desk.give("data", "convrt")
+    assert status == 2
+    assert "invalid choice: 'convrt'" in err
+
+
+def test_a_task_with_references_is_appended(desk):
+    train_set(desk.folder)
+    shared = ("data", "convert", "train.json", "--images", "pictures", "--out", "out")
+    assert desk.give(*shared, "--name", "vqa", "--test_fraction", 0.4)[0] == 0
+    put(desk.folder / "test.json", [quizzed(n, f"sub/{n}.jpg", box="?") for n in range(2)])
+    votes = [{"question_id": f"q{n}", "answers": ["A"] * 10} for n in range(2)]
+    put(desk.folder / "votes.json", {"data": votes})
+    status, out, err = desk.give(
+        *shared, "--name", "more", "--append", "--test", "test.json", "--references", "votes.json",
+        "--scorer", "vqa", "--max_new_tokens", 9, "--max_samples", 4,
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    assert "more             4 training and 2 test samples, scored by vqa" in out
+    stream = TaskStream.read(desk.folder / "out" / "vqa.yaml")
+    assert [(t.name, t.scorer, t.size, t.max_new_tokens) for t in stream] == [
+        ("vqa", "exact", 3, 64), ("more", "vqa", 4, 9),
+    ]  # fmt: skip
+
+
+def test_the_answer_field_of_a_test_file_is_named(desk):
+    train_set(desk.folder)
+    put(desk.folder / "test.json", [quizzed(n, f"sub/{n}.jpg", box=f"b{n}") for n in range(2)])
+    words = ("data", "convert", "train.json", "--images", "pictures", "--test", "test.json")
+    assert desk.give(*words, "--answer_field", "box", "--out", "out", "--name", "vqa")[0] == 0
+    assert b'"answers": ["b0"]' in (desk.folder / "out" / "vqa-test-00000.tar").read_bytes()

@@ -1,0 +1,93 @@
+"""Batches come out of workers as they were made, and stay so."""
+
+import pytest
+import torch
+from torch.utils.data import Sampler
+
+from mmcl.core import Batch
+from mmcl.data.batches.shared_memory import (
+    SharedBatch,
+    SharedBuffers,
+    SharedMemoryDataLoader,
+    workers_are_forked,
+)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not workers_are_forked(), reason="needs forked workers"),
+]
+
+
+class IntArray(Sampler):
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        return iter(range(self.count))
+
+
+class Maker:
+    """Batch n is all n, of 1 + n % 3 samples; its images go into the buffer if there is one."""
+
+    def __init__(self, side=8, dtype=torch.uint8):
+        self.side, self.dtype = side, dtype
+
+    def make(self, request, room=None):
+        shape = (1 + request % 3, 3, self.side, self.side)
+        images = torch.full(shape, request, dtype=self.dtype)
+        if room is not None and self.dtype == torch.uint8 and images.nbytes <= len(room):
+            images = room[: images.nbytes].view(shape).copy_(images)
+        rows = torch.full((shape[0],), request)
+        return Batch(images, rows, rows)
+
+
+def identity(batch):
+    return batch
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_every_batch_is_whole_and_is_not_written_over(workers, dtype):
+    loader = SharedMemoryDataLoader(
+        Maker(dtype=dtype), IntArray(40), workers, collate_fn=identity, persistent_workers=True
+    )
+    assert len(loader) == 40
+    for _ in range(2):
+        kept = list(loader)
+        assert len(kept) == 40
+        for number, batch in enumerate(kept):
+            assert len(batch) == 1 + number % 3
+            assert (batch.images == number).all()
+            assert batch.images.dtype == dtype
+            assert (batch.labels == number).all()
+    loader._iterator._shutdown_workers()
+
+
+def test_images_are_copied_out_of_their_buffer():
+    slots = SharedBuffers(1)
+    room = slots.buffer(0)
+    room[:12] = 7
+    nothing = torch.zeros(1, dtype=torch.int64)
+    batch = slots.collect(SharedBatch(Batch(None, nothing, nothing), 0, (1, 3, 2, 2)))
+    room[:12] = 9
+    assert (batch.images == 7).all()
+
+
+def test_without_memory_for_buffers_torch_transfers_the_batches(monkeypatch):
+    from mmcl.data.batches import train_loader
+
+    def refuse(count):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("mmcl.data.batches.shared_memory.Slots", refuse)
+
+    class Rows(Maker):
+        def __getitems__(self, request):
+            return self.make(request)
+
+    batches = list(train_loader.make_dataloader(Rows(), IntArray(5), 1, seed=0, stay=False))
+    assert [int(batch.images.max()) for batch in batches] == [0, 1, 2, 3, 4]

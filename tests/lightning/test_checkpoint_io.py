@@ -1,0 +1,84 @@
+"""Checkpoints in shards from strangers: pickles in them are found before torch runs them."""
+
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from pytorch_lightning.strategies import ModelParallelStrategy
+
+from mmcl.lightning.checkpoint_io import reject_pickles
+from mmcl.lightning.task_checkpoints import check_resumable
+from tests.toys.network_guard import Trap
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint in shards with tensors of several sorts and single values."""
+    values = {"lr": 0.1, "betas": (0.9, 0.99), "step": 3, "name": "x", "none": None}
+    tensors = {"a": torch.ones(3), "b": torch.ones(2, dtype=torch.bfloat16), "c": torch.tensor(1)}
+    path = tmp_path / "last_0000003.ckpt"
+    dcp.save({"state_dict": tensors, "group": values}, checkpoint_id=path, no_dist=True)
+    return path
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*no_dist.*", "ignore:torch.distributed.*")
+
+
+def test_what_torch_writes_is_plain(folder):
+    reject_pickles(folder)
+
+
+def test_a_pickle_for_the_metadata_is_named_and_not_run(tmp_path, folder):
+    (folder / ".metadata").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    trainer = SimpleNamespace(strategy=object.__new__(ModelParallelStrategy))
+    with pytest.raises(ValueError, match=r"it names (posix|nt|os)\.mkdir.*which are never run"):
+        check_resumable(trainer, folder)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_pickle_inside_of_good_metadata_is_named_and_not_run(tmp_path, folder):
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    metadata.planner_data["x"] = Trap(tmp_path / "sprung")
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=r"it names (posix|nt|os)\.mkdir"):
+        reject_pickles(folder)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_pickle_for_a_single_value_is_not_run(tmp_path, folder):
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    index = next(index for index in metadata.storage_data if index.fqn == "group.lr")
+    torch.save(Trap(tmp_path / "sprung"), folder / "__1_0.distcp")
+    place = metadata.storage_data[index]
+    place.relative_path, place.offset = "__1_0.distcp", 0
+    place.length = (folder / "__1_0.distcp").stat().st_size
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="holds pickled objects, which are never run"):
+        reject_pickles(folder)
+    assert not (tmp_path / "sprung").exists()
+    # Torch itself would run it.
+    dcp.load({"group": {"lr": 0.0}}, checkpoint_id=folder, no_dist=True)
+    assert (tmp_path / "sprung").exists()
+
+
+def test_a_value_outside_of_the_folder_is_refused(tmp_path, folder):
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    next(iter(metadata.storage_data.values())).relative_path = "../elsewhere"
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=r"a value is stored in '\.\./elsewhere'"):
+        reject_pickles(folder)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80\x04.", b"garbage", b"\x80\x04}.", b"\x80\x04K\x01."]
+)
+def test_broken_metadata_is_one_sentence(folder, content):
+    (folder / ".metadata").write_bytes(content)
+    with pytest.raises(ValueError, match=r"last_0000003\.ckpt cannot be read"):
+        reject_pickles(folder)
+    (folder / ".metadata").unlink()
+    with pytest.raises(ValueError, match=r"last_0000003\.ckpt cannot be read \(FileNotFoundError"):
+        reject_pickles(Path(folder))
