@@ -83,7 +83,7 @@ def test_without_memory_for_buffers_torch_transfers_the_batches(monkeypatch):
     def refuse(count):
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr("mmcl.data.batches.shared_memory.Slots", refuse)
+    monkeypatch.setattr("mmcl.data.batches.shared_memory.SharedBuffers", refuse)
 
     class Rows(Maker):
         def __getitems__(self, request):

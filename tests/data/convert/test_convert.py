@@ -309,7 +309,7 @@ def test_processes_write_the_same_bytes_as_one_and_a_kill_loses_nothing(tmp_path
         f"""
         import os, signal, sys
         from pathlib import Path
-        from mmcl.data.convert import stream as making
+        from mmcl.data.convert import convert as making
         from mmcl.data.convert.options import ConvertOptions
         from mmcl.data.convert.open_input import open_source
 

@@ -295,7 +295,7 @@ def test_a_failure_ahead_of_time_is_told_when_the_shard_is_needed(origin, site):
 READING = """
 import sys, random
 from pathlib import Path
-from mmcl.data.remote.fetch import Patience
+from mmcl.data.remote.fetch import RetryPolicy
 from mmcl.data.remote.location import resolve_url
 from mmcl.data.shards.tar_shard import open_at_once
 url, folder, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
@@ -304,7 +304,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 for _ in range(60):
     number = order.randrange(5)
-    patience = Patience(first_wait_seconds=0.001)
+    patience = RetryPolicy(first_wait_seconds=0.001)
     origin = resolve_url(url % number, folder, limit_bytes=2 * {size}, patience=patience)
     with open_at_once(origin) as file:
         assert file.read() == bytes([number]) * {size}
