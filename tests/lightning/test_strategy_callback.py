@@ -11,7 +11,7 @@ from tests.behaviour.corrupt_files import EmptyStore, Healthy
 from tests.behaviour.kill_runs import KILLED
 from tests.lightning.small_runs import SmallRuns
 
-SMALL_POOL = {"class_path": "mmcl.strategies.L2P", "init_args": {"pool": 2, "top_k": 2}}
+SMALL_POOL = {"class_path": "mmcl.strategies.L2P", "init_args": {"pool_size": 2, "top_k": 2}}
 
 
 def warnings_of(runs, name):
@@ -33,7 +33,7 @@ def planted(name):
         (planted("EmptyStore"), "EmptyStore has an inactive part in task 'task-a': "
          "rows is empty"),
         ({"class_path": "mmcl.strategies.L2P",
-          "init_args": {"pool": 40, "length": 1, "top_k": 1}},
+          "init_args": {"pool_size": 40, "prompt_length": 1, "top_k": 1}},
          "L2P has an inactive part in task 'task-a': pool entries "),
     ],
     ids=["detached", "zero", "empty", "unchosen"],
