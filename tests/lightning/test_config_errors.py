@@ -53,10 +53,7 @@ def test_every_renamed_argument_of_a_strategy_or_model_names_the_new_one():
 
 
 def test_a_configuration_with_old_keys_is_refused_by_the_new_ones(tmp_path, known):
-    strategy = {
-        "class_path": "mmcl.strategies.EWC",
-        "init_args": {"ewc_lambda": 10.0, "fisher_samples": 4},
-    }
+    strategy = {"class_path": "mmcl.strategies.EWC", "init_args": {"weight": 10.0, "samples": 4}}
     file = tmp_path / "old.yaml"
     old = {"runs": "r", "data": {"global_batch": 8}, "model": {"strategy": strategy}}
     file.write_text(yaml.safe_dump(old))
