@@ -127,10 +127,10 @@ def eval_loader(
     transform: Transform,
     *,
     batch: int,
-    rank: int = 0,  # noqa: PT028
-    world: int = 1,  # noqa: PT028
-    workers: int = 0,  # noqa: PT028
-    max_pixels: int = MAX_PIXELS,  # noqa: PT028
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    max_pixels: int = MAX_PIXELS,
 ) -> EvalLoader:
     """Return the loader of the test split of a task or eval-only task, in order.
 
@@ -199,4 +199,3 @@ def _ordered(
 
 
 # pytest takes a function whose name begins with test_ for a test.
-eval_loader.__test__ = False  # type: ignore[attr-defined]
