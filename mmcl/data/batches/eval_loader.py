@@ -196,6 +196,3 @@ def _ordered(
         make_dataloader(dataset, sampler, workers, seed=0, stay=False),
         f"the {split} split of '{task.name}'",
     )
-
-
-# pytest takes a function whose name begins with test_ for a test.
