@@ -124,7 +124,7 @@ def test_a_build_killed_after_any_sample_and_started_again_ends_the_same(tmp_pat
         import os, signal, sys
         from pathlib import Path
         sys.path.insert(0, {os.path.dirname(__file__)!r})
-        from test_shards import build_toy
+        from test_shard_writer import build_toy
 
         def stop_at(last):
             def progress(done, total):
