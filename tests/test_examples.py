@@ -1,12 +1,18 @@
 """Each example runs as a user would run it, in a process of its own, and prints its result."""
 
+import multiprocessing
 import os
 import re
-import subprocess
+import runpy
 import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.behaviour.kill_runs import in_process
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -26,16 +32,26 @@ def test_every_example_is_known_and_has_fewer_than_60_lines():
         assert len(file.read_text().splitlines()) < 60, file.name
 
 
+def run_as_script(file, folder, output):
+    """Run a file as ``python FILE`` does in a folder, its output into a file."""
+    torch.set_num_threads(1)
+    # A process of a fork server would start a server of its own for its loader's workers.
+    multiprocessing.set_start_method("fork", force=True)
+    os.chdir(folder)
+    with output.open("w") as text, redirect_stdout(text), redirect_stderr(text):
+        try:
+            runpy.run_path(str(file), run_name="__main__")
+        except BaseException:
+            traceback.print_exc()
+            sys.exit(1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
 def test_an_example_runs_and_prints_its_result(file, tmp_path):
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(
-        [sys.executable, str(file)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    last = done.stdout.strip().splitlines()[-1]
+    (tmp_path / "empty").mkdir()
+    output = tmp_path / "output"
+    assert in_process(run_as_script, file, tmp_path / "empty", output) == 0, output.read_text()
+    last = output.read_text().strip().splitlines()[-1]
     assert re.fullmatch(LAST_LINES[file.stem], last), last
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "empty").iterdir())

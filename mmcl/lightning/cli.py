@@ -11,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import yaml
+from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
     MisconfigurationException,  # re-exported from Fabric
@@ -62,7 +63,7 @@ class ContinualCLI(LightningCLI):
     ) -> None:
         quiet()
         self._runs = subcommands
-        self._parsers: dict[str, LightningArgumentParser] = {}
+        self._parsed: dict[str, tuple[LightningArgumentParser, Namespace]] = {}
         discover()  # so that a class name alone selects a strategy
         super().__init__(
             ContinualModule,
@@ -189,12 +190,13 @@ class ContinualCLI(LightningCLI):
             ) from error
 
     def _build(self, key: str, kind: type) -> Any:
-        # A run builds two Trainers per task, and reading their options takes 0.1 s.
-        parser = self._parsers.get(key)
-        if parser is None:
-            parser = self._parsers[key] = LightningArgumentParser()
+        # A run builds two Trainers per task, and parsing the options costs more than building one.
+        if key not in self._parsed:
+            parser = LightningArgumentParser()
             parser.add_lightning_class_args(kind, key)
-        values = parser.parse_object({key: self.config[key].as_dict()})
+            values = parser.parse_object({key: self.config[key].as_dict()})
+            self._parsed[key] = parser, values
+        parser, values = self._parsed[key]
         instantiate = parser.instantiate if _IS_RENAMED else parser.instantiate_classes
         try:
             return instantiate(values)[key]

@@ -16,13 +16,29 @@ from pathlib import Path
 
 import torch
 
+from mmcl import strategies
+
 PRELOADED = [
+    "tests.conftest",
     "tests.behaviour.kill_runs",
     "mmcl.cli.train",
     "mmcl.cli.evaluate",
     "mmcl.streams.digits",
     "mmcl.models",
     "mmcl.models.tiny_llava.build",
+    *(
+        f"mmcl.strategies.{file.stem}"
+        for file in Path(strategies.__file__).parent.glob("[a-z]*.py")
+    ),
+    # what a run imports late
+    "attrs",
+    "encodings.idna",
+    "peft",
+    "PIL.BmpImagePlugin",
+    "PIL.JpegImagePlugin",
+    "rich._emoji_codes",
+    "torch.utils.serialization",
+    "transformers.models.llama.modeling_llama",
 ]
 KILLED = -signal.SIGKILL
 _FORKS = multiprocessing.get_context("forkserver")
