@@ -18,6 +18,7 @@ import torch
 
 from mmcl import strategies
 
+STRATEGIES = Path(strategies.__file__).parent
 PRELOADED = [
     "tests.conftest",
     "tests.behaviour.kill_runs",
