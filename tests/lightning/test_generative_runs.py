@@ -24,15 +24,16 @@ def runs(tmp_path):
 
 
 @pytest.mark.parametrize("strategy", all_strategies("instruction"))
-def test_a_run_killed_again_and_again_ends_as_one_that_was_left_alone(runs, strategy):
+def test_a_run_killed_again_and_again_ends_as_one_that_was_left_alone(tmp_path, strategy):
+    runs = SmallRuns(tmp_path, sizes=(20, 17), kind="instruction")
     runs.finish("alone", strategy)
     for moment in MOMENTS:
         status, output = runs.start("killed", strategy, kill=moment)
         assert status == KILLED, (moment, output)
-    assert "resuming" in runs.finish("killed", strategy)
+    runs.finish("killed", strategy)
     assert runs.differences("killed", "alone") == []
     files = [file.name for file in (runs.path("alone") / "answers").rglob("*.jsonl")]
-    assert len(files) == 3 + 3 * 3  # a row before training, and one after each task
+    assert len(files) == 2 + 2 * 2  # a row before training, and one after each task
     assert (runs.path("alone") / "lenient.json").is_file()
 
 
@@ -41,7 +42,7 @@ def remembered_files(folder):
 
 
 def test_features_on_disk_are_enough_at_every_write(tmp_path):
-    runs = SmallRuns(tmp_path, sizes=(12, 10, 9), kind="instruction")
+    runs = SmallRuns(tmp_path, sizes=(12, 10), kind="instruction")
     strategy = {
         "class_path": "mmcl.strategies.FeatureReplay",
         "init_args": {"buffer_size": 4, "storage": "disk"},
@@ -51,7 +52,7 @@ def test_features_on_disk_are_enough_at_every_write(tmp_path):
     assert remembered_files(runs.path("alone"))
     endings = (".bin", ".ckpt", "run.json")
     left = sorted(f for f in (tmp_path / "left").iterdir() if f.name.endswith(endings))
-    assert len(left) > 15
+    assert len(left) > 10
     for folder in left:
         shutil.rmtree(runs.path("killed"), ignore_errors=True)
         shutil.copytree(folder, runs.path("killed"))
