@@ -1,5 +1,6 @@
 """A LLaVA of 14,000 random weights and batches of dialogues: the model of generative tests."""
 
+import copy
 import json
 import tempfile
 from functools import cache
@@ -33,6 +34,11 @@ def architecture():
 
 def a_llava(seed=0, **changes):
     """A TinyLlava with 4 picture tokens, one layer of width 16, random weights, frozen tower."""
+    return copy.deepcopy(_built(seed, **changes))
+
+
+@cache
+def _built(seed, **changes):
     small = {"hidden_size": WIDTH, "num_layers": 1, "num_heads": 2, "mlp_dim": 32, "max_length": 64}
     return TinyLlava(architecture(), None, **{**small, **changes}, seed=seed).eval()
 
