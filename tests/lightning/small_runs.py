@@ -78,7 +78,10 @@ def small_llava(folder):
         "vision_cfg": {
             "image_size": 16, "layers": 2, "width": 16, "patch_size": 8, "head_width": 8,
         },
-        "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 8, "heads": 2, "layers": 1},
+        "text_cfg": {
+            "context_length": 8, "vocab_size": 64, "width": 8, "heads": 2, "layers": 1,
+            "tokenizer_kwargs": {"bpe_path": str(TINY / "bpe.txt.gz")},
+        },
     }  # fmt: skip
     file = folder / "small.json"
     file.write_text(json.dumps(architecture))

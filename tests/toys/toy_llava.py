@@ -11,6 +11,7 @@ import torch
 from mmcl.core import Conversation, Task, Turn
 from mmcl.data.batches.collate import Example, collate
 from mmcl.models import TinyLlava
+from mmcl.models.open_clip.loading import TINY
 
 SIDE, WIDTH = 16, 16
 COLORS = ("red", "green", "blue", "yellow")
@@ -20,7 +21,10 @@ _ARCHITECTURE = {
     "vision_cfg": {
         "image_size": SIDE, "layers": 2, "width": 16, "patch_size": 8, "head_width": 8,
     },
-    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 8, "heads": 2, "layers": 1},
+    "text_cfg": {
+        "context_length": 8, "vocab_size": 64, "width": 8, "heads": 2, "layers": 1,
+        "tokenizer_kwargs": {"bpe_path": str(TINY / "bpe.txt.gz")},
+    },
 }  # fmt: skip
 
 
