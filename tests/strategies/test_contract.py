@@ -372,7 +372,7 @@ def _with_bad_values():
                 yield name, word, 0
             elif word == "dropout":
                 yield name, word, 1.0
-            elif get_origin(hints[word]) is Literal and word not in OF_THE_MODEL:
+            elif get_origin(hints.get(word)) is Literal and word not in OF_THE_MODEL:
                 yield name, word, "nonsense"
 
 
