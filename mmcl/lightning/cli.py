@@ -30,7 +30,6 @@ from mmcl.lightning.module import ContinualModule
 from mmcl.strategies import discover
 
 _DEFAULTS = {"trainer.logger": False, "trainer.max_epochs": 1}
-_IS_RENAMED = hasattr(LightningArgumentParser, "instantiate")  # since jsonargparse 4.49
 _LINKED = ("model.seed", "data.seed")
 _USAGE = "%(prog)s --config X [--config OVERLAY] [--setting.name value ...]"
 
@@ -152,8 +151,7 @@ class ContinualCLI(LightningCLI):
     def plain(self) -> dict[str, Any]:
         """Return the whole configuration as plain values."""
         # Nulls stay, because one may override a default.
-        keep_null = {"skip_unset" if _IS_RENAMED else "skip_none": False}
-        text = self.parser.dump(self.config, skip_link_targets=False, **keep_null)
+        text = self.parser.dump(self.config, skip_link_targets=False, skip_unset=False)
         values: dict[str, Any] = yaml.safe_load(text)
         values.pop("config", None)
         return values
@@ -197,9 +195,8 @@ class ContinualCLI(LightningCLI):
             values = parser.parse_object({key: self.config[key].as_dict()})
             self._parsed[key] = parser, values
         parser, values = self._parsed[key]
-        instantiate = parser.instantiate if _IS_RENAMED else parser.instantiate_classes
         try:
-            return instantiate(values)[key]
+            return parser.instantiate(values)[key]
         except ValueError as error:
             raise ValueError(constructor_error(error)) from error
 
