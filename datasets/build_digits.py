@@ -1,6 +1,6 @@
 """Build the stream `digits`: `python datasets/build_digits.py`."""
 
-from mmcl.streams.script import main
+from mmcl.streams.registry import build_from_command_line
 
 if __name__ == "__main__":
-    main("digits")
+    build_from_command_line("digits")

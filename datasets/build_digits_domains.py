@@ -1,6 +1,6 @@
 """Build the stream `digits_domains`: `python datasets/build_digits_domains.py`."""
 
-from mmcl.streams.script import main
+from mmcl.streams.registry import build_from_command_line
 
 if __name__ == "__main__":
-    main("digits_domains")
+    build_from_command_line("digits_domains")

@@ -1,6 +1,6 @@
 """Build the stream `emoji`: `python datasets/build_emoji.py`."""
 
-from mmcl.streams.script import main
+from mmcl.streams.registry import build_from_command_line
 
 if __name__ == "__main__":
-    main("emoji")
+    build_from_command_line("emoji")

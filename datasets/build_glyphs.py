@@ -1,6 +1,6 @@
 """Build the stream `glyphs`: `python datasets/build_glyphs.py`."""
 
-from mmcl.streams.script import main
+from mmcl.streams.registry import build_from_command_line
 
 if __name__ == "__main__":
-    main("glyphs")
+    build_from_command_line("glyphs")

@@ -1,6 +1,6 @@
 """Build the stream `scenes`: `python datasets/build_scenes.py`."""
 
-from mmcl.streams.script import main
+from mmcl.streams.registry import build_from_command_line
 
 if __name__ == "__main__":
-    main("scenes")
+    build_from_command_line("scenes")

@@ -10,16 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmcl import strategies as strategies
-    from mmcl.core import (
-        Batch,
-        Chain,
-        Strategy,
-        Task,
-        TaskStream,
-        begin_task,
-        end_task,
-        step,
-    )
+    from mmcl.core import Batch, Chain, Strategy, Task, TaskStream, begin_task, end_task, step
     from mmcl.data import ImageCaptionCollate, ImageLabelCollate
     from mmcl.lightning import ContinualDataModule, ContinualModule, StrategyCallback
     from mmcl.models import ImageTextToText, OpenCLIP
@@ -27,24 +18,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Batch",
-    "Chain",
-    "ContinualDataModule",
-    "ContinualModule",
-    "ImageCaptionCollate",
-    "ImageLabelCollate",
-    "ImageTextToText",
-    "OpenCLIP",
-    "Strategy",
-    "StrategyCallback",
-    "Task",
-    "TaskStream",
-    "__version__",
-    "begin_task",
-    "end_task",
-    "step",
-    "strategies",
-]
+    "Batch", "Chain", "ContinualDataModule", "ContinualModule", "ImageCaptionCollate",
+    "ImageLabelCollate", "ImageTextToText", "OpenCLIP", "Strategy", "StrategyCallback", "Task",
+    "TaskStream", "__version__", "begin_task", "end_task", "step", "strategies",
+]  # fmt: skip
 
 _DEFINED_IN = {
     "mmcl.core": (

@@ -1,6 +1,7 @@
 """The architecture holds: layers and their imports, sizes of files, words, and forbidden calls."""
 
 import ast
+import csv
 import re
 import subprocess
 import sys
@@ -35,7 +36,7 @@ LAYERS = {
     },
 }  # fmt: skip
 # Inside of mmcl/data, from the ground up; "" are the files of the folder itself.
-DATA_LAYERS = ("", "remote", "shards", "batches", "writing", "convert", "validate")
+DATA_LAYERS = ("", "remote", "shards", "batches", "convert", "validate")
 OTHERS = {
     "": set(),
     "core": {"torch", "yaml", "pydantic"},
@@ -258,12 +259,11 @@ def docstrings(node):
 
 
 def old_words(file):
-    """Words in a file that the glossary replaced; pictures are drawn in ``mmcl/streams``."""
-    allowed = {"picture", "pictures"} if layer(file) == "streams" else set()
+    """Words in a file that the glossary replaced."""
     for name in identifiers(tree(file)):
-        yield from (f"{name} ({word})" for word in words_of(name) & (OLD_WORDS - allowed))
+        yield from (f"{name} ({word})" for word in words_of(name) & OLD_WORDS)
     for text in docstrings(tree(file)):
-        found = set(re.findall(r"[a-z]+", text.lower())) & (OLD_WORDS - allowed)
+        found = set(re.findall(r"[a-z]+", text.lower())) & OLD_WORDS
         yield from (f"docstring: {word} in {text.splitlines()[0]!r}" for word in found)
         found = {match[0] for match in OLD_PHRASES.finditer(text.lower())}
         yield from (f"docstring: {phrase} in {text.splitlines()[0]!r}" for phrase in found)
@@ -272,6 +272,30 @@ def old_words(file):
 def test_the_words_are_the_fields():
     found = {str(f.relative_to(ROOT)): sorted(set(old_words(f))) for f in FILES}
     assert {file: words for file, words in found.items() if words} == {}
+
+
+def test_every_new_name_in_the_list_of_renames_is_there():
+    with (ROOT / "docs" / "renames.csv").open() as file:
+        rows = [(new, kind) for _, new, kind in csv.reader(file)][1:]
+    folders = {".".join(file.parent.relative_to(ROOT).parts) for file in FILES}
+    modules = {name_of(file) for file in FILES} | folders | {"mmcl.models.tiny_clip"}
+    assert [new for new, kind in rows if kind == "module" and new not in modules] == []
+    names = {name for file in FILES for name in identifiers(tree(file))}
+    defined = {"class", "function", "constant"}
+    assert [new for new, kind in rows if kind in defined and new not in names] == []
+
+
+def test_the_lowest_versions_are_those_that_setup_cfg_names():
+    configured = (ROOT / "setup.cfg").read_text()
+    bounds = dict(re.findall(r"^ {4}([\w-]+)(?:\[\w+\])?>=([\d.]+)", configured, re.M))
+    lowest = (ROOT / "constraints-lowest.txt").read_text()
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", lowest, re.M))
+    for name in bounds.keys() & pins.keys():
+        assert f"{pins[name]}.".startswith(f"{bounds[name]}."), name
+    assert bounds.keys() - pins.keys() == {
+        "bitsandbytes", "codespell", "hypothesis", "mkdocs-material", "mkdocstrings", "mypy",
+        "pytest", "pytest-xdist", "ruff",
+    }  # fmt: skip
 
 
 def test_nothing_has_a_name_that_says_nothing():
@@ -302,13 +326,8 @@ def calls(file):
 
 
 def test_only_commands_print():
-    speaking = PACKAGE / "streams" / "script.py"
     printing = [
-        file
-        for file in FILES
-        if layer(file) != "cli" and file != speaking
-        for name, _ in calls(file)
-        if name == "print"
+        file for file in FILES if layer(file) != "cli" for name, _ in calls(file) if name == "print"
     ]
     assert short(printing) == []
 

@@ -27,9 +27,21 @@ COMMANDS = {
     "strategies": "list the strategies, or show the arguments of one",
 }
 RENAMED = {"sequence": "train", "score": "rescore"}
-_ENTRY_POINTS = {"lightning": ("train", "run_lightning"), "compare": ("report", "compare_runs")}
+_ENTRY_POINTS = {
+    "help": ("train", "show_help"),
+    "lightning": ("train", "run_lightning"),
+    "evaluate": ("run_commands", "evaluate"),
+    "report": ("run_commands", "report"),
+    "compare": ("run_commands", "compare_runs"),
+    "export": ("run_commands", "export"),
+}
 """Command: module and function, where they are not its own name and ``main``."""
-LIGHTNING = ("fit", "validate", "test", "predict")
+LIGHTNING = {
+    "fit": "Lightning's own, on one task (data.task_index): train",
+    "validate": "evaluate the selected task",
+    "test": "evaluate every task until the selected one, and the eval-only tasks",
+    "predict": "print a prediction for every test sample of the selected task",
+}
 
 # Warnings of Lightning, torch and open_clip about their own use, not about the user's run.
 _IGNORED_WARNINGS = (
@@ -70,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _dispatch(arguments)
         except SystemExit as error:  # --help and --print_config exit like this
-            return _status(error.code)
+            return error.code if isinstance(error.code, int) else int(error.code is not None)
         except KeyboardInterrupt:
             _print_error("interrupted: the same command resumes from the last checkpoint", parent)
             return 130
@@ -116,10 +128,6 @@ def _sentence(error: Exception) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{os.path.basename(last.filename)}:{last.lineno}"
     return f"{type(error).__name__}: {text} ({where}; --debug shows the whole trace)"
-
-
-def _status(code: Any) -> int:
-    return code if isinstance(code, int) else int(code is not None)
 
 
 def _print_error(sentence: str, parent: int) -> None:

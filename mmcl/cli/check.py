@@ -16,8 +16,8 @@ from mmcl.lightning.run_dir import RunDirectory
 from mmcl.report.formatting import size
 
 DESCRIPTION = (
-    "Dry run: load model and data, verify every shard, evaluate 8 samples of every task, train for "
-    "two steps, and print estimates of time and memory. Nothing is written."
+    "Dry run: load model and data, verify every shard, evaluate 32 samples of every task, train "
+    "for two steps, and print estimates of time and memory. Nothing is written."
 )
 
 
@@ -90,11 +90,9 @@ def _costs_table(report: DryRunReport, names: str) -> Table:
 
 def _memory(report: DryRunReport) -> str:
     peak = f"{size(report.peak_memory_bytes)} peak so far"
-    if not report.test_bytes:
-        return peak
-    return (
-        f"{peak}; about {size(report.test_bytes)} to generate a batch of {report.eval_batch_size}"
-    )
+    if report.test_bytes:
+        peak += f"; about {size(report.test_bytes)} to generate a batch of {report.eval_batch_size}"
+    return peak
 
 
 def duration(seconds: float) -> str:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from mmcl.cli.data_convert import add_options, report, shared_options, with_bar
 from mmcl.cli.parser import CommandParser
-from mmcl.streams import script
 from mmcl.streams.public_sets import build_set, list_sets, read_set
-from mmcl.streams.registry import STREAMS, find_stream
+from mmcl.streams.registry import STREAMS, build_from_command_line, find_stream
 
 _LAYOUT = """\
 The dataset must be in --source as published; missing files are listed with their address.
@@ -36,7 +35,7 @@ def _build(name: str, rest: Sequence[str]) -> int:
         stream, _ = find_stream(name)
     except ValueError as error:
         raise ValueError(f"{error}, or of the public sets {', '.join(list_sets())}") from None
-    script.main(next(key for key, value in STREAMS.items() if value is stream), rest)
+    build_from_command_line(next(key for key, value in STREAMS.items() if value is stream), rest)
     return 0
 
 
@@ -60,14 +59,7 @@ def _build_set(name: str, rest: Sequence[str]) -> int:
     given = parser.parse_args(rest)
     chosen = [task.strip() for task in given.tasks.split(",") if task.strip()]
     card, converted = with_bar(
-        lambda progress: build_set(
-            described,
-            given.source,
-            given.out,
-            tasks=chosen,
-            progress=progress,
-            **shared_options(given),
-        )
+        build_set, described, given.source, given.out, tasks=chosen, **shared_options(given)
     )
     report(card, converted)
     return 0

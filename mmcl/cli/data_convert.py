@@ -6,17 +6,16 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.progress import Progress
 
-from mmcl.cli.parser import CommandParser, UsageError
-from mmcl.data.convert.convert import ConvertedTasks, convert
-from mmcl.data.convert.in_place import InPlace
-from mmcl.data.convert.open_input import is_instructions, open_source
-from mmcl.data.convert.options import ConvertOptions
-from mmcl.data.convert.record import InputData, ProgressFn
+from mmcl.cli.parser import CommandParser, UsageError, count_or_fraction
+from mmcl.data.convert.convert import ConvertedTasks, convert, is_instructions, open_input
+from mmcl.data.convert.record import ConvertOptions, InputData
+from mmcl.data.convert.task_files import InPlace
 from mmcl.evaluation.scorers import find_scorer
 from mmcl.report.formatting import sanitize
 
@@ -57,18 +56,12 @@ def main(argv: Sequence[str]) -> int:
     _expect_consistent(given)
     options = _options(given)
     train, test = _inputs(given)
+    images = given.images or given.source.parent
+    in_place = InPlace(images, given.test_images or images, given.answer_field)
     card, converted = with_bar(
-        lambda progress: convert(
-            train,
-            test,
-            given.out,
-            options,
-            append=given.append,
-            card=given.card,
-            in_place=_in_place(given),
-            progress=progress,
-        )
-    )
+        convert, train, test, given.out, options, append=given.append, card=given.card,
+        in_place=in_place if given.in_place else None,
+    )  # fmt: skip
     report(card, [converted])
     return 0
 
@@ -82,11 +75,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     add("--test_images", type=Path, help="folder of the images of --test (as --images)")
     add("--tasks_are_folders", action="store_true",
         help="SOURCE has the layout <task>/<class>/image.jpg")  # fmt: skip
-    add(
-        "--in_place",
-        action="store_true",
-        help="write no shards: the card refers to the JSON and its images",
-    )
+    add("--in_place", action="store_true",
+        help="write no shards: the card refers to the JSON and its images")  # fmt: skip
     add("--answer_field", default="answer",
         help="JSON: key of the right answer in records with text (%(default)s)")  # fmt: skip
     add("--references", type=Path,
@@ -118,7 +108,7 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
 def add_options(parser: argparse.ArgumentParser, max_bad_fraction: float = 0.0) -> None:
     """Add the options that every conversion has; see `shared_options`."""
     add = parser.add_argument
-    add("--max_samples", type=_number,
+    add("--max_samples", type=count_or_fraction,
         help="200: at most 200 samples per file; 0.02: that fraction")  # fmt: skip
     add("--max_bad_fraction", type=float, default=max_bad_fraction,
         help="fraction of bad samples that may be left out (%(default)s)")  # fmt: skip
@@ -127,10 +117,6 @@ def add_options(parser: argparse.ArgumentParser, max_bad_fraction: float = 0.0) 
     add("--shard_mb", type=float, default=256, help="size of a shard in MiB (%(default)s)")
     add("--num_workers", type=int, default=min(4, os.cpu_count() or 1),
         help="processes (%(default)s)")  # fmt: skip
-
-
-def _number(text: str) -> int | float:
-    return float(text) if "." in text or "e" in text.lower() else int(text)
 
 
 def shared_options(given: argparse.Namespace) -> dict[str, Any]:
@@ -148,7 +134,7 @@ def _expect_consistent(given: argparse.Namespace) -> None:
     find_scorer(given.scorer)
     if given.card is not None and not given.append:
         raise UsageError("--card names a card to append to: give --append as well")
-    if given.in_place and not is_instructions(given.source):
+    if given.in_place and not all(map(is_instructions, filter(None, (given.source, given.test)))):
         raise UsageError("--in_place needs LLaVA-style JSON, folders and tables become shards")
     if given.in_place and given.references is not None:
         raise UsageError("--in_place cannot add --references to a JSON: leave out one of them")
@@ -169,32 +155,18 @@ def _options(given: argparse.Namespace) -> ConvertOptions:
 
 def _inputs(given: argparse.Namespace) -> tuple[InputData, InputData | None]:
     """Open SOURCE, and --test or None."""
-
-    def opened(path: Path, images: Path | None, references: Path | None) -> InputData:
-        return open_source(
-            path,
-            given.task_type,
-            images,
-            tasks_are_folders=given.tasks_are_folders,
-            answer_field=given.answer_field,
-            references=references,
-        )
-
+    opened = partial(
+        open_input, task_type=given.task_type, tasks_are_folders=given.tasks_are_folders,
+        answer_field=given.answer_field,
+    )  # fmt: skip
     if given.test is None:
-        return opened(given.source, given.images, given.references), None
-    train = opened(given.source, given.images, None)
-    return train, opened(given.test, given.test_images or given.images, given.references)
+        return opened(given.source, images=given.images, references=given.references), None
+    train, images = opened(given.source, images=given.images), given.test_images or given.images
+    return train, opened(given.test, images=images, references=given.references)
 
 
-def _in_place(given: argparse.Namespace) -> InPlace | None:
-    if not given.in_place:
-        return None
-    images = given.images or given.source.parent
-    return InPlace(images, given.test_images or images, given.answer_field)
-
-
-def with_bar(work: Callable[[ProgressFn], Made]) -> Made:
-    """Run a conversion with a progress bar."""
+def with_bar(work: Callable[..., Made], *arguments: Any, **options: Any) -> Made:
+    """Run a conversion, which takes these arguments and ``progress``, with a progress bar."""
     with Progress(transient=True) as bar:
         line = bar.add_task("", total=None)
 
@@ -202,7 +174,7 @@ def with_bar(work: Callable[[ProgressFn], Made]) -> Made:
             if done % 50 == 0 or done == total:
                 bar.update(line, description=what, completed=done, total=total)
 
-        return work(show)
+        return work(*arguments, progress=show, **options)
 
 
 def report(card: Path, converted: Sequence[ConvertedTasks]) -> None:

@@ -8,20 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmcl.cli.data_validate import (
-    add_reading_options,
-    count_or_fraction,
+    RENAMED_OPTIONS,
+    access_options,
+    check,
     image_sizes,
-    reading_options,
+    reading_parser,
     text_lengths,
-    with_shard_bar,
-)  # fmt: skip
-from mmcl.cli.parser import CommandParser
+)
+from mmcl.cli.parser import count_or_fraction, refuse_renamed_options
 from mmcl.core import TaskStream, write_atomic
 from mmcl.core.card import validate_card
-from mmcl.data.errors import count_errors
+from mmcl.data.stored_sample import count_errors
 from mmcl.data.validate.preview import DrawnSample, draw_samples
 from mmcl.data.validate.results import SplitFindings, StreamFindings, TaskFindings
-from mmcl.data.validate.validate import check_stream
 from mmcl.report.formatting import shorten, size
 from mmcl.report.stream_page import ShownSample, ShownStream, ShownTask, stream_page
 
@@ -31,25 +30,28 @@ other file. Errors are listed on it, so it also shows a stream that has some.
 """
 _EXAMPLES = """\
   mmcl data preview data/digits/digits.yaml
-  mmcl data preview data/mine/mine.yaml --samples 16 --limit 0 --out mine.html
+  mmcl data preview data/mine/mine.yaml --samples 16 --max_samples 0 --out mine.html
 """
-_LIMIT, _SHARDS = 2000, 64
 
 
 def main(argv: Sequence[str]) -> int:
     """Write an HTML preview of a stream."""
-    given = _parser().parse_args(argv)
+    parser = reading_parser("preview", _ABOUT, _EXAMPLES)
+    add = parser.add_argument
+    add("--out", type=Path, help="the page (next to the card, <card>.html)")
+    add("--samples", type=int, default=8, metavar="N",
+        help="samples shown of every task (%(default)s)")  # fmt: skip
+    add("--seed", type=int, default=0, help="of the random choice of samples (%(default)s)")
+    add("--max_samples", type=count_or_fraction, default=2000, metavar="N",
+        help="count classes and sizes in N samples of a split, 0 = all (%(default)s)")  # fmt: skip
+    add("--shards", type=int, default=64, metavar="N",
+        help="open at most N shards of every split, 0 = all (%(default)s)")  # fmt: skip
+    add("--open", action="store_true", help="open the page in the browser")
+    refuse_renamed_options(argv, RENAMED_OPTIONS)
+    given = parser.parse_args(argv)
     if given.samples < 0:
         raise ValueError(f"--samples is {given.samples}, expected 0 or more")
-    found = with_shard_bar(
-        lambda progress: check_stream(
-            given.card,
-            progress=progress,
-            limit=given.limit or None,
-            shards=given.shards or None,
-            **reading_options(given),
-        )
-    )
+    found = check(given, max_samples=given.max_samples or None, shards=given.shards or None)
     out = given.out or given.card.with_suffix(".html")
     write_atomic(out, stream_page(_stream(found, given)))
     if found.errors:
@@ -58,43 +60,6 @@ def main(argv: Sequence[str]) -> int:
     if given.open:
         webbrowser.open(out.absolute().as_uri())
     return 0
-
-
-def _parser() -> CommandParser:
-    parser = CommandParser(
-        prog="mmcl data preview",
-        description=_ABOUT,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_reading_options(parser)
-    parser.add_argument("--out", type=Path, help="the page (next to the card, <card>.html)")
-    parser.add_argument(
-        "--samples",
-        type=int,
-        default=8,
-        metavar="N",
-        help="samples shown of every task (%(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the random choice of samples (%(default)s)"
-    )
-    parser.add_argument(
-        "--limit",
-        type=count_or_fraction,
-        default=_LIMIT,
-        metavar="N",
-        help="count classes and sizes in N samples of every split, 0 = all (%(default)s)",
-    )
-    parser.add_argument(
-        "--shards",
-        type=int,
-        default=_SHARDS,
-        metavar="N",
-        help="open at most N shards of every split, 0 = all (%(default)s)",
-    )
-    parser.add_argument("--open", action="store_true", help="open the page in the browser")
-    return parser
 
 
 def _stream(found: StreamFindings, given: argparse.Namespace) -> ShownStream:
@@ -113,7 +78,7 @@ def _stream(found: StreamFindings, given: argparse.Namespace) -> ShownStream:
         warnings=found.warnings,
         counted=(
             f"Classes, answers, images and texts are counted in {decoded:,} of {samples:,} "
-            "samples, evenly spaced; --limit 0 counts all."
+            "samples, evenly spaced; --max_samples 0 counts all."
             if decoded < samples
             else ""
         ),
@@ -153,10 +118,7 @@ def _task(stream: TaskStream, found: TaskFindings, given: argparse.Namespace) ->
         "test" if found.train is None else "train",
         given.samples,
         seed=given.seed,
-        cache=given.cache,
-        cache_limit=given.cache_limit,
-        allow_pipes=given.allow_pipes,
-        max_pixels=given.max_pixels,
+        **access_options(given),
     )
     names = _column_names(stream, found)
     return ShownTask(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mmcl.cli.parser import CommandParser
+from mmcl.cli.parser import CommandParser, count_or_fraction, refuse_renamed_options
 from mmcl.data.decode import MAX_PIXELS
-from mmcl.data.errors import count_errors
 from mmcl.data.remote.cache import parse_size
+from mmcl.data.stored_sample import count_errors
 from mmcl.data.validate.results import SplitFindings, StreamFindings, TaskFindings
 from mmcl.data.validate.validate import check_stream
 from mmcl.evaluation.scorers import SCORERS
@@ -30,26 +30,29 @@ on. Every sample is decoded as in training. The exit status is 1 if there is an 
 """
 _EXAMPLES = """\
   mmcl data validate data/digits/digits.yaml
-  mmcl data validate data/mine/mine.yaml --workers 16 --pixels
-  mmcl data validate data/huge/huge.yaml --limit 2000   # decode 2000 samples of every split
+  mmcl data validate data/mine/mine.yaml --num_workers 16 --pixels
+  mmcl data validate data/huge/huge.yaml --max_samples 2000   # decode 2000 samples of every split
 """
 
+RENAMED_OPTIONS = {
+    "--workers": "--num_workers", "--cache": "--cache_dir", "--limit": "--max_samples",
+}  # fmt: skip
 _WIDTH = 160
 """Characters in a line of the table where it goes into a file."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Validate a stream and print its errors, or a table of its tasks."""
-    given = _parser().parse_args(argv)
-    found = with_shard_bar(
-        lambda progress: check_stream(
-            given.card,
-            progress=progress,
-            pixels=given.pixels,
-            limit=given.limit,
-            **reading_options(given),
-        )
-    )
+    parser = reading_parser("validate", _ABOUT, _EXAMPLES)
+    add = parser.add_argument
+    add("--max_samples", type=count_or_fraction, metavar="N",
+        help="200: decode at most 200 samples of a split; 0.02: that fraction (all)")  # fmt: skip
+    add("--pixels", action="store_true",
+        help="compare images by pixels, to find duplicates in other files or formats")  # fmt: skip
+    add("--json", action="store_true", help="print the result as JSON")
+    refuse_renamed_options(argv, RENAMED_OPTIONS)
+    given = parser.parse_args(argv)
+    found = check(given, pixels=given.pixels, max_samples=given.max_samples)
     if given.json:
         print(json.dumps(found.plain(), indent=2))
     else:
@@ -57,42 +60,55 @@ def main(argv: Sequence[str]) -> int:
     return int(bool(found.errors))
 
 
-def add_reading_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every command that reads a whole stream."""
-    parser.add_argument(
-        "card",
-        type=card_argument,
-        metavar="CARD",
-        help="card of the stream: a .yaml file, its folder, or a stream's name",
+def reading_parser(action: str, about: str, examples: str) -> CommandParser:
+    """Return the parser of a command that reads a whole stream, with the options of all of them."""
+    parser = CommandParser(
+        prog=f"mmcl data {action}",
+        description=about,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--workers", type=int, help="processes (one per core; 0 is best for a small stream)"
-    )
-    parser.add_argument(
-        "--cache", type=Path, help="folder for remote shards and indexes ($MMCL_CACHE, ~/.cache)"
-    )
-    parser.add_argument(
-        "--cache_limit",
-        type=parse_size,
-        metavar="SIZE",
-        help="size limit of that folder, such as 50GB",
-    )
-    parser.add_argument(
-        "--allow_pipes", action="store_true", help="run 'pipe:' addresses, which are shell commands"
-    )
-    parser.add_argument(
-        "--max_pixels",
-        type=int,
-        default=MAX_PIXELS,
-        metavar="N",
-        help="an image of more pixels is an error (%(default)s)",
-    )
+    add = parser.add_argument
+    add("card", type=card_argument, metavar="CARD",
+        help="card of the stream: a .yaml file, its folder, or a stream's name")  # fmt: skip
+    add("--num_workers", type=int, help="processes (one per core; 0 is best for a small stream)")
+    add("--cache_dir", type=Path,
+        help="folder for remote shards and indexes ($MMCL_CACHE, ~/.cache)")  # fmt: skip
+    add("--cache_limit", type=parse_size, metavar="SIZE",
+        help="size limit of that folder, such as 50GB")  # fmt: skip
+    add("--allow_pipes", action="store_true",
+        help="run 'pipe:' addresses, which are shell commands")  # fmt: skip
+    add("--max_pixels", type=int, default=MAX_PIXELS, metavar="N",
+        help="an image of more pixels is an error (%(default)s)")  # fmt: skip
+    return parser
 
 
-def reading_options(given: argparse.Namespace) -> dict[str, Any]:
-    """Return these options as arguments of ``check_stream``."""
-    names = ("workers", "cache", "cache_limit", "allow_pipes", "max_pixels")
-    return {**{name: getattr(given, name) for name in names}, "scorers": tuple(SCORERS)}
+def check(given: argparse.Namespace, **options: Any) -> StreamFindings:
+    """Validate a stream with a progress bar of its shards on stderr.
+
+    Args:
+        given: the options of `reading_parser`.
+        options: further arguments of ``check_stream``.
+    """
+    columns = (TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    is_quiet = not console.is_terminal
+    with Progress(*columns, transient=True, console=console, disable=is_quiet) as bar:
+        line = bar.add_task("", total=None)
+        return check_stream(
+            given.card,
+            num_workers=given.num_workers,
+            progress=lambda done, total: bar.update(line, completed=done, total=total),
+            scorers=tuple(SCORERS),
+            **access_options(given),
+            **options,
+        )
+
+
+def access_options(given: argparse.Namespace) -> dict[str, Any]:
+    """Return how shards are fetched and decoded, as arguments of functions of ``mmcl.data``."""
+    names = ("cache_dir", "cache_limit", "allow_pipes", "max_pixels")
+    return {name: getattr(given, name) for name in names}
 
 
 def card_argument(text: str) -> Path:
@@ -101,46 +117,6 @@ def card_argument(text: str) -> Path:
         return card_path(text, Path("data"))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def count_or_fraction(text: str) -> int | float:
-    """Parse a limit: "200" is a count, "0.02" a fraction."""
-    return float(text) if "." in text or "e" in text.lower() else int(text)
-
-
-def with_shard_bar(
-    work: Callable[[Callable[[int, int], None]], StreamFindings],
-) -> StreamFindings:
-    """Validate a stream with a progress bar of its shards on stderr."""
-    columns = (TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    is_quiet = not console.is_terminal
-    with Progress(*columns, transient=True, console=console, disable=is_quiet) as bar:
-        line = bar.add_task("", total=None)
-        return work(lambda done, total: bar.update(line, completed=done, total=total))
-
-
-def _parser() -> CommandParser:
-    parser = CommandParser(
-        prog="mmcl data validate",
-        description=_ABOUT,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_reading_options(parser)
-    parser.add_argument(
-        "--limit",
-        type=count_or_fraction,
-        metavar="N",
-        help="200: decode at most 200 samples of every split; 0.02: that fraction (all)",
-    )
-    parser.add_argument(
-        "--pixels",
-        action="store_true",
-        help="compare images by pixels, to find duplicates in other files or formats",
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    return parser
 
 
 def _print(found: StreamFindings) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
@@ -37,6 +37,23 @@ def refuse_renamed(name: str, renamed: Mapping[str, str]) -> None:
     """
     if name in renamed:
         raise UsageError(f"the command '{name}' is called '{renamed[name]}' now")
+
+
+def refuse_renamed_options(words: Sequence[str], renamed: Mapping[str, str]) -> None:
+    """Check that no option is called by its old name.
+
+    Raises:
+        UsageError: naming the new name.
+    """
+    for word in words:
+        old = word.partition("=")[0]
+        if old in renamed:
+            raise UsageError(f"the option {old} is called {renamed[old]} now")
+
+
+def count_or_fraction(text: str) -> int | float:
+    """Parse ``max_samples``: "200" is a count, "0.02" a fraction."""
+    return float(text) if "." in text or "e" in text.lower() else int(text)
 
 
 def process_rank() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,13 @@ from rich.table import Table
 from mmcl.cli.parser import CommandParser, UsageError
 from mmcl.evaluation import (
     AccuracyMatrix,
-    Prediction,
-    ScoreResult,
     accuracy,
     find_scorer,
     read_predictions,
     rescore,
 )
-from mmcl.evaluation.llava_predictions import JoinedPredictions, is_llava, join
-from mmcl.evaluation.run_files import ANSWERS, MATRIX
+from mmcl.evaluation.predictions import ANSWERS, is_llava, join_llava
+from mmcl.evaluation.run_files import MATRIX
 from mmcl.evaluation.scorers import SCORERS
 from mmcl.report.formatting import sanitize
 from mmcl.report.tables import render
@@ -30,6 +28,12 @@ from mmcl.report.tables import render
 MAX_NAMED = 10
 MAX_WIDTH = 10_000
 _CELL = re.compile(r"row_(\d+)/col_(\d+)\.jsonl$")
+_PROBLEMS = {
+    "missing": "{} questions have no prediction and count 0",
+    "repeated": "{} questions have several predictions, the first counts",
+    "unknown": "{} predictions are for questions that the truth lacks and do not count",
+}
+"""Attribute of joined predictions -> sentence on the samples in it."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +55,6 @@ class Cell:
     scorer: str = ""
     recorded: float | None = None
     truth: Path | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """Scores of a cell; ``found`` is None if the file is empty."""
-
-    cell: Cell
-    scorer: str
-    count: int
-    found: ScoreResult | None
-    errors: dict[str, list[str]] = field(default_factory=dict)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -86,10 +79,10 @@ def main(argv: Sequence[str]) -> int:
     cells = list(_cells(_locate(given.answers), given.truth))
     results = [_score(cell, given.scorer) for cell in cells]
     if given.json:
-        print(json.dumps([_plain(result) for result in results], indent=1))
+        print(json.dumps(results, indent=1))
         return 0
     # No line breaks in the table, so that names can be copied.
-    print(render(_table(results), MAX_WIDTH, is_colored=False))
+    print(render([_table(results)], MAX_WIDTH, is_colored=False))
     for sentence in _sentences(results):
         print(sanitize(sentence))
     return 0
@@ -158,22 +151,34 @@ def _numbers(file: Path) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found is not None else None
 
 
-def _score(cell: Cell, name: str | None) -> Result:
-    errors: dict[str, list[str]] = {}
-    if cell.truth is not None:
-        joined = join(cell.file, cell.truth)
-        answers, errors = joined.answers, _errors(joined)
-    else:
+def _score(cell: Cell, name: str | None) -> dict[str, Any]:
+    """Score a file of predictions; return what ``--json`` prints of it."""
+    extras: dict[str, float] = {}
+    problems: dict[str, list[str]] = {what: [] for what in _PROBLEMS}
+    if cell.truth is None:
         answers = read_predictions(cell.file)
+    else:
+        joined = join_llava(cell.file, cell.truth)
+        answers = joined.answers
+        problems = {what: list(getattr(joined, what)) for what in _PROBLEMS}
     if name is None and cell.scorer == "accuracy":
         # Class names may differ in case alone, so their text is not compared.
-        return Result(cell, "accuracy", len(answers), _as_recorded(answers), errors)
-    scorer = _find(name or cell.scorer, cell)
-    try:
-        found = rescore(answers, scorer)[1] if answers else None
-    except ValueError as error:
-        raise UsageError(f"{cell.file} cannot be scored by {scorer.name}: {error}") from None
-    return Result(cell, scorer.version, len(answers), found, errors)
+        version, strict = "accuracy", accuracy(answers)
+        lenient = strict
+    else:
+        scorer = _find(name or cell.scorer, cell)
+        try:
+            found = rescore(answers, scorer)[1] if answers else None
+        except ValueError as error:
+            raise UsageError(f"{cell.file} cannot be scored by {scorer.name}: {error}") from None
+        version, strict, lenient = scorer.version, None, None
+        if found is not None:
+            strict, lenient, extras = found.strict, found.lenient, dict(found.extras)
+    return {
+        "file": str(cell.file), "after": cell.row, "task": cell.task, "n": len(answers),
+        "strict": strict, "lenient": lenient, "recorded": cell.recorded, "scorer": version,
+        "extras": extras, **problems,
+    }  # fmt: skip
 
 
 def _find(name: str, cell: Cell | None = None) -> Any:
@@ -187,72 +192,34 @@ def _find(name: str, cell: Cell | None = None) -> Any:
         raise UsageError(f"{error} (option --scorer)") from None
 
 
-def _as_recorded(answers: Sequence[Prediction]) -> ScoreResult | None:
-    value = accuracy(answers)
-    per_sample = [float(answer.correct) for answer in answers]
-    return None if value is None else ScoreResult(per_sample, per_sample, value, value)
-
-
-def _errors(joined: JoinedPredictions) -> dict[str, list[str]]:
-    named = {"missing": joined.missing, "repeated": joined.repeated, "unknown": joined.unknown}
-    return {what: names for what, names in named.items() if names}
-
-
-def _table(results: Sequence[Result]) -> Table:
+def _table(results: Sequence[dict[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    has_rows = any(result.cell.row for result in results)
-    has_recorded = any(result.cell.recorded is not None for result in results)
-    heads = ["after", "task"] if has_rows else ["task"]
+    heads = ["after", "task"] if any(result["after"] for result in results) else ["task"]
+    has_recorded = any(result["recorded"] is not None for result in results)
+    scores = ["strict", "lenient", *(["recorded"] if has_recorded else [])]
     for head in heads:
         table.add_column(head, no_wrap=True)
-    for head in ("n", "strict", "lenient", *(["recorded"] if has_recorded else [])):
+    for head in ("n", *scores):
         table.add_column(head, justify="right", no_wrap=True)
     for head in ("scorer", "more"):
         table.add_column(head, no_wrap=True)
     for result in results:
-        cell, found = result.cell, result.found
-        names = [cell.row, cell.task] if has_rows else [cell.task]
-        values: list[float | None] = [None, None]
-        if found is not None:
-            values = [found.strict, found.lenient]
-        values += [cell.recorded] if has_recorded else []
-        extras = found.extras.items() if found is not None else ()
+        values = [result[name] for name in scores]
         table.add_row(
-            *map(sanitize, names),
-            str(result.count),
+            *(sanitize(result[head]) for head in heads),
+            str(result["n"]),
             *("-" if value is None else f"{100 * value:.2f}" for value in values),
-            result.scorer,
-            ", ".join(f"{name} {value:.4f}" for name, value in extras),
+            result["scorer"],
+            ", ".join(f"{name} {value:.4f}" for name, value in result["extras"].items()),
         )
     return table
 
 
-def _sentences(results: Sequence[Result]) -> Iterator[str]:
+def _sentences(results: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "strict, lenient: percent; lenient counts the right answer in any form"
-    messages = {
-        "missing": "{} questions have no prediction and count 0",
-        "repeated": "{} questions have several predictions, the first counts",
-        "unknown": "{} predictions are for questions that the truth lacks and do not count",
-    }
     for result in results:
-        for what, names in result.errors.items():
+        for what, names in ((what, result[what]) for what in _PROBLEMS if result[what]):
             named = ", ".join(names[:MAX_NAMED])
             more = len(names) - MAX_NAMED
             rest = f" and {more} more (--json lists all)" if more > 0 else ""
-            yield f"{result.cell.file}: {messages[what].format(len(names))}: {named}{rest}"
-
-
-def _plain(result: Result) -> dict[str, Any]:
-    cell, found = result.cell, result.found
-    return {
-        "file": str(cell.file),
-        "after": cell.row,
-        "task": cell.task,
-        "n": result.count,
-        "strict": None if found is None else found.strict,
-        "lenient": None if found is None else found.lenient,
-        "recorded": cell.recorded,
-        "scorer": result.scorer,
-        "extras": {} if found is None else dict(found.extras),
-        **{what: result.errors.get(what, []) for what in ("missing", "repeated", "unknown")},
-    }
+            yield f"{result['file']}: {_PROBLEMS[what].format(len(names))}: {named}{rest}"

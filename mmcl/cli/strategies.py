@@ -17,8 +17,6 @@ _GROUPS = {
     "answers": "with a generative model (mmcl.models.ImageTextToText)",
     "classes": "with a model of class scores (mmcl.models.OpenCLIP)",
 }
-
-
 _CELLS = {"any": ("✓", "✓"), "answers": ("", "✓"), "classes": ("✓", "")}
 _MAX_STORES = 90
 
@@ -58,11 +56,20 @@ def main(argv: Sequence[str]) -> int:
     if given.name is not None:
         if given.name not in known:
             raise UsageError(unknown_strategy(given.name))
-        print(_docstring(given.name, known[given.name]))
+        cls = known[given.name]
+        text = (inspect.getdoc(cls) or "").replace("``", "").replace("**", "")
+        print(f"{cls.__module__}.{given.name}\n\n{text}")
         return 0
     rows = [describe(name, cls) for name, cls in known.items()]
-    if given.markdown:
-        print(_long_table(rows) if given.long else _short_table(rows))
+    if given.long:  # the table of docs/strategies.md
+        titles = "strategy, what it does, stores, asks of the model"
+        print(_markdown(titles, [(row.name, row.summary, row.stores, row.asks) for row in rows]))
+        return 0
+    if given.markdown:  # the table of the README
+        print(_markdown("strategy, year, paper, CLIP, LLaVA, stores", [
+            (row.name, row.year, row.paper, *_CELLS[row.model], _shortened(row.stores))
+            for row in rows
+        ]))  # fmt: skip
         return 0
     width = max(len(row.name) for row in rows)
     for model, title in _GROUPS.items():
@@ -81,26 +88,15 @@ def describe(name: str, cls: type[Strategy]) -> StrategyDescription:
     summary = _sentence(" ".join(text.split("\n\n")[0].split()))
     stores = _sentence(_paragraph(text, "Remembers"))
     year, paper = _paper(inspect.getdoc(inspect.getmodule(cls)) or "")
-    return StrategyDescription(name, _model(asks), summary, stores, asks, year, paper)
+    model = "classes" if "class scores" in asks else "any"
+    if "``generate``" in asks or "target_linears" in asks:
+        model = "answers"
+    return StrategyDescription(name, model, summary, stores, asks, year, paper)
 
 
-def _short_table(rows: Sequence[StrategyDescription]) -> str:
-    """Return the markdown table of the README."""
-    titles = ("strategy", "year", "paper", "CLIP", "LLaVA", "stores")
-    cells = [
-        (row.name, row.year, row.paper, *_CELLS[row.model], _shortened(row.stores)) for row in rows
-    ]
-    return _markdown(titles, cells)
-
-
-def _long_table(rows: Sequence[StrategyDescription]) -> str:
-    """Return the markdown table of docs/strategies.md."""
-    titles = ("strategy", "what it does", "stores", "asks of the model")
-    return _markdown(titles, [(row.name, row.summary, row.stores, row.asks) for row in rows])
-
-
-def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
+def _markdown(titles: str, rows: Sequence[Sequence[str]]) -> str:
+    heads = titles.split(", ")
+    lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines).replace("``", "`")
 
 
@@ -121,18 +117,6 @@ def _paper(text: str) -> tuple[str, str]:
     if match is None:
         return "", ""
     return match[2], f"[{match[1]}](https://arxiv.org/abs/{match[3]})"
-
-
-def _model(asks: str) -> str:
-    """Return the kind of model from the paragraph **Asks of the model**."""
-    if "``generate``" in asks or "target_linears" in asks:
-        return "answers"
-    return "classes" if "class scores" in asks else "any"
-
-
-def _docstring(name: str, cls: type[Strategy]) -> str:
-    text = (inspect.getdoc(cls) or "").replace("``", "").replace("**", "")
-    return f"{cls.__module__}.{name}\n\n{text}"
 
 
 def _sentence(text: str) -> str:

@@ -1,30 +1,42 @@
-"""``mmcl train --config X``: train on a stream of tasks, or resume."""
+"""``mmcl train --config X``: train on a stream of tasks, or resume; ``mmcl --help``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import inspect
+import re
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
+from mmcl.cli import COMMANDS, LIGHTNING
 from mmcl.evaluation.run_files import read_lenient
 from mmcl.lightning.cli import ContinualCLI
 from mmcl.lightning.continual_run import ContinualRun, summarize
 from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.evaluate import save_sample_images
+from mmcl.lightning.module import ContinualModule
 from mmcl.report import matrix_table, write_report
 
-DESCRIPTION = (
-    "Train on a stream of tasks, from one YAML file. The same command resumes a stopped run, "
-    "trains on tasks that were appended to its card, and shows the results of a finished run. "
-    "mmcl --help shows the commands."
+_INTRODUCTION = (
+    "Train a vision-language model on a stream of tasks, from one YAML file. The same command "
+    "resumes a stopped run, trains on tasks that were appended to its card, and shows the results "
+    "of a finished run."
+)
+_NOTES = (
+    "A second --config overrides the first. A strategy can be given by its class name alone: "
+    "--model.strategy EWC --model.strategy.ewc_lambda 10. --print_config shows the whole "
+    "configuration, --debug the trace of an error. mmcl train --help lists every setting, "
+    "including those of Lightning's Trainer."
 )
 
 
 def main(argv: Sequence[str]) -> int:
     """Train on the stream of a configuration and print the accuracy matrix."""
-    cli = ContinualCLI(argv, program="mmcl", description=DESCRIPTION)
+    cli = ContinualCLI(
+        argv, program="mmcl", description=f"{_INTRODUCTION} mmcl --help shows the commands."
+    )
     # No line breaks: a path over two lines cannot be copied.
     console = Console(highlight=False, markup=False, soft_wrap=True)
     folder = cli.folder
@@ -67,21 +79,6 @@ def with_progress(data: ContinualDataModule) -> ContinualDataModule:
     return data
 
 
-def run_folder(name: str, runs: str = "runs") -> Path:
-    """Find a run directory by its path or its name under ``runs``.
-
-    Raises:
-        FileNotFoundError: if there is neither.
-    """
-    for folder in (Path(name), Path(runs) / name):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise FileNotFoundError(
-        f"there is no run {name}: give a run directory (it has a config.yaml), "
-        f"or its name under {runs}/"
-    )
-
-
 def run_lightning(argv: Sequence[str]) -> int:
     """Run one of Lightning's commands; ``predict`` prints a line for every sample."""
     cli = ContinualCLI(argv, subcommands=True, program="mmcl")
@@ -89,3 +86,39 @@ def run_lightning(argv: Sequence[str]) -> int:
         for answers in cli.trainer.predict_loop.predictions:
             print("\n".join(f"{key}\t{answer}" for key, answer in answers))
     return 0
+
+
+def show_help(argv: Sequence[str]) -> int:
+    """Print the commands and the settings of a run, a line each."""
+    console = Console(highlight=False, markup=False)
+    console.print(
+        "usage: mmcl [command] --config X [--config OVERLAY] [--setting.name value ...]\n"
+    )
+    console.print(_INTRODUCTION + "\n")
+    settings = {f"--{name}": summary for name, summary in _settings()}
+    for title, rows in (("commands", COMMANDS | LIGHTNING), ("\nsettings", settings)):
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+        for name, summary in rows.items():
+            table.add_row(name, summary)
+        console.print(f"{title}:")
+        console.print(table)
+    console.print("\n" + _NOTES)
+    return 0 if argv else 2
+
+
+def _settings() -> Iterator[tuple[str, str]]:
+    yield (
+        "run_name, --output_dir",
+        "name of the run and directory of all runs: output_dir/run_name",
+    )
+    yield "seed_everything", "seed of the run"
+    yield "checkpoint_every_n_steps", "steps between mid-task checkpoints, 0 = none"
+    for group, cls in (("model", ContinualModule), ("data", ContinualDataModule)):
+        text = inspect.getdoc(cls) or ""
+        args = re.search(r"Args:\n(.*?)(?:\n\n|\Z)", text, re.DOTALL)
+        entry = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
+        for match in entry.finditer(args[1] if args else ""):
+            if match[1] != "seed":
+                yield f"{group}.{match[1]}", " ".join(match[2].split())
+    yield "trainer.max_epochs", "epochs of every task; trainer.* are the arguments of Lightning's"
+    yield "trainer.devices", "Trainer: accelerator, devices, strategy, precision, ..."

@@ -1,15 +1,98 @@
-"""Batch: the tensors of one step, with operations to select, join and move samples."""
+"""Sample and batch: conversation, references and transform of one sample; tensors of one step.
+
+Transforms and conversations are what a model's author implements.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from mmcl.core.sample import Reference
+IMAGE_TOKEN = "<image>"
+"""Placeholder of the image in the text of a conversation, as in LLaVA's files."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation.
+
+    Attributes:
+        role: "user" asks, "assistant" answers.
+        text: question or answer; ``<image>`` marks the position of an image.
+    """
+
+    role: Literal["user", "assistant"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Last question of a sample with its reference answers.
+
+    Attributes:
+        question: text without ``<image>``.
+        answers: at least one; any of them is correct.
+    """
+
+    question: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Conversation about an image: questions and answers in turn, the last answer is the target.
+
+    Attributes:
+        turns: an even number of turns, the user's first.
+        answers: reference answers, any of which is correct in place of the last turn.
+    """
+
+    turns: tuple[Turn, ...]
+    answers: tuple[str, ...]
+
+    @property
+    def reference(self) -> Reference:
+        """Last question with its reference answers."""
+        question = self.turns[-2].text.replace(IMAGE_TOKEN, "").strip()
+        return Reference(question, self.answers)
+
+
+@dataclass(frozen=True)
+class ProcessedSample:
+    """A sample as tensors for a model, before it is collated into a batch.
+
+    Attributes:
+        image: (3, H, W) uint8 at the model's image size, or None.
+        input_ids: (L,) int64 token ids up to the end token, without padding, or None.
+        labels: (L,) int64 target tokens, IGNORE_INDEX where no token is in the loss; None for
+            samples that are classified or matched.
+    """
+
+    image: Tensor | None
+    input_ids: Tensor | None = None
+    labels: Tensor | None = None
+
+
+class Transform(Protocol):
+    """Protocol of a model's transform of one sample; picklable, since loader workers run it."""
+
+    def __call__(
+        self, pixels: Tensor | None, text: str | Conversation | None, seed: int
+    ) -> ProcessedSample:
+        """Resize and augment the image of a sample, tokenize its text.
+
+        Args:
+            pixels: (3, H, W) uint8 decoded image of any size, or None.
+            text: a caption, a conversation, or None if the task has neither.
+            seed: seed of this sample's augmentation; a function of sample and epoch, so it is the
+                same on any rank and in any worker.
+        """
+        ...
+
 
 IGNORE_INDEX = -100
 """Label of a sample or token that the task loss ignores, as in torch's cross entropy."""
@@ -158,20 +241,19 @@ class Batch:
         Args:
             rows: (R,) int64 sample indices, 0 to B-1; an index may appear twice.
         """
-        taken: dict[str, Any] = {
-            name: value[rows] for name, value in self._sample_tensors().items()
-        }
-        if self.images is not None:
-            if self.image_owner is None:
-                taken["images"] = self.images[rows]
-            else:
-                taken["images"], taken["image_owner"] = _take_owned(
-                    self.images, self.image_owner, rows
-                )
+        values = {name: getattr(self, name) for name in _SAMPLE_FIELDS}
+        taken: dict[str, Any] = {name: v[rows] for name, v in values.items() if v is not None}
+        if self.images is not None and self.image_owner is None:
+            taken["images"] = self.images[rows]
+        elif self.images is not None:
+            found = [torch.nonzero(self.image_owner == row).flatten() for row in rows]
+            owners = [torch.full_like(own, index) for index, own in enumerate(found)]
+            taken["images"] = self.images[torch.cat(found)]
+            taken["image_owner"] = torch.cat(owners)
         indices = rows.tolist()
         for name in ("keys", "references"):
-            values = getattr(self, name)
-            taken[name] = tuple(values[index] for index in indices) if values else ()
+            texts = getattr(self, name)
+            taken[name] = tuple(texts[index] for index in indices) if texts else ()
         return replace(self, **taken)
 
     def join(self, other: Batch) -> Batch:
@@ -179,8 +261,7 @@ class Batch:
 
         Texts are padded to the longer of the two. A field that is None on one side must be None on
         the other, except those with a default: ``is_replay`` (False), ``sample_ids`` (-1),
-            ``source_ids``
-        (0), ``in_loss`` (True) and ``num_bytes`` (-1).
+        ``source_ids`` (0), ``in_loss`` (True) and ``num_bytes`` (-1).
 
         Raises:
             ValueError: if one side has images, tokens or features and the other has none.
@@ -208,10 +289,6 @@ class Batch:
         values = [(field.name, getattr(self, field.name)) for field in fields(self)]
         changed = {name: change(v) for name, v in values if isinstance(v, Tensor)}
         return replace(self, **changed)
-
-    def _sample_tensors(self) -> dict[str, Tensor]:
-        values = {name: getattr(self, name) for name in _SAMPLE_FIELDS}
-        return {name: value for name, value in values.items() if value is not None}
 
 
 def as_uint8(images: Tensor) -> Tensor:
@@ -268,12 +345,6 @@ def _owners(batch: Batch) -> Tensor:
     if batch.image_owner is not None:
         return batch.image_owner
     return torch.arange(len(batch), device=batch.labels.device)
-
-
-def _take_owned(images: Tensor, owner: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    found = [torch.nonzero(owner == row).flatten() for row in rows]
-    new_owner = [torch.full_like(own, index) for index, own in enumerate(found)]
-    return images[torch.cat(found)], torch.cat(new_owner)
 
 
 def _with_defaults(batch: Batch, other: Batch) -> Batch:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import tee
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from mmcl.core.batch import Batch
-from mmcl.core.model import VLM
-from mmcl.core.output import NO_PROMPTS, Output, Prompts
+from mmcl.core.model import NO_PROMPTS, VLM, Output, Prompts
 from mmcl.core.step import begin_task
 from mmcl.core.strategy import ReplayPlan, Strategy
 from mmcl.core.task import Task
@@ -132,17 +131,13 @@ class Chain(Strategy):
         for member, own in zip(self._list, _copies(batches, len(self._list)), strict=True):
             member.end_task(model, task, own)
 
-    def merged_adapters(self, model: VLM) -> AbstractContextManager[None]:
-        """Return a context in which the adapters of every member are merged into the weights."""
-
-        @contextmanager
-        def all_merged() -> Iterator[None]:
-            with ExitStack() as stack:
-                for member in self._list:
-                    stack.enter_context(member.merged_adapters(model))
-                yield
-
-        return all_merged()
+    @contextmanager
+    def merged_adapters(self, model: VLM) -> Iterator[None]:
+        """Context in which the adapters of every member are merged into the weights."""
+        with ExitStack() as stack:
+            for member in self._list:
+                stack.enter_context(member.merged_adapters(model))
+            yield
 
     def overrides(self, hook: str) -> bool:
         """Whether any member overrides a hook."""

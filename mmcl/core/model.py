@@ -1,16 +1,88 @@
-"""VLM: the protocol of a vision-language model, and checks of its optional members."""
+"""VLM: the protocol of a vision-language model, its prompts and output; checks of its members."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from mmcl.core.batch import Batch
-from mmcl.core.output import NO_PROMPTS, Output, Prompts
+
+Modality = Literal["image", "text"]
+PromptPosition = tuple[Modality, int]
+"""Position of prompt tokens: a tower and one of its layers; layer 0 is the tower's input."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompt tokens and expert gates of a forward pass. B samples, P prompt tokens, D tower dim.
+
+    Attributes:
+        tokens: (tower, layer) -> (B, P, D) prompt tokens of each sample.
+        aux: auxiliary tensors for ``penalty``, for example "match" (B, top_k).
+        gates: name of injected experts -> (B, E) weight of each of E experts for each sample.
+    """
+
+    tokens: Mapping[PromptPosition, Tensor] = field(default_factory=dict)
+    aux: Mapping[str, Tensor] = field(default_factory=dict)
+    gates: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def merge(self, other: Prompts) -> Prompts:
+        """Return the union of two strategies' prompts.
+
+        Raises:
+            ValueError: if both use the same position, or the same name of a note or gate.
+        """
+        if not (other.tokens or other.aux or other.gates):
+            return self
+        for what, mine, theirs in (
+            ("prompt", self.tokens, other.tokens),
+            ("note", self.aux, other.aux),
+            ("gate", self.gates, other.gates),
+        ):
+            clash = sorted(str(name) for name in set(mine) & set(theirs))
+            if clash:
+                raise ValueError(
+                    f"two strategies have a {what} for {', '.join(clash)}: give one of them "
+                    f"another layer or modality, or leave one out of the chain"
+                )
+        return Prompts(
+            {**self.tokens, **other.tokens},
+            {**self.aux, **other.aux},
+            {**self.gates, **other.gates},
+        )
+
+
+NO_PROMPTS = Prompts()
+
+
+@dataclass(frozen=True)
+class Output:
+    """Output of a model for a batch. B samples, C classes, D embedding dim, V vocabulary size.
+
+    For generative samples it holds only the S positions that are in the loss, sample after sample.
+
+    Attributes:
+        logits: (B, C) class scores, or (S, V) token scores.
+        image: (B, D) pooled image embedding of unit length, or None.
+        text: (B, D) embedding of each sample's text, or (C, D) of each class name, of unit length,
+            or None.
+        prompts: prompts of the forward pass.
+        sample_index: (S,) int64 index of the sample that each position belongs to, or None.
+        target_ids: (S,) int64 target token of each position, or None.
+    """
+
+    logits: Tensor
+    image: Tensor | None = None
+    text: Tensor | None = None
+    prompts: Prompts = NO_PROMPTS
+    sample_index: Tensor | None = None
+    target_ids: Tensor | None = None
+
 
 _SIGNATURES = {
     "embed": "embed(batch, modality) -> (B, D)",
@@ -38,7 +110,7 @@ class VLM(Protocol):
 
     Members of a generative model:
 
-    * ``answer(batch, prompts, transform_output=None, candidates=(), max_new_tokens=64)`` -> B
+    * ``generate(batch, prompts, transform_output=None, candidates=(), max_new_tokens=64)`` -> B
       texts.
     * ``target_linears(target_modules)`` -> the linear layers of its language model, by name.
     * ``gates``: a dict that the model fills from ``prompts.gates`` at the start of every forward
@@ -152,3 +224,47 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def fsdp_blocks(model: Any) -> list[nn.Module]:
+    """Return the transformer blocks that every training step runs on every process, in order.
+
+    FSDP wraps these one by one. They are ``model.blocks()`` if the model has that method, else the
+    blocks of every stack with a trainable parameter: a frozen stack may be skipped in a step.
+
+    Args:
+        model: a VLM that is a torch module.
+    """
+    own = getattr(model, "blocks", None)
+    if callable(own):
+        return list(own())
+    return [block for stack in module_stacks(model) if _is_trainable(stack) for block in stack]
+
+
+def module_stacks(module: nn.Module) -> list[list[nn.Module]]:
+    """Return every stack of a module: the blocks of a ModuleList or Sequential of one block type.
+
+    Only outermost stacks are returned. A block has submodules and parameters: a sequence of plain
+    layers is no stack.
+
+    Args:
+        module: module to search, from the top down.
+    """
+    found = []
+    for child in module.children():
+        blocks = list(child.children())
+        is_list = isinstance(child, nn.ModuleList | nn.Sequential)
+        if is_list and len({type(block) for block in blocks}) == 1 and _is_block(blocks[0]):
+            found.append(blocks)
+        else:
+            found += module_stacks(child)
+    return found
+
+
+def _is_block(module: nn.Module) -> bool:
+    has_children = next(module.children(), None) is not None
+    return has_children and next(module.parameters(), None) is not None
+
+
+def _is_trainable(stack: list[nn.Module]) -> bool:
+    return any(parameter.requires_grad for block in stack for parameter in block.parameters())

@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mmcl.core.batch import Batch
-from mmcl.core.model import VLM, require
-from mmcl.core.output import Output
+from mmcl.core.model import VLM, Output, require
 from mmcl.core.strategy import Strategy
 from mmcl.core.task import Task
 
@@ -39,10 +38,10 @@ def forward(model: VLM, strategy: Strategy, batch: Batch) -> Output:
 
 
 def generate(model: VLM, strategy: Strategy, batch: Batch, **how: Any) -> list[str]:
-    """Generate the answers of a batch with a generative model, through the same hooks as ``run``.
+    """Generate the answers of a batch with a generative model, through the hooks of ``forward``.
 
     Args:
-        model: has ``answer(batch, prompts, transform_output=..., **how)``.
+        model: has ``generate(batch, prompts, transform_output=..., **how)``.
         strategy: attached to the model; its ``transform_output`` gets the next-token scores (B, V)
             of every decoding step.
         batch: samples whose tokens end before or after the answer; an answer in them is not read.
@@ -100,7 +99,7 @@ def step(model: VLM, strategy: Strategy, batch: Batch) -> StepOutput:
 
 
 def begin_task(model: VLM, strategy: Strategy, task: Task) -> None:
-    """Begin a task: run the strategy's ``begin_task``, then set its ``current`` task."""
+    """Begin a task: run the strategy's ``begin_task``, then set its ``current_task``."""
     strategy.begin_task(model, task)
     strategy.current_task = task
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcl.core.batch import Batch
-from mmcl.core.model import VLM
-from mmcl.core.output import NO_PROMPTS, Output, Prompts
+from mmcl.core.model import NO_PROMPTS, VLM, Output, Prompts
 from mmcl.core.task import Task
 
 Storage = Literal["reference", "copy", "none"]

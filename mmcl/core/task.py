@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, overload
 
-from mmcl.core.card import Card, SourceEntry, TaskEntry, read_card
+from mmcl.core.card import Card, Decoding, Scenario, Stage, TaskEntry, read_card
 
 TaskType = Literal[
     "captioning", "classification", "retrieval", "instruction", "preference", "editing", "image"
 ]
-Stage = Literal["cpt", "dap", "cft"]
-Scenario = Literal["task", "class", "domain"]
-Decoding = Literal["generate", "candidates"]
+_SHARED_FIELDS = (
+    "name", "task_type", "stage", "train", "test", "size", "test_size", "templates", "text_field",
+    "decoding", "replay_ratio",
+)  # fmt: skip
+"""Fields of a task that are equal to those of its entry on the card."""
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,8 @@ class TaskStream(Sequence[Task]):
             )
         tasks = _numbered(read, [read.tasks[number] for number in chosen])
         eval_only = [
-            _eval_only_task(read, entry, len(tasks) + number)
-            for number, entry in enumerate(read.eval_only)
+            _eval_only_task(read, entry, index)
+            for index, entry in enumerate(read.eval_only, start=len(tasks))
         ]
         return cls(
             read.name,
@@ -208,28 +210,15 @@ class TaskStream(Sequence[Task]):
     def __len__(self) -> int:
         return len(self.tasks)
 
-    def __iter__(self) -> Iterator[Task]:
-        return iter(self.tasks)
-
 
 def _entry(card: Card, entry: TaskEntry, index: int) -> Task:
     numbers = {name: 1 + n for n, name in enumerate(card.sources)}
     return Task(
         index=index,
-        name=entry.name,
-        task_type=entry.task_type,
-        stage=entry.stage,
-        train=entry.train,
-        test=entry.test,
-        size=entry.size,
-        test_size=entry.test_size,
-        templates=entry.templates,
-        text_field=entry.text_field,
+        **{field: getattr(entry, field) for field in _SHARED_FIELDS},
         scorer=entry.scorer if entry.task_type == "instruction" else "",
-        decoding=entry.decoding,
         max_new_tokens=entry.max_new_tokens or Task.max_new_tokens,
         epochs=entry.epochs or None,
-        replay_ratio=entry.replay_ratio,
         mixture=tuple((numbers[name], share) for name, share in entry.mixture.items()),
     )
 
@@ -250,40 +239,31 @@ def _numbered(card: Card, entries: Sequence[TaskEntry]) -> list[Task]:
 
 def _eval_only_task(card: Card, entry: TaskEntry, index: int) -> Task:
     names = entry.classes
-    column_of = {name: column for column, name in enumerate(names)}
     # Labels are positions in the card's list, unless the task has classes that the card lacks.
     listed = card.classes if set(names) <= set(card.classes) else names
+    column_of = {name: column for column, name in enumerate(names)}
     columns = tuple(column_of.get(name, -1) for name in listed)
-    task = _entry(card, entry, index)
-    labels = tuple(range(len(names)))
+    task, labels = _entry(card, entry, index), tuple(range(len(names)))
     return replace(task, classes=names, class_ids=labels, label_to_class=columns, is_eval_only=True)
 
 
 def _sources(card: Card, tasks: Sequence[Task]) -> list[DataSource]:
     names = [name for task in tasks for name in task.classes]
     column_of = {name: column for column, name in enumerate(names)}
-    return [
-        _source(card, name, entry, 1 + n, column_of)
-        for n, (name, entry) in enumerate(card.sources.items())
-    ]
-
-
-def _source(
-    card: Card, name: str, entry: SourceEntry, number: int, column_of: dict[str, int]
-) -> DataSource:
-    own = set(entry.classes)
-    # Samples of a class that no task of this order has are shown to the model, not scored.
-    columns = tuple(
-        column_of.get(name, len(column_of)) if name in own else -1 for name in card.classes
-    )
-    samples = Task(
-        index=-1,
-        name=name,
-        task_type=entry.task_type,
-        train=entry.shards,
-        size=entry.size,
-        label_to_class=columns if entry.task_type == "classification" else (),
-        templates=entry.templates,
-        text_field=entry.text_field,
-    )
-    return DataSource(number, name, samples, entry.in_loss)
+    sources = []
+    for number, (name, entry) in enumerate(card.sources.items(), start=1):
+        own = set(entry.classes)
+        # Samples of a class that no task of this order has are shown to the model, not scored.
+        columns = tuple(column_of.get(c, len(names)) if c in own else -1 for c in card.classes)
+        samples = Task(
+            index=-1,
+            name=name,
+            task_type=entry.task_type,
+            train=entry.shards,
+            size=entry.size,
+            label_to_class=columns if entry.task_type == "classification" else (),
+            templates=entry.templates,
+            text_field=entry.text_field,
+        )
+        sources.append(DataSource(number, name, samples, entry.in_loss))
+    return sources

@@ -6,15 +6,14 @@ each sample once and in order, and ``check_stream`` validates a stream without t
 a function of (seed, task, epoch, step), so a run resumes exactly with any number of processes.
 """
 
-from mmcl.data.batches.dataset_collate import ImageCaptionCollate, ImageLabelCollate
+from mmcl.data.batches.collate import ImageCaptionCollate, ImageLabelCollate
 from mmcl.data.batches.eval_loader import EvalLoader, eval_loader, task_pass_loader
 from mmcl.data.batches.train_loader import train_loader
 from mmcl.data.decode import MAX_PIXELS, decode_image
-from mmcl.data.errors import BadSample
-from mmcl.data.protocols import Sample
 from mmcl.data.shards.open_stream import OpenStream, open_stream
 from mmcl.data.shards.reader import Reader, SampleReader
 from mmcl.data.shards.replay_copies import ReplayCopyReader, prune_replay_copies, save_replay_copies
+from mmcl.data.stored_sample import BadSample, Sample
 from mmcl.data.validate.results import StreamFindings
 from mmcl.data.validate.validate import check_stream
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from mmcl.data.errors import BadSample
+from mmcl.data.stored_sample import BadSample, one_line
 
 MAX_PIXELS = 64_000_000
 """Images of more pixels are bad samples, unless a caller says otherwise."""
@@ -159,5 +159,4 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
         raise BadSample("its image cannot be decoded (its header is broken)") from None
     # Pillow's plugins raise anything from struct.error to SyntaxError on hostile bytes.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BadSample(f"its image cannot be decoded ({reason})") from None
+        raise BadSample(f"its image cannot be decoded ({one_line(error)})") from None

@@ -50,14 +50,16 @@ class TaskCost:
         """
         if later.task != self.task:
             raise ValueError(f"merge got tasks {self.task!r} and {later.task!r}: give one task")
+        mine, theirs = self.flops, later.flops
+        peaks = self.peak_memory_bytes, later.peak_memory_bytes
         return replace(
             later,
             seconds=self.seconds + later.seconds,
             steps=self.steps + later.steps,
             samples_new=self.samples_new + later.samples_new,
             samples_replayed=self.samples_replayed + later.samples_replayed,
-            flops=_sum([self.flops, later.flops]),
-            peak_memory_bytes=_highest([self.peak_memory_bytes, later.peak_memory_bytes]),
+            flops=None if mine is None or theirs is None else mine + theirs,
+            peak_memory_bytes=max((peak for peak in peaks if peak is not None), default=None),
         )
 
 
@@ -78,10 +80,6 @@ class Ledger:
 
     def __len__(self) -> int:
         return len(self._entries)
-
-    def get(self, task: str) -> TaskCost | None:
-        """Return a task's cost, None if it has no entry."""
-        return self._entries.get(task)
 
     def add(self, cost: TaskCost) -> None:
         """Add a cost; it is merged with an entry of the same task, which was interrupted."""
@@ -132,12 +130,3 @@ class _LedgerFile:
     """Keys and types of ledger.json."""
 
     tasks: Sequence[TaskCost]
-
-
-def _sum(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if len(known) == len(values) else None
-
-
-def _highest(values: list[int | None]) -> int | None:
-    return max((value for value in values if value is not None), default=None)

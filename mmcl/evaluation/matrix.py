@@ -9,7 +9,8 @@ from types import MappingProxyType
 from typing import get_args
 
 from mmcl.core.atomic_write import write_atomic
-from mmcl.core.task import Scenario, TaskStream
+from mmcl.core.card import Scenario
+from mmcl.core.task import TaskStream
 from mmcl.evaluation import strict_json
 from mmcl.evaluation.scorers import find_scorer
 from mmcl.evaluation.strict_json import Count
@@ -71,7 +72,9 @@ class AccuracyMatrix:
         self.columns = (*tasks, *eval_only)
         self.tasks = len(tasks)
         self.rows = (FIRST_ROW, *(task.name for task in tasks)) if rows is None else tuple(rows)
-        self._refuse_repeated_columns()
+        twice = sorted({name for name in self.names if self.names.count(name) > 1})
+        if twice:
+            raise ValueError(f"column {twice[0]!r} occurs twice: give every task a name of its own")
         if not 1 <= len(self.rows) <= self.tasks + 1:
             raise ValueError(
                 f"{len(self.rows)} rows for {self.tasks} tasks: "
@@ -106,6 +109,11 @@ class AccuracyMatrix:
         ]
         tasks = len(stream.tasks)
         return cls(stream.name, stream.scenario, columns[:tasks], columns[tasks:])
+
+    def empty_copy(self) -> AccuracyMatrix:
+        """Make a matrix of the same rows and columns in which nothing is measured."""
+        tasks, eval_only = self.columns[: self.tasks], self.columns[self.tasks :]
+        return AccuracyMatrix(self.stream, self.scenario, tasks, eval_only, self.rows)
 
     def with_cells_of(self, file: Path) -> AccuracyMatrix:
         """Copy the measured cells of a matrix file by row and column name, none if it is missing.
@@ -169,54 +177,11 @@ class AccuracyMatrix:
         self._check(row, column)
         return self._values[row][column]
 
-    def missing(
-        self, rows: Iterable[int] | None = None, columns: Iterable[int] | None = None
-    ) -> list[Cell]:
-        """List the unmeasured (row, column) cells of these rows and columns, default all."""
-        wanted_rows = range(len(self.rows)) if rows is None else rows
-        wanted_columns = range(len(self.columns)) if columns is None else tuple(columns)
-        cells = [(row, column) for row in wanted_rows for column in wanted_columns]
+    def missing(self, rows: Iterable[int] | None = None) -> list[Cell]:
+        """List the unmeasured (row, column) cells of these rows, default all."""
+        wanted = range(len(self.rows)) if rows is None else rows
+        cells = [(row, column) for row in wanted for column in range(len(self.columns))]
         return [cell for cell in cells if self.get(*cell) is None]
-
-    def add_column(self, column: Column, *, is_eval_only: bool = False) -> int:
-        """Add a column: a task before the eval-only tasks, an eval-only task at the end.
-
-        Returns:
-            the new column's index. Its cells are unmeasured; the others keep their values.
-
-        Raises:
-            ValueError: if a column has that name already.
-        """
-        index = len(self.columns) if is_eval_only else self.tasks
-        before = self.columns
-        self.columns = (*before[:index], column, *before[index:])
-        try:
-            self._refuse_repeated_columns()
-        except ValueError:
-            self.columns = before
-            raise
-        self.tasks += not is_eval_only
-        for row in self._values:
-            row.insert(index, None)
-        return index
-
-    def add_row(self, name: str) -> int:
-        """Add the row of one more learned task.
-
-        Returns:
-            the new row's index; its cells are unmeasured.
-
-        Raises:
-            ValueError: if every task has its row already.
-        """
-        if len(self.rows) > self.tasks:
-            raise ValueError(
-                f"row {name!r} would be row {len(self.rows)} of {self.tasks} tasks: "
-                f"add the task's column first"
-            )
-        self.rows = (*self.rows, name)
-        self._values.append([None] * len(self.columns))
-        return len(self.rows) - 1
 
     def to_json(self) -> str:
         """Return the text of matrix.json: one line per row, the same bytes for the same scores."""
@@ -266,12 +231,6 @@ class AccuracyMatrix:
                 f"column {column} of {len(self.columns)}: give 0 to {len(self.columns) - 1}"
             )
 
-    def _refuse_repeated_columns(self) -> None:
-        names = self.names
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"column {twice[0]!r} occurs twice: give every task a name of its own")
-
 
 @dataclass(frozen=True)
 class _MatrixFile:
@@ -302,11 +261,6 @@ class _MatrixFile:
         self.matrix()
 
     def matrix(self) -> AccuracyMatrix:
-        """Make the matrix.
-
-        Raises:
-            ValueError: if there is no task, a name occurs twice, or the rows do not fit.
-        """
         described = zip(self.columns, self.task_types, self.scores, self.sizes, strict=True)
         columns = [Column(*each) for each in described]
         tasks, eval_only = columns[: self.tasks], columns[self.tasks :]

@@ -1,23 +1,24 @@
-"""Files of a run directory: their names, and a reader for a finished or half-done run."""
+"""Files of a run directory: their names, the summary, and a reader for a run at any stage."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from mmcl.core.atomic_write import write_atomic
+from mmcl.core.card import Scenario
 from mmcl.evaluation import strict_json
+from mmcl.evaluation.continual_metrics import MetricValue
 from mmcl.evaluation.cost import Ledger
-from mmcl.evaluation.lenient_metrics import align_lenient_matrix
 from mmcl.evaluation.matrix import AccuracyMatrix
-from mmcl.evaluation.predictions import Prediction, read_predictions
-from mmcl.evaluation.summary import RunSummary
+from mmcl.evaluation.predictions import Prediction, predictions_path, read_predictions
+from mmcl.evaluation.strict_json import Amount
 
 CONFIG = "config.yaml"
-STATE = "run.json"
 MATRIX = "matrix.json"
 LENIENT = "lenient.json"
 SUMMARY = "summary.json"
@@ -25,9 +26,6 @@ LEDGER = "ledger.json"
 REPORT = "report.html"
 FIGURES = "figures"
 SAMPLES = "figures/samples.json"
-ANSWERS = "answers"
-CHECKPOINTS = "checkpoints"
-MEMORY = "memory"
 EVALUATION = "evaluation"
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -35,16 +33,15 @@ _MAX_IMAGE_BYTES = 4 * 2**20
 _MAX_SAMPLES = 60
 _MAX_CONFIG_BYTES = 2**18
 Read = TypeVar("Read")
+Error = str | Mapping[str, str]
 
 
-def predictions_path(folder: Path, row: int, column: int) -> Path:
-    """File of the predictions of one cell of a run's matrix."""
-    return folder / ANSWERS / f"row_{row:02d}" / f"col_{column:02d}.jsonl"
-
-
-def lenient_file(folder: Path) -> Path:
-    """File of a run's lenient scores, a matrix like its matrix.json."""
-    return folder / LENIENT
+def align_lenient_matrix(matrix: AccuracyMatrix, file: Path) -> AccuracyMatrix:
+    """Make a lenient matrix of the same shape from a file, without cells that ``matrix`` lacks."""
+    lenient = matrix.empty_copy().with_cells_of(file)
+    for cell in matrix.missing():
+        lenient.set(*cell, None)
+    return lenient
 
 
 def read_lenient(matrix: AccuracyMatrix, folder: Path) -> AccuracyMatrix | None:
@@ -60,8 +57,67 @@ def read_lenient(matrix: AccuracyMatrix, folder: Path) -> AccuracyMatrix | None:
     Raises:
         ValueError: if the file is not a matrix.
     """
-    file = lenient_file(folder)
+    file = folder / LENIENT
     return align_lenient_matrix(matrix, file) if file.is_file() else None
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """Summary of a run.
+
+    Args:
+        name: of the run.
+        stream: name of the stream.
+        scenario: task, class or domain.
+        strategy: such as ``ExperienceReplay``.
+        model: such as ``OpenCLIP ViT-B-16``.
+        seed: of the run.
+        metrics: of the run, undefined ones with their reason.
+        versions: library -> version.
+        hashes: file -> sha256: card, weights ...
+        errors: bad samples, each a sentence or a mapping such as shard, key, reason.
+        warnings: sentences for the user, such as that a strategy had no effect.
+        seconds: wall time of everything.
+        finished: whether all tasks are learned and all cells measured.
+    """
+
+    name: str
+    stream: str
+    scenario: Scenario
+    strategy: str
+    model: str
+    seed: int
+    metrics: Sequence[MetricValue] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    errors: Sequence[Error] = ()
+    warnings: Sequence[str] = ()
+    seconds: Amount = 0.0
+    finished: bool = False
+
+    def metric(self, name: str) -> MetricValue | None:
+        """Return the metric of that name, None if the run has none."""
+        return next((each for each in self.metrics if each.name == name), None)
+
+    @classmethod
+    def read(cls, path: Path) -> RunSummary:
+        """Read summary.json.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: naming all errors at once, if it is not a summary.
+        """
+        return strict_json.load(cls, strict_json.read(path), str(path))
+
+    def write(self, path: Path) -> None:
+        """Write summary.json atomically.
+
+        Raises:
+            ValueError: if ``read`` would refuse a value.
+        """
+        plain = asdict(self)
+        strict_json.load(RunSummary, plain, "this summary")
+        write_atomic(path, strict_json.to_bytes(plain))
 
 
 @dataclass(frozen=True)

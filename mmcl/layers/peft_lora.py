@@ -1,6 +1,6 @@
 """peft's LoRA layer with a fused forward for the plain case, and a merge that is undone exactly.
 
-Nothing imports this file before a strategy needs peft, because peft imports transformers.
+A file of its own because peft imports transformers, so it is read when a strategy needs it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from mmcl.layers.multi_lora import is_plain_linear
+from mmcl.layers.lora_layers import is_plain_linear
 from mmcl.ops.lora_linear import low_rank_linear
 
 
@@ -27,16 +27,7 @@ class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the output of the base plus that of the active adapter.
-
-        Args:
-            x: (..., d_in).
-            args: for peft, as ``kwargs``.
-            kwargs: for peft.
-
-        Returns:
-            (..., d_out).
-        """
+        """Return the output (..., d_out) of base and adapter; the rest is for peft."""
         name = self._plain_adapter()
         if name is None or args or kwargs:
             return cast(Tensor, super().forward(x, *args, **kwargs))
@@ -67,9 +58,6 @@ def merged_lora(model: nn.Module) -> Iterator[None]:
 
     peft's own ``unmerge`` subtracts the delta, which rounds. Quantized layers and layers that were
     merged before stay as they are.
-
-    Args:
-        model: with peft's LoRA layers.
     """
     kept: list[tuple[LoraLayer, dict[str, Tensor], dict[str, Any]]] = []
     try:

@@ -1,6 +1,6 @@
 """peft's orthogonal subspace fine-tuning (OSF) layer, with copies, checkpoints and new tasks.
 
-Nothing imports this file before a strategy needs peft, because peft imports transformers.
+A file of its own because peft imports transformers, so it is read when a strategy needs it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from peft import OSFConfig
 from peft.tuners.osf import Linear as PeftLinear
 from torch import Tensor, nn
 
-from mmcl.layers.multi_lora import adapter_dtype
+from mmcl.layers.lora_layers import adapter_dtype
 
 _ADAPTER = "default"
 _KEPT = ("_osf_U_low_init", "_osf_S_low_init", "_osf_V_low_init", "_osf_U_high", "_osf_V_high")
@@ -78,11 +78,7 @@ class OSFLinear(PeftLinear):  # type: ignore[misc]
 
     @torch.no_grad()
     def renew(self, preserved: int) -> None:
-        """Merge U, S, V into W, in W's precision, and decompose it again.
-
-        Args:
-            preserved: singular directions that may not change from now on.
-        """
+        """Merge U, S, V into W, in W's precision, and decompose it again, as in the constructor."""
         self.merge()
         self.merged_adapters.clear()
         self.update_layer(_ADAPTER, preserved, config=OSFConfig())
@@ -93,9 +89,6 @@ def merged_osf(model: nn.Module) -> Iterator[None]:
     """Merge U, S, V into W inside the block; after it W is the same bits as before.
 
     peft itself cannot unmerge these layers.
-
-    Args:
-        model: with ``OSFLinear`` injected.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, OSFLinear)]
     kept = [layer.weight.data for layer in layers]

@@ -64,12 +64,14 @@ class ContinualCLI(LightningCLI):
         self._runs = subcommands
         self._parsed: dict[str, tuple[LightningArgumentParser, Namespace]] = {}
         discover()  # so that a class name alone selects a strategy
+        names = LightningCLI.subcommands() if subcommands else ()
+        usages = {name: {"usage": _USAGE.replace("%(prog)s", f"mmcl {name}")} for name in names}
         super().__init__(
             ContinualModule,
             ContinualDataModule,
             save_config_callback=None,
             seed_everything_default=0,
-            parser_kwargs={"prog": program, "description": description, **_usages(subcommands)},
+            parser_kwargs={"prog": program, "description": description, **usages},
             args=None if argv is None else list(argv),
             run=subcommands,
             auto_configure_optimizers=False,
@@ -199,8 +201,3 @@ class ContinualCLI(LightningCLI):
             return parser.instantiate(values)[key]
         except ValueError as error:
             raise ValueError(constructor_error(error)) from error
-
-
-def _usages(subcommands: bool) -> dict[str, dict[str, str]]:
-    names = LightningCLI.subcommands() if subcommands else ()
-    return {name: {"usage": _USAGE.replace("%(prog)s", f"mmcl {name}")} for name in names}

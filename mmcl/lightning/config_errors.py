@@ -21,58 +21,30 @@ _UNINFORMATIVE = re.compile(
 )
 # Old key -> what it is called now; the entry that exists in the same group or class is meant.
 RENAMED_KEYS: dict[str, tuple[str, ...]] = {
-    "base_precision": ("dtype", "quantization"),
-    "by": ("route_by",),
-    "cache": ("cache_dir",),
-    "crop": ("random_crop_scale",),
-    "device_batch": ("micro_batch_size",),
-    "drift_probes": ("drift_images",),
-    "experts": ("num_experts",),
-    "fit": ("image_aspect_ratio",),
-    "flip": ("horizontal_flip",),
-    "folder": ("storage_dir",),
-    "frozen": ("freeze",),
-    "global_batch": ("global_batch_size",),
-    "group_lengths": ("group_by_length",),
-    "guide": ("routing_encoder",),
-    "image_share": ("image_weight",),
-    "instance_share": ("instance_weight",),
-    "keep": ("storage",),
-    "heads": ("num_heads",),
-    "layers": ("target_modules", "num_layers"),
-    "length": ("prompt_length",),
-    "limit": ("max_samples",),
-    "loss_over": ("logit_scope",),
-    "max_faults": ("max_bad_fraction",),
-    "memory_bytes": ("buffer_bytes",),
-    "mlp": ("mlp_dim",),
-    "name": ("run_name",),
-    "order": ("task_order",),
-    "place": ("storage",),
-    "policy": ("selection",),
-    "pool": ("pool_size", "candidate_pool_size"),
-    "pull": ("pull_weight",),
-    "ratio": ("draws_per_sample",),
-    "reference_rows": ("reference_batch_size",),
-    "root": ("data_dir",),
-    "rows": ("distill_on",),
-    "runs": ("output_dir",),
+    "base_precision": ("dtype", "quantization"), "by": ("route_by",), "cache": ("cache_dir",),
+    "crop": ("random_crop_scale",), "device_batch": ("micro_batch_size",),
+    "drift_probes": ("drift_images",), "experts": ("num_experts",), "fit": ("image_aspect_ratio",),
+    "flip": ("horizontal_flip",), "folder": ("storage_dir",), "frozen": ("freeze",),
+    "global_batch": ("global_batch_size",), "group_lengths": ("group_by_length",),
+    "guide": ("routing_encoder",), "image_share": ("image_weight",),
+    "instance_share": ("instance_weight",), "keep": ("storage",), "heads": ("num_heads",),
+    "layers": ("target_modules", "num_layers"), "length": ("prompt_length",),
+    "limit": ("max_samples",), "loss_over": ("logit_scope",), "max_faults": ("max_bad_fraction",),
+    "memory_bytes": ("buffer_bytes",), "mlp": ("mlp_dim",), "name": ("run_name",),
+    "order": ("task_order",), "place": ("storage",), "policy": ("selection",),
+    "pool": ("pool_size", "candidate_pool_size"), "pull": ("pull_weight",),
+    "ratio": ("draws_per_sample",), "reference_rows": ("reference_batch_size",),
+    "root": ("data_dir",), "rows": ("distill_on",), "runs": ("output_dir",),
     "samples": ("buffer_size", "fisher_samples"),
-    "save_every_steps": ("checkpoint_every_n_steps",),
-    "schedule": ("lr_schedule",),
-    "scores": ("score_order",),
-    "share": ("replay_ratio", "top_fraction"),
-    "store": ("compression",),
-    "style": ("conv_template",),
-    "task": ("task_index",),
-    "test_batch": ("eval_batch_size",),
-    "train_scale": ("train_logit_scale",),
+    "save_every_steps": ("checkpoint_every_n_steps",), "schedule": ("lr_schedule",),
+    "scores": ("score_order",), "share": ("replay_ratio", "top_fraction"),
+    "store": ("compression",), "style": ("conv_template",), "task": ("task_index",),
+    "test_batch": ("eval_batch_size",), "train_scale": ("train_logit_scale",),
     "warmup": ("warmup_steps",),
     "weight": ("ewc_lambda", "overlap_weight", "reg_weight", "align_weight"),
-    "width": ("projection_dim", "hidden_size"),
-    "window": ("shuffle_window",),
+    "width": ("projection_dim", "hidden_size"), "window": ("shuffle_window",),
     "workers": ("num_workers",),
-}
+}  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -90,12 +62,7 @@ def config_files(words: Sequence[str]) -> list[Path]:
 
 
 def validate_config(file: Path, known: Collection[str]) -> list[str]:
-    """Return one error message for every misspelled name in a configuration file.
-
-    Args:
-        file: YAML file.
-        known: dotted names of all settings.
-    """
+    """Return the errors of a YAML file; ``known`` are the dotted names of all settings."""
     if not file.is_file():
         return [f"there is no configuration {file}: give the path of a YAML file to --config"]
     try:
@@ -122,12 +89,7 @@ def _key_errors(raw: Mapping[str, Any], known: Collection[str], prefix: str = ""
 
 
 def renamed_key(name: str, known: Collection[str]) -> str | None:
-    """Return the new name of a renamed configuration key, None if it was not renamed.
-
-    Args:
-        name: dotted name of a setting, or the name of an argument.
-        known: names of all settings, or of all arguments.
-    """
+    """Return the new name of a renamed setting or argument among ``known``, None if it has none."""
     group, dot, key = name.rpartition(".")
     new = (f"{group}{dot}{each}" for each in RENAMED_KEYS.get(key, ()))
     return None if name in known else next((each for each in new if each in known), None)
@@ -191,16 +153,15 @@ def find_class(path: str) -> type[Any] | str | None:
     if not module:
         return None
     try:
-        found = getattr(importlib.import_module(module), name)
+        loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:
         return f"there is no module '{error.name}' on the path"
-    except AttributeError:
+    if not hasattr(loaded, name):
         if module == "mmcl.strategies":
             return unknown_strategy(name)
-        loaded = importlib.import_module(module)
         names = getattr(loaded, "__all__", [n for n in dir(loaded) if not n.startswith("_")])
-        hint = _suggestion(name, names)
-        return f"'{module}' has no '{name}': {hint}"
+        return f"'{module}' has no '{name}': {_suggestion(name, names)}"
+    found = getattr(loaded, name)
     return found if isinstance(found, type) else None
 
 
@@ -214,12 +175,7 @@ def unknown_strategy(name: str) -> str:
 
 
 def explain_parser_error(message: str, known: Collection[str]) -> str:
-    """Return the parser's error message as one sentence.
-
-    Args:
-        message: message of the parser's error.
-        known: dotted names of all settings.
-    """
+    """Return the parser's error message as one sentence; ``known`` are the names of settings."""
     if message.startswith("unrecognized arguments:"):
         options = [w.lstrip("-").split("=")[0] for w in message.split() if w.startswith("--")]
         errors = [f"there is no option --{name}: {_suggestion(name, known)}" for name in options]

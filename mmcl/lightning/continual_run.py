@@ -20,32 +20,25 @@ import torch.distributed as dist
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from mmcl.core import TaskStream, begin_task
+from mmcl.core import begin_task
 from mmcl.core.atomic_write import OUT_OF_SPACE, WriteError
 from mmcl.core.distributed import rank_and_world
 from mmcl.evaluation import AccuracyMatrix, RunSummary
-from mmcl.evaluation.all_metrics import compute_all_metrics
+from mmcl.evaluation.continual_metrics import compute_all_metrics, compute_lenient_metrics
 from mmcl.evaluation.cost import Ledger
-from mmcl.evaluation.lenient_metrics import compute_lenient_metrics
 from mmcl.evaluation.run_files import read_lenient
 from mmcl.evaluation.scorers import find_scorer
-from mmcl.lightning.checkpoint_io import raise_on_all_ranks
+from mmcl.lightning.checkpoint_io import (
+    check_resumable,
+    destroy_process_groups,
+    raise_on_all_ranks,
+    remove_mid_task_checkpoints,
+)
 from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.evaluate import evaluate_row
 from mmcl.lightning.module import ContinualModule, check_state
-from mmcl.lightning.run_dir import (
-    FROM_THE_BEGINNING,
-    RunDirectory,
-    RunState,
-    check_stream_extends,
-    task_fingerprint,
-)
+from mmcl.lightning.run_dir import RunDirectory, RunState, check_stream_extends, task_fingerprint
 from mmcl.lightning.task_callback import TaskCallback
-from mmcl.lightning.task_checkpoints import (
-    check_resumable,
-    destroy_process_groups,
-    remove_mid_task_checkpoints,
-)
 
 SCORES = {"captioning": "recall@1", "retrieval": "recall@1"}
 TRAINER_OVERRIDES = {
@@ -101,27 +94,29 @@ class ContinualRun:
             ValueError: if the directory holds another run, or the card, a shard or too many samples
                 are invalid.
         """
-        with self.folder.lock(), translate_errors(self._where):
-            return self._run()
-
-    def _run(self) -> AccuracyMatrix:
         started = time.monotonic()
-        self.data.prepare_data()
-        self.data.memory = self.folder.path / "memory"
-        stream = self.data.stream
-        state = self.folder.state() or RunState(finished_tasks=0, task=0, tasks=[], seed=self.seed)
-        check_stream_extends(state, self.data.declared_stream)
-        self._log_start(state)
-        matrix = self._matrix()
-        module = self._module_after(state.finished_tasks)
-        self._evaluate_missing(matrix, module, state)
-        earlier = state.seconds
-        for task in stream.tasks[state.finished_tasks :]:
-            self._train_task(module, state, task.index)
-            state.seconds = round(earlier + time.monotonic() - started, 3)
-            self.folder.save(state)
-            self._evaluate_row(matrix, module, task.index + 1, state)
-        return matrix
+        with self.folder.lock(), translate_errors(self.folder.resume_point):
+            self.data.prepare_data()
+            self.data.memory = self.folder.path / "memory"
+            stream = self.data.stream
+            state = self.folder.state() or RunState(0, 0, [], self.seed)
+            check_stream_extends(state, self.data.declared_stream)
+            self._log_start(state)
+            fresh = AccuracyMatrix.for_stream(stream, SCORES)
+            matrix = fresh.with_cells_of(self.folder.path / "matrix.json")
+            module = self.load_after(state.finished_tasks)
+            # Cells of finished rows are missing after a kill, or for appended tasks.
+            for row in [row for row in range(state.finished_tasks + 1) if matrix.missing([row])]:
+                is_last = row == state.finished_tasks
+                row_module = module if is_last else self.load_after(row)
+                self._evaluate_row(matrix, row_module, row, state)
+            earlier = state.seconds
+            for task in stream.tasks[state.finished_tasks :]:
+                self._train_task(module, state, task.index)
+                state.seconds = round(earlier + time.monotonic() - started, 3)
+                self.folder.save(state)
+                self._evaluate_row(matrix, module, task.index + 1, state)
+            return matrix
 
     def evaluate(self, rows: Sequence[int], columns: Sequence[int]) -> AccuracyMatrix:
         """Evaluate cells again from the task checkpoints, with results under ``evaluation/``.
@@ -136,7 +131,7 @@ class ContinualRun:
         matrix = AccuracyMatrix.for_stream(self.data.stream, SCORES)
         folder = RunDirectory(self.folder.path / "evaluation", writes=self.is_first)
         for row in rows:
-            module = self._module_after(row)
+            module = self.load_after(row)
             evaluate_row(module, self.data, self._trainer([]), matrix, folder, row, columns)
         return matrix
 
@@ -146,35 +141,10 @@ class ContinualRun:
         Raises:
             FileNotFoundError: if the run has not finished as many.
         """
+        if tasks is None:
+            state = self.folder.state()
+            tasks = 0 if state is None else state.finished_tasks
         self.data.prepare_data()
-        state = self.folder.state()
-        done = 0 if state is None else state.finished_tasks
-        return self._module_after(done if tasks is None else tasks)
-
-    def _where(self) -> str:
-        """Return where the same command would resume."""
-        state = self.folder.state()
-        return FROM_THE_BEGINNING if state is None else state.resume_point()
-
-    def _log_start(self, state: RunState) -> None:
-        total = len(self.data.stream)
-        if state.finished_tasks == total:
-            self.log(f"all {total} tasks are finished: {self.folder.path}")
-        elif state.last_checkpoint is not None:
-            self.log(
-                f"resuming {state.resume_point()}, from {self.folder.path / state.last_checkpoint}"
-            )
-        elif state.finished_tasks:
-            self.log(
-                f"resuming {state.resume_point()}, from "
-                f"{self.folder.task_checkpoint(state.finished_tasks)}"
-            )
-
-    def _matrix(self) -> AccuracyMatrix:
-        fresh = AccuracyMatrix.for_stream(self.data.stream, SCORES)
-        return fresh.with_cells_of(self.folder.path / "matrix.json")
-
-    def _module_after(self, tasks: int) -> ContinualModule:
         module = self.make_module()
         module.in_continual_run = True
         module.strategy.set_memory_dir(self.folder.path / "memory")
@@ -184,14 +154,15 @@ class ContinualRun:
             load_state(module, self.folder.task_checkpoint(tasks))
         return module
 
-    def _evaluate_missing(
-        self, matrix: AccuracyMatrix, module: ContinualModule, state: RunState
-    ) -> None:
-        """Evaluate missing cells of finished rows: after a kill, or for appended tasks."""
-        for row in range(state.finished_tasks + 1):
-            if matrix.missing([row]):
-                row_module = module if row == state.finished_tasks else self._module_after(row)
-                self._evaluate_row(matrix, row_module, row, state)
+    def _log_start(self, state: RunState) -> None:
+        total = len(self.data.stream)
+        if state.finished_tasks == total:
+            self.log(f"all {total} tasks are finished: {self.folder.path}")
+        elif state.last_checkpoint is not None or state.finished_tasks:
+            last = state.last_checkpoint
+            task_file = self.folder.task_checkpoint(state.finished_tasks)
+            file = task_file if last is None else self.folder.path / last
+            self.log(f"resuming {state.resume_point()}, from {file}")
 
     def _evaluate_row(
         self, matrix: AccuracyMatrix, module: ContinualModule, row: int, state: RunState
@@ -213,9 +184,8 @@ class ContinualRun:
         stream = self.data.stream
         task = stream[index]
         if len(state.tasks) == index:
-            state.tasks.append(
-                task_fingerprint(self.data.declared_stream, self.data.declared_stream[index])
-            )
+            declared = self.data.declared_stream
+            state.tasks.append(task_fingerprint(declared, declared[index]))
         state.task = index
         self.folder.save(state)
         hooks = TaskCallback(
@@ -257,7 +227,7 @@ class ContinualRun:
                 ledger.put(hooks.cost)
                 ledger.write(ledger_file)
                 self.folder.save(state)
-                remove_mid_task_checkpoints(self.folder.last.parent)
+                remove_mid_task_checkpoints(self.folder.checkpoints)
 
     def _trainer(self, callbacks: Sequence[pl.Callback], **settings: Any) -> pl.Trainer:
         return self.make_trainer(
@@ -303,10 +273,7 @@ class Terminated(RuntimeError):
 
 @contextmanager
 def translate_errors(where: Callable[[], str]) -> Iterator[None]:
-    """Context that translates what ended a run into an error message for its user.
-
-    Args:
-        where: returns where the same command would resume, such as "after task 0 ('a')".
+    """Context that translates what ended a run into a message with the place where it resumes.
 
     Raises:
         WriteError: for a full disk.
@@ -330,10 +297,13 @@ def translate_errors(where: Callable[[], str]) -> Iterator[None]:
             f"{message}. Then the same command resumes {where()}", error.errno
         ) from error
     except RuntimeError as error:
-        if rank_and_world()[1] == 1 or not _is_lost_process(error):
+        # torch raises most errors of its backends as plain RuntimeError.
+        is_lost = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.I)
+        if rank_and_world()[1] == 1 or not is_lost:
             raise
+        reason = str(error).strip().partition("\n")[0]
         raise RuntimeError(
-            f"another process of this run ended or cannot be reached ({_first_line(error)}): see "
+            f"another process of this run ended or cannot be reached ({reason}): see "
             f"its output; the same command resumes {where()}"
         ) from error
 
@@ -347,15 +317,6 @@ def _write_error(error: OSError) -> str:
     return f"{error.filename or 'a file'} cannot be written ({error.strerror}): make room"
 
 
-def _is_lost_process(error: RuntimeError) -> bool:
-    # torch raises most errors of its backends as plain RuntimeError.
-    return isinstance(error, dist.DistError) or bool(re.search("gloo|nccl", str(error), re.I))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
 _LIBRARIES = ("mmcl", "torch", "pytorch-lightning", "open_clip_torch", "transformers", "webdataset")
 
 
@@ -365,17 +326,12 @@ def summarize(
     matrix: AccuracyMatrix,
     images: Sequence[Mapping[str, str]] = (),
 ) -> RunSummary:
-    """Write the summary of a run, ``summary.json``, and ``figures/samples.json``.
-
-    Args:
-        run: a finished run.
-        config: the configuration as plain values.
-        matrix: accuracy matrix of the run.
-        images: test images for the report.
-    """
+    """Write the summary of a finished run, ``summary.json``, and ``figures/samples.json``."""
     folder, stream = run.folder, run.data.stream
     state = folder.state() or RunState(0, 0, [], run.seed)
     lenient = read_lenient(matrix, folder.path)
+    scorers = sorted({task.scorer for task in stream.all_tasks if task.scorer})
+    scorer_versions = {f"scorer {name}": find_scorer(name).version for name in scorers}
     metrics = compute_all_metrics(matrix)
     metrics += compute_lenient_metrics(matrix, lenient) if lenient is not None else []
     summary = RunSummary(
@@ -386,7 +342,7 @@ def summarize(
         model=model_name(config["model"].get("model")),
         seed=run.seed,
         metrics=tuple(metrics),
-        versions={**_versions(), **_scorer_versions(stream)},
+        versions={**_versions(), **scorer_versions},
         hashes={"card": hashlib.sha256(run.data.card.read_bytes()).hexdigest(), **stream.hashes},
         errors=tuple(state.errors),
         warnings=tuple(state.warnings),
@@ -414,12 +370,6 @@ def model_name(model: Any) -> str:
     arguments = model.get("init_args") or {}
     name = str(model.get("class_path", "")).rsplit(".", 1)[-1]
     return f"{name} {arguments.get('model', '')}".strip()
-
-
-def _scorer_versions(stream: TaskStream) -> dict[str, str]:
-    """Return the versions of the scorers' rules."""
-    names = sorted({task.scorer for task in stream.all_tasks if task.scorer})
-    return {f"scorer {name}": find_scorer(name).version for name in names}
 
 
 def _versions() -> dict[str, str]:

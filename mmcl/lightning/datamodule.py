@@ -81,19 +81,16 @@ class ContinualDataModule(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, size in (
-            ("global_batch_size", global_batch_size),
-            ("eval_batch_size", eval_batch_size),
-        ):
+        sizes = {"global_batch_size": global_batch_size, "eval_batch_size": eval_batch_size}
+        for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"data.{name} is {size}, expected a number of samples, 1 or more")
         self.stream_name, self.data_dir = stream, Path(data_dir)
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
         self.task_order, self.max_bad_fraction = task_order, max_bad_fraction
-        self.max_samples = (
-            int(max_samples) if max_samples is not None and max_samples >= 1 else max_samples
-        )
+        is_count = max_samples is not None and max_samples >= 1
+        self.max_samples = int(max_samples or 0) if is_count else max_samples
         self.allow_pipes, self.verify_hashes = allow_pipes, verify_hashes
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.cache_limit = None if cache_limit is None else parse_size(cache_limit)
@@ -122,11 +119,11 @@ class ContinualDataModule(pl.LightningDataModule):
             self._prepared = open_stream(
                 self.declared_stream,
                 finished=self.released_tasks,
-                limit=self.max_samples,
+                max_samples=self.max_samples,
                 seed=self.seed,
                 allow_pipes=self.allow_pipes,
                 verify_hashes=self.verify_hashes,
-                cache=self.cache_dir,
+                cache_dir=self.cache_dir,
                 cache_limit=self.cache_limit,
             )
 
@@ -178,14 +175,15 @@ class ContinualDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> Any:
         """Return the loader of the selected task, from the resumed position."""
         trainer = self._active_trainer()
-        check_model_supports_stream(self.stream, trainer.lightning_module.model)
-        replay_plan = self._replay_plan(trainer.lightning_module.strategy)
+        module = trainer.lightning_module
+        check_model_supports_stream(self.stream, module.model)
+        replay_plan = self._replay_plan(module.strategy)
         return train_loader(
             self.prepared,
             self.task_index,
-            trainer.lightning_module.model.transform(True),
+            module.model.transform(True),
             replay_plan=replay_plan,
-            recall_readers=self._replay_readers(replay_plan),
+            replay_readers=self._replay_readers(replay_plan),
             global_batch_size=self.global_batch_size,
             accumulation=trainer.accumulate_grad_batches,
             seed=self.seed,
@@ -201,14 +199,8 @@ class ContinualDataModule(pl.LightningDataModule):
         Args:
             few: number of samples, None = all.
         """
-        trainer = self._active_trainer()
         return task_pass_loader(
-            self.prepared,
-            self.task_index,
-            trainer.lightning_module.model.transform(False),
-            batch=self.eval_batch_size,
-            **self._loader_options(),
-            few=few,
+            self.prepared, self.task_index, **self._evaluation_options(), few=few
         )
 
     def test_loaders(self, columns: Sequence[int]) -> list[Any]:
@@ -227,16 +219,8 @@ class ContinualDataModule(pl.LightningDataModule):
                     f"the test split of '{task.name}' has {task.test_size} samples for "
                     f"{trainer.world_size} devices: use fewer devices"
                 )
-        return [
-            eval_loader(
-                self.prepared,
-                column,
-                trainer.lightning_module.model.transform(False),
-                batch=self.eval_batch_size,
-                **self._loader_options(),
-            )
-            for column in columns
-        ]
+        options = self._evaluation_options()
+        return [eval_loader(self.prepared, column, **options) for column in columns]
 
     def column(self, row: int, column: int) -> EvalSpec:
         """Return the evaluation of matrix cell (row, column)."""
@@ -244,9 +228,8 @@ class ContinualDataModule(pl.LightningDataModule):
 
     def default_columns(self, stage: str) -> list[EvalSpec]:
         """Return the evaluations of Lightning's own ``test`` and ``validate``."""
-        if stage == "test":
-            return [self.column(self.task_index + 1, index) for index in self._default_columns()]
-        return [self.column(self.task_index + 1, self.task_index)]
+        columns = self._default_columns() if stage == "test" else [self.task_index]
+        return [self.column(self.task_index + 1, index) for index in columns]
 
     def test_dataloader(self) -> list[Any]:
         """Return the test loaders of every task until the selected one and eval-only tasks."""
@@ -278,8 +261,7 @@ class ContinualDataModule(pl.LightningDataModule):
         if state["task"] != self.task_index:
             raise ValueError(
                 f"the checkpoint is of task {state['task']} and task {self.task_index} is "
-                "selected: "
-                "give --data.task_index the checkpoint's number"
+                "selected: give --data.task_index the checkpoint's number"
             )
         self._start = (state["epoch"], state["batches"])
 
@@ -309,10 +291,14 @@ class ContinualDataModule(pl.LightningDataModule):
         tasks = sorted(set(replay_plan.task_ids.tolist()))
         return {task: ReplayCopyReader(self.memory, task) for task in tasks}
 
-    def _loader_options(self) -> dict[str, int]:
+    def _loader_options(self) -> dict[str, Any]:
         trainer = self._active_trainer()
         ranks = {"rank": trainer.global_rank, "world": trainer.world_size}
         return {**ranks, "workers": self.num_workers}
+
+    def _evaluation_options(self) -> dict[str, Any]:
+        transform = self._active_trainer().lightning_module.model.transform(False)
+        return {**self._loader_options(), "transform": transform, "batch": self.eval_batch_size}
 
     def _active_trainer(self) -> Any:
         if self.trainer is None:
@@ -320,6 +306,21 @@ class ContinualDataModule(pl.LightningDataModule):
                 "the datamodule has no trainer: pass it as datamodule= to Trainer.fit or test"
             )
         return self.trainer
+
+
+def check_bad_fraction(
+    errors: Sequence[str], samples: str, size: int, max_bad_fraction: float
+) -> None:
+    """Check that no more than a fraction of ``size`` samples could not be read.
+
+    Raises:
+        ValueError: naming the first errors.
+    """
+    if len(errors) > max_bad_fraction * max(1, size):
+        raise ValueError(
+            f"{len(errors)} {samples} cannot be read, more than data.max_bad_fraction="
+            f"{max_bad_fraction:g} of {size} allows: {'; '.join(errors[:5])}"
+        )
 
 
 def check_model_supports_stream(stream: TaskStream, model: object) -> None:
@@ -339,11 +340,9 @@ def check_model_supports_stream(stream: TaskStream, model: object) -> None:
         )
     if others and is_generative_model(model):
         raise ValueError(
-            f"the stream '{stream.name}' has tasks of kind '{others[0].task_type}' "
-            f"({_names(others)}), "
-            f"and {name} generates text: use a stream of kind 'instruction', or a contrastive "
-            "model, "
-            "such as mmcl.models.OpenCLIP"
+            f"the stream '{stream.name}' has tasks of task_type '{others[0].task_type}' "
+            f"({_names(others)}), and {name} generates text: use a stream of task_type "
+            "'instruction', or a contrastive model, such as mmcl.models.OpenCLIP"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,8 @@ from mmcl.lightning.run_dir import RunDirectory
 from mmcl.lightning.strategy_callback import StrategyCallback
 from mmcl.lightning.task_callback import peak_memory
 
-ROWS, TIMED_ROWS, STEPS, PASS_BATCHES = 8, 64, 2, 4
+ROWS, STEPS, PASS_BATCHES = 32, 2, 4
+"""Test samples of every task, optimizer steps, and batches of the pass at the end of a task."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,6 @@ class DryRunReport:
         scores: metric of every column on a few samples before training, 0 to 1.
         steps: optimizer steps of every task, all epochs.
         step_seconds: time of one optimizer step.
-        train_seconds: estimated time of all steps.
         pass_seconds: estimated time of the strategy's passes at the end of every task.
         test_seconds: estimated time of evaluating the whole accuracy matrix.
         device: device of the dry run.
@@ -49,8 +49,7 @@ class DryRunReport:
         remembered_bytes: size of the strategy's state after a part of the first task.
         remembered_rows: samples of that part; 0 = the strategy took no pass.
         errors: one sentence for each sample that could not be read.
-        test_bytes: estimated peak memory of generating for a whole test batch on a GPU, 0 if that
-            is no larger than what was tried.
+        test_bytes: estimated peak memory of generating for a test batch on a GPU, 0 = as tried.
         eval_batch_size: samples of such a batch.
     """
 
@@ -58,7 +57,6 @@ class DryRunReport:
     scores: tuple[float | None, ...]
     steps: tuple[int, ...]
     step_seconds: float
-    train_seconds: float
     pass_seconds: float
     test_seconds: float
     device: str
@@ -73,6 +71,11 @@ class DryRunReport:
     errors: tuple[str, ...]
     test_bytes: int = 0
     eval_batch_size: int = 0
+
+    @property
+    def train_seconds(self) -> float:
+        """Estimated time of all steps."""
+        return self.step_seconds * sum(self.steps)
 
     @property
     def seconds(self) -> float:
@@ -102,41 +105,33 @@ def dry_run(
     stream = data.stream
     module = make_module()
     module.in_continual_run = True
-    few = time_evaluation(module, make_trainer, make_data, ROWS)
-    more = time_evaluation(module, make_trainer, make_data, TIMED_ROWS, distinct_cost_tasks(stream))
+    few, batch_size = make_data(), data.eval_batch_size
+    scores, errors, timer = _evaluate(module, make_trainer, few)
     trainer, epochs, hooks = _train(module, make_trainer, data)
     replay_plan = module.strategy.replay_plan()
-    steps = tuple(_steps(module, data, task, replay_plan, epochs) for task in stream)
-    passes = sum(task.size for task in stream) / max(1, hooks.samples_passed)
+    seen = hooks.samples_passed
+    passes = sum(task.size for task in stream) / seen if seen else 0
     task_bytes = tensor_bytes(module.trainable_state_dict())
+    trainable = [p for p in module.parameters() if p.requires_grad and module.has_trainable]
     return DryRunReport(
         stream=stream,
-        scores=tuple(few.matrix.values[0]),
-        steps=steps,
+        scores=scores,
+        steps=tuple(_steps(module, data, task, replay_plan, epochs) for task in stream),
         step_seconds=hooks.step_seconds,
-        train_seconds=hooks.step_seconds * sum(steps),
-        pass_seconds=hooks.pass_seconds * passes if hooks.samples_passed else 0.0,
-        test_seconds=estimate_eval_seconds(few, more, stream),
+        pass_seconds=hooks.pass_seconds * passes,
+        test_seconds=estimate_eval_seconds(timer.seconds, few.stream, stream),
         device=hooks.device,
         world=trainer.world_size,
         parameters=sum(p.numel() for p in module.model.parameters()),
-        learning=_count_trainable(module),
+        learning=sum(p.numel() for p in trainable),
         peak_memory_bytes=hooks.peak_memory_bytes,
         task_bytes=task_bytes,
         last_bytes=task_bytes + sum(tensor_bytes(o.state) for o in trainer.optimizers),
         remembered_bytes=module.strategy.state_bytes(),
-        remembered_rows=hooks.samples_passed,
-        errors=tuple(dict.fromkeys([*few.errors, *hooks.errors])),
-        test_bytes=estimate_eval_memory(few, more, stream, data.eval_batch_size),
-        eval_batch_size=data.eval_batch_size,
-    )
-
-
-def _count_trainable(module: ContinualModule) -> int:
-    return (
-        sum(p.numel() for p in module.parameters() if p.requires_grad)
-        if module.has_trainable
-        else 0
+        remembered_rows=seen,
+        errors=tuple(dict.fromkeys([*errors, *hooks.errors])),
+        test_bytes=estimate_eval_memory(timer.start_bytes, timer.peak_bytes, stream, batch_size),
+        eval_batch_size=batch_size,
     )
 
 
@@ -234,35 +229,15 @@ def _steps(
 
 
 class _EvalTimer(pl.Callback):
-    """Callback that measures time and peak memory of an evaluation, without building the Trainer.
+    """Callback that measures the time of an evaluation, and its memory on a GPU."""
 
-    Attributes:
-        seconds: total time.
-        seconds_of: time of the batches of each loader.
-        peak_bytes: peak memory on a GPU, 0 elsewhere.
-    """
-
-    def __init__(self) -> None:
-        self.seconds, self.peak_bytes = 0.0, 0
-        self.seconds_of: dict[int, float] = {}
+    seconds, start_bytes, peak_bytes = 0.0, 0, 0
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
+            self.start_bytes = int(torch.cuda.memory_allocated(pl_module.device))
         self.seconds = -time.monotonic()
-
-    def on_test_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:  # fmt: skip
-        seconds = self.seconds_of.setdefault(dataloader_idx, 0.0)
-        self.seconds_of[dataloader_idx] = seconds - time.monotonic()
-
-    def on_test_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
-        batch_idx: int, dataloader_idx: int = 0,
-    ) -> None:  # fmt: skip
-        self.seconds_of[dataloader_idx] += time.monotonic()
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.seconds += time.monotonic()
@@ -270,106 +245,43 @@ class _EvalTimer(pl.Callback):
             self.peak_bytes = int(torch.cuda.max_memory_allocated(pl_module.device))
 
 
-@dataclass(frozen=True)
-class TimedEvaluation:
-    """Scores, time and memory of evaluating a few samples of some columns.
-
-    Attributes:
-        matrix: matrix with the scores in row 0.
-        rows: number of samples of each column.
-        seconds: total time.
-        seconds_of: time of each column, as its fraction of the total.
-        peak_bytes: peak memory on a GPU, 0 elsewhere.
-        errors: one sentence for each sample that could not be read.
-    """
-
-    matrix: AccuracyMatrix
-    rows: dict[int, int]
-    seconds: float
-    seconds_of: dict[int, float]
-    peak_bytes: int
-    errors: list[str]
-
-
-def time_evaluation(
-    module: ContinualModule, make_trainer: Callable[..., pl.Trainer],
-    make_data: Callable[[], ContinualDataModule], rows: int, columns: Sequence[int] | None = None,
-) -> TimedEvaluation:  # fmt: skip
-    """Evaluate a few samples of some columns before training, without writing anything.
-
-    Args:
-        module: is left unchanged.
-        make_trainer: builds a new Trainer; its keyword arguments override the configuration.
-        make_data: builds the datamodule.
-        rows: samples of each column, at most.
-        columns: matrix columns, None = all.
-    """
-    data = make_data()
-    data.max_samples = (
-        rows
-        if data.max_samples is None or data.max_samples < 1
-        else min(rows, int(data.max_samples))
-    )
+def _evaluate(
+    module: ContinualModule, make_trainer: Callable[..., pl.Trainer], data: ContinualDataModule
+) -> tuple[tuple[float | None, ...], list[str], _EvalTimer]:
+    """Evaluate a few samples of every column before training; return scores, errors and timer."""
+    limit = data.max_samples
+    data.max_samples = ROWS if limit is None or limit < 1 else min(ROWS, int(limit))
     data.max_bad_fraction = 1.0  # one of so few is a large fraction; all are named in the result
     data.setup()
-    selected = range(len(data.stream.all_tasks)) if columns is None else columns
     matrix = AccuracyMatrix.for_stream(data.stream, SCORES)
     timer = _EvalTimer()
     trainer = make_trainer(callbacks=[timer], logger=False, **TRAINER_OVERRIDES)
+    columns = range(len(data.stream.all_tasks))
     read_only = RunDirectory(Path(), writes=False)
-    errors = evaluate_row(module, data, trainer, matrix, read_only, 0, selected)
-    counts = {column: data.stream.evaluated_task(column).test_size for column in selected}
-    total = sum(timer.seconds_of.values()) or 1.0
-    seconds = {
-        column: timer.seconds * timer.seconds_of.get(index, 0.0) / total
-        for index, column in enumerate(selected)
-    }
-    return TimedEvaluation(matrix, counts, timer.seconds, seconds, timer.peak_bytes, errors)
+    errors = evaluate_row(module, data, trainer, matrix, read_only, 0, columns)
+    return tuple(matrix.values[0]), errors, timer
 
 
-def distinct_cost_tasks(stream: TaskStream) -> list[int]:
-    """Return one column for each distinct cost of a test sample."""
-    return sorted(set(_first_of_cost(stream).values()))
+def estimate_eval_seconds(seconds: float, few: TaskStream, stream: TaskStream) -> float:
+    """Estimate the wall time of the whole accuracy matrix from the ``seconds`` of a few samples.
 
-
-def _first_of_cost(stream: TaskStream) -> dict[int, int]:
-    """Map every column to the first one of equal cost per sample: the answer length decides."""
-    first: dict[tuple[object, ...], int] = {}
-    first_of = {}
-    for index, task in enumerate(stream.all_tasks):
-        cost: tuple[object, ...] = (task.task_type,)
-        if task.task_type == "instruction":
-            is_generated = task.decoding == "generate"
-            cost += (task.decoding, task.max_new_tokens if is_generated else len(task.classes))
-        first_of[index] = first.setdefault(cost, index)
-    return first_of
-
-
-def estimate_eval_seconds(few: TimedEvaluation, more: TimedEvaluation, stream: TaskStream) -> float:
-    """Estimate the wall time of evaluating the whole accuracy matrix.
-
-    Two timings give a linear model: ``more`` yields the seconds per sample, ``few`` the fixed
-    overhead per evaluation. Too high for generated answers, which are longest before training.
+    Too high rather than too low: the measured pass includes the start of every loader, and
+    generated answers are longest before training.
     """
-    first_of = _first_of_cost(stream)
-    per_sample = {column: more.seconds_of[column] / more.rows[column] for column in more.rows}
-    few_samples = sum(per_sample[first_of[column]] * n for column, n in few.rows.items())
-    overhead = max(0.0, (few.seconds - few_samples) / len(few.rows))
-    all_samples = sum(
-        per_sample[first_of[column]] * task.test_size
-        for column, task in enumerate(stream.all_tasks)
-    )
-    return (len(stream) + 1) * (len(stream.all_tasks) * overhead + all_samples)
+    timed, whole = (sum(task.test_size for task in each.all_tasks) for each in (few, stream))
+    return (len(stream) + 1) * seconds * whole / max(1, timed)
 
 
 def estimate_eval_memory(
-    few: TimedEvaluation, more: TimedEvaluation, stream: TaskStream, eval_batch_size: int
+    start_bytes: int, peak_bytes: int, stream: TaskStream, eval_batch_size: int
 ) -> int:
-    """Estimate the peak GPU memory of generating for ``eval_batch_size`` samples, 0 if unknown."""
-    most, least = max(more.rows.values()), max(few.rows.values())
+    """Estimate the peak GPU memory of generating for ``eval_batch_size`` samples, 0 if unknown.
+
+    Memory grew from ``start_bytes`` to ``peak_bytes`` while ``ROWS`` samples were generated at
+    once; on a CPU both are 0.
+    """
     count = min(eval_batch_size, max(task.test_size for task in stream.all_tasks))
     is_generated = any(task.task_type == "instruction" for task in stream.all_tasks)
-    if not is_generated or not more.peak_bytes or count <= most or most <= least:
+    if not is_generated or not peak_bytes or count <= ROWS:
         return 0
-    per_sample = max(0, more.peak_bytes - few.peak_bytes) / (most - least)
-    return int(more.peak_bytes + per_sample * (count - most))
+    return start_bytes + (peak_bytes - start_bytes) * count // ROWS

@@ -15,11 +15,10 @@ from mmcl.core import Conversation, ProcessedSample, write_atomic
 from mmcl.data import BadSample
 from mmcl.data.batches.collate import make_example
 from mmcl.evaluation import AccuracyMatrix
-from mmcl.evaluation.lenient_metrics import align_lenient_matrix
-from mmcl.evaluation.predictions import Prediction, write_predictions
-from mmcl.evaluation.run_files import lenient_file, predictions_path
+from mmcl.evaluation.predictions import Prediction, predictions_path, write_predictions
+from mmcl.evaluation.run_files import LENIENT, align_lenient_matrix
 from mmcl.lightning.checkpoint_io import raise_on_all_ranks
-from mmcl.lightning.datamodule import ContinualDataModule
+from mmcl.lightning.datamodule import ContinualDataModule, check_bad_fraction
 from mmcl.lightning.evaluators import Evaluator, GenerationEvaluator
 from mmcl.lightning.module import ContinualModule
 from mmcl.lightning.run_dir import RunDirectory
@@ -39,14 +38,7 @@ def evaluate_row(
 ) -> list[str]:
     """Evaluate some columns of a matrix row, and write the matrix and the predictions.
 
-    Args:
-        module: its state after ``row`` tasks.
-        data: datamodule of the stream.
-        trainer: a new Trainer; it defines device, precision and ranks.
-        matrix: is filled and written.
-        folder: run directory.
-        row: matrix row.
-        columns: matrix columns.
+    The module is in its state after ``row`` tasks; the Trainer is new.
 
     Returns:
         one sentence for each sample that could not be read.
@@ -62,31 +54,22 @@ def evaluate_row(
     module.score([data.column(row, column) for column in columns])
     data.trainer = trainer
     trainer.test(module, datamodule=_TestLoaders(data, columns), verbose=False)
-    errors: list[str] = []
-    for scorer, column in zip(module.scorers, columns, strict=True):
-        _check_error_count(scorer, data.max_bad_fraction)
+    scorers = dict(zip(columns, module.scorers, strict=True))
+    for column, scorer in scorers.items():
+        task = scorer.column.task
+        samples = f"test samples of '{task.name}'"
+        check_bad_fraction(scorer.errors, samples, task.test_size, data.max_bad_fraction)
         matrix.set(row, column, scorer.value)
-        errors += scorer.errors
     with raise_on_all_ranks(trainer):
         if folder.writes:
-            _write(data, matrix, folder, row, dict(zip(columns, module.scorers, strict=True)))
-    return errors
-
-
-def _write(
-    data: ContinualDataModule,
-    matrix: AccuracyMatrix,
-    folder: RunDirectory,
-    row: int,
-    scorers: Mapping[int, Evaluator],
-) -> None:
-    for column, scorer in scorers.items():
-        predictions = _answers(data, scorer, column)
-        if predictions:
-            write_predictions(predictions_path(folder.path, row, column), predictions)
-    _write_lenient(matrix, folder, row, scorers)
-    # The matrix comes last: a cell in it is not evaluated again.
-    matrix.write(folder.path / "matrix.json")
+            for column, scorer in scorers.items():
+                predictions = _answers(data, scorer, column)
+                if predictions:
+                    write_predictions(predictions_path(folder.path, row, column), predictions)
+            _write_lenient(matrix, folder, row, scorers)
+            # The matrix comes last: a cell in it is not evaluated again.
+            matrix.write(folder.path / "matrix.json")
+    return [error for scorer in scorers.values() for error in scorer.errors]
 
 
 def _write_lenient(
@@ -97,21 +80,11 @@ def _write_lenient(
         column: s.lenient for column, s in scorers.items() if isinstance(s, GenerationEvaluator)
     }
     if scores:
-        file = lenient_file(folder.path)
+        file = folder.path / LENIENT
         lenient = align_lenient_matrix(matrix, file)
         for column, value in scores.items():
             lenient.set(row, column, value)
         lenient.write(file)
-
-
-def _check_error_count(scorer: Evaluator, max_bad_fraction: float) -> None:
-    task, errors = scorer.column.task, scorer.errors
-    if len(errors) > max_bad_fraction * max(1, task.test_size):
-        raise ValueError(
-            f"{len(errors)} test samples of '{task.name}' cannot be read, more than "
-            f"data.max_bad_fraction={max_bad_fraction:g} of {task.test_size} allows: "
-            f"{'; '.join(errors[:5])}"
-        )
 
 
 class _TestLoaders(pl.LightningDataModule):

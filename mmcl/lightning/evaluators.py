@@ -27,13 +27,13 @@ class EvalSpec:
         task: its test data are scored.
         names: class names that compete, in the order of the logits.
         allowed: logit indices that may be predicted, None = all (class- and domain-incremental).
-        tells_task: True if the model may know the task of a sample (task-incremental).
+        knows_task: True if the model may know the task of a sample (task-incremental).
     """
 
     task: Task
     names: tuple[str, ...]
     allowed: tuple[int, ...] | None = None
-    tells_task: bool = False
+    knows_task: bool = False
 
     @property
     def score(self) -> str:
@@ -47,15 +47,14 @@ def make_eval_spec(stream: TaskStream, row: int, column: int) -> EvalSpec:
     """Return the specification of matrix cell (row, column), which depends on no later task.
 
     Class-incremental: all classes seen until the row's or the column's task compete, whichever is
-    later. Task-incremental: the classes of the column's task. Eval-only tasks: their
-    own classes.
+    later. Task-incremental: the classes of the column's task. Eval-only tasks: their own classes.
     """
     task = stream.evaluated_task(column)
     if task.is_eval_only:
         return EvalSpec(task, task.classes)
     names = stream.classes_seen(max(row - 1, column))
-    tells_task = stream.scenario == "task"
-    return EvalSpec(task, names, task.class_ids if tells_task else None, tells_task)
+    knows_task = stream.scenario == "task"
+    return EvalSpec(task, names, task.class_ids if knows_task else None, knows_task)
 
 
 class Evaluator:
@@ -95,15 +94,14 @@ class Evaluator:
             samples = _embeddings(output, batch)
         else:
             samples = _predictions(output.logits, batch.labels, self.column.allowed)
-        samples["sample"] = (
-            batch.sample_ids if batch.sample_ids is not None else torch.arange(len(batch))
-        )
+        ids = batch.sample_ids
+        samples["sample"] = torch.arange(len(batch)) if ids is None else ids
         self._device = batch.labels.device
         self._batches.append({name: tensor.detach().cpu() for name, tensor in samples.items()})
 
     def mask_task_ids(self, batch: Batch) -> Batch:
         """Return the batch with its task ids masked (-1), unless the scenario reveals them."""
-        if self.column.tells_task:
+        if self.column.knows_task:
             return batch
         return replace(batch, task_ids=torch.full_like(batch.task_ids, -1))
 
@@ -127,13 +125,11 @@ class Evaluator:
         names = self._batches[0].keys() if self._batches else ()
         own = {name: torch.cat([batch[name] for batch in self._batches]) for name in names}
         self._batches = []
-        gathered = {
-            n: all_gather_samples(tensor.to(self._device)).cpu() for n, tensor in own.items()
-        }
-        if not gathered:
+        all_ranks = {n: all_gather_samples(t.to(self._device)).cpu() for n, t in own.items()}
+        if not all_ranks:
             return {}
-        order = torch.argsort(gathered["sample"])
-        return {name: tensor[order] for name, tensor in gathered.items()}
+        order = torch.argsort(all_ranks["sample"])
+        return {name: tensor[order] for name, tensor in all_ranks.items()}
 
 
 def _predictions(
@@ -243,6 +239,5 @@ class GenerationEvaluator(Evaluator):
 
 def make_evaluator(column: EvalSpec) -> Evaluator:
     """Return the evaluator of a column: of answers, or of classes and embeddings."""
-    return (
-        GenerationEvaluator(column) if column.task.task_type == "instruction" else Evaluator(column)
-    )
+    is_generated = column.task.task_type == "instruction"
+    return GenerationEvaluator(column) if is_generated else Evaluator(column)

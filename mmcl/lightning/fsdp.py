@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from mmcl.core.transformer_blocks import fsdp_blocks
+from mmcl.core.model import fsdp_blocks
 
 _STEP = "training_step"
 _Snapshots = dict[nn.Module, tuple[type[nn.Module], set[str], dict[str, set[Any]]]]
@@ -42,7 +40,7 @@ class FSDPWrapper:
         blocks = fsdp_blocks(module.model)
         ignored = _unsharded_parameters(module, blocks)
         self._snapshots: _Snapshots = {m: _snapshot(m) for m in module.modules()}
-        owners = list(_owners(module))
+        parameters = [(m, name, p) for m in module.modules() for name, p in m._parameters.items()]
         # A penalty reads weights after the forward pass: then blocks stay gathered until backward.
         reshard = not module.strategy.overrides("penalty")
         for block in blocks:
@@ -50,7 +48,8 @@ class FSDPWrapper:
         fully_shard(module, mesh=mesh, ignored_params=ignored)
         register_fsdp_forward_method(module, _STEP)
         self._added = {m: set(vars(m)) - names for m, (_, names, _) in self._snapshots.items()}
-        self._owners = [entry for entry in owners if entry[0]._parameters[entry[1]] is not entry[2]]
+        # The modules whose parameter is a shard now, with its name and the parameter as it was.
+        self._owners = [(m, name, p) for m, name, p in parameters if m._parameters[name] is not p]
         for _, _, parameter in self._owners:
             # The same object gets the unsharded weight later: others may refer to it.
             parameter.data = parameter.data.new_empty(0)
@@ -83,8 +82,11 @@ class FSDPWrapper:
 
     def state(self) -> dict[str, Any]:
         """Return the complete state dict, with sharded weights as DTensors."""
-        with self._unfiltered():
+        self._is_filtered = False
+        try:
             state: dict[str, Any] = self.module.state_dict()
+        finally:
+            self._is_filtered = True
         return state
 
     def replicated_state(self) -> dict[str, Any]:
@@ -94,14 +96,6 @@ class FSDPWrapper:
             for name, value in self.state().items()
             if not isinstance(value, DTensor)
         }
-
-    @contextmanager
-    def _unfiltered(self) -> Iterator[None]:
-        self._is_filtered = False
-        try:
-            yield
-        finally:
-            self._is_filtered = True
 
     def _filter(self, state: dict[str, Any]) -> None:
         """Reduce a state dict to the sharded trainable weights, the content of a checkpoint."""
@@ -147,13 +141,6 @@ def _unsharded_parameters(module: Any, blocks: list[nn.Module]) -> set[Parameter
         if not parameter.requires_grad
         if id(parameter) not in inside or not parameter.is_floating_point() or not parameter.ndim
     }
-
-
-def _owners(module: nn.Module) -> Iterator[tuple[nn.Module, str, Parameter]]:
-    for submodule in module.modules():
-        for name, parameter in submodule._parameters.items():
-            if parameter is not None:
-                yield submodule, name, parameter
 
 
 def _snapshot(module: nn.Module) -> tuple[type[nn.Module], set[str], dict[str, set[Any]]]:

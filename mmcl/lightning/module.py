@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -15,13 +15,14 @@ from torch.optim import Optimizer
 
 from mmcl.core import IGNORE_INDEX, Batch, StepOutput, Strategy, forward, generate, step
 from mmcl.core.distributed import all_reduce_sum, rank_and_world
+from mmcl.lightning.checkpoint_io import check_shardable
 from mmcl.lightning.evaluators import EvalSpec, Evaluator, GenerationEvaluator, make_evaluator
-from mmcl.lightning.resume_state import checkpoint_names, merge_checkpoint, split_checkpoint
 from mmcl.lightning.strategy_callback import StrategyCallback
-from mmcl.lightning.task_checkpoints import check_shardable
 from mmcl.strategies.finetune import Finetune
 
 Schedule = Literal["constant", "cosine"]
+REPLICATED, NAMES = "replicated", "names"
+"""Keys of a mid-task checkpoint: state that is never sharded, and the names of all its entries."""
 
 
 class ContinualModule(pl.LightningModule):
@@ -61,7 +62,10 @@ class ContinualModule(pl.LightningModule):
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
         self.warmup_steps, self.lr_schedule = warmup_steps, lr_schedule
         self._make_optimizer = optimizer
-        _reseed(self.strategy, seed)
+        for part in self.strategy.modules():
+            own_seed = getattr(part, "seed", None)
+            if seed and isinstance(own_seed, int):
+                vars(part)["seed"] = own_seed + 1_000_003 * seed
         self.strategy.attach(self.model)
         self.frozen = {f"model.{n}" for n, p in model.named_parameters() if not p.requires_grad}
         self.has_trainable = any(p.requires_grad for p in self.parameters())
@@ -127,24 +131,20 @@ class ContinualModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         """Build a new optimizer over all trainable parameters."""
-        optimizer = self._optimizer()
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        make = self._adamw if self._make_optimizer is None else self._make_optimizer
+        optimizer = make(trainable)
         for group in optimizer.param_groups:
             # A sharded checkpoint restores only keys that exist before it is loaded.
             group.setdefault("initial_lr", group["lr"])
         return optimizer
 
-    def _optimizer(self) -> Optimizer:
-        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
-        if self._make_optimizer is not None:
-            return self._make_optimizer([p for _, p in named])
+    def _adamw(self, trainable: Iterable[nn.Parameter]) -> Optimizer:
         # As in open_clip, norms, biases, scales and prompts have no weight decay.
-        decayed = [p for _, p in named if p.ndim >= 2]
-        undecayed = [p for _, p in named if p.ndim < 2]
-        groups = [
-            {"params": decayed, "weight_decay": self.weight_decay},
-            {"params": undecayed, "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
+        decayed = [p for p in trainable if p.ndim >= 2]
+        undecayed = [p for p in trainable if p.ndim < 2]
+        pairs = ((decayed, self.weight_decay), (undecayed, 0.0))
+        groups = [{"params": some, "weight_decay": decay} for some, decay in pairs if some]
         # Lightning refuses to clip in mixed precision if the optimizer is fused, in bf16 too.
         trainer = self._trainer
         clips = trainer is not None and bool(trainer.gradient_clip_val)
@@ -161,13 +161,15 @@ class ContinualModule(pl.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in self.frozen}
         checkpoint["fingerprint"] = self.fingerprint()
         if "optimizer_states" in checkpoint:
-            split_checkpoint(checkpoint, self)
+            _split_checkpoint(checkpoint, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check a checkpoint for the same base model and trainable weights, and merge its parts."""
         check_state(self, checkpoint)
-        replicated = merge_checkpoint(checkpoint)
-        if replicated:
+        replicated: dict[str, Any] = checkpoint.pop(REPLICATED, {})
+        if "state_dict" in checkpoint:
+            checkpoint["state_dict"] = {**checkpoint["state_dict"], **replicated}
+        elif replicated:  # sharded weights are loaded by Lightning
             self.load_state_dict(replicated, strict=False)
 
     def fingerprint(self) -> str:
@@ -187,12 +189,13 @@ class ContinualModule(pl.LightningModule):
         self.scorers = [make_evaluator(column) for column in columns]
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Update the evaluator of one test loader."""
-        self._evaluate(batch, batch_idx, dataloader_idx)
+        """Update the evaluator of one test or validation loader."""
+        scorer = self.scorers[dataloader_idx]
+        if batch_idx == 0:
+            scorer.reset(self.model)
+        scorer.update(self.model, self.strategy, batch)
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Update the evaluator of one validation loader."""
-        self._evaluate(batch, batch_idx, dataloader_idx)
+    validation_step = test_step
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[tuple[str, str]]:
         """Return the key and the predicted class name, or answer, of every sample."""
@@ -206,8 +209,12 @@ class ContinualModule(pl.LightningModule):
         return [(key, names[index]) for key, index in zip(batch.keys, predicted, strict=True)]
 
     def on_test_epoch_start(self) -> None:
-        """Create the default evaluators outside of ``mmcl train``."""
-        self._start_evaluation()
+        """Create the default evaluators outside of ``mmcl train``, and merge adapters."""
+        if not self.in_continual_run:
+            self.score(self._data().default_columns(self.trainer.state.fn))
+        if any(isinstance(scorer, GenerationEvaluator) for scorer in self.scorers):
+            # Merged adapters generate faster; the exit restores the weights.
+            self._merged.enter_context(self.strategy.merged_adapters(self.model))
 
     def on_validation_epoch_start(self) -> None:
         """Create the default evaluators; sharded weights are refused."""
@@ -216,32 +223,10 @@ class ContinualModule(pl.LightningModule):
                 "weights are sharded, and devices would wait for each other if one has fewer "
                 "samples to validate: set trainer.limit_val_batches to 0, and use test"
             )
-        self._start_evaluation()
+        self.on_test_epoch_start()
 
     def on_test_epoch_end(self) -> None:
         """Compute and log the metrics."""
-        self._finish_evaluation()
-
-    def on_validation_epoch_end(self) -> None:
-        """Compute and log the metrics."""
-        self._finish_evaluation()
-        if self.trainer.training or self.trainer.state.fn == "fit":
-            self._data().set_model_classes(self.model)
-
-    def _evaluate(self, batch: Batch, batch_idx: int, column: int) -> None:
-        scorer = self.scorers[column]
-        if batch_idx == 0:
-            scorer.reset(self.model)
-        scorer.update(self.model, self.strategy, batch)
-
-    def _start_evaluation(self) -> None:
-        if not self.in_continual_run:
-            self.score(self._data().default_columns(self.trainer.state.fn))
-        if any(isinstance(scorer, GenerationEvaluator) for scorer in self.scorers):
-            # Merged adapters generate faster; the exit restores the weights.
-            self._merged.enter_context(self.strategy.merged_adapters(self.model))
-
-    def _finish_evaluation(self) -> None:
         self._merged.close()
         for scorer in self.scorers:
             scorer.compute()
@@ -249,6 +234,12 @@ class ContinualModule(pl.LightningModule):
             metrics = {f"{s.column.score}/{s.column.task.name}": s.value for s in self.scorers}
             known = {name: value for name, value in metrics.items() if value is not None}
             self.log_dict(known, rank_zero_only=True, add_dataloader_idx=False)
+
+    def on_validation_epoch_end(self) -> None:
+        """Compute and log the metrics, and give the model its training classes again."""
+        self.on_test_epoch_end()
+        if self.trainer.training or self.trainer.state.fn == "fit":
+            self._data().set_model_classes(self.model)
 
     def _data(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]
@@ -278,7 +269,8 @@ def check_state(module: ContinualModule, checkpoint: dict[str, Any]) -> None:
     Raises:
         ValueError: naming the first keys that differ, or the fingerprints.
     """
-    expected, found = set(module.trainable_state_dict()), set(checkpoint_names(checkpoint))
+    expected = set(module.trainable_state_dict())
+    found = set(checkpoint.get(NAMES) or checkpoint["state_dict"])
     for keys, problem in ((expected - found, "lacks"), (found - expected, "has unknown")):
         if keys:
             named = ", ".join(sorted(keys)[:3])
@@ -294,11 +286,54 @@ def check_state(module: ContinualModule, checkpoint: dict[str, Any]) -> None:
         )
 
 
-def _reseed(strategy: Strategy, seed: int) -> None:
-    for part in strategy.modules():
-        own_seed = getattr(part, "seed", None)
-        if seed and isinstance(own_seed, int):
-            vars(part)["seed"] = own_seed + 1_000_003 * seed
+def _split_checkpoint(checkpoint: dict[str, Any], module: ContinualModule) -> None:
+    """Split a mid-task checkpoint into weights and replicated state, with optimizer state by name.
+
+    Lightning loads the weights under any parallelism, but other state, such as a strategy's buffer,
+    only if the weights are not sharded: that state is stored separately. The optimizer's state is
+    keyed by parameter name, because parameter indices differ between sharded and unsharded runs.
+    """
+    trainable, state = module.trainable_state_dict(), checkpoint["state_dict"]
+    weights = {name for name, _ in module.named_parameters()}
+    checkpoint[NAMES] = sorted(trainable)
+    if module.fsdp is None:
+        checkpoint[REPLICATED] = {name: v for name, v in trainable.items() if name not in weights}
+        checkpoint["state_dict"] = {name: v for name, v in state.items() if name in weights}
+        name_of = {id(parameter): name for name, parameter in module.named_parameters()}
+        names = [
+            [name_of.get(id(p), "") for group in optimizer.param_groups for p in group["params"]]
+            for optimizer in module.trainer.optimizers
+        ]
+    else:
+        checkpoint[REPLICATED] = module.fsdp.replicated_state()
+        # If Lightning uses indices instead of names, they follow this order.
+        names = [[name for name, _ in module.named_parameters()]] * len(module.trainer.optimizers)
+    checkpoint["optimizer_states"] = [
+        _key_by_name(state, own_names)
+        for state, own_names in zip(checkpoint["optimizer_states"], names, strict=True)
+    ]
+
+
+def _key_by_name(state: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return an optimizer's state keyed by parameter names instead of indices.
+
+    Args:
+        state: state of one optimizer; {} on ranks other than 0 of an unsharded checkpoint.
+        names: parameter name of every index, "" = unknown.
+    """
+    groups = state.get("param_groups", [])
+    keys = [key for group in groups for key in group["params"]]
+    has_indices = all(isinstance(key, int) and key < len(names) for key in keys)
+    if not keys or (has_indices and "" in names):
+        return state
+    name_of = {key: names[key] if has_indices else key for key in keys}
+    return {
+        **state,
+        "state": {name_of[key]: value for key, value in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [name_of[k] for k in group["params"]]} for group in groups
+        ],
+    }
 
 
 def lr_factor(step: int, steps: int, warmup: int, schedule: Schedule) -> float:

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from mmcl.core import Task, TaskStream, write_atomic
+from mmcl.core.card.card_reader import parse_yaml
 from mmcl.evaluation import strict_json
 from mmcl.lightning.config_errors import renamed_key
 
@@ -29,7 +30,6 @@ except ImportError:  # Windows: a second process is not noticed there.
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
-FROM_THE_BEGINNING = "from the beginning"
 _TEST_BYTES = 4096
 _TAKEN = (errno.EACCES, errno.EAGAIN)
 # The temporary names of `write_atomic`.
@@ -38,9 +38,8 @@ _TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{6}\.tmp")
 RESUMABLE_KEYS = (
     "config", "run_name", "output_dir", "trainer.accelerator", "trainer.devices",
     "trainer.num_nodes", "trainer.strategy", "trainer.logger", "trainer.callbacks",
-    "trainer.profiler",
-    "trainer.log_every_n_steps", "trainer.default_root_dir", "data.data_dir", "data.num_workers",
-    "data.eval_batch_size", "data.verify_hashes", "data.max_bad_fraction",
+    "trainer.profiler", "trainer.log_every_n_steps", "trainer.default_root_dir", "data.data_dir",
+    "data.num_workers", "data.eval_batch_size", "data.verify_hashes", "data.max_bad_fraction",
     "data.cache_dir", "data.cache_limit", "checkpoint_every_n_steps",
 )  # fmt: skip
 
@@ -73,10 +72,6 @@ class RunState:
     warnings: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
-    def step_offset(self, step: int) -> int:
-        """Return the step count of the whole run at a step of the current task."""
-        return self.steps + step
-
     def resume_point(self) -> str:
         """Return where the run resumes, as the words after "resumes"."""
         names = [each.partition(" ")[2] for each in self.tasks]
@@ -85,7 +80,7 @@ class RunState:
             return f"in task {self.finished_tasks} ('{name}') at step {self.step}"
         if self.finished_tasks:
             return f"after task {self.finished_tasks - 1} ('{names[self.finished_tasks - 1]}')"
-        return FROM_THE_BEGINNING
+        return "from the beginning"
 
 
 class RunDirectory:
@@ -119,13 +114,17 @@ class RunDirectory:
                 self._is_held = False
 
     @property
-    def last(self) -> Path:
-        """Path of the mid-task checkpoint."""
-        return self.path / "checkpoints" / "last.ckpt"
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
 
     def task_checkpoint(self, tasks: int) -> Path:
         """Return the path of the checkpoint after ``tasks`` tasks."""
-        return self.path / "checkpoints" / f"task_{tasks - 1:02d}.ckpt"
+        return self.checkpoints / f"task_{tasks - 1:02d}.ckpt"
+
+    def resume_point(self) -> str:
+        """Return where the same command would resume, as the words after "resumes"."""
+        return (self.state() or RunState(0, 0, [], 0)).resume_point()
 
     def state(self) -> RunState | None:
         """Read the run state from ``run.json``; None if no run was started.
@@ -165,15 +164,16 @@ class RunDirectory:
         """
         file = self.path / "config.yaml"
         has_results = any((self.path / name).exists() for name in ("run.json", "matrix.json"))
+        plain = json.loads(json.dumps(config, default=str))
         if file.is_file() and has_results:
-            stored = flat(_config(file))
-            new = flat(json.loads(json.dumps(config, default=str)))
+            stored, new = flat(_config(file)), flat(plain)
             if old := [f"'{k}' is called '{n}' now" for k in stored if (n := renamed_key(k, new))]:
                 raise ValueError(
                     f"{file} has keys of an earlier version: {'; '.join(old)}. Give this run "
                     "another --run_name, or remove the directory"
                 )
-            keys = sorted(k for k in stored.keys() | new.keys() if not _is_free(k))
+            free = tuple(f"{key}." for key in RESUMABLE_KEYS)
+            keys = sorted(k for k in stored.keys() | new.keys() if not f"{k}.".startswith(free))
             changed = [k for k in keys if stored.get(k) != new.get(k)]
             if changed:
                 named = "; ".join(
@@ -188,7 +188,6 @@ class RunDirectory:
                 f"{self.path} holds a run without its config.yaml: use another --run_name"
             )
         else:
-            plain = json.loads(json.dumps(config, default=str))
             self.write("config.yaml", yaml.safe_dump(plain, sort_keys=False))
 
 
@@ -200,26 +199,18 @@ def _check_state(state: RunState) -> None:
         is_good = is_good and isinstance(listed, list) and all(isinstance(t, str) for t in listed)
     if not is_good or len(state.tasks) < state.finished_tasks:
         raise ValueError("a field has the wrong type")
-    if state.last_checkpoint is not None and not _is_inside(state.last_checkpoint):
+    last = Path(state.last_checkpoint or "")
+    if last.is_absolute() or ".." in last.parts:
         raise ValueError("its checkpoint is outside of the run directory")
-
-
-def _is_inside(name: str) -> bool:
-    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _config(file: Path) -> Any:
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:300]
+        return parse_yaml(file.read_text(encoding="utf-8")) or {}
+    except ValueError as error:
         raise ValueError(
-            f"{file} is not a run configuration ({reason}): restore it, or use another --run_name"
+            f"{file} is not a run configuration ({error}): restore it, or use another --run_name"
         ) from None
-
-
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in RESUMABLE_KEYS)
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -237,8 +228,7 @@ def task_fingerprint(stream: TaskStream, task: Task) -> str:
     shards = {name: stream.hashes.get(name, "") for name in (*task.train, *task.test)}
     facts = [
         task.name, task.task_type, task.classes, task.class_ids, task.templates, task.text_field,
-        task.size,
-        task.test_size, task.epochs, shards, stream.scenario,
+        task.size, task.test_size, task.epochs, shards, stream.scenario,
     ]  # fmt: skip
     if task.replay_ratio is not None or task.mixture:
         sources = [(stream.sources[i - 1].name, fraction) for i, fraction in task.mixture]
@@ -276,11 +266,7 @@ def lock_run_dir(folder: Path) -> Iterator[None]:
 
     The lock of a killed process is released by the system. Not ``filelock``: that uses flock, which
     forked loader workers inherit and keep after the run was killed. If a network file system
-    refuses to lock, no process is kept out.
-
-    Args:
-        folder: run directory; it is locked for the processes of this machine and, if its file
-            system can lock over the network, of other machines.
+    refuses to lock, no process is kept out; if it can, processes of other machines are too.
 
     Raises:
         OSError: if the directory cannot be created or written to.

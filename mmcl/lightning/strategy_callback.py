@@ -79,21 +79,18 @@ class StrategyCallback(pl.Callback):
         end_task(model_of(pl_module), strategy, strategy.current_task, batches)
 
     def _next_task(self, trainer: pl.Trainer, strategy: Strategy) -> Task:
-        data: Any = getattr(trainer, "datamodule", None)
-        if self.task is None and data is not None and hasattr(data, "start_task"):
-            found: Task = data.start_task(trainer)
-            return found
         if self.task is not None:
             return self.task
+        start_task: Any = getattr(getattr(trainer, "datamodule", None), "start_task", None)
+        if start_task is not None:
+            found: Task = start_task(trainer)
+            return found
         index = 0 if strategy.current_task is None else strategy.current_task.index + 1
         return Task(index, f"task {index}")
 
     def _pass(self, trainer: pl.Trainer) -> Iterable[Batch]:
-        data: Any = getattr(trainer, "datamodule", None)
-        if data is not None and hasattr(data, "task_pass"):
-            loader: Iterable[Batch] = data.task_pass()
-            return loader
-        return trainer.train_dataloader or ()
+        task_pass: Any = getattr(getattr(trainer, "datamodule", None), "task_pass", None)
+        return trainer.train_dataloader or () if task_pass is None else task_pass()
 
 
 class OnDevice:
@@ -111,7 +108,7 @@ class OnDevice:
 
 
 def step_of(pl_module: pl.LightningModule, outputs: Any) -> StepOutput:
-    """Return the StepOutput of a finished batch, from ``module.done`` or the output of its step."""
+    """Return the StepOutput of a batch, from ``module.last_step`` or the output of its step."""
     done = getattr(pl_module, "last_step", None)
     if isinstance(done, StepOutput):
         return done

@@ -5,13 +5,14 @@ from __future__ import annotations
 import resource
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,16 +21,16 @@ from mmcl.core.atomic_write import WriteError
 from mmcl.core.distributed import all_gather_strings
 from mmcl.core.seeding import hash_seed
 from mmcl.evaluation.cost import TaskCost
-from mmcl.lightning.checkpoint_io import raise_on_all_ranks, warn_not_saved
-from mmcl.lightning.module import ContinualModule, lr_factor
-from mmcl.lightning.resume_state import set_loop_progress
-from mmcl.lightning.run_dir import RunDirectory, RunState
-from mmcl.lightning.strategy_callback import InactivePenaltyMonitor, StrategyCallback
-from mmcl.lightning.task_checkpoints import (
+from mmcl.lightning.checkpoint_io import (
+    raise_on_all_ranks,
     remove_mid_task_checkpoints,
     save_mid_task_checkpoint,
     save_task_checkpoint,
 )
+from mmcl.lightning.datamodule import check_bad_fraction
+from mmcl.lightning.module import ContinualModule, lr_factor
+from mmcl.lightning.run_dir import RunDirectory, RunState
+from mmcl.lightning.strategy_callback import InactivePenaltyMonitor, StrategyCallback
 
 _REDRAW_SECONDS = 0.1
 
@@ -76,10 +77,8 @@ class TaskCallback(StrategyCallback):
     ) -> None:
         super().__init__(task)
         self.folder, self.state, self.seed = folder, state, seed
-        self.checkpoint_every_n_steps, self.max_bad_fraction = (
-            checkpoint_every_n_steps,
-            max_bad_fraction,
-        )
+        self.checkpoint_every_n_steps = checkpoint_every_n_steps
+        self.max_bad_fraction = max_bad_fraction
         self.counts = TaskCounters()
         self.alarm = InactivePenaltyMonitor()
         self.warnings: list[str] = []
@@ -90,28 +89,30 @@ class TaskCallback(StrategyCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Begin the task, before the optimizer is built."""
-        if stage == "fit":
-            module = _continual_module(pl_module)
-            self.parameters_before = sum(p.numel() for p in module.parameters())
-            begin_task(module.model, module.strategy, self.task)
-            module.update_trainable()
-            if not module.has_trainable:
-                # Closed form: end_task does it all, but Lightning needs one step for a fit.
-                trainer.fit_loop.max_epochs, trainer.limit_train_batches = 1, 1
-            data = trainer.datamodule  # type: ignore[attr-defined]
-            data.set_model_classes(module.model)
-            self._overrides = {
-                hook: module.strategy.overrides(hook)
-                for hook in ("project_gradients", "after_step")
-            }
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, ContinualModule):
+            raise TypeError(
+                f"a run needs a ContinualModule and got {type(pl_module).__name__}: use "
+                "StrategyCallback with your own LightningModule"
+            )
+        module = self.module = pl_module
+        self.parameters_before = sum(p.numel() for p in module.parameters())
+        begin_task(module.model, module.strategy, self.task)
+        module.update_trainable()
+        if not module.has_trainable:
+            # Closed form: end_task does it all, but Lightning needs one step for a fit.
+            trainer.fit_loop.max_epochs, trainer.limit_train_batches = 1, 1
+        trainer.datamodule.set_model_classes(module.model)  # type: ignore[attr-defined]
+        hooks = ("project_gradients", "after_step")
+        self._overrides = {hook: module.strategy.overrides(hook) for hook in hooks}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock and the progress line."""
-        module = _continual_module(pl_module)
+        module = self.module
         accumulation = trainer.accumulate_grad_batches
-        self.steps = (
-            int(trainer.num_training_batches) // accumulation * int(trainer.max_epochs or 1)
-        )
+        steps_per_epoch = int(trainer.num_training_batches) // accumulation
+        self.steps = steps_per_epoch * int(trainer.max_epochs or 1)
         self.step = self.counts.steps
         self._base_rates = [
             (group, group.get("initial_lr", group["lr"]))
@@ -122,8 +123,7 @@ class TaskCallback(StrategyCallback):
             group["initial_lr"] = rate
         self._has_schedule = module.warmup_steps > 0 or module.lr_schedule != "constant"
         self._rank, self._is_on_gpu = trainer.global_rank, module.device.type == "cuda"
-        every: int = vars(trainer).get("log_every_n_steps", 50)
-        self._log_every = every if trainer.loggers else 0
+        self._log_every = vars(trainer).get("log_every_n_steps", 50) if trainer.loggers else 0
         title = f"task {self.task.index}: {self.task.name}"
         self._line = ProgressLine(title, self.steps, is_shown=trainer.is_global_zero)
         self._clock = time.monotonic()
@@ -144,7 +144,7 @@ class TaskCallback(StrategyCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Let the strategy project the gradients, and set the learning rate of this step."""
-        module = _continual_module(pl_module)
+        module = self.module
         if self._overrides["project_gradients"]:
             module.strategy.project_gradients(module.model)
         if self._has_schedule:
@@ -158,7 +158,7 @@ class TaskCallback(StrategyCallback):
         batch_idx: int,
     ) -> None:  # fmt: skip
         """Pass the step to the strategy, count it, and save a checkpoint if one is due."""
-        module, counts, samples = _continual_module(pl_module), self.counts, len(batch)
+        module, counts, samples = self.module, self.counts, len(batch)
         self._stop_flop_counter(samples)
         counts.rows += samples
         done = module.last_step
@@ -183,7 +183,7 @@ class TaskCallback(StrategyCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the task and write its checkpoint."""
-        module = _continual_module(pl_module)
+        module = self.module
         if self._line is not None:
             self._line.close()
         super().on_train_end(trainer, pl_module)
@@ -198,7 +198,7 @@ class TaskCallback(StrategyCallback):
         if self.unsaved:
             problem = f"{self.unsaved} of its mid-task checkpoints could not be written"
             self.warnings.append(f"task '{self.task.name}': {problem}")
-        self.cost = self._cost(trainer, module)
+        self.cost = self._cost(trainer)
         save_task_checkpoint(trainer, module, self.folder.task_checkpoint(self.task.index + 1))
 
     def on_exception(
@@ -212,14 +212,29 @@ class TaskCallback(StrategyCallback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Correct Lightning's loop progress, which can be wrong in a resumed run."""
-        if "loops" in checkpoint:
-            set_loop_progress(
-                checkpoint["loops"]["fit_loop"],
-                done=trainer.fit_loop.total_batch_idx + 1,
-                an_epoch=int(trainer.num_training_batches),
-                accumulation=trainer.accumulate_grad_batches,
-            )
+        """Set Lightning's loop progress to that of an uninterrupted run.
+
+        A run resumed at the end of an epoch counts that epoch as not started (Lightning 2.6), and a
+        checkpoint of its next epoch cannot be resumed: batches would be trained on twice.
+        """
+        if "loops" not in checkpoint:
+            return
+        loops = checkpoint["loops"]["fit_loop"]
+        # Finished batches of this fit, including the current one: this is on_train_batch_end.
+        done, an_epoch = trainer.fit_loop.total_batch_idx + 1, int(trainer.num_training_batches)
+        epochs = (done - 1) // an_epoch
+        in_epoch = done - epochs * an_epoch
+        progress = loops["epoch_loop.batch_progress"]
+        for name, count in (("total", done), ("current", in_epoch)):
+            progress[name].update(ready=count, started=count, processed=count, completed=count - 1)
+        progress["is_last_batch"] = in_epoch == an_epoch
+        for counts in loops["epoch_progress"].values():
+            counts.update(ready=epochs + 1, started=epochs + 1, processed=epochs, completed=epochs)
+        accumulation = trainer.accumulate_grad_batches
+        optimizers = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+        for counts in optimizers.values():
+            counts["current"].update(dict.fromkeys(counts["current"], in_epoch // accumulation))
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] = done // accumulation - 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the task's counters and the state of its penalty monitor."""
@@ -234,7 +249,7 @@ class TaskCallback(StrategyCallback):
 
     def _save(self, trainer: pl.Trainer) -> None:
         try:
-            last = save_mid_task_checkpoint(trainer, self.folder.last.parent, self.step)
+            last = save_mid_task_checkpoint(trainer, self.folder.checkpoints, self.step)
             self.state.last_checkpoint, self.state.step = f"checkpoints/{last.name}", self.step
             self.folder.save(self.state)
             if self.folder.writes:
@@ -242,21 +257,17 @@ class TaskCallback(StrategyCallback):
         except WriteError as error:
             # Steps are lost only if the run ends before the next checkpoint.
             self.unsaved += 1
-            warn_not_saved(
-                f"step {self.step} of task {self.task.index}", error, self.folder.state()
+            warnings.warn(
+                f"step {self.step} of task {self.task.index} is not saved: {error}. The run "
+                f"continues; if it stopped now, it would resume {self.folder.resume_point()}",
+                stacklevel=2,
             )
 
     def _add_errors(self, errors: tuple[str, ...]) -> None:
         known = self.counts.errors
         known += [error for error in errors if error not in known]
-        allowed = self.max_bad_fraction * max(1, self.task.size)
-        if len(known) > allowed:
-            named = "; ".join(known[:5])
-            raise ValueError(
-                f"{len(known)} samples of task '{self.task.name}' cannot be read, more than "
-                f"data.max_bad_fraction={self.max_bad_fraction:g} of {self.task.size} allows: "
-                f"{named}"
-            )
+        samples = f"samples of task '{self.task.name}'"
+        check_bad_fraction(known, samples, self.task.size, self.max_bad_fraction)
 
     def _stop_flop_counter(self, samples: int) -> None:
         if self._counter is not None:
@@ -269,46 +280,30 @@ class TaskCallback(StrategyCallback):
         values = {f"train/{name}": float(term) for name, term in terms.items()}
         values["train/learning_rate"] = float(self._base_rates[0][0]["lr"])
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=self.state.step_offset(self.step))
+            logger.log_metrics(values, step=self.state.steps + self.step)
 
     def _update_seconds(self) -> None:
         now = time.monotonic()
         self.counts.seconds += now - self._clock
         self._clock = now
 
-    def _cost(self, trainer: pl.Trainer, module: ContinualModule) -> TaskCost:
-        counts, world = self.counts, trainer.world_size
-        samples = counts.rows * world
-        new = (
-            min(samples, self.task.size * int(trainer.max_epochs or 1))
-            if module.has_trainable
-            else 0
-        )
-        trainable = (
-            [p for p in module.parameters() if p.requires_grad] if module.has_trainable else []
-        )
+    def _cost(self, trainer: pl.Trainer) -> TaskCost:
+        module, counts = self.module, self.counts
+        samples, learns = counts.rows * trainer.world_size, module.has_trainable
+        new = min(samples, self.task.size * int(trainer.max_epochs or 1)) if learns else 0
+        trainable = [p for p in module.parameters() if learns and p.requires_grad]
         return TaskCost(
             task=self.task.name,
             seconds=round(counts.seconds, 3),
-            steps=counts.steps if module.has_trainable else 0,
+            steps=counts.steps if learns else 0,
             samples_new=new,
-            samples_replayed=samples - new if module.has_trainable else 0,
-            flops=counts.flops_per_sample * samples if module.has_trainable else None,
+            samples_replayed=samples - new if learns else 0,
+            flops=counts.flops_per_sample * samples if learns else None,
             peak_memory_bytes=peak_memory(module.device),
             trainable_parameters=sum(p.numel() for p in trainable),
             parameters_added=sum(p.numel() for p in module.parameters()) - self.parameters_before,
             state_bytes=module.strategy.state_bytes(),
         )
-
-
-def _continual_module(pl_module: pl.LightningModule) -> ContinualModule:
-    if not isinstance(pl_module, ContinualModule):
-        raise TypeError(
-            f"a run needs a ContinualModule and got {type(pl_module).__name__}: use "
-            "StrategyCallback "
-            "with your own LightningModule"
-        )
-    return pl_module
 
 
 def peak_memory(device: torch.device) -> int:
@@ -329,18 +324,17 @@ class ProgressLine:
     """
 
     def __init__(self, title: str, steps: int, is_shown: bool) -> None:
-        self._next_draw = 0.0
-        self._bar: Progress | None = None
-        self._line: TaskID | None = None
-        if is_shown and Console(stderr=True).is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed}/{task.total} {task.fields[loss]}"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
-            self._line = self._bar.add_task(title, total=steps, loss="")
+        self._next_draw, console = 0.0, Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} {task.fields[loss]}"),
+            TimeRemainingColumn(),
+        )
+        bar = Progress(*columns, console=console, auto_refresh=False)
+        self._line = bar.add_task(title, total=steps, loss="")
+        self._bar = bar if is_shown and console.is_terminal else None
+        if self._bar is not None:
             self._bar.start()
 
     def wants(self) -> bool:
@@ -349,7 +343,7 @@ class ProgressLine:
 
     def show(self, step: int, loss: float) -> None:
         """Draw the line."""
-        if self._bar is not None and self._line is not None:
+        if self._bar is not None:
             self._next_draw = time.monotonic() + _REDRAW_SECONDS
             self._bar.update(self._line, completed=step, loss=f"loss {loss:.3f}", refresh=True)
 

@@ -40,13 +40,7 @@ class RowWriter:
         self._error: OSError | None = None
 
     def add(self, rows: Tensor) -> Tensor:
-        """Write rows to the file.
-
-        Args:
-            rows: (R, row_bytes) uint8.
-
-        Returns:
-            (R,) int64, a number for each row, unique over all ranks.
+        """Write rows (R, row_bytes) uint8; return (R,) int64 numbers, unique over all ranks.
 
         Raises:
             WriteError: if the disk is full; on several ranks not here, but by ``finish``, so that
@@ -86,18 +80,12 @@ class RowWriter:
 
 
 def on_all_ranks(do: Callable[[], str], directory: Path, device: torch.device) -> list[str]:
-    """Run a function on every rank; if it fails with an OSError on one, raise on all of them.
+    """Run a function on every rank; return the line that it returns on each, in order of rank.
 
-    Args:
-        do: returns one line.
-        directory: that it writes to, for the message.
-        device: for communication between ranks.
-
-    Returns:
-        the line of each rank, in order of rank.
+    The directory that it writes to is for the message, the device for communication between ranks.
 
     Raises:
-        WriteError: of the first rank that failed.
+        WriteError: on all ranks, of the first one where it failed with an OSError.
     """
     try:
         own = f"done {do()}"
@@ -165,11 +153,7 @@ class MmapStore(nn.Module):
         return list(self._files)
 
     def expect_directory(self) -> Path:
-        """Return the folder of the files.
-
-        Raises:
-            RuntimeError: if none was given.
-        """
+        """Return the folder of the files; raise a RuntimeError if none was given."""
         if self.directory is None:
             raise RuntimeError(
                 "storage is 'disk' and there is no folder: give storage_dir='...', or call "
@@ -178,12 +162,7 @@ class MmapStore(nn.Module):
         return self.directory
 
     def expect_writable(self) -> None:
-        """Check that the folder is writable: make it and write a byte.
-
-        Raises:
-            WriteError: if that cannot be done.
-            RuntimeError: if no folder was given.
-        """
+        """Check that the folder is writable: make it and write a byte, else raise a WriteError."""
         path = self.expect_directory() / f".writable_{rank_and_world()[0]}_{os.getpid()}"
         write_atomic(path, b"?")
         path.unlink(missing_ok=True)
@@ -222,18 +201,14 @@ class MmapStore(nn.Module):
             WriteError: on every rank, if one cannot write, or does not see the file of another.
         """
         self.row_bytes = spool.row_bytes
-        counts = on_all_ranks(lambda: str(spool.finish()), self.expect_directory(), device)
+        directory = self.expect_directory()
+        counts = [int(n) for n in on_all_ranks(lambda: str(spool.finish()), directory, device)]
         is_writer = len(numbers) > 0 and rank_and_world()[0] == 0
-        spools = [int(count) for count in counts]
         names = on_all_ranks(
-            lambda: self._write(group, numbers, spools) if is_writer else "",
-            self.expect_directory(),
-            device,
+            lambda: self._write(group, numbers, counts) if is_writer else "", directory, device
         )
         # Also keeps the other ranks from removing their spools too early.
-        on_all_ranks(
-            lambda: self._expect_here(names[0], len(numbers)), self.expect_directory(), device
-        )
+        on_all_ranks(lambda: self._expect_here(names[0], len(numbers)), directory, device)
         self.mark_unused(group)
         if names[0]:
             self._files[group] = (names[0], len(numbers))
@@ -253,14 +228,7 @@ class MmapStore(nn.Module):
         self._unused = []
 
     def get(self, groups: Tensor, file_rows: Tensor) -> Tensor:
-        """Return rows as bytes.
-
-        Args:
-            groups: (R,) int64, the group whose file holds each row.
-            file_rows: (R,) int64, the index of each row in its file.
-
-        Returns:
-            (R, row_bytes) uint8.
+        """Return rows as bytes (R, row_bytes) uint8, by (R,) group and index in the group's file.
 
         Raises:
             FileNotFoundError: if a file is missing.
@@ -278,11 +246,7 @@ class MmapStore(nn.Module):
         return {"files": files, "unused": list(self._unused), "row_bytes": self.row_bytes}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Load the file names of a checkpoint; a file is opened when its rows are first used.
-
-        Raises:
-            ValueError: if a name is not a row file's.
-        """
+        """Load the file names of a checkpoint; a ValueError if one is not a row file's."""
         names = [*(name for _, name, _ in state["files"]), *state["unused"]]
         wrong = [name for name in names if not _NAME.fullmatch(name)]
         if wrong:
@@ -292,15 +256,12 @@ class MmapStore(nn.Module):
         self.row_bytes = int(state["row_bytes"])
 
     def _write(self, group: int, numbers: Tensor, counts: list[int]) -> str:
-        world = rank_and_world()[1]
-        for stale in (
-            *self.expect_directory().glob(".rows_*.tmp"),
-            *self.expect_directory().glob(".writable_*"),
-        ):
-            stale.unlink(missing_ok=True)  # of a process that was killed
-        for stale in self.expect_directory().glob(".spool_*"):
-            if stale not in [self._spool_path(rank) for rank in range(world)]:
-                stale.unlink(missing_ok=True)  # of a run on more devices
+        directory, world = self.expect_directory(), rank_and_world()[1]
+        of_killed = [*directory.glob(".rows_*.tmp"), *directory.glob(".writable_*")]
+        own = [self._spool_path(rank) for rank in range(world)]
+        of_more_devices = [path for path in directory.glob(".spool_*") if path not in own]
+        for stale in (*of_killed, *of_more_devices):
+            stale.unlink(missing_ok=True)
         spools = [self._mapped_spool(rank, count) for rank, count in enumerate(counts)]
         digest = hashlib.sha256()
         for chunk in self._chunks(spools, numbers):
@@ -311,7 +272,7 @@ class MmapStore(nn.Module):
             with path.open("wb") as file:
                 file.writelines(self._chunks(spools, numbers))
 
-        write_atomic(self.expect_directory() / name, write)
+        write_atomic(directory / name, write)
         return name
 
     def _mapped_spool(self, rank: int, count: int) -> Tensor:
@@ -367,9 +328,9 @@ class MmapStore(nn.Module):
 
 
 def _map_rows(path: Path, rows: int, row_bytes: int) -> Tensor:
-    if rows * row_bytes == 0:
-        return torch.empty(0, row_bytes, dtype=torch.uint8)
     size = rows * row_bytes
+    if size == 0:
+        return torch.empty(0, row_bytes, dtype=torch.uint8)
     whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     return whole.view(rows, row_bytes)
 
@@ -386,16 +347,8 @@ def fill_disk_buffer(
     """Fill a buffer from one exact pass as ``fill_buffer`` does, with large columns in a new file.
 
     The buffer gets ``file`` and ``file_row`` instead, for ``MmapStore.get``. A file that no row
-    needs is marked unused. If anything fails, the buffer is as before.
-
-    Args:
-        files: that store the large columns.
-        buffer: the buffer to fill.
-        batches: this rank's stride of the data, each sample once.
-        task: index of the task.
-        columns: returns all columns of a batch, of which the large ones always have the same shape.
-        large: names of the columns that go to the file.
-        device: for communication between ranks.
+    needs is marked unused. If anything fails, the buffer is as before. Arguments are those of
+    ``fill_buffer``, and ``large``: names of columns for the file, whose shapes never change.
 
     Raises:
         WriteError: if they cannot be written.
@@ -408,7 +361,8 @@ def fill_disk_buffer(
 
             def located(batch: Batch) -> dict[str, Tensor]:
                 made = columns(batch)
-                numbers = spool.add(_as_bytes([made[name] for name in made if name in large]))
+                packed = [made[name].contiguous().flatten(1) for name in made if name in large]
+                numbers = spool.add(torch.cat([one.view(torch.uint8) for one in packed], 1))
                 plain = {name: column for name, column in made.items() if name not in large}
                 return {**plain, "file": torch.full_like(numbers, group), "file_row": numbers}
 
@@ -424,8 +378,3 @@ def fill_disk_buffer(
     for group in files.groups:
         if not bool((held["file"] == group).any()):
             files.mark_unused(group)
-
-
-def _as_bytes(columns: Iterable[Tensor]) -> Tensor:
-    """Return rows as bytes (R, row_bytes) uint8, columns concatenated."""
-    return torch.cat([column.contiguous().flatten(1).view(torch.uint8) for column in columns], 1)

@@ -51,12 +51,8 @@ def global_sample_ids(is_new: Tensor, seen: int) -> tuple[Tensor, int]:
 def pass_sample_ids(batch: Batch, seen: int) -> Tensor:
     """Return the sample ids of a batch of an exact pass, else positions in the pass.
 
-    Args:
-        batch: samples of this rank.
-        seen: samples of this rank's pass before it.
-
-    Returns:
-        (B,) int64 on the CPU, unique inside the task and over ranks.
+    (B,) int64 on the CPU, unique inside the task and over ranks; ``seen`` counts this rank's
+    samples before the batch.
     """
     if batch.sample_ids is not None:
         return batch.sample_ids.cpu()
@@ -78,11 +74,9 @@ def collect_metadata(batches: Iterable[Batch], device: torch.device) -> Tensor:
     collected = [torch.zeros(0, 3, dtype=torch.int64)]
     seen = 0
     for batch in batches:
-        numbers = pass_sample_ids(batch, seen)
+        columns = (pass_sample_ids(batch, seen), class_ids(batch), sample_bytes(batch))
         seen += len(batch)
-        collected.append(
-            torch.stack([numbers, class_ids(batch).cpu(), sample_bytes(batch).cpu()], 1)
-        )
+        collected.append(torch.stack([column.cpu() for column in columns], 1))
     everyone = all_gather_samples(torch.cat(collected).to(device)).cpu()
     return everyone[everyone[:, 0].argsort(stable=True)]
 
@@ -99,6 +93,34 @@ def sample_bytes(batch: Batch) -> Tensor:
     return batch.labels.new_full((len(batch),), -1) if batch.num_bytes is None else batch.num_bytes
 
 
+TOKEN_PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
+"""Columns of ``batch_columns`` that grow with the longest text, and their padding."""
+
+
+def batch_columns(batch: Batch, *fields: str) -> dict[str, Tensor]:
+    """Return labels, task ids, the named fields and the tokens with their mask as columns."""
+    names = ("labels", "task_ids", *fields, "input_ids", "attention_mask")
+    columns = {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}
+    if "input_ids" in columns and "attention_mask" not in columns:
+        columns["attention_mask"] = torch.ones_like(columns["input_ids"], dtype=torch.bool)
+    return columns
+
+
+def replayed_batch(columns: Mapping[str, Tensor], like: Batch | None = None) -> Batch:
+    """Return the inverse of ``batch_columns``, marked as replayed; with keys if ``like`` has."""
+    count = len(columns["labels"])
+    return Batch(
+        labels=columns["labels"],
+        task_ids=columns["task_ids"],
+        images=columns.get("images"),
+        features=columns.get("features"),
+        input_ids=columns.get("input_ids"),
+        attention_mask=columns.get("attention_mask"),
+        is_replay=torch.ones(count, dtype=torch.bool),
+        keys=("",) * count if like is not None and like.keys else (),
+    )
+
+
 def fill_buffer(
     buffer: TensorBuffer,
     batches: Iterable[Batch],
@@ -112,7 +134,7 @@ def fill_buffer(
     are then gathered. Ranks may have different numbers of batches.
 
     Args:
-        buffer: the buffer to fill.
+        buffer: changed in place.
         batches: this rank's stride of the data, each sample once.
         task: index of the task, the group of its samples.
         columns: returns the buffer's columns of a batch, whose ``sample_ids`` are always given.
@@ -121,8 +143,7 @@ def fill_buffer(
     Raises:
         ValueError: if some rank had no samples.
     """
-    own = buffer.empty_copy()
-    seen, last = 0, None
+    own, seen, last = buffer.empty_copy(), 0, None
     for batch in batches:
         numbers = pass_sample_ids(batch, seen)
         seen, last = seen + len(batch), batch
@@ -147,8 +168,18 @@ def fill_buffer(
             held = {name: column[:0] for name, column in columns(named).items()}
         is_low = priorities <= _largest_wanted(priorities, buffer.capacity, device)
         held = {name: column[is_low] for name, column in held.items()}
-        held, priorities = _gathered(held, priorities[is_low], buffer.padded_columns, device)
+        held = _gathered(held, buffer.padded_columns, device)
+        priorities = all_gather_samples(priorities[is_low].to(device)).cpu()
     buffer.insert_with_priority(held, priorities, task)
+
+
+def gather_buffer(buffer: TensorBuffer, device: torch.device) -> dict[str, Tensor]:
+    """Return the rows of smallest hash of all ranks' buffers on a device; no rank has none."""
+    order = all_gather_samples(buffer.priorities.to(device)).argsort(stable=True)
+    return {
+        name: all_gather_samples(column.to(device))[order[: buffer.capacity]]
+        for name, column in buffer.columns.items()
+    }
 
 
 def _largest_wanted(priorities: Tensor, capacity: int, device: torch.device) -> int:
@@ -160,12 +191,9 @@ def _largest_wanted(priorities: Tensor, capacity: int, device: torch.device) -> 
 
 
 def _gathered(
-    columns: Mapping[str, Tensor],
-    priorities: Tensor,
-    padded_columns: Mapping[str, int],
-    device: torch.device,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the samples selected on all ranks, with their priorities, on the CPU."""
+    columns: Mapping[str, Tensor], padded_columns: Mapping[str, int], device: torch.device
+) -> dict[str, Tensor]:
+    """Return the samples selected on all ranks, on the CPU."""
     everyone = {}
     for name in sorted(columns):
         column = columns[name].to(device)
@@ -173,4 +201,4 @@ def _gathered(
             dims = all_gather_samples(torch.tensor([last_dim(column)], device=device))
             column = padded(column, int(dims.max()), padded_columns[name])
         everyone[name] = all_gather_samples(column).cpu()
-    return everyone, all_gather_samples(priorities.to(device)).cpu()
+    return everyone

@@ -102,11 +102,7 @@ class ReplayIndex(nn.Module):
         return True
 
     def remaining_capacity(self, sizes: Tensor) -> int:
-        """Return the capacity for some samples: how many of them could be held at most.
-
-        Args:
-            sizes: (R,) int64 bytes of each; used only if bytes are bounded.
-        """
+        """Return the capacity for some samples of (R,) bytes: how many could be held at most."""
         most = min(len(sizes), self.capacity or len(sizes))
         if self.capacity_bytes:
             fitting = sizes.cpu().sort().values.cumsum(0) <= self.capacity_bytes
@@ -124,10 +120,9 @@ class ReplayIndex(nn.Module):
                 "selection is 'class_balanced' or bytes are bounded: offer samples with classes "
                 "and sizes"
             )
-        bound = self._largest() if not self.by_task else _NO_BOUND
-        self.add(
-            task, smallest_priorities_in_range(size, self.capacity, self.seed, task, bound=bound)
-        )
+        bound = _NO_BOUND if self.by_task else self._largest()
+        ids = smallest_priorities_in_range(size, self.capacity, self.seed, task, bound=bound)
+        self.add(task, ids)
 
     def add(
         self,
@@ -169,9 +164,9 @@ class ReplayIndex(nn.Module):
             priorities = hash_priorities(self.seed, task, samples[chunk])
             if positions is not None:
                 priorities = _with_position(priorities, positions[chunk].cpu())
-            ids = {"task_ids": torch.full_like(priorities, task), "sample_ids": samples[chunk]}
-            rest = {"labels": labels[chunk], "num_bytes": sizes[chunk], "priority": priorities}
-            self._admit({**ids, **rest})
+            tasks = torch.full_like(priorities, task)
+            columns = (tasks, samples[chunk], labels[chunk], sizes[chunk], priorities)
+            self._admit(dict(zip(_COLUMNS, columns, strict=True)))
 
     def _expect_sizes(self, sizes: Tensor) -> None:
         if not self.capacity_bytes or not len(sizes):
@@ -217,18 +212,13 @@ class ReplayIndex(nn.Module):
             groups = torch.where(columns["labels"] >= 0, columns["labels"], -1 - tasks)
             if self.by_task:
                 groups = groups + (tasks << 32)
-        capacity = self.capacity or len(priorities)
-        if not self.by_task:
-            order = smallest_priorities(
-                priorities, len(priorities) if self.capacity_bytes else capacity, groups
-            )
-        else:
+        count = len(priorities)
+        order = smallest_priorities(priorities, count, groups)
+        if self.by_task:
             turns = torch.empty_like(priorities)
-            turns[smallest_priorities(priorities, len(priorities), groups)] = torch.arange(
-                len(priorities)
-            )
-            order = smallest_priorities(turns, len(priorities), tasks)
-        order = order[:capacity]
+            turns[order] = torch.arange(count)
+            order = smallest_priorities(turns, count, tasks)
+        order = order[: self.capacity or count]
         if self.capacity_bytes:
             fits = columns["num_bytes"][order].cumsum(0) <= self.capacity_bytes
             if self.selection == "reservoir" and not self.by_task and not bool(fits.all()):

@@ -1,4 +1,4 @@
-"""Selection of samples to keep: pure functions that return indices.
+"""Selection of samples to keep: scores, orders and choices, as pure functions.
 
 Herding and k-center are greedy and exact; they accumulate in float64, so that every rank, given
 the same features, makes the same selection.
@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mmcl.core.model import expect_shape
 from mmcl.core.seeding import generator, hash_priorities
@@ -19,12 +20,12 @@ _HASH_CHUNK = 1 << 20
 
 
 def smallest_priorities(priorities: Tensor, capacity: int, groups: Tensor | None = None) -> Tensor:
-    """Select the entries of smallest priority number, overall or evenly over groups.
+    """Select at most ``capacity`` entries of smallest priority, overall or evenly over groups.
 
     Selection from (kept + new) equals selection from everything ever seen, with and without groups.
 
     Args:
-        priorities: (R,) int64 priorities, one pseudo-random number per entry.
+        priorities: (R,) int64, one pseudo-random number per entry.
         capacity: entries to select at most.
         groups: (R,) int64, for example classes. Every group gets the same number, a small group
             leaves its remainder to the others, and single entries over go to the smallest numbers.
@@ -53,8 +54,7 @@ def smallest_priorities_in_range(
 ) -> Tensor:
     """Select among the items 0 to size - 1 those of smallest hash, without a list of them all.
 
-    The range is hashed in chunks, of which only hashes below the largest one kept so far are
-    compared; at most twice the capacity is held, and a chunk.
+    The range is hashed in chunks; at most twice the capacity is held, and a chunk.
 
     Args:
         size: number of items.
@@ -81,44 +81,6 @@ def smallest_priorities_in_range(
     return items.sort().values
 
 
-def reservoir(items: Tensor, capacity: int, seed: int) -> Tensor:
-    """Select a uniform sample without replacement.
-
-    Args:
-        items: (R,) int64 ids of the items; the selection depends on them, not on their order.
-        capacity: items to select at most.
-        seed: of the selection.
-
-    Returns:
-        (min(R, capacity),) int64 indices into ``items``.
-
-    Raises:
-        ValueError: if ``capacity`` is below 1.
-    """
-    _expect_capacity(capacity)
-    return smallest_priorities(hash_priorities(seed, 0, items.cpu()), capacity)
-
-
-def class_balanced(labels: Tensor, capacity: int, seed: int) -> Tensor:
-    """Select equally many samples of every class, uniformly inside a class.
-
-    Args:
-        labels: (R,) int64 class of each sample.
-        capacity: samples to select at most; the remainder of a small class goes to the others.
-        seed: of the selection.
-
-    Returns:
-        (min(R, capacity),) int64 indices.
-
-    Raises:
-        ValueError: if ``capacity`` is below 1.
-    """
-    _expect_capacity(capacity)
-    return smallest_priorities(
-        hash_priorities(seed, 0, torch.arange(len(labels))), capacity, labels.cpu()
-    )
-
-
 def herding(features: Tensor, capacity: int) -> Tensor:
     """Select exemplars by herding: their running mean stays closest to the mean of all samples.
 
@@ -127,7 +89,7 @@ def herding(features: Tensor, capacity: int) -> Tensor:
 
     Args:
         features: (R, D) of one class.
-        capacity: samples to select at most.
+        capacity: samples to select at most, 1 or more.
 
     Returns:
         (min(R, capacity),) int64 indices, most important first: every prefix is the herding of a
@@ -136,8 +98,7 @@ def herding(features: Tensor, capacity: int) -> Tensor:
     Raises:
         ValueError: if ``features`` is not (R, D) or ``capacity`` is below 1.
     """
-    expect_shape("features", features, None, None)
-    _expect_capacity(capacity)
+    _expect_features(features, capacity)
     unit = torch.nn.functional.normalize(features.detach().double(), dim=1)
     mean = unit.mean(0) if len(unit) else unit.sum(0)
     # |count * mean - total - unit|^2, the part that differs between candidates: no (R, D) is made.
@@ -169,8 +130,7 @@ def k_center_greedy(features: Tensor, capacity: int, seed: int) -> Tensor:
     Raises:
         ValueError: if ``features`` is not (R, D) or ``capacity`` is below 1.
     """
-    expect_shape("features", features, None, None)
-    _expect_capacity(capacity)
+    _expect_features(features, capacity)
     if not len(features):
         return torch.zeros(0, dtype=torch.int64)
     points = features.detach().double()
@@ -189,7 +149,8 @@ def k_center_greedy(features: Tensor, capacity: int, seed: int) -> Tensor:
     return torch.tensor(chosen, dtype=torch.int64)
 
 
-def _expect_capacity(capacity: int) -> None:
+def _expect_features(features: Tensor, capacity: int) -> None:
+    expect_shape("features", features, None, None)
     if capacity < 1:
         raise ValueError(f"capacity is {capacity}, expected at least 1")
 
@@ -228,9 +189,6 @@ def van_der_corput_order(count: int) -> Tensor:
     """Return 0 to count - 1 in van der Corput order, in which every prefix is evenly spread.
 
     Numbers by reversed bits, van der Corput 1935: 0, 1/2, 1/4, 3/4, 1/8 ... of the next power of 2.
-
-    Args:
-        count: numbers to order.
     """
     bits = max(0, count - 1).bit_length()
     numbers = torch.arange(1 << bits)
@@ -270,7 +228,7 @@ def order_by_information(information: Tensor, instructions: Tensor) -> Tensor:
     2024, arXiv:2403.11435, draws as many of each, and one at least.
 
     Args:
-        information: (R,) of each sample's instruction, above or equal 0.
+        information: (R,) of each sample's instruction, 0 or more.
         instructions: (R,) int64, which instruction each sample has.
 
     Returns:
@@ -339,3 +297,66 @@ def repeat_to_counts(tasks: Tensor, counts: Mapping[int, int]) -> Tensor:
         if len(own):
             listed.append(own[torch.arange(count) % len(own)])
     return torch.cat(listed).sort().values
+
+
+def sample_losses(
+    logits: Tensor, targets: Tensor, sample_index: Tensor | None = None, count: int = 0
+) -> Tensor:
+    """Return the cross-entropy loss of each sample.
+
+    Args:
+        logits: (B, C) class scores, or (S, V) token scores.
+        targets: (B,) int64 target classes, or (S,) int64 target tokens.
+        sample_index: (S,) int64 index of each token's sample; None for class scores.
+        count: B, number of samples; only read with ``sample_index``.
+
+    Returns:
+        (B,) float64; with ``sample_index``, each sample's mean over tokens, nan without tokens.
+    """
+    logits = logits.detach().float()
+    losses = functional.cross_entropy(logits, targets, reduction="none").double()
+    return losses if sample_index is None else _means(losses, sample_index, count)
+
+
+def sample_entropies(logits: Tensor, sample_index: Tensor | None = None, count: int = 0) -> Tensor:
+    """Return the entropy of the predicted distribution of each sample, in nats.
+
+    Args:
+        logits: (B, C) class scores, -inf for masked classes; or (S, V) token scores.
+        sample_index: (S,) int64 index of each token's sample; None for class scores.
+        count: B, number of samples; only read with ``sample_index``.
+
+    Returns:
+        (B,) float64; with ``sample_index``, each sample's mean over tokens, nan without tokens.
+    """
+    known = functional.log_softmax(logits.detach().float(), dim=-1)
+    parts = torch.where(torch.isfinite(known), -known.exp() * known, 0.0)
+    entropies = parts.double().sum(-1)
+    return entropies if sample_index is None else _means(entropies, sample_index, count)
+
+
+def tag_information(tags: Tensor) -> Tensor:
+    """Return the tag information of each instruction: high for rare tags, low for common ones.
+
+    InsInfo of InsCL, Wang et al. 2024, arXiv:2403.11435: the sum over an instruction's tags of
+    log(N / f), where f of N instructions have the tag.
+
+    Args:
+        tags: (N, K) int64 tags of each instruction, without repeats; -1 = no tag.
+
+    Returns:
+        (N,) float64, 0 or more.
+    """
+    is_tag = tags >= 0
+    if not bool(is_tag.any()):
+        return torch.zeros(len(tags), dtype=torch.float64)
+    _, index, counts = torch.unique(tags[is_tag], return_inverse=True, return_counts=True)
+    information = torch.zeros(tags.shape, dtype=torch.float64)
+    information[is_tag] = (len(tags) / counts.double()).log()[index]
+    return information.sum(1)
+
+
+def _means(values: Tensor, sample_index: Tensor, count: int) -> Tensor:
+    """Return the mean of each sample's values, (count,); nan for a sample without values."""
+    sums = values.new_zeros(count).index_add(0, sample_index, values)
+    return sums / torch.bincount(sample_index, minlength=count)

@@ -63,7 +63,7 @@ class Snapshot(nn.Module):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was taken yet, or everything was cleared."""
+        """Whether nothing was taken yet."""
         return not self._tensors
 
     def __len__(self) -> int:
@@ -73,10 +73,6 @@ class Snapshot(nn.Module):
     def __bool__(self) -> bool:
         """Return True: an empty snapshot is still a module; use ``is_empty``."""
         return True
-
-    def clear(self) -> None:
-        """Remove all tensors."""
-        self._tensors = {}
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the tensors."""

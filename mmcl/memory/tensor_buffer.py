@@ -13,24 +13,10 @@ from mmcl.core.seeding import hash_priorities
 from mmcl.memory.selection import smallest_priorities
 
 
-def expect_columns(
-    columns: Mapping[str, Tensor],
-    table: Mapping[str, Tensor],
-    *,
-    rows: int,
-    padded_columns: Collection[str],
+def _expect_columns(
+    columns: Mapping[str, Tensor], table: Mapping[str, Tensor], rows: int, padded: Collection[str]
 ) -> None:
-    """Check that new rows fit the columns of a buffer.
-
-    Args:
-        columns: name -> (R, ...) new rows.
-        table: name -> rows held; empty before the first.
-        rows: R.
-        padded_columns: columns whose last dimension may differ.
-
-    Raises:
-        ValueError: naming the column that does not fit.
-    """
+    """Check that new rows fit the columns of a buffer, whose table is empty before the first."""
     if table and set(columns) != set(table):
         raise ValueError(
             f"columns are {sorted(columns)} and the table has {sorted(table)}: "
@@ -42,7 +28,7 @@ def expect_columns(
                 f"column '{name}' has {len(column)} rows for {rows} sample_ids: give one of each"
             )
         held = table.get(name, column)
-        cut = -1 if name in padded_columns else None
+        cut = -1 if name in padded else None
         is_alike = held.shape[1:][:cut] == column.shape[1:][:cut] and held.dim() == column.dim()
         if not is_alike or held.dtype != column.dtype:
             raise ValueError(
@@ -52,10 +38,8 @@ def expect_columns(
             )
 
 
-def widened(
-    table: Mapping[str, Tensor],
-    columns: Mapping[str, Tensor],
-    padded_columns: Mapping[str, int],
+def _widened(
+    table: Mapping[str, Tensor], columns: Mapping[str, Tensor], padded_columns: Mapping[str, int]
 ) -> dict[str, Tensor]:
     """Return the columns padded to the largest row, on the CPU; empty before the first row."""
     result = {}
@@ -67,11 +51,6 @@ def widened(
             held = padded(held, last_dim(column), padded_columns[name])
         result[name] = held
     return result
-
-
-def column_bytes(column: Tensor) -> int:
-    """Return the bytes of one row of a column."""
-    return prod(column.shape[1:]) * column.element_size()
 
 
 def last_dim(column: Tensor) -> int:
@@ -87,33 +66,14 @@ def padded(column: Tensor, dim: int, fill: int = 0) -> Tensor:
     return torch.nn.functional.pad(column, (0, missing), value=fill)
 
 
-def resized(column: Tensor, size: int) -> Tensor:
-    """Return a column resized to ``size`` rows, the first ones unchanged."""
+def _resized(column: Tensor, size: int) -> Tensor:
+    """Return a column resized to ``size`` rows, the first ones unchanged; itself if it has them."""
     if len(column) == size:
         return column
     other = column.new_zeros((size, *column.shape[1:]))
     count = min(size, len(column))
     other[:count] = column[:count]
     return other
-
-
-def moved_over(
-    values: Tensor, total: int, targets: Tensor, moved: Tensor, fills: Tensor, new: Tensor
-) -> Tensor:
-    """Return ``total`` values: old ones, of which some are moved, and new ones.
-
-    Args:
-        values: (R,) old values.
-        total: number of values after it.
-        targets: indices that take the old values at ``moved``.
-        moved: indices of old values beyond ``total``.
-        fills: indices of the new values.
-        new: (len(fills),) new values.
-    """
-    result = resized(values, total).clone()
-    result[targets] = values[moved]
-    result[fills] = new
-    return result
 
 
 _HASH_AND_GROUP_BYTES = 16
@@ -162,11 +122,9 @@ class TensorBuffer(nn.Module):
         self.capacity_bytes = capacity_bytes
         self.seed = seed
         self.balanced = balanced
-        self.padded_columns = (
-            dict(padded_columns)
-            if isinstance(padded_columns, Mapping)
-            else dict.fromkeys(padded_columns, 0)
-        )
+        if not isinstance(padded_columns, Mapping):
+            padded_columns = dict.fromkeys(padded_columns, 0)
+        self.padded_columns = dict(padded_columns)
         self.fingerprint = ""
         self._table: dict[str, Tensor] = {}
         self._priorities = torch.zeros(0, dtype=torch.int64)
@@ -185,12 +143,8 @@ class TensorBuffer(nn.Module):
         """Bytes of one row, hash and group included; 0 before the first insert."""
         if not self._table:
             return 0
-        return _HASH_AND_GROUP_BYTES + sum(column_bytes(column) for column in self._table.values())
-
-    @property
-    def bytes_held(self) -> int:
-        """Bytes of all rows held."""
-        return len(self) * self.row_bytes
+        sizes = [prod(c.shape[1:]) * c.element_size() for c in self._table.values()]
+        return _HASH_AND_GROUP_BYTES + sum(sizes)
 
     @property
     def columns(self) -> dict[str, Tensor]:
@@ -198,10 +152,7 @@ class TensorBuffer(nn.Module):
         return self.get(torch.arange(len(self)))
 
     def bind_encoder(self, fingerprint: str) -> None:
-        """Bind the buffer to the encoder of its rows; rows of another are refused.
-
-        Args:
-            fingerprint: of the encoder's frozen weights and preprocessing; "" = unknown.
+        """Bind the buffer to the encoder of its rows, by its fingerprint; "" = unknown.
 
         Raises:
             ValueError: if rows of another encoder are held.
@@ -213,12 +164,7 @@ class TensorBuffer(nn.Module):
     def would_keep(self, sample_ids: Tensor, group: int = 0) -> Tensor:
         """Return which rows would be kept after inserting them, before they are computed.
 
-        Args:
-            sample_ids: (R,) int64 ids, unique inside the group.
-            group: of all of them.
-
-        Returns:
-            (R,) bool on the CPU.
+        (R,) bool on the CPU, for (R,) int64 ids that are unique inside the group.
         """
         own = hash_priorities(self.seed, group, sample_ids.cpu())
         return self._survivors(own, group)[len(self) :]
@@ -235,9 +181,8 @@ class TensorBuffer(nn.Module):
             ValueError: if names, row shapes, dtypes or lengths differ from those of the
                 buffer, or if one row alone is larger than ``capacity_bytes``.
         """
-        self.insert_with_priority(
-            columns, hash_priorities(self.seed, group, sample_ids.cpu()), group
-        )
+        hashes = hash_priorities(self.seed, group, sample_ids.cpu())
+        self.insert_with_priority(columns, hashes, group)
 
     def insert_with_priority(
         self, columns: Mapping[str, Tensor], priorities: Tensor, group: int = 0
@@ -246,10 +191,8 @@ class TensorBuffer(nn.Module):
         columns = {name: column.detach() for name, column in columns.items()}
         if len(priorities) == 0:
             return
-        expect_columns(
-            columns, self._table, rows=len(priorities), padded_columns=self.padded_columns
-        )
-        self._table = widened(self._table, columns, self.padded_columns)
+        _expect_columns(columns, self._table, len(priorities), self.padded_columns)
+        self._table = _widened(self._table, columns, self.padded_columns)
         if self.capacity_bytes and self.row_bytes > self.capacity_bytes:
             raise ValueError(
                 f"one row takes {self.row_bytes} bytes and capacity_bytes is "
@@ -262,14 +205,9 @@ class TensorBuffer(nn.Module):
         self._write(columns, priorities, group, kept, new)
 
     def sample_indices(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw indices of rows, each floor(count / R) or one more times.
+        """Draw (count,) int64 indices of rows, each floor(count / R) or one more times.
 
-        Args:
-            count: indices to draw; up to R of them are all different.
-            generator: of the draw.
-
-        Returns:
-            (count,) int64, empty from an empty buffer.
+        Up to R indices are all different; from an empty buffer there are none.
         """
         if not len(self):
             return torch.zeros(0, dtype=torch.int64)
@@ -282,17 +220,8 @@ class TensorBuffer(nn.Module):
         index = torch.argsort(self._priorities, stable=True)[indices]
         return {name: column[index] for name, column in self._table.items()}
 
-    def sample(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return ``count`` rows drawn by ``sample_indices``."""
-        return self.get(self.sample_indices(count, generator))
-
     def set_column(self, name: str, values: Tensor) -> None:
-        """Overwrite one column of all rows.
-
-        Args:
-            name: of the column.
-            values: (R, ...) in the order of ``columns``.
-        """
+        """Overwrite one column of all rows by values (R, ...) in the order of ``columns``."""
         index = torch.argsort(self._priorities, stable=True)
         self._table[name][index] = values.to(self._table[name].dtype).cpu()
 
@@ -331,10 +260,8 @@ class TensorBuffer(nn.Module):
             _expect_fingerprint(held=state["fingerprint"], wanted=self.fingerprint)
         self.fingerprint = self.fingerprint or state["fingerprint"]
         self._table = {name: column.cpu().clone() for name, column in state["columns"].items()}
-        self._priorities, self._groups = (
-            state["priorities"].cpu().clone(),
-            state["groups"].cpu().clone(),
-        )
+        self._priorities = state["priorities"].cpu().clone()
+        self._groups = state["groups"].cpu().clone()
 
     def _survivors(self, priorities: Tensor, group: int) -> Tensor:
         """Return which of (held rows, then new rows) are kept: (R + new,) bool."""
@@ -373,19 +300,18 @@ class TensorBuffer(nn.Module):
         targets, fills = holes[: len(moved)], holes[len(moved) :]
         size = self._allocated(total)
         for name, column in columns.items():
-            table = resized(self._table[name], max(size, len(self._table[name])))
+            table = _resized(self._table[name], max(size, len(self._table[name])))
             table[targets] = table[moved]
-            table = resized(table, size)
+            table = _resized(table, size)
             rows = column[new.to(column.device)].cpu()
             if name in self.padded_columns:
                 rows = padded(rows, last_dim(table), self.padded_columns[name])
             table[fills] = rows
             self._table[name] = table
-        self._priorities = moved_over(
-            self._priorities, total, targets, moved, fills, priorities[new]
-        )
-        groups = torch.full_like(new, group)
-        self._groups = moved_over(self._groups, total, targets, moved, fills, groups)
+        hashes, groups = _resized(self._priorities, total), _resized(self._groups, total)
+        hashes[targets], groups[targets] = self._priorities[moved], self._groups[moved]
+        hashes[fills], groups[fills] = priorities[new], group
+        self._priorities, self._groups = hashes, groups
 
     def _allocated(self, total: int) -> int:
         """Return the number of rows to allocate: doubled as needed, never above the limit."""

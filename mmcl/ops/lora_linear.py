@@ -61,19 +61,8 @@ def expert_linear(
     """Return the gated mixture of LoRA experts, ``x W^T + b + scale * sum_i g_i (x A_i^T) B_i^T``.
 
     All experts are one product with A and one with B; the gates scale the low-rank features in
-    between.
-
-    Args:
-        x: (B, L, d_in), or any (..., d_in).
-        weight: (d_out, d_in), or None for the adapters alone.
-        bias: (d_out,) or None.
-        A: (E * r, d_in), expert after expert.
-        B: (d_out, E * r), in the same order.
-        gates: (B, E), the weight of each expert for a sample, or (B, L, E), for a token.
-        scale: alpha / r.
-
-    Returns:
-        (..., d_out).
+    between. As ``low_rank_linear``, but A is (E * r, d_in) and B (d_out, E * r), expert after
+    expert; ``gates`` are (B, E), the weight of each expert for a sample, or (B, L, E), for a token.
 
     Raises:
         ValueError: if the gates do not fit the samples of ``x`` or the number of experts.
@@ -105,19 +94,7 @@ def routed_linear(
 
     ``x W^T + b + scale * sum_i w_i (x A_i^T) B_i^T``; MoELoRA as in CoIN, Chen et al. 2024,
     arXiv:2403.08350: every token uses all experts. Router and experts share one low-rank product;
-    the softmax is computed in float32 or wider.
-
-    Args:
-        x: (..., d_in).
-        weight: (d_out, d_in), or None for the adapters alone.
-        bias: (d_out,) or None.
-        A: (E * r, d_in), expert after expert.
-        B: (d_out, E * r), in the same order.
-        G: (E, d_in), the router.
-        scale: alpha / r.
-
-    Returns:
-        (..., d_out).
+    the softmax is computed in float32 or wider. As ``expert_linear``, with the router G (E, d_in).
     """
     return _apply(_Routed, x, weight, bias, A, B, G, scale)
 
@@ -184,9 +161,8 @@ class _LowRank(torch.autograd.Function):
         grad_x = grad_A = grad_B = None
         if ctx.needs_input_grad[0]:
             grad_low = (grad_out @ _concat(past_B, B, 1).to(flat.dtype)) * ctx.scale
-            grad_x = _back(
-                grad_out, weight, grad_low, _concat(past_A, A, 0).to(flat.dtype), ctx.shape
-            )
+            down = _concat(past_A, A, 0).to(flat.dtype)
+            grad_x = _back(grad_out, weight, grad_low, down, ctx.shape)
             grad_low = grad_low[:, past:]
         elif ctx.needs_input_grad[3]:
             grad_low = (grad_out @ B.to(flat.dtype)) * ctx.scale
@@ -271,9 +247,8 @@ class _Routed(torch.autograd.Function):
         by_expert = by_expert.to(torch.promote_types(low.dtype, torch.float32)) * ctx.scale
         wide = gates.to(by_expert.dtype)
         grad_logits = wide * (by_expert - (wide * by_expert).sum(1, keepdim=True))
-        grad_low = torch.cat(
-            [_weighted(grad_hidden, gates * ctx.scale), grad_logits.to(flat.dtype)], 1
-        )
+        grad_experts = _weighted(grad_hidden, gates * ctx.scale)
+        grad_low = torch.cat([grad_experts, grad_logits.to(flat.dtype)], 1)
         if ctx.needs_input_grad[0]:
             down = torch.cat([A, G.to(A.dtype)]).to(flat.dtype)
             grad_x = _back(grad_out, weight, grad_low, down, ctx.shape)

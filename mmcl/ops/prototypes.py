@@ -30,12 +30,7 @@ def class_sums(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, 
 
 
 def cosine_scores(features: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
-    """Return the cosine similarity of features and class prototypes.
-
-    Args:
-        features: (B, D).
-        sums: (C, D) float64 summed unit features; their direction is that of the mean.
-        counts: (C,) int64 number of samples in each sum.
+    """Return the cosine similarity of features (B, D) and class prototypes of ``class_sums``.
 
     Returns:
         (B, C) float64 cosines in [-1, 1], -inf for a class without samples.
@@ -60,16 +55,9 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
 
 
 def random_projection(features: Tensor, projection: Tensor) -> Tensor:
-    """Return the random projection of unit-length features, followed by ReLU.
+    """Return the random projection (D, M) of features (B, D) of length 1, followed by ReLU.
 
     RanPAC, McDonnell et al. 2023, arXiv:2307.02251; their L is D, their M is M.
-
-    Args:
-        features: (B, D); each vector is scaled to length 1 first.
-        projection: (D, M) float64, random and never trained.
-
-    Returns:
-        (B, M) float64, at least 0.
     """
     return functional.relu(functional.normalize(features.double(), dim=1) @ projection)
 
@@ -91,15 +79,10 @@ def solve_ridge(gram: Tensor, cross: Tensor, ridge: float) -> Tensor | None:
 
 
 def squared_error(weights: Tensor, gram: Tensor, cross: Tensor, targets: float) -> float:
-    """Return the summed squared error of ridge weights, from sums over the samples.
+    """Return the summed squared error of ridge weights (M, C), from sums as in ``solve_ridge``.
 
-    sum ||h W - y||^2 = tr(W^T G W) - 2 tr(W^T Q) + sum ||y||^2.
-
-    Args:
-        weights: (M, C) float64.
-        gram: (M, M) sum of h h^T over the samples.
-        cross: (M, C) sum of h y^T.
-        targets: sum of ||y||^2; for one-hot targets the number of samples.
+    sum ||h W - y||^2 = tr(W^T G W) - 2 tr(W^T Q) + sum ||y||^2, the last of which is ``targets``;
+    for one-hot targets the number of samples.
     """
     fit = (weights * (gram @ weights - 2 * cross)).sum()
     return float(fit) + targets

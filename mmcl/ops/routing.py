@@ -1,4 +1,4 @@
-"""Routing: similarity of samples to tasks, and gates of experts.
+"""Routing: similarity of samples to tasks and to the keys of a prompt pool, and gates of experts.
 
 Every function but ``k_means`` treats samples one by one, so a prediction does not depend on the
 other samples of its batch.
@@ -47,41 +47,22 @@ def cosine_similarity(
 
 
 def soft_gates(scores: Tensor, is_known: Tensor, temperature: float) -> Tensor:
-    """Return soft gates: a softmax over the known tasks.
+    """Return soft gates (B, T): a softmax of (B, T) scores over the known tasks, 0 for others.
 
-    Args:
-        scores: (B, T).
-        is_known: (T,) bool; at least one is True.
-        temperature: above 0; smaller is sharper.
-
-    Returns:
-        (B, T), a distribution for each sample, 0 for unknown tasks.
+    At least one task of ``is_known`` (T,) must be; a smaller ``temperature`` is sharper.
     """
     return scores.masked_fill(~is_known, -torch.inf).div(temperature).softmax(-1)
 
 
 def one_hot_gates(choice: Tensor, adapters: int) -> Tensor:
-    """Return one-hot gates: weight 1 for one adapter of each sample.
-
-    Args:
-        choice: (B,) int64, 0 to ``adapters`` - 1.
-        adapters: S, number of adapters.
-
-    Returns:
-        (B, S) float32.
-    """
+    """Return one-hot gates (B, ``adapters``) float32: weight 1 for each sample's choice (B,)."""
     return functional.one_hot(choice, adapters).float()
 
 
 def top_k_gates(weights: Tensor, top_k: int) -> Tensor:
     """Return top-k gates: the largest weights, scaled to sum to 1; the others are 0.
 
-    Args:
-        weights: (..., E), at least 0 and not all 0.
-        top_k: number of weights to keep, 1 to E.
-
-    Returns:
-        (..., E), with gradient to the kept weights.
+    Weights are (..., E), at least 0 and not all 0; the gradient goes to the kept ones.
     """
     best = weights.topk(top_k, dim=-1)
     kept = best.values / best.values.sum(-1, keepdim=True)
@@ -97,14 +78,8 @@ def top_k_mask(weights: Tensor, top_k: int) -> Tensor:
 def top_k_ascending(scores: Tensor, top_k: int) -> Tensor:
     """Return the top-k tasks of each sample in ascending order of score, the best one last.
 
-    ModalPrompt, Zeng et al. 2024, arXiv:2410.05849: the best prompt is next to the text.
-
-    Args:
-        scores: (B, T).
-        top_k: number of tasks; all of them if there are fewer.
-
-    Returns:
-        (B, min(top_k, T)) int64.
+    ModalPrompt, Zeng et al. 2024, arXiv:2410.05849: the best prompt is next to the text. Of scores
+    (B, T) the result is (B, min(top_k, T)) int64.
     """
     return scores.topk(min(top_k, scores.shape[1]), dim=1).indices.flip(1)
 
@@ -112,30 +87,17 @@ def top_k_ascending(scores: Tensor, top_k: int) -> Tensor:
 def ema_weights(before: Tensor, now: Tensor, momentum: float) -> Tensor:
     """Return the EMA weight of each expert's old parameters when a task ends.
 
-    CL-MoE, Huai et al. 2025, arXiv:2503.00413, as in the authors' script.
-
-    Args:
-        before: (..., E) bool, experts that were in the lead in the previous task.
-        now: (..., E) bool, experts in the lead in this task.
-        momentum: 0 to 1.
-
-    Returns:
-        (..., E) float64: 1 - ``momentum`` for experts in the lead only before, else ``momentum``.
+    CL-MoE, Huai et al. 2025, arXiv:2503.00413, as in the authors' script: 1 - ``momentum`` for
+    experts in the lead only ``before``, else ``momentum``; all of shape (..., E).
     """
     kept = torch.full(now.shape, momentum, dtype=torch.float64, device=now.device)
     return torch.where(before & ~now, 1 - kept, kept)
 
 
 def group_max(scores: Tensor, owner: Tensor, groups: int) -> Tensor:
-    """Return the maximum score of each group of columns.
+    """Return the maximum score of each group of columns, (B, G), -inf for a group without any.
 
-    Args:
-        scores: (B, C).
-        owner: (C,) int64, the group of each column.
-        groups: G.
-
-    Returns:
-        (B, G), -inf for a group without columns.
+    Scores are (B, C), and ``owner`` (C,) int64 is the group of each column.
     """
     best = scores.new_full((len(scores), groups), -torch.inf)
     index = owner.expand(len(scores), -1)
@@ -179,3 +141,58 @@ def _k_means_plus_plus(vectors: Tensor, centers: int, generator: torch.Generator
         chosen.append(int(torch.multinomial(distance.cpu(), 1, generator=generator)))
         distance = torch.minimum(distance, (vectors - vectors[chosen[-1]]).square().sum(1))
     return vectors[chosen]
+
+
+def match_keys(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Select the ``top_k`` prompt-pool keys of highest cosine similarity for each sample.
+
+    L2P, Wang et al. 2022, arXiv:2112.08654; their N is ``top_k``, their M is K.
+
+    Args:
+        query: (B, D) embedding of each sample without prompts.
+        keys: (K, D) one trainable key per pool entry.
+        top_k: entries to select per sample, 1 to K.
+
+    Returns:
+        index (B, top_k) int64, best first, and similarity (B, top_k) in [-1, 1].
+
+    Raises:
+        ValueError: if the dims differ or ``top_k`` exceeds the pool.
+    """
+    if query.shape[-1] != keys.shape[-1]:
+        raise ValueError(
+            f"query has dim {query.shape[-1]} but keys have {keys.shape[-1]}: build the pool with "
+            f"the dim of model.embed(batch, 'image')"
+        )
+    if not 1 <= top_k <= keys.shape[0]:
+        raise ValueError(
+            f"top_k must be 1 to {keys.shape[0]} (the pool size), got {top_k}: choose fewer "
+            "entries per sample or make the pool larger"
+        )
+    similarity = functional.normalize(query, dim=-1) @ functional.normalize(keys, dim=-1).T
+    best = similarity.topk(top_k, dim=1)
+    return best.indices, best.values
+
+
+def gather_prompts(prompts: Tensor, index: Tensor) -> Tensor:
+    """Gather the tokens of pool entries (K, P, D) that each sample selected, (B, top_k) int64.
+
+    Returns:
+        (B, top_k * P, D): the tokens of the first entry, then of the second, and so on.
+    """
+    return prompts[index].flatten(1, 2)
+
+
+def key_pull_loss(similarity: Tensor) -> Tensor:
+    """Return the key-pull loss: low if the selected keys are similar to their queries.
+
+    Minus the mean over samples of the summed (B, top_k) cosine similarity, in [-top_k, top_k].
+    """
+    return -similarity.sum(dim=1).mean()
+
+
+def count_choices(index: Tensor, pool_size: int) -> Tensor:
+    """Count how often each of K = ``pool_size`` entries occurs in (B, top_k) int64: (K,) int64."""
+    # bincount has no deterministic CUDA kernel; a comparison has.
+    entries = torch.arange(pool_size, device=index.device)
+    return (index[..., None] == entries).flatten(0, -2).sum(0)

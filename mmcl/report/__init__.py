@@ -5,11 +5,6 @@ from mmcl.report.page import write_report
 from mmcl.report.tables import matrix_csv, matrix_latex, matrix_table, metric_line
 
 __all__ = [
-    "Comparison",
-    "compare",
-    "metric_line",
-    "matrix_csv",
-    "matrix_latex",
-    "matrix_table",
+    "Comparison", "compare", "matrix_csv", "matrix_latex", "matrix_table", "metric_line",
     "write_report",
-]
+]  # fmt: skip

@@ -8,20 +8,31 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from matplotlib.axes import Axes
 from rich.table import Table
 from rich.text import Text
 
 from mmcl.core.atomic_write import write_atomic
-from mmcl.evaluation.all_metrics import MAIN
-from mmcl.evaluation.continual_metrics import average_accuracy
-from mmcl.evaluation.lenient_metrics import LENIENT_MAIN
+from mmcl.evaluation.continual_metrics import LENIENT_MAIN, MAIN, average_accuracy
 from mmcl.evaluation.matrix import AccuracyMatrix
-from mmcl.evaluation.run_files import MATRIX, SUMMARY
-from mmcl.evaluation.summary import RunSummary
-from mmcl.report.formatting import format_metric, sanitize, unit
+from mmcl.evaluation.run_files import MATRIX, SUMMARY, RunSummary
+from mmcl.report.formatting import format_metric, sanitize, shorten, unit
 from mmcl.report.html import render_template
-from mmcl.report.seed_plot import Curve, plot_seeds
+from mmcl.report.plot_style import (
+    INK,
+    LINE,
+    MUTED,
+    canvas,
+    color_legend,
+    name_bars,
+    name_ticks,
+    series_color,
+    style,
+    tidy,
+)
+from mmcl.report.plot_style import render as render_plot
 from mmcl.report.tables import UNMEASURED, csv_text, latex, latex_table, render
 
 _SEED_AT_END = re.compile(r"[-_.]?(?:seed|s)[-_=]?\d+$", re.IGNORECASE)
@@ -49,7 +60,7 @@ class SeedStats:
     @property
     def deviation(self) -> float | None:
         """Sample standard deviation (divisor n - 1), None below two seeds."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
+        return _deviation(self.values) if len(self.values) > 1 else None
 
     @property
     def text(self) -> str:
@@ -75,7 +86,7 @@ class Group:
     label: str
     seeds: tuple[int, ...]
     stats: tuple[SeedStats, ...]
-    curve: Curve
+    curve: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,9 @@ class Comparison:
             cells = [Text(stat.text) for stat in group.stats]
             table.add_row(Text(sanitize(group.label)), str(len(group.seeds)), *cells)
         least = 100 + 12 * (len(self.names) - len(MAIN))
-        return "\n".join([render(table, max(width, least), is_colored), *map(sanitize, self.notes)])
+        return "\n".join(
+            [render([table], max(width, least), is_colored), *map(sanitize, self.notes)]
+        )
 
     def csv(self) -> str:
         """Write mean and deviation of every metric as CSV, with all digits."""
@@ -132,13 +145,25 @@ class Comparison:
         return latex_table(["Run", *self.names], rows)
 
     def figure(self) -> bytes:
-        """Draw average accuracy over training and the compared metrics over seeds, as PNG."""
-        curves = [(group.label, group.curve) for group in self.groups]
-        bars = {
-            name: [group.stats[n].values for group in self.groups]
-            for n, name in enumerate(self.names)
-        }
-        return plot_seeds(curves, bars, self.rows)
+        """Draw average accuracy over training, and below it one panel per metric, as PNG.
+
+        A dot is a seed; bands and whiskers are one sample standard deviation to either side.
+        """
+        height = 0.75 + 0.26 * len(self.groups)
+        figure, _ = canvas(10.5, 3.9 + 2 * height, 0)
+        with style():
+            halves: Any = figure.subfigures(2, 1, height_ratios=[3.9, 2 * height])
+            upper, lower = halves
+            upper.set_facecolor("none")
+            lower.set_facecolor("none")
+            _draw_curves(upper.subplots(1, 1), self.groups, self.rows)
+            across = (len(self.names) + 1) // 2
+            panels = list(lower.subplots(2, across, squeeze=False).flat)
+            for unused in panels[len(self.names) :]:
+                unused.remove()
+            for n, axes in enumerate(panels[: len(self.names)]):
+                _draw_bars(axes, self.groups, n, has_labels=n % across == 0)
+        return render_plot(figure, "comparison", "png")
 
     def write(self, folder: Path) -> Path:
         """Write the comparison as comparison.html, .png, .csv and .tex.
@@ -178,7 +203,10 @@ def compare(runs: Sequence[Path]) -> Comparison:
         FileNotFoundError: if a run lacks summary.json or matrix.json.
         ValueError: if the streams differ, no run is finished, or a group has a seed twice.
     """
-    read = [_read(folder) for folder in runs]
+    read = [
+        _Run(folder, RunSummary.read(folder / SUMMARY), AccuracyMatrix.read(folder / MATRIX))
+        for folder in runs
+    ]
     finished = [run for run in read if run.summary.finished]
     if not finished:
         raise ValueError(f"compare got {len(read)} runs, none finished: give one that is")
@@ -200,11 +228,6 @@ def compare(runs: Sequence[Path]) -> Comparison:
     left_out = [run for run in read if not run.summary.finished]
     notes = [f"left out, not finished: {run.folder}" for run in left_out]
     return Comparison(first.stream, first.scenario, tuple(groups), first.rows[1:], tuple(notes))
-
-
-def _read(folder: Path) -> _Run:
-    summary = RunSummary.read(folder / SUMMARY)
-    return _Run(folder, summary, AccuracyMatrix.read(folder / MATRIX))
 
 
 def _refuse_other_stream(first: _Run, other: _Run) -> None:
@@ -261,14 +284,56 @@ def _seed_stats(name: str, members: list[_Run]) -> SeedStats:
     return SeedStats(name, (), reasons[0] if reasons else f"a run has no metric {name!r}")
 
 
-def _curve(members: list[_Run]) -> Curve:
-    curve = []
+def _curve(members: list[_Run]) -> tuple[tuple[float, ...], ...]:
+    curve: list[tuple[float, ...]] = []
     for row in range(1, members[0].matrix.tasks + 1):
         values = [average_accuracy(run.matrix, row).value for run in members]
         known = [value for value in values if value is not None]
         curve.append(tuple(known) if len(known) == len(values) else ())
-    return curve
+    return tuple(curve)
 
 
 def _latex_cell(stat: SeedStats) -> str:
     return "--" if stat.mean is None else f"${stat.text.replace('±', chr(92) + 'pm')}$"
+
+
+def _draw_curves(axes: Axes, groups: Sequence[Group], rows: Sequence[str]) -> None:
+    for n, group in enumerate(groups):
+        color = series_color(n, len(groups))
+        points = [(row, values) for row, values in enumerate(group.curve) if values]
+        at = [row for row, _ in points]
+        means = [100 * statistics.fmean(values) for _, values in points]
+        spans = [100 * _deviation(values) for _, values in points]
+        (line,) = axes.plot(at, means, "o-", color=color, linewidth=1.8, markersize=4)
+        line.set_label(shorten(group.label, 48))
+        low = [mean - span for mean, span in zip(means, spans, strict=True)]
+        high = [mean + span for mean, span in zip(means, spans, strict=True)]
+        axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
+    step = max(1, len(rows) // 12)
+    name_ticks(axes.xaxis, range(0, len(rows), step), [shorten(row, 12) for row in rows[::step]])
+    axes.set_title("average accuracy after each task, %", color=MUTED, fontsize=9, loc="left")
+    tidy(axes)
+    legend = axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8.5)
+    color_legend(legend)
+
+
+def _draw_bars(axes: Axes, groups: Sequence[Group], metric: int, *, has_labels: bool) -> None:
+    for n, group in enumerate(groups):
+        values = group.stats[metric].values
+        if not values:
+            axes.text(0, n, " ·", color=MUTED, va="center")
+            continue
+        mean, span = 100 * statistics.fmean(values), 100 * _deviation(values)
+        color = series_color(n, len(groups))
+        axes.barh(n, mean, color=color, alpha=0.55, height=0.62)
+        axes.errorbar(mean, n, xerr=span, color=INK, linewidth=1.2, capsize=2.5)
+        seeds = [100 * value for value in values]
+        axes.plot(seeds, [n] * len(seeds), "o", color=color, markersize=3.2)
+    name_bars(axes, [shorten(group.label, 24) if has_labels else "" for group in groups])
+    axes.axvline(0, color=LINE, linewidth=1)
+    name = groups[0].stats[metric].name
+    axes.set_title(f"{name}, {unit(name)}", color=MUTED, fontsize=9, loc="left")
+
+
+def _deviation(values: tuple[float, ...]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0

@@ -21,7 +21,7 @@ from mmcl.report.formatting import (
     size,
     unit,
 )
-from mmcl.report.plot_style import THEMED
+from mmcl.report.plot_style import css_variables
 
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"
@@ -66,7 +66,11 @@ def inline_svg(svg: bytes, prefix: str, label: str) -> Markup:
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", _XLINK)
     root = ElementTree.fromstring(svg)
-    _drop_global_style(root)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            # A style sheet would apply to the whole page.
+            if child.tag in (f"{{{_SVG}}}style", f"{{{_SVG}}}metadata"):
+                parent.remove(child)
     for element in root.iter():
         for key, value in element.attrib.items():
             element.set(key, _prefixed(_themed(value), key, prefix))
@@ -78,16 +82,8 @@ def inline_svg(svg: bytes, prefix: str, label: str) -> Markup:
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
-def _drop_global_style(root: ElementTree.Element) -> None:
-    """Remove metadata and the style sheet of an SVG, which would apply to the whole page."""
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag in (f"{{{_SVG}}}style", f"{{{_SVG}}}metadata"):
-                parent.remove(child)
-
-
 def _themed(value: str) -> str:
-    for color, variable in THEMED.items():
+    for color, variable in css_variables().items():
         value = value.replace(color, f"var({variable})")
     return value.replace("'DejaVu Sans'", "inherit") if "font" in value else value
 

@@ -6,13 +6,15 @@ import base64
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from mmcl.core.atomic_write import write_atomic
-from mmcl.evaluation.all_metrics import MAIN, compute_all_metrics
-from mmcl.evaluation.continual_metrics import average_accuracy, forgetting
-from mmcl.evaluation.lenient_metrics import compute_lenient_metrics
-from mmcl.evaluation.metric import MetricValue
+from mmcl.evaluation.continual_metrics import (
+    MAIN,
+    MetricValue,
+    average_accuracy,
+    compute_all_metrics,
+    compute_lenient_metrics,
+    forgetting,
+)
 from mmcl.evaluation.predictions import RIGHT_FROM, Prediction
 from mmcl.evaluation.run_files import FIGURES, REPORT, RunFiles, SamplePredictions
 from mmcl.report import plots
@@ -109,7 +111,11 @@ def _values(run: RunFiles, drawn: dict[str, bytes]) -> dict[str, Any]:
         "warnings": warnings,
         "cards": [each for each in metrics if each.name in MAIN],
         "metrics": metrics,
-        "plots": {name: _plot(name, svg) for name, svg in drawn.items()},
+        "plots": {
+            name: {"title": title, "text": text, "svg": inline_svg(drawn[name], name, title)}
+            for name, (title, text) in _CAPTIONS.items()
+            if name in drawn
+        },
         "scores": sorted({column.score for column in matrix.columns}) if matrix else [],
         "forms": _forms(run),
         "after": (matrix.last_complete_row or 0) if matrix else 0,
@@ -117,7 +123,10 @@ def _values(run: RunFiles, drawn: dict[str, bytes]) -> dict[str, Any]:
         "total": run.ledger.total() if run.ledger else None,
         "samples": [_sample(sample) for sample in run.samples],
         "has_questions": any(sample.question for sample in run.samples),
-        "errors": _errors(run),
+        "errors": [
+            each if isinstance(each, str) else " · ".join(each.values())
+            for each in (summary.errors if summary else ())
+        ],
         "config": run.config,
         "versions": summary.versions if summary else {},
         "hashes": summary.hashes if summary else {},
@@ -181,16 +190,6 @@ def _state(run: RunFiles) -> str:
     if run.matrix is None or run.matrix.last_complete_row is None:
         return "no task learned yet"
     return f"after task {run.matrix.last_complete_row} of {run.matrix.tasks}"
-
-
-def _errors(run: RunFiles) -> list[str]:
-    errors = run.summary.errors if run.summary else ()
-    return [each if isinstance(each, str) else " · ".join(each.values()) for each in errors]
-
-
-def _plot(name: str, svg: bytes) -> dict[str, str | Markup]:
-    title, text = _CAPTIONS[name]
-    return {"title": title, "text": text, "svg": inline_svg(svg, name, title)}
 
 
 def _sample(sample: SamplePredictions) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any, Literal
 
 from matplotlib import rc_context
@@ -14,6 +15,7 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.text import Text
 
 from mmcl.report.formatting import sanitize
@@ -29,15 +31,6 @@ WARM = "#d55e00"
 GOOD = "#009e73"
 # Palette of Okabe and Ito, safe for common color blindness; yellow is left out.
 SERIES = ("#0b72b2", "#d55e00", "#009e73", "#b5589a", "#b07d00", "#3c9fd6", "#7a6cc9")
-# On a page these become CSS variables, for light and dark mode.
-THEMED = {
-    INK: "--ink",
-    MUTED: "--muted",
-    LINE: "--line",
-    PAPER: "--on-accent",
-    ACCENT: "--accent",
-    **{color: f"--series-{n}" for n, color in enumerate(SERIES)},
-}
 
 _STYLE = {
     "font.family": ["DejaVu Sans"],
@@ -55,6 +48,14 @@ _STYLE = {
 }
 
 
+@cache
+def css_variables() -> dict[str, str]:
+    """CSS variable of a page, for light and dark mode, that each color of a plot becomes."""
+    named = {INK: "--ink", MUTED: "--muted", LINE: "--line", PAPER: "--on-accent"}
+    series = {color: f"--series-{n}" for n, color in enumerate(SERIES)}
+    return {**named, ACCENT: "--accent", **series}
+
+
 def canvas(width: float, height: float, panels: int = 1) -> tuple[Figure, Any]:
     """Make a plot of ``panels`` axes side by side (0 = none yet), width and height in inches."""
     with style():
@@ -69,7 +70,7 @@ def style() -> AbstractContextManager[None]:
     return rc_context(_STYLE)
 
 
-def render(figure: Figure, name: str, format: Format) -> bytes:
+def render(figure: Figure, name: str, format: Format = "svg") -> bytes:
     """Render a plot to bytes: SVG with a transparent background or PNG on white, without a date.
 
     Args:
@@ -99,8 +100,8 @@ def write_text(label: Text, text: str, **style: Any) -> None:
 
 def tidy(axes: Axes, grid: Literal["x", "y"] = "y") -> None:
     """Style axes with a light grid and without a frame."""
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom" and grid == "y")
+    axes.spines[:].set_visible(False)
+    axes.spines["bottom"].set_visible(grid == "y")
     axes.set_axisbelow(True)
     axes.grid(axis=grid, color=LINE, linewidth=0.7)
     axes.tick_params(length=0)
@@ -145,6 +146,22 @@ def name_ticks(axis: Axis, ticks: Sequence[float], names: Sequence[str], **style
     for label in axis.get_ticklabels():
         label.set_parse_math(False)
         label.set(**style)
+
+
+def name_bars(axes: Axes, names: Sequence[str], *, has_scale: bool = True) -> None:
+    """Name horizontal bars, first on top; without scale and grid where each bar has its label."""
+    name_ticks(axes.yaxis, range(len(names)), names)
+    axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
+    tidy(axes, "x")
+    if not has_scale:
+        axes.set_xticks([])
+        axes.grid(visible=False)
+
+
+def color_legend(legend: Legend) -> None:
+    """Set the untrusted texts of a legend."""
+    for text in legend.get_texts():
+        write_text(text, text.get_text(), color=INK)
 
 
 def series_color(index: int, count: int) -> str:

@@ -1,4 +1,4 @@
-"""Plots of one run, each as SVG or PNG bytes.
+"""Plots of one run, each as SVG bytes.
 
 Scores are fractions (0.9 is drawn as 90 %). Names come from cards and are untrusted: they are never
 read as formulas, and characters that cannot be drawn are replaced.
@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from mmcl.evaluation.continual_metrics import average_accuracy, forgetting_of, over_training
+from mmcl.evaluation.continual_metrics import (
+    Metric,
+    average_accuracy,
+    forgetting_of,
+    unseen_accuracy,
+)
 from mmcl.evaluation.cost import Ledger
 from mmcl.evaluation.matrix import AccuracyMatrix
-from mmcl.evaluation.metric import MetricValue
-from mmcl.evaluation.zero_shot_metrics import unseen_accuracy
 from mmcl.report.formatting import duration, percent, shorten, size
 from mmcl.report.plot_style import (
     ACCENT,
@@ -28,13 +31,14 @@ from mmcl.report.plot_style import (
     WARM,
     Format,
     canvas,
+    color_legend,
     label_bars,
     label_ends,
+    name_bars,
     name_ticks,
     render,
     series_color,
     tidy,
-    write_text,
 )
 
 _DIRECT_LABELS = 10
@@ -68,13 +72,12 @@ def heat_map(matrix: AccuracyMatrix, format: Format = "svg") -> bytes:
     middles = [row + 0.5 for row in range(rows)]
     name_ticks(axes.yaxis, middles, [shorten(name, 18) for name in matrix.rows])
     axes.tick_params(length=0, pad=5)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
     axes.set_ylabel("after learning", color=MUTED)
     return render(figure, "matrix", format)
 
 
-def task_curves(matrix: AccuracyMatrix, format: Format = "svg") -> bytes:
+def task_curves(matrix: AccuracyMatrix) -> bytes:
     """Draw the score of each task over training, dotted until it is learned, a mark where it is.
 
     Beyond ten tasks the lines are thin, dark to light in the order learned, and their mean is bold.
@@ -103,36 +106,32 @@ def task_curves(matrix: AccuracyMatrix, format: Format = "svg") -> bytes:
             )
         ends.append((points[-1][1], shorten(matrix.names[task], 20), color))
     if is_crowded:
-        mean = _points(over_training(average_accuracy, matrix), 1)
+        mean = _over_training(average_accuracy, matrix, 1)
         axes.plot(*_xy(mean), color=INK, linewidth=3)
         ends = [(mean[-1][1], "mean", INK)] if mean else []
     label_ends(axes, ends)
-    return render(figure, "curves", format)
+    return render(figure, "curves")
 
 
-def seen_and_unseen(matrix: AccuracyMatrix, format: Format = "svg") -> bytes:
+def seen_and_unseen(matrix: AccuracyMatrix) -> bytes:
     """Draw the average accuracy of the tasks learned so far, and of those not learned yet."""
     figure, axes = canvas(_HALF_PAGE, 3.4)
     _percent_axis(axes, matrix)
-    seen = over_training(average_accuracy, matrix)
-    unseen = over_training(unseen_accuracy, matrix, first=0)
     ends = []
-    for name, metrics, first, color in (
-        ("seen tasks", seen, 1, ACCENT),
-        ("tasks not learned yet", unseen, 0, WARM),
+    for name, metric, first, color in (
+        ("seen tasks", average_accuracy, 1, ACCENT),
+        ("tasks not learned yet", unseen_accuracy, 0, WARM),
     ):
-        points = _points(metrics, first)
+        points = _over_training(metric, matrix, first)
         if not points:
             continue
         axes.plot(*_xy(points), "o-", color=color, linewidth=1.8, markersize=4)
         ends.append((points[-1][1], name, color))
     label_ends(axes, ends)
-    return render(figure, "average", format)
+    return render(figure, "average")
 
 
-def forgetting_bars(
-    matrix: AccuracyMatrix, after: int | None = None, format: Format = "svg"
-) -> bytes:
+def forgetting_bars(matrix: AccuracyMatrix, after: int | None = None) -> bytes:
     """Draw the forgetting of each earlier task, gains to the left of zero."""
     last = (matrix.last_row or 0) if after is None else after
     forgotten = [forgetting_of(matrix, task, last).value for task in range(1, max(last, 1))]
@@ -142,13 +141,13 @@ def forgetting_bars(
     bars = axes.barh(range(len(values)), values, color=colors, height=0.62)
     labels = ["·" if value is None else f"{100 * value:+.1f}" for value in forgotten]
     label_bars(axes, bars, labels)
-    _name_bars(axes, [shorten(name, 20) for name in matrix.names[: len(values)]])
+    name_bars(axes, [shorten(name, 20) for name in matrix.names[: len(values)]])
     axes.axvline(0, color=LINE, linewidth=1)
     axes.set_xlabel("below its best score, percent points", color=MUTED)
-    return render(figure, "forgetting", format)
+    return render(figure, "forgetting")
 
 
-def cost_bars(ledger: Ledger, format: Format = "svg") -> bytes:
+def cost_bars(ledger: Ledger) -> bytes:
     """Draw the training time and the stored bytes of each task."""
     entries = list(ledger)
     figure, (left, right) = canvas(_HALF_PAGE, 1.0 + 0.3 * max(len(entries), 1), 2)
@@ -161,23 +160,18 @@ def cost_bars(ledger: Ledger, format: Format = "svg") -> bytes:
     ):
         bars = axes.barh(range(len(entries)), values, color=color, height=0.62)
         label_bars(axes, bars, labels)
-        _name_bars(axes, names if axes is left else [""] * len(names))
-        axes.set_xticks([])
-        axes.grid(visible=False)
+        name_bars(axes, names if axes is left else [""] * len(names), has_scale=False)
         axes.set_title(title, color=MUTED, fontsize=9, loc="left")
-    return render(figure, "cost", format)
+    return render(figure, "cost")
 
 
-def lenient_bars(
-    strict: AccuracyMatrix, lenient: AccuracyMatrix, after: int, format: Format = "svg"
-) -> bytes:
+def lenient_bars(strict: AccuracyMatrix, lenient: AccuracyMatrix, after: int) -> bytes:
     """Draw the strict score of every learned task, and stacked on it what only lenient counts.
 
     Args:
         strict: the scores.
         lenient: of the same shape, scores in any form.
         after: number of learned tasks, 1 or more.
-        format: svg or png.
     """
     figure, axes = canvas(_HALF_PAGE, 1.35 + 0.3 * after)
     tasks = range(after)
@@ -190,17 +184,16 @@ def lenient_bars(
     bars = axes.barh(tasks, rest, left=lefts, color=SERIES[4], alpha=0.6, height=0.62)
     texts = [percent(a) if k is None else f"{percent(a)} of {percent(k)}" for a, k in pairs]
     label_bars(axes, bars, texts)
-    _name_bars(axes, [shorten(name, 20) for name in strict.names[:after]])
+    name_bars(axes, [shorten(name, 20) for name in strict.names[:after]])
     axes.set_xlim(0, 124)
     name_ticks(axes.xaxis, _PERCENT_TICKS, _PERCENT_NAMES)
     legend = axes.legend(
         (own, bars), ("in the requested form", "in another form"), loc="lower left",
         bbox_to_anchor=(-0.02, 1.0), ncols=2, frameon=False, fontsize=8.5, handlelength=1.2,
     )  # fmt: skip
-    for text in legend.get_texts():
-        write_text(text, text.get_text(), color=INK)
+    color_legend(legend)
     axes.set_xlabel("after the last task", color=MUTED)
-    return render(figure, "form", format)
+    return render(figure, "form")
 
 
 def _draw_cell(axes: Axes, matrix: AccuracyMatrix, row: int, column: int, highest: float) -> None:
@@ -249,18 +242,11 @@ def _percent_axis(axes: Axes, matrix: AccuracyMatrix) -> None:
     tidy(axes)
 
 
-def _name_bars(axes: Axes, names: Sequence[str]) -> None:
-    name_ticks(axes.yaxis, range(len(names)), names)
-    axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
-    tidy(axes, "x")
-
-
-def _points(metrics: Sequence[MetricValue], first: int) -> list[tuple[int, float]]:
-    return [
-        (row, 100 * metric.value)
-        for row, metric in enumerate(metrics, first)
-        if metric.value is not None
-    ]
+def _over_training(metric: Metric, matrix: AccuracyMatrix, first: int) -> list[tuple[int, float]]:
+    """Return row and percent of a metric after every task from ``first`` to the last measured."""
+    rows = range(first, (matrix.last_row or 0) + 1)
+    values = [(row, metric(matrix, row).value) for row in rows]
+    return [(row, 100 * value) for row, value in values if value is not None]
 
 
 def _xy(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:

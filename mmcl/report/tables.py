@@ -10,10 +10,13 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mmcl.evaluation.all_metrics import MAIN, compute_all_metrics
-from mmcl.evaluation.lenient_metrics import compute_lenient_metrics
+from mmcl.evaluation.continual_metrics import (
+    MAIN,
+    MetricValue,
+    compute_all_metrics,
+    compute_lenient_metrics,
+)
 from mmcl.evaluation.matrix import AccuracyMatrix
-from mmcl.evaluation.metric import MetricValue
 from mmcl.report.formatting import format_metric, percent, sanitize
 
 UNMEASURED = "·"
@@ -67,10 +70,11 @@ def matrix_table(
     notes = [f"eval-only task e{number} = {sanitize(name)}" for number, name in eval_only]
     notes += _score_notes(matrix)
     known = compute_all_metrics(matrix) if metrics is None else metrics
-    lines = [Text(metric_line(_main(known)), "bold")]
+    named = {each.name: each for each in known}
+    lines = [Text(metric_line([named[name] for name in MAIN if name in named]), "bold")]
     if lenient is not None:
         lines.append(Text(metric_line(compute_lenient_metrics(matrix, lenient))))
-    return _render([*blocks, *map(Text, notes), *lines], width, is_colored)
+    return render([*blocks, *map(Text, notes), *lines], width, is_colored)
 
 
 def metric_line(metrics: Iterable[MetricValue]) -> str:
@@ -124,11 +128,6 @@ def escape_formula(name: str) -> str:
     return f"'{name}" if name[:1] in ("=", "+", "-", "@", "\t", "\r") else name
 
 
-def render(table: Table, width: int, is_colored: bool) -> str:
-    """Draw one table as text."""
-    return _render([table], width, is_colored)
-
-
 def _block(matrix: AccuracyMatrix, columns: range) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("after, %", no_wrap=True, overflow="ellipsis")
@@ -178,16 +177,12 @@ def _latex_cell(matrix: AccuracyMatrix, row: int, column: int) -> str:
     return rf"\textbf{{{percent(value)}}}" if is_learned else percent(value)
 
 
-def _main(metrics: Sequence[MetricValue]) -> list[MetricValue]:
-    named = {each.name: each for each in metrics}
-    return [named[name] for name in MAIN if name in named]
-
-
 def _format(metric: MetricValue) -> str:
     return UNMEASURED if metric.value is None else format_metric(metric.name, metric.value)
 
 
-def _render(parts: Sequence[RenderableType], width: int, is_colored: bool) -> str:
+def render(parts: Sequence[RenderableType], width: int, is_colored: bool) -> str:
+    """Draw tables and texts, one below the other, without trailing spaces."""
     text = io.StringIO()
     console = Console(
         file=text,

@@ -2,8 +2,8 @@
 
 ``from mmcl.strategies import EWC`` imports ``ewc.py`` alone: a file is named after its class, in
 lower case with underscores anywhere. A new strategy is a new file here (or anywhere on the path, by
-its full ``class_path``). The block for type checkers and editors is written by ``typed_imports``,
-and a test compares it with the folder.
+its full ``class_path``). The block for type checkers and editors is compared with the folder by
+``tests/test_public_api.py``.
 """
 
 from __future__ import annotations
@@ -49,16 +49,6 @@ def discover() -> dict[str, type[Strategy]]:
             if is_own and issubclass(value, Strategy) and not name.startswith("_"):
                 found[name] = value
     return dict(sorted(found.items()))
-
-
-def typed_imports() -> str:
-    """Return the import lines of every strategy, for the ``TYPE_CHECKING`` block of this file."""
-    lines = [
-        f"    from {cls.__module__} import {name} as {name}"
-        for name, cls in discover().items()
-        if cls.__module__.startswith(__name__)
-    ]
-    return "\n".join(sorted(lines))
 
 
 def __getattr__(name: str) -> Any:

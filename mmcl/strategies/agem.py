@@ -18,11 +18,16 @@ from mmcl.core import IGNORE_INDEX, Batch, Strategy, Task, device_of, forward, t
 from mmcl.core.distributed import all_reduce_sum, rank_and_world
 from mmcl.core.model import VLM
 from mmcl.core.seeding import generator
-from mmcl.memory import TensorBuffer, fill_buffer, global_count, rank_stride
-from mmcl.ops.gradient_projection import agem_projection
-
-_OPTIONAL = ("images", "features", "input_ids", "attention_mask")
-_GROWING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
+from mmcl.memory import TensorBuffer
+from mmcl.memory.distributed_fill import (
+    TOKEN_PADDING,
+    batch_columns,
+    fill_buffer,
+    global_count,
+    rank_stride,
+    replayed_batch,
+)
+from mmcl.ops.regularization import agem_projection
 
 
 class AGEM(Strategy):
@@ -55,13 +60,8 @@ class AGEM(Strategy):
             raise ValueError(f"reference_batch_size is {reference_batch_size}: draw at least 1")
         self.reference_batch_size = reference_batch_size
         self.seed = seed
-        self.memory = TensorBuffer(
-            buffer_size,
-            capacity_bytes=buffer_bytes,
-            seed=seed,
-            balanced=True,
-            padded_columns=_GROWING,
-        )
+        limits = {"capacity": buffer_size, "capacity_bytes": buffer_bytes}
+        self.memory = TensorBuffer(**limits, seed=seed, balanced=True, padded_columns=TOKEN_PADDING)
         self._steps = 0
 
     def project_gradients(self, model: VLM) -> None:
@@ -107,13 +107,12 @@ class AGEM(Strategy):
         # Each rank takes all of a draw smaller than the number of ranks: a rank without samples
         # would miss the sums that others wait for.
         index = rank_stride(index) if len(index) >= world else index
-        batch = _batch_of(self.memory.get(index)).to(device)
+        batch = replayed_batch(self.memory.get(index)).to(device)
         with torch.enable_grad():
             loss = model.loss(forward(model, self, batch), batch)
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        gradients = [
-            torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)
-        ]
+        pairs = zip(parameters, found, strict=True)
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in pairs]
         if world == 1:
             return gradients
         # The loss is a mean over samples, of answers over scored tokens.
@@ -128,23 +127,4 @@ def _columns_of(batch: Batch) -> dict[str, Tensor]:
             "AGEM was given samples that share or lack images and stores one image per sample: "
             "use ExperienceReplay for such data"
         )
-    columns = {"labels": batch.labels, "task_ids": batch.task_ids}
-    for name in _OPTIONAL:
-        value = getattr(batch, name)
-        if value is not None:
-            columns[name] = value
-    if batch.input_ids is not None and batch.attention_mask is None:
-        columns["attention_mask"] = torch.ones_like(batch.input_ids, dtype=torch.bool)
-    return columns
-
-
-def _batch_of(columns: Mapping[str, Tensor]) -> Batch:
-    return Batch(
-        images=columns.get("images"),
-        labels=columns["labels"],
-        task_ids=columns["task_ids"],
-        input_ids=columns.get("input_ids"),
-        attention_mask=columns.get("attention_mask"),
-        features=columns.get("features"),
-        is_replay=torch.ones(len(columns["labels"]), dtype=torch.bool),
-    )
+    return batch_columns(batch, "images", "features")

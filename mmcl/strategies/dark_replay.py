@@ -21,7 +21,13 @@ from mmcl.core import IGNORE_INDEX, Batch, Output, Strategy
 from mmcl.core.distributed import all_gather_samples
 from mmcl.core.model import VLM, require_classes
 from mmcl.core.seeding import generator
-from mmcl.memory import TensorBuffer, global_count, global_sample_ids, rank_stride
+from mmcl.memory import TensorBuffer
+from mmcl.memory.distributed_fill import (
+    global_count,
+    global_sample_ids,
+    rank_stride,
+    replayed_batch,
+)
 
 
 @dataclass(frozen=True)
@@ -83,10 +89,8 @@ class DarkReplay(Strategy):
                 f"draws_per_sample is {draws_per_sample}, expected above 0: it is the size of each "
                 "draw per new sample"
             )
-        self.alpha = alpha
-        self.beta = beta
+        self.alpha, self.beta, self.seed = alpha, beta, seed
         self.draws_per_sample = draws_per_sample
-        self.seed = seed
         self.memory = TensorBuffer(
             buffer_size, capacity_bytes=buffer_bytes, seed=seed, padded_columns=("logits",)
         )
@@ -109,10 +113,9 @@ class DarkReplay(Strategy):
             return batch
         new = global_count(len(batch), batch.labels.device)
         count = min(len(self.memory), max(1, round(self.draws_per_sample * new)))
-        first = self.memory.sample_indices(count, generator(self.seed, self._visits, 0))
-        second = self.memory.sample_indices(
-            count if self.beta else 0, generator(self.seed, self._visits, 1)
-        )
+        draws = [generator(self.seed, self._visits, number) for number in (0, 1)]
+        first = self.memory.sample_indices(count, draws[0])
+        second = self.memory.sample_indices(count if self.beta else 0, draws[1])
         self._draws = _Draws(
             start=len(batch),
             dark=self.memory.get(rank_stride(first)),
@@ -122,7 +125,10 @@ class DarkReplay(Strategy):
             scale=new / len(batch),
         )
         for drawn in (self._draws.dark, self._draws.labeled):
-            batch = batch.join(_unscored(drawn, batch))
+            # The task loss leaves them out.
+            labels = torch.full_like(drawn["labels"], IGNORE_INDEX)
+            unscored = replayed_batch({**drawn, "labels": labels}, batch)
+            batch = batch.join(unscored.to(batch.labels.device))
         return batch
 
     def penalty(self, model: VLM, batch: Batch, output: Output) -> Mapping[str, Tensor]:
@@ -182,29 +188,14 @@ class DarkReplay(Strategy):
 def _distance(logits: Tensor, stored: Mapping[str, Tensor], known: Tensor) -> Tensor:
     """Return this rank's term of the mean squared error over all compared logits.
 
-    Args:
-        logits: (R, C) of this rank's samples now.
-        stored: their "logits" (R, C') and "known" (R,) from the buffer.
-        known: (all ranks' samples,) logits to compare for each.
+    Logits are (R, C) now, ``stored`` has (R, C') and their number "known" (R,); ``known`` has that
+    number for the samples of all ranks.
     """
     classes = min(logits.shape[1], stored["logits"].shape[1])
     target = stored["logits"][:, :classes].to(logits.device)
     is_known = (torch.arange(classes) < stored["known"][:, None]).to(logits.device)
     squares = (logits[:, :classes].float() - target).square()
     return (squares * is_known).sum() / int(known.clamp(max=classes).sum())
-
-
-def _unscored(stored: Mapping[str, Tensor], batch: Batch) -> Batch:
-    """Return buffer samples as a batch that the task loss leaves out."""
-    count = len(stored["labels"])
-    replayed = Batch(
-        images=stored["images"],
-        labels=torch.full_like(stored["labels"], IGNORE_INDEX),
-        task_ids=stored["task_ids"],
-        is_replay=torch.ones(count, dtype=torch.bool),
-        keys=("",) * count if batch.keys else (),
-    )
-    return replayed.to(batch.labels.device)
 
 
 def _expect_images(batch: Batch) -> None:

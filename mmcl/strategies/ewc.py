@@ -33,7 +33,7 @@ from mmcl.core.distributed import all_reduce_sum
 from mmcl.core.model import eval_mode
 from mmcl.core.seeding import generator, hash_priorities
 from mmcl.memory.snapshot import Snapshot
-from mmcl.ops.fisher import accumulate_fisher, decayed, quadratic_penalty
+from mmcl.ops.regularization import accumulate_fisher, decayed, quadratic_penalty
 
 
 class EWC(Strategy):

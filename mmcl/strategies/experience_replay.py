@@ -22,27 +22,23 @@ from mmcl.core import IGNORE_INDEX, Batch, ReplayPlan, Strategy, Task, device_of
 from mmcl.core.model import VLM, eval_mode
 from mmcl.core.seeding import hash_seed
 from mmcl.core.strategy import Storage
-from mmcl.memory import (
-    ReplayIndex,
-    TensorBuffer,
-    class_ids,
-    collect_metadata,
-    fill_buffer,
-    herding,
-    k_center_greedy,
-    sample_bytes,
-)
-from mmcl.memory.instruction_embeddings import InstructionEmbeddings, tags_of
+from mmcl.memory import ReplayIndex, TensorBuffer
+from mmcl.memory.distributed_fill import class_ids, collect_metadata, fill_buffer, sample_bytes
 from mmcl.memory.selection import (
     ScoreOrder,
+    herding,
     inscl_counts,
+    k_center_greedy,
     order_by_information,
     order_by_score,
     order_within_groups,
     repeat_to_counts,
+    sample_entropies,
+    sample_losses,
+    tag_information,
 )
+from mmcl.memory.task_embeddings import InstructionEmbeddings, tags_of
 from mmcl.ops.optimal_transport import wasserstein_cost
-from mmcl.ops.sample_scores import sample_entropies, sample_losses, tag_information
 
 Selection = Literal[
     "reservoir", "class_balanced", "herding", "k_center", "loss", "uncertainty", "information"
@@ -124,9 +120,8 @@ class ExperienceReplay(Strategy):
             capacity_bytes=buffer_bytes,
             by_task=allocation != "none",
         )
-        self.instructions = (
-            InstructionEmbeddings(instructions, seed) if allocation == "inscl" else None
-        )
+        is_inscl = allocation == "inscl"
+        self.instructions = InstructionEmbeddings(instructions, seed) if is_inscl else None
 
     def attach(self, model: VLM) -> None:
         """Check that the model embeds, where the selection needs it."""
@@ -134,14 +129,7 @@ class ExperienceReplay(Strategy):
             require(model, "embed", by=self)
 
     def preview(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
-        """Embed instructions of a task, before its loader is built; for "inscl" only.
-
-        Args:
-            model: attached to.
-            task: that was begun.
-            batches: this rank's stride of the task's data, or of a uniform sample of it; read once
-                for each task.
-        """
+        """Embed instructions of a task, before its loader is built; for "inscl" only."""
         texts = self.instructions
         if texts is None or texts.has(task.index):
             return
@@ -149,10 +137,9 @@ class ExperienceReplay(Strategy):
             texts.fit(model, task, batches, by=self)
         points, counts = texts.get(task.index)
         distances = {}
-        for old in range(task.index):
-            if texts.has(old):
-                old_points, old_counts = texts.get(old)
-                distances[old] = wasserstein_cost(1 - points @ old_points.T, counts, old_counts)
+        for old in filter(texts.has, range(task.index)):
+            old_points, old_counts = texts.get(old)
+            distances[old] = wasserstein_cost(1 - points @ old_points.T, counts, old_counts)
         texts.put_distances(task.index, distances)
 
     def replay_plan(self) -> ReplayPlan | None:
@@ -232,9 +219,8 @@ class ExperienceReplay(Strategy):
         # k-center and words order a task as a whole.
         by_class = self.selection not in ("k_center", "information")
         labels = table["labels"] if by_class else torch.full_like(table["labels"], -1)
-        order_of = self._order_of(
-            task, table["seen"], self.memory.remaining_capacity(table["num_bytes"])
-        )
+        room = self.memory.remaining_capacity(table["num_bytes"])
+        order_of = self._order_of(task, table["seen"], max(1, room))
         chosen, positions = order_within_groups(labels, order_of)
         samples, sizes = table["sample_ids"][chosen], table["num_bytes"][chosen]
         self.memory.add(task.index, samples, labels[chosen], sizes=sizes, positions=positions)
@@ -254,15 +240,13 @@ class ExperienceReplay(Strategy):
         targets = batch.labels if output.target_ids is None else output.target_ids
         return sample_losses(output.logits, targets, index, count)
 
-    def _order_of(self, task: Task, seen: Tensor, room: int) -> Callable[[Tensor], Tensor]:
+    def _order_of(self, task: Task, seen: Tensor, most: int) -> Callable[[Tensor], Tensor]:
         """Return the function that orders the members of a group."""
-        most = max(1, room)
         if self.selection == "herding":
             return lambda members: herding(seen[members], most)
         if self.selection == "k_center":
-            return lambda members: k_center_greedy(
-                seen[members], most, hash_seed(self.seed, task.index)
-            )
+            seed = hash_seed(self.seed, task.index)
+            return lambda members: k_center_greedy(seen[members], most, seed)
         if self.selection == "information":
             different, which = torch.unique(seen, dim=0, return_inverse=True)
             worth = tag_information(different)[which]

@@ -12,37 +12,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mmcl.core import IGNORE_INDEX, Batch, Modality, Output, Strategy, Task, device_of, require
+from mmcl.core import Batch, Modality, Output, Strategy, Task, device_of, require
 from mmcl.core.model import VLM
 from mmcl.core.seeding import generator
-from mmcl.memory import (
-    MmapStore,
-    TensorBuffer,
+from mmcl.memory import MmapStore, TensorBuffer
+from mmcl.memory.disk_buffer import fill_disk_buffer
+from mmcl.memory.distributed_fill import (
+    TOKEN_PADDING,
+    batch_columns,
     fill_buffer,
-    fill_disk_buffer,
     global_count,
     rank_stride,
+    replayed_batch,
 )
-from mmcl.memory.codebook import Codebook, image_features
-from mmcl.memory.drift_monitor import DriftMonitor
+from mmcl.memory.stored_features import Codebook, DriftMonitor, image_features
 from mmcl.ops.feature_quantization import (
     COMPRESSIONS,
     PACKED,
     Compression,
+    expect_subvectors,
+    fit_centroids,
     from_bytes,
     pack,
     rms_normalize,
     unpack,
 )
-from mmcl.ops.product_quantization import expect_subvectors, fit_centroids
-
-_GROWING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
 
 
 class FeatureReplay(Strategy):
@@ -118,13 +119,11 @@ class FeatureReplay(Strategy):
             raise ValueError(
                 f"buffer_bytes is {buffer_bytes} and storage 'disk': bound the buffer by samples"
             )
-        self.replay_ratio = replay_ratio
-        self.seed = seed
-        self.compression = compression
+        self.replay_ratio, self.seed, self.buffer_bytes = replay_ratio, seed, buffer_bytes
+        self.compression: Compression = compression
         self.subvectors = subvectors
-        self.buffer_bytes = buffer_bytes
         self.memory = TensorBuffer(
-            buffer_size, capacity_bytes=buffer_bytes, seed=seed, padded_columns=_GROWING
+            buffer_size, capacity_bytes=buffer_bytes, seed=seed, padded_columns=TOKEN_PADDING
         )
         self.files = MmapStore() if storage == "disk" else None
         self._has_own_dir = storage_dir is not None
@@ -188,15 +187,13 @@ class FeatureReplay(Strategy):
 
         def columns(batch: Batch) -> dict[str, Tensor]:
             batch = self._encoded(model, batch)
-            return {**_plain_columns(batch), **self._pack(_features_of(batch))}
+            return {**batch_columns(batch), **self._pack(_features_of(batch))}
 
         if self.files is None:
             fill_buffer(self.memory, batches, task.index, columns, device)
         else:
             fill_disk_buffer(self.files, self.memory, batches, task.index, columns, PACKED, device)
-        self.drift_monitor.commit(
-            device, lambda images: self._encode_images(model, images), self._pack
-        )
+        self.drift_monitor.commit(device, partial(self._encode_images, model), self._pack)
         self._measure_drift(model)
 
     @property
@@ -234,9 +231,8 @@ class FeatureReplay(Strategy):
         self.codebook.fit(batches, task.index, tokens, compute, device)
 
     def _measure_drift(self, model: VLM) -> None:
-        self.drift_monitor.measure(
-            device_of(model), lambda images: self._encode_images(model, images), self._unpack
-        )
+        encode = partial(self._encode_images, model)
+        self.drift_monitor.measure(device_of(model), encode, self._unpack)
 
     def _encoded(self, model: VLM, batch: Batch) -> Batch:
         if batch.features is None:
@@ -255,9 +251,8 @@ class FeatureReplay(Strategy):
     def _encode_images(self, model: VLM, images: Tensor) -> Tensor:
         """Return the features (P, N, D) of images (P, 3, H, W)."""
         labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        found: Tensor = require(model, "encode_image", by=self).encode_image(
-            Batch(images, labels, labels)
-        )
+        able = require(model, "encode_image", by=self)
+        found: Tensor = able.encode_image(Batch(images, labels, labels))
         return found
 
     def _pack(self, features: Tensor) -> dict[str, Tensor]:
@@ -270,36 +265,15 @@ class FeatureReplay(Strategy):
         """Return columns of the buffer as a batch that ``batch`` can be joined with."""
         if self.files is not None and self._shape is not None:
             stored = self.files.get(columns["file"], columns["file_row"])
-            columns = {
-                **columns,
-                **from_bytes(stored, self._shape, self.compression, self.subvectors),
-            }
-        device, count = batch.labels.device, len(columns["labels"])
-        replayed = Batch(
-            images=None,
-            labels=columns["labels"],
-            task_ids=columns["task_ids"],
-            input_ids=columns.get("input_ids"),
-            attention_mask=columns.get("attention_mask"),
-            is_replay=torch.ones(count, dtype=torch.bool),
-            keys=("",) * count if batch.keys else (),
-        ).to(device)
+            packed = from_bytes(stored, self._shape, self.compression, self.subvectors)
+            columns = {**columns, **packed}
+        device = batch.labels.device
         packed = {name: columns[name].to(device) for name in PACKED if name in columns}
-        return replace(replayed, features=self._unpack(packed))
+        plain = {name: column for name, column in columns.items() if name not in packed}
+        return replace(replayed_batch(plain, batch).to(device), features=self._unpack(packed))
 
 
 def _features_of(batch: Batch) -> Tensor:
     if batch.features is None:
         raise ValueError("FeatureReplay has no features to store: model.encode_image gave none")
     return batch.features
-
-
-def _plain_columns(batch: Batch) -> dict[str, Tensor]:
-    columns = {"labels": batch.labels, "task_ids": batch.task_ids}
-    if batch.input_ids is not None:
-        is_real = batch.attention_mask
-        columns["input_ids"] = batch.input_ids
-        columns["attention_mask"] = (
-            torch.ones_like(batch.input_ids).bool() if is_real is None else is_real
-        )
-    return columns

@@ -19,8 +19,8 @@ from contextlib import AbstractContextManager
 from typing import Literal
 
 from mmcl.core import NO_PROMPTS, VLM, Batch, Prompts, Strategy, Task, require
-from mmcl.layers.task_adapters import TargetModules, TaskAdapters, set_active_adapters
-from mmcl.memory.task_prototypes import TaskPrototypes
+from mmcl.layers.adapters import TargetModules, TaskAdapters, set_active_adapters
+from mmcl.memory.task_embeddings import TaskPrototypes
 from mmcl.ops.routing import cosine_similarity, soft_gates
 
 _GATE = "hide"
@@ -91,7 +91,6 @@ class HiDe(Strategy):
         """Freeze the model and inject the first task's adapter into its language model.
 
         Raises:
-            TypeError: if the model lacks a required member.
             ValueError: if the names of its layers have no numbers, so none is last.
         """
         able = require(model, "generate", "target_linears", "freeze", "gates", "embed", by=self)
@@ -110,9 +109,8 @@ class HiDe(Strategy):
         if not self._activate(model, is_training=self.training):
             return NO_PROMPTS
         features = self.means.features(model, batch, self)
-        scores = cosine_similarity(
-            features, self.means.sums, (self.image_weight, 1 - self.image_weight)
-        )
+        weights = (self.image_weight, 1 - self.image_weight)
+        scores = cosine_similarity(features, self.means.sums, weights)
         is_known = (self.means.counts > 0).to(scores.device)
         return Prompts(gates={_GATE: soft_gates(scores, is_known, self.temperature).float()})
 
@@ -149,9 +147,7 @@ class HiDe(Strategy):
 def last_layers(names: Iterable[str], count: int) -> set[str]:
     """Return the names whose layer number is among the ``count`` largest.
 
-    Args:
-        names: such as "lm.model.layers.31.mlp.up_proj"; their first number is the layer's.
-        count: of layers, not of names.
+    A name such as "lm.model.layers.31.mlp.up_proj" has the layer as its first number.
 
     Raises:
         ValueError: if a name has no number.

@@ -15,7 +15,8 @@ import torch
 
 from mmcl.core import Batch, ReplayPlan, Strategy, Task, device_of, trainable_parameters
 from mmcl.core.model import VLM
-from mmcl.memory import Snapshot, global_count
+from mmcl.memory import Snapshot
+from mmcl.memory.distributed_fill import global_count
 
 
 class Joint(Strategy):

@@ -27,7 +27,7 @@ from mmcl.core import (
 )
 from mmcl.core.distributed import all_reduce_sum
 from mmcl.core.seeding import generator
-from mmcl.ops.prompt_pool import count_choices, gather_prompts, key_pull_loss, match_keys
+from mmcl.ops.routing import count_choices, gather_prompts, key_pull_loss, match_keys
 
 
 class L2P(Strategy):
@@ -90,12 +90,7 @@ class L2P(Strategy):
         self.register_buffer("usage", torch.zeros(pool_size, dtype=torch.int64))
 
     def attach(self, model: VLM) -> None:
-        """Freeze the towers and make the pool on the model's device.
-
-        Raises:
-            TypeError: if the model lacks a required member.
-            ValueError: if prompts cannot enter the tower.
-        """
+        """Freeze the towers and make the pool; a ValueError if prompts cannot enter the tower."""
         able = require(model, "embed", "prompt_dims", "freeze", by=self)
         if self.modality not in able.prompt_dims:
             raise ValueError(
@@ -139,11 +134,8 @@ class L2P(Strategy):
     def inactive_parts(self) -> tuple[str, ...]:
         """Report the pool entries that no sample of the task selected."""
         unused = (self.usage == 0).nonzero().flatten().tolist()
-        if not unused:
-            return ()
-        return (
-            f"pool entries {', '.join(map(str, unused))} of {self.pool_size} were never chosen",
-        )
+        found = f"pool entries {', '.join(map(str, unused))} of {self.pool_size} were never chosen"
+        return (found,) if unused else ()
 
 
 def _uniform(shape: tuple[int, ...], draw: torch.Generator, device: torch.device) -> nn.Parameter:

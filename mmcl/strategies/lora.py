@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmcl.core import VLM, Strategy
 from mmcl.core.seeding import hash_seed
-from mmcl.layers.task_adapters import TargetModules, TaskAdapters
+from mmcl.layers.adapters import TargetModules, TaskAdapters
 
 _ROOT = "lm"
 _ADAPTER = "default"
@@ -89,7 +89,11 @@ class LoRA(Strategy):
         config["modules_to_save"] = config["modules_to_save"] or None
         path = getattr(getattr(root, "config", None), "_name_or_path", None)
         config["base_model_name_or_path"] = path or None
-        plain: dict[str, Any] = json.loads(json.dumps(config, default=_plain, sort_keys=True))
+
+        def default(value: Any) -> Any:
+            return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+        plain: dict[str, Any] = json.loads(json.dumps(config, default=default, sort_keys=True))
         return plain
 
     def _config(self, names: list[str]) -> Any:
@@ -121,13 +125,8 @@ def peft_state(model: VLM) -> dict[str, Tensor]:
     """Return the adapter's weights, and those of a trainable projector.
 
     Names are relative to the model as transformers made it, without peft's adapter name; in
-    ``adapter_model.safetensors`` each has the prefix "base_model.model.".
-
-    Args:
-        model: with a ``LoRA`` attached.
-
-    Returns:
-        name -> contiguous tensor on the CPU.
+    ``adapter_model.safetensors`` each has the prefix "base_model.model.". Tensors are contiguous
+    and on the CPU.
     """
     from peft import get_peft_model_state_dict
 
@@ -176,7 +175,3 @@ def _others(root: nn.Module) -> dict[str, Tensor]:
         for name, parameter in root.named_parameters()
         if parameter.requires_grad and not name.startswith(adapted)
     }
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set | frozenset) else str(value)

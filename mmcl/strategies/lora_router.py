@@ -11,17 +11,18 @@ adapter.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mmcl.core import NO_PROMPTS, VLM, Batch, Prompts, Strategy, Task, require
-from mmcl.core.distributed import all_gather_samples, all_reduce_sum
-from mmcl.core.seeding import generator, hash_priorities
-from mmcl.layers.task_adapters import TargetModules, TaskAdapters, set_active_adapters
-from mmcl.memory import Snapshot, pass_sample_ids, smallest_priorities
-from mmcl.memory.task_prototypes import Features, TaskPrototypes
+from mmcl.core import NO_PROMPTS, VLM, Batch, Prompts, Strategy, Task, device_of, require
+from mmcl.core.distributed import all_reduce_sum
+from mmcl.core.seeding import generator
+from mmcl.layers.adapters import TargetModules, TaskAdapters, set_active_adapters
+from mmcl.memory import Snapshot, TensorBuffer
+from mmcl.memory.distributed_fill import gather_buffer, pass_sample_ids
+from mmcl.memory.task_embeddings import Features, TaskPrototypes
 from mmcl.ops.prototypes import solve_ridge
 from mmcl.ops.routing import cosine_similarity, group_max, k_means, one_hot_gates
 
@@ -122,12 +123,7 @@ class LoRARouter(Strategy):
     def route(self, model: VLM, batch: Batch) -> Tensor:
         """Return the adapter to which each sample is routed without its task id.
 
-        Args:
-            model: that embeds.
-            batch: B samples; their task ids are not used.
-
-        Returns:
-            (B,) int64, among the tasks that have ended.
+        (B,) int64, among the tasks that have ended.
 
         Raises:
             RuntimeError: before the first task ended.
@@ -139,17 +135,19 @@ class LoRARouter(Strategy):
     @torch.no_grad()
     def end_task(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
         """Compute the task's prototypes, and solve the router again."""
-        kept = _Reservoir(self.samples, self.seed, task.index)
+        kept, seen = TensorBuffer(self.samples, seed=self.seed), 0
         grams: list[Tensor] = []
 
         def watch(batch: Batch, features: Features) -> None:
+            nonlocal seen
             joined = torch.cat(features, 1)
-            kept.add(batch, joined)
+            kept.add({"embeddings": joined}, pass_sample_ids(batch, seen), task.index)
+            seen += len(batch)
             if self.router == "ridge":
                 grams[:] = [joined.T @ joined + (grams[0] if grams else 0)]
 
         self.means.fit(model, task, batches, self, watch)
-        sample = kept.over_ranks()
+        sample = gather_buffer(kept, device_of(model))["embeddings"]
         solved = self.solved.tensors
         if self.router == "ridge":
             gram = all_reduce_sum(grams[0]) + solved.get("gram", torch.zeros_like(grams[0]))
@@ -187,11 +185,9 @@ class LoRARouter(Strategy):
         has_task = (batch.task_ids >= 0) & (batch.task_ids < count)
         if bool(has_task.all()):
             return batch.task_ids
-        is_mid_task = not self.means.has(self._task)
-        other = (
-            torch.full_like(batch.task_ids, self._task) if is_mid_task else self.route(model, batch)
-        )
-        return torch.where(has_task, batch.task_ids, other)
+        if self.means.has(self._task):
+            return torch.where(has_task, batch.task_ids, self.route(model, batch))
+        return torch.where(has_task, batch.task_ids, self._task)
 
     def _route(self, features: Features) -> Tensor:
         counts, solved = self.means.counts, self.solved.tensors
@@ -209,43 +205,10 @@ class LoRARouter(Strategy):
     def _with_centers(self, sample: Tensor, task: int) -> dict[str, Tensor]:
         found = k_means(sample, self.prototypes, generator(self.seed, task))
         owner = torch.full((len(found),), task, device=found.device)
-        old = self.solved.tensors
+        old, new = self.solved.tensors, {"centers": found, "owner": owner}
         if "centers" not in old:
-            return {"centers": found, "owner": owner}
-        return {
-            "centers": torch.cat([old["centers"].to(found), found]),
-            "owner": torch.cat([old["owner"].to(owner), owner]),
-        }
-
-
-class _Reservoir:
-    """Uniform sample of the embeddings of a pass, the same for any number of processes."""
-
-    def __init__(self, size: int, seed: int, task: int) -> None:
-        self.size, self.seed, self.task = size, seed, task
-        self.embeddings: Tensor | None = None
-        self.priorities = torch.zeros(0, dtype=torch.int64)
-        self._seen = 0
-
-    def add(self, batch: Batch, embeddings: Tensor) -> None:
-        """Offer the embeddings (B, M) of a batch."""
-        own = hash_priorities(self.seed, self.task, pass_sample_ids(batch, self._seen)).to(
-            embeddings.device
-        )
-        self._seen += len(batch)
-        if self.embeddings is not None:
-            embeddings = torch.cat([self.embeddings, embeddings])
-            own = torch.cat([self.priorities, own])
-        kept = smallest_priorities(own, self.size)
-        self.embeddings, self.priorities = embeddings[kept], own[kept]
-
-    def over_ranks(self) -> Tensor:
-        """Return (up to size, M) of all processes, by priority; after at least one batch."""
-        own = cast(Tensor, self.embeddings)
-        everyone = all_gather_samples(own)
-        return everyone[
-            smallest_priorities(all_gather_samples(self.priorities.to(own.device)), self.size)
-        ]
+            return new
+        return {name: torch.cat([old[name].to(own), own]) for name, own in new.items()}
 
 
 def _split(joined: Tensor, like: Features) -> Features:

@@ -19,9 +19,9 @@ from torch.func import functional_call
 
 from mmcl.core import VLM, Batch, Output, Strategy, Task, trainable_parameters
 from mmcl.core.model import eval_mode
-from mmcl.layers.inject import adapters_disabled, base_layers
+from mmcl.layers.adapters import adapters_disabled, base_layers
 from mmcl.memory.snapshot import Snapshot
-from mmcl.ops.kd import contrastive_kd_loss, kd_loss
+from mmcl.ops.regularization import contrastive_kd_loss, kd_loss
 
 
 class LwF(Strategy):

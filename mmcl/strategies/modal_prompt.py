@@ -30,8 +30,7 @@ from mmcl.core import (
     require,
 )
 from mmcl.core.seeding import generator, hash_seed
-from mmcl.ops.prompt_pool import gather_prompts
-from mmcl.ops.routing import cosine_similarity, top_k_ascending
+from mmcl.ops.routing import cosine_similarity, gather_prompts, top_k_ascending
 
 _AUX = "modal_prompt"
 _INIT_STD = 0.02

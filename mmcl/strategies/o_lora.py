@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from mmcl.core import VLM, Batch, Output, Prompts, Strategy, Task
-from mmcl.core.output import NO_PROMPTS
+from mmcl.core.model import NO_PROMPTS
 from mmcl.layers import LoRAAdapter, MultiLoRALinear
-from mmcl.layers.task_adapters import TargetModules, TaskAdapters, set_active_adapters
-from mmcl.ops.orthogonality import Measure, mean_over_layers, orthogonality_loss
+from mmcl.layers.adapters import TargetModules, TaskAdapters, set_active_adapters
+from mmcl.ops.lora_penalties import Measure, mean_over_layers, orthogonality_loss
 
 
 class OLoRA(Strategy):
@@ -103,9 +103,7 @@ class OLoRA(Strategy):
             )
         if self.decay:
             newest = [_newest(layer) for layer in layers]
-            norms = mean_over_layers(
-                adapter.lora_A.norm() + adapter.lora_B.norm() for adapter in newest
-            )
+            norms = mean_over_layers(one.lora_A.norm() + one.lora_B.norm() for one in newest)
             terms["decay"] = self.decay * norms
         return terms
 

@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from torch import nn
 
 from mmcl.core import VLM, Strategy, Task
 from mmcl.layers import find_layers, inject
-from mmcl.layers.task_adapters import TargetModules, freeze_and_target
-
-if TYPE_CHECKING:
-    from mmcl.layers.peft_osf import OSFLinear
+from mmcl.layers.adapters import TargetModules, freeze_and_target
 
 
 class OSF(Strategy):
@@ -69,11 +66,7 @@ class OSF(Strategy):
         self.train_projector = train_projector
 
     def attach(self, model: VLM) -> None:
-        """Freeze the model and decompose the linear layers of its language model.
-
-        Raises:
-            ValueError: if weights are quantized.
-        """
+        """Freeze the model and decompose its target layers; a ValueError if they are quantized."""
         from mmcl.layers.peft_osf import OSFLinear
 
         names = freeze_and_target(model, self.target_modules, self.train_projector, by=self)
@@ -83,17 +76,19 @@ class OSF(Strategy):
                 f"{len(packed)} layers ({packed[0]}, ...) have quantized weights and OSF changes "
                 "weights in full: load the model in fp32 or bf16"
             )
-        inject(
-            cast(nn.Module, model),
-            names,
-            lambda linear: OSFLinear(linear, self.preserved(min(linear.weight.shape), 0)),
-        )
+
+        def make(linear: nn.Linear) -> OSFLinear:
+            return OSFLinear(linear, self.preserved(min(linear.weight.shape), 0))
+
+        inject(cast(nn.Module, model), names, make)
 
     def begin_task(self, model: VLM, task: Task) -> None:
         """Decompose the weights as they are now; for the first task ``attach`` did so."""
-        if task.index:
-            for layer in self._of(model).values():
-                layer.renew(self.preserved(min(layer.weight.shape), task.index))
+        from mmcl.layers.peft_osf import OSFLinear
+
+        layers = find_layers(cast(nn.Module, model), OSFLinear) if task.index else {}
+        for layer in layers.values():
+            layer.renew(self.preserved(min(layer.weight.shape), task.index))
 
     def merged_adapters(self, model: VLM) -> AbstractContextManager[None]:
         """Merge the trained factors into the weights inside the block."""
@@ -102,19 +97,9 @@ class OSF(Strategy):
         return merged_osf(cast(nn.Module, model))
 
     def preserved(self, directions: int, task: int) -> int:
-        """Return the number of singular directions that a task may not change.
+        """Return how many of min(d_out, d_in) singular ``directions`` a task may not change.
 
-        Args:
-            directions: of the layer, min(d_out, d_in).
-            task: number of the task, from 0.
-
-        Returns:
-            1 to ``directions`` - 1, never fewer for a later task.
+        1 to ``directions`` - 1, never fewer for a later task.
         """
         movable = math.ceil(directions * (1 - self.preserve) * (1 - self.growth) ** task)
         return max(1, directions - max(1, movable))
-
-    def _of(self, model: VLM) -> dict[str, OSFLinear]:
-        from mmcl.layers.peft_osf import OSFLinear
-
-        return find_layers(cast(nn.Module, model), OSFLinear)

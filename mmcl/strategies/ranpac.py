@@ -21,7 +21,25 @@ from mmcl.core.seeding import generator, hash_priorities
 from mmcl.memory.snapshot import Snapshot
 from mmcl.ops.prototypes import choose_ridge, one_hot, random_projection, solve_ridge
 
-_RIDGES = tuple(10.0**power for power in range(-8, 9))
+_RIDGES = (
+    1e-8,
+    1e-7,
+    1e-6,
+    1e-5,
+    1e-4,
+    1e-3,
+    1e-2,
+    1e-1,
+    1e0,
+    1e1,
+    1e2,
+    1e3,
+    1e4,
+    1e5,
+    1e6,
+    1e7,
+    1e8,
+)
 _SPLITS = ("fit", "held")
 
 
@@ -135,9 +153,8 @@ class RanPAC(Strategy):
     def _projection_for(self, features: Tensor) -> Tensor:
         made = self._projection
         if made is None or len(made) != features.shape[1]:
-            draw = generator(self.seed, features.shape[1], self.projection_dim)
-            made = torch.randn(
-                features.shape[1], self.projection_dim, generator=draw, dtype=torch.float64
-            )
+            shape = (features.shape[1], self.projection_dim)
+            draw = generator(self.seed, *shape)
+            made = torch.randn(*shape, generator=draw, dtype=torch.float64)
         self._projection = made.to(features.device)
         return self._projection

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from mmcl.core import VLM, Batch, Output, Strategy, Task
-from mmcl.layers.task_adapters import TargetModules, TaskAdapters
+from mmcl.layers.adapters import TargetModules, TaskAdapters
 from mmcl.memory.snapshot import Snapshot
-from mmcl.ops.orthogonality import mean_over_layers
-from mmcl.ops.sparse_mask import masked_mean_abs, pack_bits, top_fraction_mask
+from mmcl.ops.lora_penalties import masked_mean_abs, mean_over_layers, pack_bits, top_fraction_mask
 
 
 class RegLoRA(Strategy):
@@ -98,9 +97,8 @@ class RegLoRA(Strategy):
         known, marks = self.marks.tensors, {}
         for name, layer in self.adapters.layers_of(model).items():
             newest = layer.adapter(len(layer.adapters) - 1)
-            marks[name] = pack_bits(
-                top_fraction_mask(newest.lora_B @ newest.lora_A, self.top_fraction)
-            )
+            product = newest.lora_B @ newest.lora_A
+            marks[name] = pack_bits(top_fraction_mask(product, self.top_fraction))
             if name in known:
                 marks[name] |= known[name]
         self.marks.take(marks)

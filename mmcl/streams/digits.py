@@ -6,19 +6,17 @@ of UCI's Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998, CC
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
-from mmcl.data.writing.card_writer import card_counts, card_task, card_text
-from mmcl.data.writing.shard_writer import Progress, Sample, ShardPlan, build_stream
+from mmcl.data.shards.stream_writer import Progress, Sample, ShardPlan, card_task
+from mmcl.streams.stream_files import Card, png_bytes, write_stream
 
 PIXELS = 32
 _INK, _PAPER = (50, 30, 130), (250, 215, 120)
@@ -27,7 +25,7 @@ _TURN_DEGREES = 40
 _STRIPE_PERIOD, _STRIPE_WIDTH, _STRIPE_GREY = 8, 3, 150
 
 Look = Callable[[Image.Image, np.random.Generator], Image.Image]
-"""Function (grey scan of any size, its own generator) -> 32 x 32 RGB picture."""
+"""Function (grey scan of any size, its own generator) -> 32 x 32 RGB image."""
 
 
 def clean(scan: Image.Image, _: np.random.Generator) -> Image.Image:
@@ -41,7 +39,7 @@ def inverted(scan: Image.Image, _: np.random.Generator) -> Image.Image:
 
 
 def noisy(scan: Image.Image, draw: np.random.Generator) -> Image.Image:
-    """Add normal noise of deviation 70 (of 255), each colour by itself."""
+    """Add normal noise of deviation 70 (of 255), each color by itself."""
     clear = np.asarray(clean(scan, draw), dtype=np.float64)
     noise = draw.normal(0.0, _NOISE_DEVIATION, clear.shape)
     return Image.fromarray(np.clip(clear + noise, 0, 255).astype(np.uint8))
@@ -54,7 +52,7 @@ def rotated(scan: Image.Image, _: np.random.Generator) -> Image.Image:
 
 
 def striped(scan: Image.Image, draw: np.random.Generator) -> Image.Image:
-    """Hide three eighths of the picture under slanting grey bars that begin anywhere."""
+    """Hide three eighths of the image under slanting grey bars that begin anywhere."""
     pixels = np.array(clean(scan, draw))
     start = int(draw.integers(_STRIPE_PERIOD))
     across = np.arange(PIXELS)[:, None] + np.arange(PIXELS)[None, :]
@@ -118,8 +116,9 @@ def build(folder: Path, seed: int = 0, progress: Progress | None = None) -> Path
         "name": "digits",
         "scenario": "class",
         "description": f"Handwritten digits, two new classes in every task. {SPLIT}",
+        "tasks": tasks,
     }
-    return _finish(folder, card, tasks, plans, seed, progress)
+    return _write(folder, card, plans, seed, progress)
 
 
 def build_domains(folder: Path, seed: int = 0, progress: Progress | None = None) -> Path:
@@ -150,8 +149,9 @@ def build_domains(folder: Path, seed: int = 0, progress: Progress | None = None)
             "paper), noisy (normal, deviation 70 of 255), rotated (40 degrees counter-clockwise), "
             f"striped (slanting bars over three eighths of the picture). {SPLIT}"
         ),
+        "tasks": tasks,
     }
-    return _finish(folder, card, tasks, plans, seed, progress)
+    return _write(folder, card, plans, seed, progress)
 
 
 def split_indices(labels: Sequence[int], seed: int) -> dict[str, list[int]]:
@@ -175,11 +175,7 @@ def split_indices(labels: Sequence[int], seed: int) -> dict[str, list[int]]:
 
 
 def _plan_splits(
-    name: str,
-    key_prefix: str,
-    seed: int,
-    wanted: set[int],
-    draw: Callable[[Image.Image, np.random.Generator], Image.Image],
+    name: str, key_prefix: str, seed: int, wanted: set[int], draw: Look
 ) -> list[ShardPlan]:
     """Plan the train and the test shard of one task."""
     labels: list[int] = load_digits().target.tolist()
@@ -191,61 +187,34 @@ def _plan_splits(
     return plans
 
 
-def _samples(
-    chosen: Sequence[int],
-    key_prefix: str,
-    seed: int,
-    draw: Callable[[Image.Image, np.random.Generator], Image.Image],
-) -> Iterator[Sample]:
+def _samples(chosen: Sequence[int], key_prefix: str, seed: int, draw: Look) -> Iterator[Sample]:
     scans = load_digits()
     for number in chosen:
         # 0..16 to 0..255 by rounding; the 17 levels stay distinct, so nothing is lost.
         grey = np.rint(scans.images[number] * 255 / 16).astype(np.uint8)
         label = int(scans.target[number])
-        png = io.BytesIO()
         # One stream of numbers per scan, the same in every look, whatever else is built.
-        draw(Image.fromarray(grey), np.random.default_rng([seed, number])).save(png, "PNG")
+        image = draw(Image.fromarray(grey), np.random.default_rng([seed, number]))
         yield {
             "__key__": f"{key_prefix}-{number:04d}",
-            "png": png.getvalue(),
+            "png": png_bytes(image),
             "cls": str(label),
             "txt": f"the handwritten digit {CLASSES[label]}",
         }
 
 
-def _finish(
-    folder: Path,
-    card: Mapping[str, Any],
-    tasks: Sequence[Mapping[str, Any]],
-    plans: Sequence[ShardPlan],
-    seed: int,
-    progress: Progress | None,
+def _write(
+    folder: Path, card: Card, plans: Sequence[ShardPlan], seed: int, progress: Progress | None
 ) -> Path:
     """Write the shards of the plans, then the card that names them."""
-    name = card["name"]
-    header = (
-        f"Made by: mmcl data build {name} --seed {seed}",
-        f"License: {LICENSE}",
-        f"Samples: {sum(plan.count for plan in plans)} in {len(plans)} shards",
-    )
-
-    def card_texts(hashes: Mapping[str, str]) -> dict[str, str]:
-        fields = {
-            **card,
-            "license": LICENSE,
-            "source": SOURCE,
-            "classes": list(CLASSES),
-            "templates": list(TEMPLATES),
-            "task_type": "classification",
-            "stage": "cft",
-            "tasks": list(tasks),
-            "eval_only": [],
-            "hashes": dict(hashes),
-            "counts": card_counts(plans),
-        }
-        return {f"{name}.yaml": card_text(fields, header)}
-
+    card = {
+        **card,
+        "license": LICENSE,
+        "source": SOURCE,
+        "classes": list(CLASSES),
+        "templates": list(TEMPLATES),
+        "task_type": "classification",
+        "stage": "cft",
+    }
     recipe = {"number": RECIPE, "seed": seed, "numpy": np.__version__, "pillow": PIL.__version__}
-    return build_stream(
-        folder, name, plans, [f"{name}.yaml"], card_texts, recipe=recipe, progress=progress
-    )[0]
+    return write_stream(card["name"], folder, [(card, plans)], recipe, progress)[0]

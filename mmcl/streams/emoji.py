@@ -1,13 +1,12 @@
-"""The streams `emoji_groups`, `emoji_years`, `emoji_languages`: the same pictures in three orders.
+"""The streams `emoji_groups`, `emoji_years`, `emoji_languages`: the same images in three orders.
 
-Pictures come from a colour-emoji font of this machine, names from CLDR by the `emoji` package,
-groups and years from Unicode (`emoji_table.tsv`). The pictures are in one train and one test shard
+Images come from a color-emoji font of this machine, names from CLDR by the `emoji` package,
+groups and years from Unicode (`emoji_table.tsv`). The images are in one train and one test shard
 for each cell of (group, year), and the three cards name these shards in their own order.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +18,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from mmcl.data.writing.card_writer import card_counts, card_task, card_text
-from mmcl.data.writing.shard_writer import Progress, Sample, ShardPlan, build_stream
+from mmcl.data.shards.stream_writer import Progress, Sample, ShardPlan, card_task
 from mmcl.streams.emoji_table import (
     LANGUAGES,
     Emoji,
@@ -28,12 +26,13 @@ from mmcl.streams.emoji_table import (
     choose,
     find_font,
     names_of,
-    read_table,
+    read_emoji,
 )
+from mmcl.streams.stream_files import Card, png_bytes, write_stream
 
 PIXELS = 64
 FRACTION = (0.55, 0.92)
-"""Range of the glyph's larger side, as a fraction of the picture's side."""
+"""Range of the glyph's larger side, as a fraction of the image's side."""
 DEGREES = 25.0
 """Largest angle of rotation; angles are in [-25, 25]."""
 
@@ -42,12 +41,12 @@ def augment(glyph: Image.Image, draw: np.random.Generator) -> Image.Image:
     """Put a glyph on a background, turned, sized and placed as the generator says.
 
     Args:
-        glyph: square RGBA picture of any size.
-        draw: generator of this picture alone; half of the backgrounds are one colour, half run
-            from one colour to another.
+        glyph: square RGBA image of any size.
+        draw: generator of this image alone; half of the backgrounds are one color, half run
+            from one color to another.
 
     Returns:
-        A 64 x 64 RGB picture with the whole glyph inside, but for corners that turn out of it.
+        A 64 x 64 RGB image with the whole glyph inside, but for corners that turn out of it.
     """
     side = round(PIXELS * draw.uniform(*FRACTION))
     angle = float(draw.uniform(-DEGREES, DEGREES))
@@ -57,19 +56,15 @@ def augment(glyph: Image.Image, draw: np.random.Generator) -> Image.Image:
     small = glyph.resize((side, side), Image.Resampling.LANCZOS)
     turned = small.rotate(angle, Image.Resampling.BICUBIC, expand=True)
     grown = (turned.width - side) // 2
-    canvas.alpha_composite(*_clipped(turned, place[0] - grown, place[1] - grown))
+    left, top = place[0] - grown, place[1] - grown
+    # `alpha_composite` refuses what is left of or above the canvas.
+    inside = turned.crop((max(-left, 0), max(-top, 0), turned.width, turned.height))
+    canvas.alpha_composite(inside, (max(left, 0), max(top, 0)))
     return canvas.convert("RGB")
 
 
-def _clipped(picture: Image.Image, left: int, top: int) -> tuple[Image.Image, tuple[int, int]]:
-    """Crop what is left of or above the canvas, which `alpha_composite` refuses."""
-    cut_left, cut_top = max(-left, 0), max(-top, 0)
-    kept = picture.crop((cut_left, cut_top, picture.width, picture.height))
-    return kept, (max(left, 0), max(top, 0))
-
-
 def background(draw: np.random.Generator) -> Image.Image:
-    """Draw a 64 x 64 RGBA background: one colour, or a straight run between two at any angle."""
+    """Draw a 64 x 64 RGBA background: one color, or a straight run between two at any angle."""
     first, second = draw.integers(0, 256, (2, 3))
     turn = draw.uniform(0.0, 2.0 * np.pi)
     if draw.random() < 0.5:
@@ -77,15 +72,16 @@ def background(draw: np.random.Generator) -> Image.Image:
     steps = np.linspace(-1.0, 1.0, PIXELS)
     along = np.cos(turn) * steps[None, :] + np.sin(turn) * steps[:, None]
     fraction = ((along - along.min()) / (along.max() - along.min()))[:, :, None]
-    colours = np.rint(first * (1.0 - fraction) + second * fraction).astype(np.uint8)
-    return Image.fromarray(colours).convert("RGBA")
+    colors = np.rint(first * (1.0 - fraction) + second * fraction).astype(np.uint8)
+    return Image.fromarray(colors).convert("RGBA")
 
 
-CARDS = ("emoji_groups.yaml", "emoji_years.yaml", "emoji_languages.yaml")
 TEMPLATES = ("an emoji of {}.", "a picture of {}.", "the {} emoji.")
 
-Cells = dict[tuple[str, int], tuple[ShardPlan, ShardPlan]]
-"""From (group, year) to its train and its test shard."""
+Cell = tuple[str, int]
+"""Group and year."""
+Cells = dict[Cell, tuple[ShardPlan, ShardPlan]]
+"""Cell -> its train and its test shard."""
 
 _LICENSES = (
     ("NotoColor", "SIL Open Font License 1.1 (Noto Emoji, Google)"),
@@ -102,80 +98,7 @@ _ABOUT = {
     "emoji_years": "Emoji pictures in the order in which Unicode took them up.",
     "emoji_languages": "Emoji pictures and their names, one language in every task.",
 }
-
-
-def card_texts(
-    classes: Mapping[str, Emoji], cells: Cells, hashes: Mapping[str, str], made_by: str, font: str
-) -> dict[str, str]:
-    """Write the three cards; all of them name the same shards and the same list of classes.
-
-    Args:
-        classes: from the English name of every class to its emoji, in the order of the labels.
-        cells: the shards.
-        hashes: from shard to sha256.
-        made_by: the command, for the header.
-        font: file name of the font.
-
-    Returns:
-        From card file name to its text.
-    """
-    tasks = {
-        "emoji_groups": ("class", "classification", _group_tasks(classes, cells)),
-        "emoji_years": ("class", "classification", _year_tasks(classes, cells)),
-        "emoji_languages": ("domain", "captioning", _language_tasks(cells)),
-    }
-    license = _license_of(font)
-    samples = sum(train.count + test.count for train, test in cells.values())
-    header = (
-        f"Made by: {made_by}",
-        f"License: {license}",
-        f"Samples: {samples} of {len(classes)} classes in {2 * len(cells)} shards (shared by "
-        f"{', '.join(CARDS)})",
-    )
-    texts = {}
-    for name, (scenario, task_type, own) in tasks.items():
-        card = {
-            "name": name,
-            "scenario": scenario,
-            "description": f"{_ABOUT[name]} Each picture has its own place, size, angle and "
-            "background; train and test pictures show the same glyphs.",
-            "license": license,
-            "source": f"{_SOURCE}{font}",
-            "classes": list(classes),
-            "templates": list(TEMPLATES),
-            "task_type": task_type,
-            "stage": "cft",
-            "tasks": own,
-            "eval_only": [],
-            "hashes": dict(hashes),
-            "counts": card_counts([plan for pair in cells.values() for plan in pair]),
-        }
-        texts[f"{name}.yaml"] = card_text(card, header)
-    return texts
-
-
-def _license_of(font: str) -> str:
-    for start, license in _LICENSES:
-        if font.startswith(start):
-            return license
-    return f"that of the font {font}: look it up before you pass the pictures on"
-
-
-def _group_tasks(classes: Mapping[str, Emoji], cells: Cells) -> list[dict[str, Any]]:
-    groups = list(dict.fromkeys(group for group, _ in cells))
-    return [
-        _class_task(group, classes, {cell: cells[cell] for cell in cells if cell[0] == group})
-        for group in groups
-    ]
-
-
-def _year_tasks(classes: Mapping[str, Emoji], cells: Cells) -> list[dict[str, Any]]:
-    tasks = []
-    for years in merge_years([one.year for one in classes.values()]):
-        name = "-".join(str(year) for year in dict.fromkeys((years[0], years[-1])))
-        own = {cell: cells[cell] for cell in cells if cell[1] in years}
-        tasks.append(_class_task(name, classes, own))
-    return tasks
+CARDS = tuple(f"{name}.yaml" for name in _ABOUT)
 
 
 def merge_years(years: Sequence[int]) -> list[list[int]]:
@@ -200,20 +123,16 @@ def merge_years(years: Sequence[int]) -> list[list[int]]:
     return merged
 
 
-def _language_tasks(cells: Cells) -> list[dict[str, Any]]:
-    train, test = zip(*cells.values(), strict=True)
-    return [
-        card_task(
-            language, train, test, text_field="txt" if language == "en" else f"{language}.txt"
-        )
-        for language in LANGUAGES
-    ]
-
-
-def _class_task(name: str, classes: Mapping[str, Emoji], own: Cells) -> dict[str, Any]:
-    train, test = zip(*own.values(), strict=True)
-    names = [name for name, one in classes.items() if (one.group, one.year) in own]
-    return card_task(name, train, test, classes=names)
+def _class_tasks(
+    tasks: Mapping[str, Sequence[Cell]], classes: Mapping[str, Emoji], cells: Cells
+) -> list[dict[str, Any]]:
+    """Describe tasks by the cells of each; a task's classes are those of its cells."""
+    entries = []
+    for task, own in tasks.items():
+        train, test = zip(*(cells[cell] for cell in own), strict=True)
+        names = [name for name, one in classes.items() if (one.group, one.year) in own]
+        entries.append(card_task(task, train, test, classes=names))
+    return entries
 
 
 SPLITS = ("train", "test")
@@ -222,7 +141,7 @@ RECIPE = 1  # counts up whenever the same seed would give other bytes
 
 @dataclass(frozen=True)
 class _Class:
-    """A class of the stream: its label, its emoji, its picture, its names by language."""
+    """A class of the stream: its label, its emoji, its image, its names by language."""
 
     label: int
     emoji: Emoji
@@ -239,17 +158,17 @@ def build(
     test_per_class: int = 3,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Build the pictures once and the three cards over them.
+    """Build the images once and the three cards over them.
 
-    By default 8 groups of 24 classes with 8 + 3 pictures each: 2,112 pictures of 64 x 64.
+    By default 8 groups of 24 classes with 8 + 3 images each: 2,112 images of 64 x 64.
 
     Args:
         folder: output folder of shards and cards.
-        font: a colour-emoji font; None looks for one on this machine.
+        font: a color-emoji font; None looks for one on this machine.
         seed: of place, size, angle and background.
         per_group: classes per group at most; None takes every emoji that the font has.
-        train_per_class: pictures of every class to learn from, at least 1.
-        test_per_class: pictures of every class to score on, at least 1.
+        train_per_class: images of every class to learn from, at least 1.
+        test_per_class: images of every class to score on, at least 1.
         progress: called with (samples done, samples in total).
 
     Returns:
@@ -257,46 +176,37 @@ def build(
 
     Raises:
         FileNotFoundError: if there is no such font; the message says what to install.
-        ValueError: if a count is below 1, or the font has no coloured emoji.
+        ValueError: if a count is below 1, or the font has no colored emoji.
     """
     sizes = {"train": train_per_class, "test": test_per_class}
-    _expect_pictures(sizes)
-    emoji_font = EmojiFont(font if font is not None else find_font())
-    classes = _choose_classes(emoji_font, per_group)
-    cells = _plan_cells(classes, sizes, seed)
-    return build_stream(
-        folder,
-        "emoji",
-        [plan for plans in cells.values() for plan in plans],
-        CARDS,
-        partial(
-            card_texts,
-            {one.names["en"]: one.emoji for one in classes},
-            cells,
-            made_by=f"mmcl data build emoji --seed {seed} (per_group={per_group}, "
-            f"train_per_class={train_per_class}, test_per_class={test_per_class})",
-            font=emoji_font.path.name,
-        ),
-        recipe=_recipe(emoji_font, seed, per_group, sizes),
-        progress=progress,
-    )
-
-
-def _expect_pictures(sizes: dict[str, int]) -> None:
     for split, size in sizes.items():
         if size < 1:
             raise ValueError(f"{split}_per_class is {size}: give 1 or more pictures per class")
+    emoji_font = EmojiFont(font or find_font())
+    classes = _choose_classes(emoji_font, per_group)
+    cells = _plan_cells(classes, sizes, seed)
+    plans = [plan for pair in cells.values() for plan in pair]
+    cards = _cards({one.names["en"]: one.emoji for one in classes}, cells, emoji_font.path.name)
+    given = {"per_group": per_group, **{f"{split}_per_class": n for split, n in sizes.items()}}
+    options = ", ".join(f"{key}={value}" for key, value in given.items())
+    return write_stream(
+        "emoji",
+        folder,
+        [(card, plans) for card in cards],
+        _recipe(emoji_font, seed, given),
+        progress,
+        made_by=f"mmcl data build emoji --seed {seed} ({options})",
+        samples=f"{sum(plan.count for plan in plans)} of {len(classes)} classes in {len(plans)} "
+        f"shards (shared by {', '.join(CARDS)})",
+    )
 
 
-def _recipe(
-    font: EmojiFont, seed: int, per_group: int | None, sizes: dict[str, int]
-) -> dict[str, Any]:
-    """Return all that the pictures depend on."""
+def _recipe(font: EmojiFont, seed: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all that the images depend on."""
     return {
         "number": RECIPE,
         "seed": seed,
-        "per_group": per_group,
-        **{f"{split}_per_class": size for split, size in sizes.items()},
+        **given,
         "font": {"name": font.path.name, "sha256": font.sha256()},
         "emoji": version("emoji"),
         "numpy": np.__version__,
@@ -304,12 +214,54 @@ def _recipe(
     }
 
 
+def _cards(classes: Mapping[str, Emoji], cells: Cells, font: str) -> list[Card]:
+    """Describe the three cards; all of them name the same shards and the same list of classes.
+
+    Args:
+        classes: from the English name of every class to its emoji, in the order of the labels.
+        cells: the shards.
+        font: file name of the font.
+    """
+    groups = {group: [cell for cell in cells if cell[0] == group] for group, _ in cells}
+    years = {
+        "-".join(str(year) for year in dict.fromkeys((own[0], own[-1]))): [
+            cell for cell in cells if cell[1] in own
+        ]
+        for own in merge_years([one.year for one in classes.values()])
+    }
+    train, test = zip(*cells.values(), strict=True)
+    fields = {language: f"{language}.txt" for language in LANGUAGES} | {"en": "txt"}
+    languages = [card_task(name, train, test, text_field=field) for name, field in fields.items()]
+    tasks = {
+        "emoji_groups": ("class", "classification", _class_tasks(groups, classes, cells)),
+        "emoji_years": ("class", "classification", _class_tasks(years, classes, cells)),
+        "emoji_languages": ("domain", "captioning", languages),
+    }
+    unknown = f"that of the font {font}: look it up before you pass the pictures on"
+    return [
+        {
+            "name": name,
+            "scenario": scenario,
+            "description": f"{_ABOUT[name]} Each picture has its own place, size, angle and "
+            "background; train and test pictures show the same glyphs.",
+            "license": next((text for f, text in _LICENSES if font.startswith(f)), unknown),
+            "source": f"{_SOURCE}{font}",
+            "classes": list(classes),
+            "templates": list(TEMPLATES),
+            "task_type": task_type,
+            "stage": "cft",
+            "tasks": own,
+        }
+        for name, (scenario, task_type, own) in tasks.items()
+    ]
+
+
 def _choose_classes(font: EmojiFont, per_group: int | None) -> list[_Class]:
-    """Choose among the emoji that have a picture of their own, and one name in every language."""
+    """Choose among the emoji that have an image of their own, and one name in every language."""
     found: dict[Emoji, tuple[Image.Image, dict[str, str]]] = {}
     seen: set[bytes | str] = set()
-    for one in read_table():
-        glyph, names = font.picture(one.text), names_of(one)
+    for one in read_emoji():
+        glyph, names = font.image(one.text), names_of(one)
         if glyph is None or names is None or {glyph.tobytes(), names["en"]} & seen:
             continue
         seen |= {glyph.tobytes(), names["en"]}
@@ -340,14 +292,12 @@ def _samples(classes: Sequence[_Class], split: str, size: int, seed: int) -> Ite
     for one in classes:
         for number in range(size):
             point = ord(one.emoji.text[0])
-            # Seeded by the emoji, not its label: other choices leave its pictures as they are.
+            # Seeded by the emoji, not its label: other choices leave its images as they are.
             draw = np.random.default_rng([seed, point, SPLITS.index(split), number])
-            png = io.BytesIO()
-            augment(one.glyph, draw).save(png, "PNG")
             captions = {f"{language}.txt": one.names[language] for language in LANGUAGES[1:]}
             yield {
                 "__key__": f"{one.emoji.slug}-{split}-{number:03d}",
-                "png": png.getvalue(),
+                "png": png_bytes(augment(one.glyph, draw)),
                 "cls": str(one.label),
                 "txt": one.names["en"],
                 **captions,

@@ -1,4 +1,4 @@
-"""Emoji of the stream: the table by group and year, names by language, pictures from a font."""
+"""Emoji of the stream: the table by group and year, names by language, images from a font."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import subprocess
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from itertools import zip_longest
 from pathlib import Path
 
 import emoji
 from PIL import Image, ImageDraw, ImageFont
+
+from mmcl.streams.stream_files import read_table
 
 GROUPS = {
     "Smileys & Emotion": "smileys",
@@ -58,21 +59,14 @@ class Emoji:
         return f"{ord(self.text[0]):x}"
 
 
-def read_table() -> list[Emoji]:
+def read_emoji() -> list[Emoji]:
     """Read the table of the package: every emoji of one code point up to Emoji 15.0.
 
     Returns:
         The emoji in Unicode's order.
     """
-    file = resources.files("mmcl.streams") / "emoji_table.tsv"
-    lines = [
-        line
-        for line in file.read_text(encoding="utf-8").splitlines()
-        if line and not line.startswith("#")
-    ]
     table = []
-    for line in lines[1:]:
-        code_points, group, subgroup, version, year = line.split("\t")
+    for code_points, group, subgroup, version, year in read_table("emoji_table.tsv"):
         text = "".join(chr(int(point, 16)) for point in code_points.split())
         table.append(Emoji(text, GROUPS[group], subgroup, version, int(year)))
     return table
@@ -139,14 +133,9 @@ def _clean(name: str) -> str:
 
 NAMES = ("NotoColorEmoji.ttf", "Apple Color Emoji.ttc", "seguiemj.ttf", "TwitterColorEmoji*.ttf")
 FOLDERS = (
-    "~/.fonts",
-    "~/.local/share/fonts",
-    "~/Library/Fonts",
-    "/usr/share/fonts",
-    "/usr/local/share/fonts",
-    "/System/Library/Fonts",
-    "C:/Windows/Fonts",
-)
+    "~/.fonts", "~/.local/share/fonts", "~/Library/Fonts", "/usr/share/fonts",
+    "/usr/local/share/fonts", "/System/Library/Fonts", "C:/Windows/Fonts",
+)  # fmt: skip
 ADVICE = (
     "install one (Debian and Ubuntu: apt install fonts-noto-color-emoji; Fedora: "
     "dnf install google-noto-color-emoji-fonts) or name its file with --font"
@@ -157,7 +146,7 @@ _UNASSIGNED = "\U0010fffe"
 
 
 def find_font() -> Path:
-    """Find a colour-emoji font in the usual folders, or by ``fc-list`` where there is one.
+    """Find a color-emoji font in the usual folders, or by ``fc-list`` where there is one.
 
     Returns:
         The first file that is there, by the order of `NAMES` and `FOLDERS`.
@@ -170,31 +159,25 @@ def find_font() -> Path:
             found = sorted(Path(folder).expanduser().rglob(name))
             if found:
                 return found[0]
-    listed = _listed_by_fontconfig()
-    if listed:
-        return listed[0]
-    raise FileNotFoundError(f"no colour-emoji font found in the font folders: {ADVICE}")
-
-
-def _listed_by_fontconfig() -> list[Path]:
     command = shutil.which("fc-list")
-    if command is None:
-        return []
-    done = subprocess.run(
-        [command, ":color=true:lang=und-zsye", "file"], capture_output=True, text=True, check=False
-    )
-    return sorted(Path(line.rstrip(": ")) for line in done.stdout.splitlines() if line.strip())
+    if command is not None:
+        query = [command, ":color=true:lang=und-zsye", "file"]
+        done = subprocess.run(query, capture_output=True, text=True, check=False)
+        listed = sorted(line.rstrip(": ") for line in done.stdout.splitlines() if line.strip())
+        if listed:
+            return Path(listed[0])
+    raise FileNotFoundError(f"no color-emoji font found in the font folders: {ADVICE}")
 
 
 class EmojiFont:
-    """Pictures of emoji from one font file.
+    """Images of emoji from one font file.
 
     Args:
-        path: a font with colour glyphs that Pillow draws (CBDT, sbix or COLR of version 0).
+        path: a font with color glyphs that Pillow draws (CBDT, sbix or COLR of version 0).
 
     Raises:
         FileNotFoundError: if the file is not there.
-        ValueError: if Pillow cannot draw a coloured face from it.
+        ValueError: if Pillow cannot draw a colored face from it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -208,20 +191,24 @@ class EmojiFont:
         """Return the hash of the font file, in hex."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
-    def picture(self, text: str) -> Image.Image | None:
+    def image(self, text: str) -> Image.Image | None:
         """Draw one emoji as large as the font has it.
 
         Args:
             text: an emoji of one code point; U+FE0F behind it is not drawn.
 
         Returns:
-            A square RGBA picture, the glyph in its middle; None if the font has no such glyph.
+            A square RGBA image, the glyph in its middle; None if the font has no such glyph.
         """
         drawn = _draw(self._font, text[0])
         box = drawn.getchannel("A").getbbox()
         if box is None or drawn.tobytes() == self._missing:
             return None
-        return _centred(drawn.crop(box))
+        glyph = drawn.crop(box)
+        side = max(glyph.size)
+        square = Image.new("RGBA", (side, side))
+        square.paste(glyph, ((side - glyph.width) // 2, (side - glyph.height) // 2))
+        return square
 
 
 def _open_font(path: Path) -> ImageFont.FreeTypeFont:
@@ -235,7 +222,7 @@ def _open_font(path: Path) -> ImageFont.FreeTypeFont:
         red, _, blue, alpha = face.split()
         if alpha.getbbox() and red.tobytes() != blue.tobytes():
             return font
-    raise ValueError(f"font {path} has no coloured emoji that Pillow can draw: {ADVICE}")
+    raise ValueError(f"font {path} has no colored emoji that Pillow can draw: {ADVICE}")
 
 
 def _draw(font: ImageFont.FreeTypeFont, character: str) -> Image.Image:
@@ -244,10 +231,3 @@ def _draw(font: ImageFont.FreeTypeFont, character: str) -> Image.Image:
     draw = ImageDraw.Draw(canvas)
     draw.text((-left, -top), character, font=font, embedded_color=True)
     return canvas
-
-
-def _centred(glyph: Image.Image) -> Image.Image:
-    side = max(glyph.size)
-    square = Image.new("RGBA", (side, side))
-    square.paste(glyph, ((side - glyph.width) // 2, (side - glyph.height) // 2))
-    return square

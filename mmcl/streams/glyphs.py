@@ -1,14 +1,14 @@
-"""The stream `glyphs`: generated pictures with captions, on which the tiny CLIP is pre-trained.
+"""The stream `glyphs`: generated images with captions, on which the tiny CLIP is pre-trained.
 
-Digits (handwritten or printed), printed letters, and coloured shapes, 64 x 64 RGB. Everything is
+Digits (handwritten or printed), printed letters, and colored shapes, 64 x 64 RGB. Everything is
 drawn here, from pen strokes and from the type faces that matplotlib ships; no scan of real
 handwriting is used, so a model trained on this stream has never seen the data of `digits`.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -18,39 +18,26 @@ import PIL
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFont
 
-from mmcl.data.writing.card_writer import card_counts, card_task, card_text
-from mmcl.data.writing.shard_writer import Progress, Sample, ShardPlan, build_stream
+from mmcl.data.shards.stream_writer import Progress, Sample, ShardPlan, card_task
 from mmcl.streams.glyph_drawing import (
-    COLOURS,
+    COLORS,
     SHAPES,
     SIDE,
-    colour,
+    color,
     draw_shape,
     draw_strokes,
     place_freely,
     scan_coarsely,
 )
+from mmcl.streams.stream_files import Card, png_bytes, write_stream
 
 # Text faces only: the others hold mathematical signs, and `cmmi10` prints digits in the old style.
 FACES = (
-    "DejaVuSans",
-    "DejaVuSans-Bold",
-    "DejaVuSans-BoldOblique",
-    "DejaVuSansMono",
-    "DejaVuSansMono-Bold",
-    "DejaVuSansMono-BoldOblique",
-    "DejaVuSansMono-Oblique",
-    "DejaVuSerif",
-    "DejaVuSerif-Bold",
-    "DejaVuSerif-BoldItalic",
-    "STIXGeneral",
-    "STIXGeneralBolIta",
-    "STIXGeneralItalic",
-    "cmb10",
-    "cmr10",
-    "cmti10",
-    "cmtt10",
-)
+    "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-BoldOblique", "DejaVuSansMono",
+    "DejaVuSansMono-Bold", "DejaVuSansMono-BoldOblique", "DejaVuSansMono-Oblique", "DejaVuSerif",
+    "DejaVuSerif-Bold", "DejaVuSerif-BoldItalic", "STIXGeneral", "STIXGeneralBolIta",
+    "STIXGeneralItalic", "cmb10", "cmr10", "cmti10", "cmtt10",
+)  # fmt: skip
 LETTER_FACES = ("cmmi10",)
 # Never in a training shard, so that eval-only tasks ask for letter forms, not for a known face.
 HELD_OUT_FACES = ("DejaVuSans-Oblique", "DejaVuSerif-Italic", "STIXGeneralBol", "cmss10")
@@ -66,7 +53,7 @@ def print_character(face: str, character: str, side: int = 64) -> Image.Image:
         side: pixels; the character is about two thirds as high.
 
     Returns:
-        A picture of mode L: ink 255 on 0. It is shared between callers: do not draw on it.
+        An image of mode L: ink 255 on 0. It is shared between callers: do not draw on it.
 
     Raises:
         FileNotFoundError: if matplotlib has no such face.
@@ -75,7 +62,7 @@ def print_character(face: str, character: str, side: int = 64) -> Image.Image:
     if not path.is_file():
         raise FileNotFoundError(
             f"matplotlib {matplotlib.__version__} ships no face {face!r}: "
-            f"install another version of matplotlib (3.8 to 3.11 have it)"
+            "install matplotlib 3.11 or newer"
         )
     font = ImageFont.truetype(str(path), size=round(side * 0.85))
     left, upper, right, lower = font.getbbox(character)
@@ -89,7 +76,7 @@ def draw_print(character: str, faces: tuple[str, ...], rng: Generator) -> Image.
     """Print a character in one of the faces, turned, slanted, stretched and bent a little.
 
     Returns:
-        A 64 x 64 picture of mode L: ink 255 on 0.
+        A 64 x 64 image of mode L: ink 255 on 0.
     """
     ink = print_character(faces[rng.integers(len(faces))], character)
     turn, slant = rng.normal(0.0, 0.12), rng.normal(0.0, 0.15)
@@ -100,10 +87,10 @@ def draw_print(character: str, faces: tuple[str, ...], rng: Generator) -> Image.
 
 
 def bend(ink: Image.Image, matrix: np.ndarray, strength: float, rng: Generator) -> Image.Image:
-    """Warp a square picture: an affine map about its middle, then a push of every grid point.
+    """Warp a square image: an affine map about its middle, then a push of every grid point.
 
     Args:
-        ink: picture of mode L.
+        ink: image of mode L.
         matrix: (2, 2) from places in the result to places in ``ink``.
         strength: deviation of the push, in pixels.
         rng: source of the pushes.
@@ -129,15 +116,22 @@ def bend(ink: Image.Image, matrix: np.ndarray, strength: float, rng: Generator) 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
 SHARD_SIZE = 2000
-LICENSE = "CC0-1.0 (made by this program)"
-SOURCE = (
-    "drawn by mmcl from pen strokes, geometry and the type faces shipped with matplotlib: "
-    "DejaVu, STIX (SIL OFL 1.1) and BaKoMa Computer Modern"
-)
+_CARD = {
+    "name": "glyphs",
+    "scenario": "domain",
+    "description": "Made pictures with captions: handwritten and printed digits, printed letters, "
+    f"coloured shapes; {SIDE} x {SIDE} RGB PNG.",
+    "license": "CC0-1.0 (made by this program)",
+    "source": "drawn by mmcl from pen strokes, geometry and the type faces shipped with "
+    "matplotlib: DejaVu, STIX (SIL OFL 1.1) and BaKoMa Computer Modern",
+    "task_type": "captioning",
+    "stage": "cpt",
+}
 RECIPE = 1  # counts up whenever the same seed would give other bytes
 
 Made = tuple[Image.Image, str, str]
-"""A picture, its caption, and the name of the class that an eval-only task asks for."""
+"""An image, its caption, and the name of the class that an eval-only task asks for."""
+Draw = Callable[[Generator], Made]
 
 
 def draw_digit(faces: tuple[str, ...], rng: Generator) -> Made:
@@ -146,7 +140,7 @@ def draw_digit(faces: tuple[str, ...], rng: Generator) -> Made:
     is_handwritten = rng.random() < 0.65
     ink = draw_strokes(digit, rng) if is_handwritten else draw_print(str(digit), faces, rng)
     is_scan = rng.random() < 0.7
-    picture = scan_or_place(ink, is_scan, rng)
+    image = scan_or_place(ink, is_scan, rng)
     name = DIGITS[digit] if rng.random() < 0.7 else str(digit)
     captions = ["a photo of the digit {}.", "a photo of the number {}."]
     if is_handwritten:
@@ -154,29 +148,29 @@ def draw_digit(faces: tuple[str, ...], rng: Generator) -> Made:
         captions += ["a scan of a handwritten {}."] * is_scan
     else:
         captions += ["the printed number {}."]
-    return picture, captions[rng.integers(len(captions))].format(name), DIGITS[digit]
+    return image, captions[rng.integers(len(captions))].format(name), DIGITS[digit]
 
 
 def draw_letter(faces: tuple[str, ...], rng: Generator) -> Made:
     """Make a printed letter, capital or small, as a coarse scan or sharp."""
     letter = LETTERS[rng.integers(len(LETTERS))]
     form = letter.upper() if rng.random() < 0.6 else letter
-    picture = scan_or_place(draw_print(form, faces, rng), bool(rng.random() < 0.3), rng)
+    image = scan_or_place(draw_print(form, faces, rng), bool(rng.random() < 0.3), rng)
     captions = ("a photo of the letter {}.", "the printed letter {}")
-    return picture, captions[rng.integers(len(captions))].format(letter), letter
+    return image, captions[rng.integers(len(captions))].format(letter), letter
 
 
 def scan_or_place(ink: Image.Image, is_scan: bool, rng: Generator) -> Image.Image:
-    """Turn ink into a coloured picture, by way of a coarse scanner or not."""
+    """Turn ink into a colored image, by way of a coarse scanner or not."""
     if not is_scan:
-        return colour(place_freely(ink, rng), 0.3, rng)
-    return colour(scan_coarsely(ink, 8 if rng.random() < 0.8 else 12, rng), 0.7, rng)
+        return color(place_freely(ink, rng), 0.3, rng)
+    return color(scan_coarsely(ink, 8 if rng.random() < 0.8 else 12, rng), 0.7, rng)
 
 
 def draw_scene(class_fact: str, rng: Generator) -> Made:
-    """Make a coloured shape; ``class_fact`` names its class: "colour" or "shape"."""
-    picture, facts = draw_shape(rng)
-    words = [facts["colour"], facts["shape"]]
+    """Make a colored shape; ``class_fact`` names its class: "color" or "shape"."""
+    image, facts = draw_shape(rng)
+    words = [facts["color"], facts["shape"]]
     if facts["texture"] != "plain":
         words.insert(1, facts["texture"])
     if facts["size"] and rng.random() < 0.3:
@@ -185,12 +179,12 @@ def draw_scene(class_fact: str, rng: Generator) -> Made:
     captions = (
         f"a photo of a {full}.",
         f"a {full} on a {facts['page']} background",
-        f"a photo of a {facts['colour']} {facts['shape']}.",
+        f"a photo of a {facts['color']} {facts['shape']}.",
         f"a photo of a {facts['shape']}.",
-        f"a photo of a {facts['colour']} shape.",
+        f"a photo of a {facts['color']} shape.",
     )
     choice = rng.choice(len(captions), p=(0.25, 0.3, 0.25, 0.1, 0.1))
-    return picture, captions[choice], facts[class_fact]
+    return image, captions[choice], facts[class_fact]
 
 
 def draw_any(faces: tuple[str, ...], rng: Generator) -> Made:
@@ -203,13 +197,13 @@ def draw_any(faces: tuple[str, ...], rng: Generator) -> Made:
     return draw_scene("shape", rng)
 
 
-EVAL_ONLY: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Generator], Made]]] = {
+EVAL_ONLY: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], Draw]] = {
     "digits": (DIGITS, ("a photo of the digit {}.",), partial(draw_digit, HELD_OUT_FACES)),
     "letters": (LETTERS, ("a photo of the letter {}.",), partial(draw_letter, HELD_OUT_FACES)),
-    "colours": (tuple(COLOURS), ("a photo of a {} shape.",), partial(draw_scene, "colour")),
+    "colours": (tuple(COLORS), ("a photo of a {} shape.",), partial(draw_scene, "color")),
     "shapes": (SHAPES, ("a photo of a {}.",), partial(draw_scene, "shape")),
 }
-"""Name -> classes, templates, and what draws a picture."""
+"""Name -> classes, templates, and what draws an image."""
 
 
 def build(
@@ -228,9 +222,9 @@ def build(
         folder: output folder of shards and card.
         seed: seed of every choice; the same seed gives the same bytes with the same numpy, Pillow
             and matplotlib.
-        train: pictures to train on.
-        test: pictures in each of the five test splits.
-        progress: called with (pictures done, pictures in total).
+        train: images to train on.
+        test: images in each of the five test splits.
+        progress: called with (images done, images in total).
 
     Returns:
         The path of ``glyphs.yaml``.
@@ -240,98 +234,47 @@ def build(
     """
     if min(train, test) < 1:
         raise ValueError(f"train is {train} and test is {test}: ask for at least 1 picture of each")
+    draw_learned = partial(draw_any, FACES)
     learn = [
-        plan_shard(
-            f"train-{start // SHARD_SIZE:03d}",
-            min(SHARD_SIZE, train - start),
-            partial(draw_any, FACES),
-            seed,
-        )
-        for start in range(0, train, SHARD_SIZE)
+        plan_shard(f"train-{n:03d}", min(SHARD_SIZE, train - n * SHARD_SIZE), draw_learned, seed)
+        for n in range(math.ceil(train / SHARD_SIZE))
     ]
     held_out = plan_shard("test-captions", test, partial(draw_any, HELD_OUT_FACES), seed)
-    eval_only = {
-        name: plan_shard(f"test-{name}", test, draw, seed, classes)
-        for name, (classes, _, draw) in EVAL_ONLY.items()
-    }
-    plans = [*learn, held_out, *eval_only.values()]
+    eval_only, entries = _plan_eval_only(test, seed)
+    tasks = [card_task("glyphs", learn, [held_out])]
+    plans = [*learn, held_out, *eval_only]
     versions = {module.__name__: module.__version__ for module in (np, PIL, matplotlib)}
     recipe = {"number": RECIPE, "seed": seed, "train": train, "test": test, **versions}
-    write_cards = partial(write_card, seed, learn, held_out, eval_only)
-    return build_stream(
-        folder, "glyphs", plans, ["glyphs.yaml"], write_cards, recipe=recipe, progress=progress
-    )[0]
+    card = {**_CARD, "tasks": tasks, "eval_only": entries}
+    return write_stream("glyphs", folder, [(card, plans)], recipe, progress)[0]
 
 
-def write_card(
-    seed: int,
-    learn: Sequence[ShardPlan],
-    held_out: ShardPlan,
-    eval_only: Mapping[str, ShardPlan],
-    hashes: Mapping[str, str],
-) -> dict[str, str]:
-    """Write the card of finished shards: file name -> text."""
-    plans = [*learn, held_out, *eval_only.values()]
-    card = {
-        "name": "glyphs",
-        "scenario": "domain",
-        "description": (
-            "Made pictures with captions: handwritten and printed digits, printed letters, "
-            f"coloured shapes; {SIDE} x {SIDE} RGB PNG."
-        ),
-        "license": LICENSE,
-        "source": SOURCE,
-        "task_type": "captioning",
-        "stage": "cpt",
-        "tasks": [card_task("glyphs", learn, [held_out])],
-        "eval_only": [describe_eval_only(name, plan) for name, plan in eval_only.items()],
-        "hashes": dict(hashes),
-        "counts": card_counts(plans),
-    }
-    header = (
-        f"Made by: mmcl data build glyphs --seed {seed}",
-        f"License: {LICENSE}",
-        f"Samples: {sum(plan.count for plan in plans)} in {len(plans)} shards",
-    )
-    return {"glyphs.yaml": card_text(card, header)}
-
-
-def describe_eval_only(name: str, plan: ShardPlan) -> dict[str, object]:
-    """Return the card entry of an eval-only task; its labels are indices of its own classes."""
-    classes, templates, _ = EVAL_ONLY[name]
-    return {
-        "name": name,
-        "task_type": "classification",
-        "classes": list(classes),
-        "templates": list(templates),
-        "test": [plan.name],
-        "test_size": plan.count,
-    }
+def _plan_eval_only(test: int, seed: int) -> tuple[list[ShardPlan], list[Card]]:
+    """Plan the eval-only tasks: shards and card entries; labels are indices of own classes."""
+    plans, entries = [], []
+    for name, (classes, templates, draw) in EVAL_ONLY.items():
+        plan = plan_shard(f"test-{name}", test, draw, seed, classes)
+        entry = {"name": name, "task_type": "classification", "classes": list(classes)}
+        own = {"templates": list(templates), "test": [plan.name], "test_size": plan.count}
+        plans.append(plan)
+        entries.append({**entry, **own})
+    return plans, entries
 
 
 def plan_shard(
-    name: str,
-    count: int,
-    draw: Callable[[Generator], Made],
-    seed: int,
-    classes: tuple[str, ...] = (),
+    name: str, count: int, draw: Draw, seed: int, classes: tuple[str, ...] = ()
 ) -> ShardPlan:
-    """Plan a shard of pictures with captions, and with labels where ``classes`` are given."""
+    """Plan a shard of images with captions, and with labels where ``classes`` are given."""
     return ShardPlan(f"{name}.tar", count, partial(make_samples, name, count, draw, seed, classes))
 
 
 def make_samples(
-    name: str,
-    count: int,
-    draw: Callable[[Generator], Made],
-    seed: int,
-    classes: tuple[str, ...],
+    name: str, count: int, draw: Draw, seed: int, classes: tuple[str, ...]
 ) -> Iterator[Sample]:
     """Make the samples of a shard; its random numbers follow from ``seed`` and its name alone."""
     rng = np.random.default_rng([seed, *name.encode()])
     for number in range(count):
-        picture, caption, own = draw(rng)
-        png = io.BytesIO()
-        picture.save(png, "PNG", compress_level=4)
-        sample = {"__key__": f"{name}-{number:05d}", "png": png.getvalue(), "txt": caption}
+        image, caption, own = draw(rng)
+        png = png_bytes(image, compress_level=4)
+        sample = {"__key__": f"{name}-{number:05d}", "png": png, "txt": caption}
         yield {**sample, "cls": str(classes.index(own))} if classes else sample

@@ -7,7 +7,7 @@ licenses, and where to get it. Nothing is downloaded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,14 @@ import yaml
 
 from mmcl.data.convert.convert import ConvertedTasks, convert_tasks
 from mmcl.data.convert.llava_input import ImageFolders, open_instructions
-from mmcl.data.convert.options import ConvertOptions
-from mmcl.data.convert.record import InputData, ProgressFn
+from mmcl.data.convert.record import ConvertOptions, InputData, ProgressFn
 from mmcl.data.remote.file_lock import file_lock
-from mmcl.data.writing.card_writer import load_card, put_tasks, save_card
+from mmcl.data.shards.stream_writer import load_card, put_tasks, save_card
 
 FOLDER = Path(__file__).parent / "sets"
 _CARD_DEFAULTS = {"scenario": "domain", "task_type": "instruction", "stage": "cft"}
 _TOP_KEYS = ("description", "license", "source", "citation", "notes")
 _SET_KEYS = {"name", "summary", "roots", "get", "tasks", *_TOP_KEYS}
-_TASK_KEYS = {
-    "name", "train", "test", "references", "images", "test_images", "needs", "scorer",
-    "max_new_tokens", "answer_field", "get",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -227,9 +222,9 @@ def _missing(described: PublicSet, base: Path) -> Iterator[tuple[str, str]]:
             if paths and not any((base / path).is_file() for path in paths):
                 yield f"task '{task.name}': file {' or '.join(paths)}", get
         for folders in filter(None, (task.images, task.test_images)):
-            for require_tasks in task.needs:
-                if not any((base / folder / require_tasks).is_dir() for folder in folders):
-                    where = " or ".join(str(Path(folder) / require_tasks) for folder in folders)
+            for needed in task.needs:
+                if not any((base / folder / needed).is_dir() for folder in folders):
+                    where = " or ".join(str(Path(folder) / needed) for folder in folders)
                     yield f"task '{task.name}': image folder {where}", get
 
 
@@ -250,7 +245,7 @@ def _chosen(described: PublicSet, names: Sequence[str]) -> list[SetTask]:
 
 
 def _task(raw: Any) -> SetTask:
-    unknown = set(raw) - _TASK_KEYS
+    unknown = set(raw) - {each.name for each in fields(SetTask)}
     if unknown:
         raise ValueError(f"task {raw.get('name')!r} has unknown keys {sorted(unknown)}")
     keys = ("train", "test", "images", "test_images", "references", "needs")

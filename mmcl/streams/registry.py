@@ -1,16 +1,19 @@
-"""Table of the streams that mmcl can build, and of their builders.
+"""Table of the streams that mmcl can build, of their builders, and the command that runs one.
 
 A builder is imported only when it is used, so listing the streams is fast.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import argparse
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from rich.progress import Progress
 
 Builder = Callable[..., Any]
 """``build(folder, seed=0, progress=None)``: writes shards and cards, returns the card path(s)."""
@@ -52,52 +55,32 @@ class Stream:
         return function
 
 
-STREAMS: Mapping[str, Stream] = MappingProxyType(
-    {
-        "digits": Stream(
-            "mmcl.streams.digits",
-            "build",
-            "1,797 real handwritten digits, two new classes in each of five tasks",
-            Path("data/digits"),
-            ("digits.yaml",),
-        ),
-        "digits_domains": Stream(
-            "mmcl.streams.digits",
-            "build_domains",
-            "the same ten digits in five looks: clean, inverted, noisy, rotated, striped",
-            Path("data/digits_domains"),
-            ("digits_domains.yaml",),
-        ),
-        "emoji": Stream(
-            "mmcl.streams.emoji",
-            "build",
-            "192 emoji from a font of this machine, by group, by year and by language of the name",
-            Path("data/emoji"),
-            ("emoji_groups.yaml", "emoji_years.yaml", "emoji_languages.yaml"),
-        ),
-        "glyphs": Stream(
-            "mmcl.streams.glyphs",
-            "build",
-            "drawn shapes and characters, on which the built-in tiny CLIP was trained",
-            Path("data/glyphs"),
-            ("glyphs.yaml",),
-        ),
-        "scenes": Stream(
-            "mmcl.streams.scenes",
-            "build",
-            "questions on drawn scenes: eight skills, five looks of one skill, sixteen new words",
-            Path("data/scenes"),
-            ("scenes.yaml", "scenes_looks.yaml", "scenes_words.yaml"),
-        ),
-        "scenes_pretraining": Stream(
-            "mmcl.streams.scene_pretraining",
-            "build",
-            "captions and dialogues on drawn scenes, to pre-train a tiny LLaVA before `scenes`",
-            Path("data/scenes_pretraining"),
-            ("scenes_captions.yaml", "scenes_instructions.yaml"),
-        ),
-    }
-)
+STREAMS: Mapping[str, Stream] = MappingProxyType({
+    "digits": Stream(
+        "mmcl.streams.digits", "build",
+        "1,797 real handwritten digits, two new classes in each of five tasks",
+        Path("data/digits"), ("digits.yaml",)),
+    "digits_domains": Stream(
+        "mmcl.streams.digits", "build_domains",
+        "the same ten digits in five looks: clean, inverted, noisy, rotated, striped",
+        Path("data/digits_domains"), ("digits_domains.yaml",)),
+    "emoji": Stream(
+        "mmcl.streams.emoji", "build",
+        "192 emoji from a font of this machine, by group, by year and by language of the name",
+        Path("data/emoji"), ("emoji_groups.yaml", "emoji_years.yaml", "emoji_languages.yaml")),
+    "glyphs": Stream(
+        "mmcl.streams.glyphs", "build",
+        "drawn shapes and characters, on which the built-in tiny CLIP was trained",
+        Path("data/glyphs"), ("glyphs.yaml",)),
+    "scenes": Stream(
+        "mmcl.streams.scenes", "build",
+        "questions on drawn scenes: eight skills, five looks of one skill, sixteen new words",
+        Path("data/scenes"), ("scenes.yaml", "scenes_looks.yaml", "scenes_words.yaml")),
+    "scenes_pretraining": Stream(
+        "mmcl.streams.scene_pretraining", "build",
+        "captions and dialogues on drawn scenes, to pre-train a tiny LLaVA before `scenes`",
+        Path("data/scenes_pretraining"), ("scenes_captions.yaml", "scenes_instructions.yaml")),
+})  # fmt: skip
 
 
 def find_stream(name: str) -> tuple[Stream, str]:
@@ -145,3 +128,33 @@ def card_path(stream: str, root: Path) -> Path:
         return given
     known, card = find_stream(stream)
     return root / known.folder.name / card
+
+
+def build_from_command_line(name: str, argv: Sequence[str] | None = None) -> None:
+    """Build one stream from the command line.
+
+    Args:
+        name: key of `STREAMS`.
+        argv: command-line options; None takes those of the process.
+    """
+    stream = STREAMS[name]
+    parser = argparse.ArgumentParser(description=stream.summary)
+    parser.add_argument("--out", type=Path, default=stream.folder, help="folder (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything drawn (%(default)s)")
+    if name == "emoji":
+        parser.add_argument("--font", type=Path, help="color-emoji font; found by itself")
+    options = vars(parser.parse_args(argv))
+    out = options.pop("out")
+    with Progress() as bar:
+        line = bar.add_task(f"building {name}")
+        try:
+            stream.builder()(
+                out,
+                progress=lambda done, total: bar.update(line, completed=done, total=total),
+                **options,
+            )
+        except (OSError, ValueError) as error:
+            bar.stop()
+            parser.exit(1, f"{error}\n")
+        for card in stream.cards:
+            bar.console.print(out / card)

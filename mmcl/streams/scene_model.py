@@ -10,30 +10,15 @@ from typing import TypeVar
 
 from numpy.random import Generator
 
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 TEXTURES = ("plain", "striped", "dotted")
 PLACES = ("top left", "top right", "bottom left", "bottom right", "middle")
 CORNERS = PLACES[:4]
 COUNTS = (
-    "no",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-)
+    "no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
+    "twelve", "thirteen", "fourteen", "fifteen", "sixteen",
+)  # fmt: skip
 LETTERS = ("A", "B", "C", "D")
 OBJECTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -45,18 +30,6 @@ OBJECTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Task of `scenes_words` -> its new names."""
 OBJECT_NAMES = tuple(name for names in OBJECTS.values() for name in names)
-SIZES = ("small", "big")
-PLATE_COLOURS = ("black", "white")  # besides those of shapes
-FIGURES = tuple("0123456789")
-SIGNS = tuple(",.?[]")
-_OTHER_WORDS = """
-    A Answer B C Can Count D Describe Did From Give How In Is Name Read Tell What Where Which
-    a above all an and are as at below big bigger bottom box caption colour corner count do does
-    draw equal equally everything figure figures find first form from has have here in is it large
-    larger last left letter long many me middle more nothing number of on or part pattern picture
-    place plate reach reaches right scene see sentence shape size somebody space take than the
-    there thing things this to top we what where which with word words written yes you
-"""
 
 
 def plural(shape: str) -> str:
@@ -79,21 +52,11 @@ def join(phrases: list[str]) -> str:
     return " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
 
 
-def corpus_texts() -> tuple[str, ...]:
-    """List every distinct word, figure and sign of the scene streams, sorted.
-
-    Case counts: questions begin with a capital letter, answers do not.
-    """
-    shapes = (*SHAPES, *(plural(shape) for shape in SHAPES), *OBJECT_NAMES)
-    named = (*COLOURS, *PLATE_COLOURS, *shapes, *TEXTURES, *SIZES, *COUNTS)
-    return tuple(sorted({*named, *_OTHER_WORDS.split(), *FIGURES, *SIGNS}))
-
-
 Box = tuple[float, float, float, float]
 """Left, upper, right, lower as fractions of the side, 0 to 1."""
 
 Composition = tuple[str, str, str, str]
-"""Colour, shape, texture, place."""
+"""Color, shape, texture, place."""
 
 SPLITS = ("train", "test")
 HELD_OUT_EVERY = 5  # one composition in this many is for the test splits
@@ -102,9 +65,9 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Thing:
-    """A coloured shape or object in a scene; ``size`` is "small", "big" or "" (in between)."""
+    """A colored shape or object in a scene; ``size`` is "small", "big" or "" (in between)."""
 
-    colour: str
+    color: str
     shape: str
     texture: str
     place: str
@@ -112,14 +75,20 @@ class Thing:
     box: Box
 
     @property
+    def name(self) -> str:
+        """Size, color, texture and shape, where there is one: "big red striped star"."""
+        texture = "" if self.texture == "plain" else self.texture
+        return " ".join(filter(None, (self.size, self.color, texture, self.shape)))
+
+    @property
     def composition(self) -> Composition:
         """Combination that must be new in a test split."""
-        return self.colour, self.shape, self.texture, self.place
+        return self.color, self.shape, self.texture, self.place
 
 
 @dataclass(frozen=True)
 class Plate:
-    """A number written on a plate; ``ink`` and ``ground`` are names of colours."""
+    """A number written on a plate; ``ink`` and ``ground`` are names of colors."""
 
     number: str
     ink: str
@@ -128,7 +97,7 @@ class Plate:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a picture shows: things or a plate, on a page, in a look.
+    """All that an image shows: things or a plate, on a page, in a look.
 
     Args:
         page: a key of `scene_drawing.PAGES`.
@@ -147,14 +116,14 @@ class Scene:
 
 def is_kept(composition: Composition) -> bool:
     """Return whether a composition is held out for the test splits."""
-    colour, shape, texture, place = composition
+    color, shape, texture, place = composition
     names = (*SHAPES, *OBJECT_NAMES)
-    total = COLOURS.index(colour) + 2 * names.index(shape) + 3 * TEXTURES.index(texture)
+    total = COLORS.index(color) + 2 * names.index(shape) + 3 * TEXTURES.index(texture)
     return (total + PLACES.index(place)) % HELD_OUT_EVERY == 0
 
 
 def is_kept_plate(plate: Plate) -> bool:
-    """Return whether a plate is held out for the test splits; a single figure with its colours."""
+    """Return whether a plate is held out for the test splits; a single figure with its colors."""
     total = sum((index + 1) * int(figure) for index, figure in enumerate(plate.number))
     if len(plate.number) == 1:
         total += len(plate.ink) + 2 * len(plate.ground)
@@ -170,8 +139,8 @@ def pick(items: Sequence[Item], rng: Generator) -> Item:
 def compositions(split: str, place: str, names: tuple[str, ...]) -> tuple[Composition, ...]:
     """List the compositions allowed at a place in a split; objects are plain."""
     everything = (
-        (colour, name, texture, place)
-        for colour in COLOURS
+        (color, name, texture, place)
+        for color in COLORS
         for name in names
         for texture in (TEXTURES if name in SHAPES else TEXTURES[:1])
     )
@@ -195,13 +164,13 @@ def draw_corners(
     places: tuple[str, ...] = CORNERS,
     textures: tuple[str, ...] = TEXTURES,
 ) -> tuple[Thing, ...]:
-    """Put things into different places, no two of one colour or of one shape.
+    """Put things into different places, no two of one color or of one shape.
 
     Args:
         split: "train" or "test".
         count: things, at most as many as ``places``.
         rng: source of all choices.
-        sides: sides of the boxes to choose from, in tenths of the picture; 2 is small and 4 big.
+        sides: sides of the boxes to choose from, in tenths of the image; 2 is small and 4 big.
         names: shapes or objects to choose from.
         places: to choose from.
         textures: to choose from; small things and objects are plain whatever is given.
@@ -212,22 +181,22 @@ def draw_corners(
     things: list[Thing] = []
     for number in rng.permutation(len(places))[:count]:
         side = pick(sides, rng)
-        colours = {thing.colour for thing in things}
+        colors = {thing.color for thing in things}
         shapes = {thing.shape for thing in things}
         allowed = textures if side > 2 else TEXTURES[:1]
         free = [
             own
             for own in compositions(split, places[number], names)
-            if own[0] not in colours and own[1] not in shapes and own[2] in allowed
+            if own[0] not in colors and own[1] not in shapes and own[2] in allowed
         ]
         if not free:
             # The things so far leave no composition of this split for the place: start again.
             return draw_corners(
                 split, count, rng, sides=sides, names=names, places=places, textures=textures
             )
-        colour, shape, texture, place = pick(free, rng)
+        color, shape, texture, place = pick(free, rng)
         size = {2: "small", 4: "big"}.get(side, "")
-        things.append(Thing(colour, shape, texture, place, size, choose_box(place, side, rng)))
+        things.append(Thing(color, shape, texture, place, size, choose_box(place, side, rng)))
     return tuple(things)
 
 
@@ -244,19 +213,19 @@ def choose_box(place: str, side: int, rng: Generator) -> Box:
 
 
 def draw_pair(split: str, sides: tuple[float, float], rng: Generator) -> tuple[Thing, ...]:
-    """Put two things of given sides (fractions of the picture) on one ground, side by side."""
+    """Put two things of given sides (fractions of the image) on one ground, side by side."""
     things: list[Thing] = []
     for place, middle, side in zip(CORNERS[2:], (0.26, 0.74), sides, strict=True):
         free = [
             own
             for own in compositions(split, place, SHAPES)
             if own[2] == "plain"
-            and all(own[0] != other.colour and own[1] != other.shape for other in things)
+            and all(own[0] != other.color and own[1] != other.shape for other in things)
         ]
-        colour, shape, texture, _ = pick(free, rng)
+        color, shape, texture, _ = pick(free, rng)
         left = middle - side / 2 + rng.uniform(-0.02, 0.02)
         box = (left, 0.8 - side, left + side, 0.8)
-        things.append(Thing(colour, shape, texture, place, "", box))
+        things.append(Thing(color, shape, texture, place, "", box))
     return tuple(things)
 
 
@@ -265,7 +234,7 @@ def draw_crowd(split: str, wanted: Sequence[tuple[str, str]], rng: Generator) ->
 
     Args:
         split: "train" or "test".
-        wanted: for every thing a pattern (colour, shape); "" leaves the choice open, and a name
+        wanted: for every thing a pattern (color, shape); "" leaves the choice open, and a name
             after "not " is not chosen.
         rng: source of all choices.
 
@@ -274,18 +243,24 @@ def draw_crowd(split: str, wanted: Sequence[tuple[str, str]], rng: Generator) ->
     """
     things: list[Thing] = []
     cells = rng.permutation(CROWD_CELLS**2).tolist()
-    for colour, shape in wanted:
+    for color, shape in wanted:
         for cell in cells:
             row, column = divmod(cell, CROWD_CELLS)
             place = CORNERS[2 * (row >= CROWD_CELLS // 2) + (column >= CROWD_CELLS // 2)]
             free = [
                 own
                 for own in compositions(split, place, SHAPES)
-                if own[2] == "plain" and fits(own[0], colour) and fits(own[1], shape)
+                if own[2] == "plain" and fits(own[0], color) and fits(own[1], shape)
             ]
             if free:
                 cells.remove(cell)
-                things.append(Thing(*pick(free, rng), "small", cell_box(row, column, rng)))
+                chosen, side = pick(free, rng), float(rng.uniform(0.175, 0.205))
+                left, upper = (
+                    (number + 0.5) / CROWD_CELLS - side / 2 + float(rng.uniform(-0.015, 0.015))
+                    for number in (column, row)
+                )
+                box = (left, upper, left + side, upper + side)
+                things.append(Thing(*chosen, "small", box))
                 break
     return tuple(things)
 
@@ -295,24 +270,14 @@ def fits(name: str, pattern: str) -> bool:
     return name != pattern[4:] if pattern.startswith("not ") else pattern in ("", name)
 
 
-def cell_box(row: int, column: int, rng: Generator) -> Box:
-    """Choose a box in a cell of a crowd."""
-    side = float(rng.uniform(0.175, 0.205))
-    left, upper = (
-        (number + 0.5) / CROWD_CELLS - side / 2 + float(rng.uniform(-0.015, 0.015))
-        for number in (column, row)
-    )
-    return left, upper, left + side, upper + side
-
-
 def draw_plate(split: str, rng: Generator) -> Plate:
     """Choose a number of one to three figures, dark on light or light on dark."""
     while True:
         figures = 1 + int(rng.choice(3, p=FIGURE_WEIGHTS))
         first = 0 if figures == 1 else 10 ** (figures - 1)
         number = str(int(rng.integers(first, 10**figures)))
-        colours = pick(INKS, rng), pick(GROUNDS, rng)
-        ink, ground = colours if rng.random() < 0.5 else (colours[1], colours[0])
+        colors = pick(INKS, rng), pick(GROUNDS, rng)
+        ink, ground = colors if rng.random() < 0.5 else (colors[1], colors[0])
         plate = Plate(number, ink, ground)
         if {ink, ground} in HARD_TO_READ:
             continue

@@ -23,14 +23,11 @@ PRELOADED = [
     "tests.conftest",
     "tests.behaviour.kill_runs",
     "mmcl.cli.train",
-    "mmcl.cli.evaluate",
+    "mmcl.cli.run_commands",
     "mmcl.streams.digits",
     "mmcl.models",
     "mmcl.models.tiny_llava.build",
-    *(
-        f"mmcl.strategies.{file.stem}"
-        for file in Path(strategies.__file__).parent.glob("[a-z]*.py")
-    ),
+    *(f"mmcl.strategies.{file.stem}" for file in STRATEGIES.glob("[a-z]*.py")),
     # what a run imports late
     "attrs",
     "encodings.idna",

@@ -71,7 +71,7 @@ class Losses(pl.Callback):
         self.seen = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.seen.append(pl_module.done.loss.detach())
+        self.seen.append(pl_module.last_step.loss.detach())
 
 
 class OpenClipLoop:

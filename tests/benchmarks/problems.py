@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from mmcl.core import NO_PROMPTS, Batch, Output, Task
 from mmcl.models import OpenCLIP
-from mmcl.ops.fisher import quadratic_penalty
+from mmcl.ops.regularization import quadratic_penalty
 from mmcl.strategies import EWC, ExperienceReplay, Finetune
 
 CLASSES, EWC_WEIGHT = 10, 10.0

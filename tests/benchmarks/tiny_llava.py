@@ -48,7 +48,7 @@ def questions(
             continue
         question, answer = ask(scene, rng)
         pixels = torch.from_numpy(np.array(draw_scene(scene, rng))).permute(2, 0, 1)
-        turns = (Turn("human", f"{IMAGE_TOKEN}\n{question}"), Turn("assistant", answer))
+        turns = (Turn("user", f"{IMAGE_TOKEN}\n{question}"), Turn("assistant", answer))
         kind.append((pixels, Conversation(turns, (answer,))))
     found.pop("caption", None)
     return dict(sorted(found.items()))

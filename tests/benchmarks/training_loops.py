@@ -41,10 +41,10 @@ class InMemory(pl.LightningDataModule):
         self.ending = ending
         self.loader, self.task = [], 0
 
-    def select(self, task):
+    def set_task(self, task):
         self.task = task
 
-    def accumulation(self, world):
+    def accumulate_grad_batches(self, world):
         return 1
 
     def set_model_classes(self, model):
@@ -61,7 +61,7 @@ class InMemory(pl.LightningDataModule):
     def task_pass(self):
         return self.ending
 
-    def keep(self, replay_plan, task):
+    def save_replay_copies(self, replay_plan, task):
         pass
 
 
@@ -105,13 +105,13 @@ class Sequence:
     def twin(self):
         """Copy the model as the second task finds it."""
         model = copy.deepcopy(self.module.model)
-        self.data.select(1)
+        self.data.set_task(1)
         self.data.set_model_classes(model)
         return model
 
     def _learn(self, task, loader):
         self.data.loader = loader
-        self.run._learn(self.module, self.state, task)
+        self.run._train_task(self.module, self.state, task)
 
 
 class Bare(pl.LightningModule):

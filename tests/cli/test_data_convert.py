@@ -90,12 +90,19 @@ def test_images_in_both_given_splits_are_counted(desk):
         (["u.csv", "--out", "o", "--references", "r.json"], 1, "--references is for LLaVA-style"),
         (["u.csv", "--out", "o", "--max_new_tokens", "9"], 1, "--max_new_tokens is for answers"),
         (["x.json", "--out", "o", "--in_place", "--references", "r"], 2, "leave out one of them"),
+        (["x.json", "--out", "o", "--in_place", "--test", "u.csv"], 2, "--in_place needs LLaVA-"),
+        (
+            ["u.csv", "--test", "c.csv", "--out", "o"],
+            1,
+            "--test c.csv is classification and SOURCE",
+        ),
     ],
 )
 def test_a_mistake_is_reported_in_one_sentence(desk, words, status, sentence):
     pictures(desk.folder / "pics", 2)
     put(desk.folder / "t.csv", "file;words\n0.jpg;x\n")
     put(desk.folder / "u.csv", "path,text\npics/0.jpg,x\n")
+    put(desk.folder / "c.csv", "path,label\npics/0.jpg,x\n")
     got, _, err = desk.give("data", "convert", *words)
     assert (got, err.count("\n")) == (status, 1), err
     assert sentence in err

@@ -18,7 +18,7 @@ def good(desk):
 
 
 def test_a_good_stream_is_printed_as_a_table(good):
-    status, out, err = good.give("data", "validate", good.card, "--workers", 0)
+    status, out, err = good.give("data", "validate", good.card, "--num_workers", 0)
     assert (status, err) == (0, "")
     lines = [line.split() for line in out.splitlines()]
     titles = ["task", "type", "train", "test", "bytes", "classes", "smallest", "largest"]
@@ -33,7 +33,7 @@ def test_every_error_is_printed_and_the_status_is_1(desk):
     members = [(n, b"9" if n.endswith("cls") else c) for n, c in labelled(2, name="atrain")]
     desk.stream((16, 12, 12), a_train=members, **EXAM)
     (desk.folder / "stream" / "c-test.tar").unlink()
-    status, out, err = desk.give("data", "validate", desk.card, "--workers", 0)
+    status, out, err = desk.give("data", "validate", desk.card, "--num_workers", 0)
     assert (status, err) == (1, "")
     assert out.splitlines()[0] == "stream 'small' has 3 errors:"
     assert "  - task 'task-a' (train): atrain001 in a-train.tar: its label is 9, the card" in out
@@ -42,7 +42,7 @@ def test_every_error_is_printed_and_the_status_is_1(desk):
 
 
 def test_a_limit_says_how_much_was_looked_into(good):
-    status, out, _ = good.give("data", "validate", good.card, "--limit", 3)
+    status, out, _ = good.give("data", "validate", good.card, "--max_samples", 3)
     assert status == 0
     assert out.splitlines()[-1].startswith(
         "stream 'small': no error in the 18 that were decoded, of 55 samples"
@@ -69,8 +69,11 @@ def test_an_image_that_is_too_large_is_an_error(good):
     [
         ([], 2, "the following arguments are required: CARD"),
         (["none.yaml"], 1, "there is no stream card none.yaml"),
-        (["{card}", "--limit", "0"], 1, "limit is 0"),
-        (["{card}", "--workers", "-2"], 1, "workers is -2"),
+        (["{card}", "--max_samples", "0"], 1, "max_samples is 0"),
+        (["{card}", "--num_workers", "-2"], 1, "num_workers is -2"),
+        (["{card}", "--workers=2"], 2, "the option --workers is called --num_workers now"),
+        (["{card}", "--cache", "x"], 2, "the option --cache is called --cache_dir now"),
+        (["{card}", "--limit", "2"], 2, "the option --limit is called --max_samples now"),
         (["{card}", "--cache_limit", "many"], 2, "invalid parse_size value: 'many'"),
         (["{card}", "--samples", "4"], 2, "unrecognized arguments: --samples 4"),
     ],
@@ -95,7 +98,7 @@ def test_show_writes_a_page_beside_the_card(good):
 
 def test_show_counts_in_a_fraction_on_request(good):
     out = good.folder / "pages" / "x.html"
-    words = ("--limit", 4, "--out", out, "--samples", 0)
+    words = ("--max_samples", 4, "--out", out, "--samples", 0)
     assert good.give("data", "preview", good.card, *words)[0] == 0
     assert "are counted in 24 of 55 samples, evenly spaced" in out.read_text("utf-8")
 
@@ -136,7 +139,7 @@ def test_show_shows_what_a_broken_card_says(good):
 def test_show_shows_questions_and_the_most_frequent_answers(asking):
     assert asking.give("data", "preview", asking.card, "--samples", 2)[0] == 0
     text = asking.card.with_suffix(".html").read_text("utf-8")
-    assert '<p class="human">What colour is it?</p>' in text
+    assert '<p class="user">What colour is it?</p>' in text
     assert "The most frequent right answers" in text
 
 

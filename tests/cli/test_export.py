@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmcl.core import Chain, begin_task, end_task, forward
-from mmcl.export import default_format, hf, write_adapter, write_model
+from mmcl.export import default_format, formats, write_adapter, write_model
 from mmcl.lightning.module import ContinualModule
 from mmcl.models import ImageTextToText
 from mmcl.strategies import LoRA, discover
@@ -220,7 +220,7 @@ def test_an_error_while_writing_leaves_nothing_behind(chat, tmp_path, monkeypatc
         (folder / "config.json").write_text("{")
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(hf, "save_pretrained", fail)
+    monkeypatch.setattr(formats, "save_pretrained", fail)
     with pytest.raises(OSError, match="full"):
         write_model(module, tmp_path / "out", half=False)
     assert [path.name for path in tmp_path.iterdir()] == ["chat"]
@@ -243,7 +243,7 @@ def test_a_killed_export_leaves_nothing_under_its_name(chat, tmp_path):
 
 
 def test_open_clip_loads_a_learned_clip_itself(learned):
-    status, out, err = learned.give("export", "small_run", "clip.safetensors", "--after", "2")
+    status, out, err = learned.give("export", "small_run", "clip.safetensors", "--after_task", "2")
     assert (status, err) == (0, "")
     assert out.startswith("clip.safetensors: ")
     open_clip.add_model_config(Path("small.json"))
@@ -271,7 +271,11 @@ def test_a_head_beside_a_clip_is_not_in_its_file_with_a_warning(desk):
     [
         (["clip.bin"], "clip.bin does not end in .safetensors"),
         (["stream"], "stream exists: give a new name"),
-        (["a.safetensors", "--after", "4"], "--after is 4, and the run has trained 3 tasks"),
+        (
+            ["a.safetensors", "--after_task", "4"],
+            "--after_task is 4, and the run has trained 3 tasks",
+        ),
+        (["a.safetensors", "--after", "2"], "the option --after is called --after_task now"),
         (["out", "--as", "transformers"], "has no model of transformers to export"),
         (["out", "--as", "peft"], "has no model of transformers to export"),
         (["out", "--as", "onnx"], "invalid choice: 'onnx'"),
@@ -295,9 +299,8 @@ def test_a_run_of_a_model_that_answers_is_exported_as_its_adapter_or_whole(answe
         assert out.startswith(f"{target}: a {form}")
     first = hf_scores(tuned("chat", "adapter"), "chat", batch)
     assert alike(hf_scores(plain("whole"), "whole", batch), first)
-    assert answered.give("export", "small_run", "early", "--as", "transformers", "--after", "0")[
-        0
-    ] == 0  # fmt: skip
+    words = ["--as", "transformers", "--after_task", "0"]
+    assert answered.give("export", "small_run", "early", *words)[0] == 0
     assert torch.equal(
         hf_scores(plain("early"), "early", batch), hf_scores(plain("chat"), "chat", batch)
     )

@@ -60,7 +60,7 @@ def test_a_generative_model_is_refused_for_classes(asking, command):
     write_stream(asking.folder / "stream", (8, 8))
     output = asking.run("--data.stream", "stream/small.yaml", command=command)
     assert refused(
-        output, "tasks of kind 'classification' ('task-a', 'task-b'), and ImageTextToText"
+        output, "tasks of task_type 'classification' ('task-a', 'task-b'), and ImageTextToText"
     )
 
 

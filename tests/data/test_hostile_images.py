@@ -74,7 +74,7 @@ def test_an_image_without_pixels_is_refused(width, height):
     ("kind", "head"), [(b"zTXt", b"k\0\0"), (b"iCCP", b"k\0\0"), (b"iTXt", b"k\0\1\0\0\0")]
 )
 def test_a_bomb_in_the_header_of_a_png_is_refused(kind, head):
-    with pytest.raises(BadSample, match="Decompressed data too large"):
+    with pytest.raises(BadSample, match="(?i)decompressed data too large"):
         decode_image(png(8, 8, chunk(kind, head + BOMB)))
 
 

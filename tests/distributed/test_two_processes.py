@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmcl.evaluation.predictions import read_predictions
-from mmcl.evaluation.run_files import predictions_path
+from mmcl.evaluation.predictions import predictions_path, read_predictions
 from tests.behaviour.kill_runs import KILLED
 from tests.data.small_stream import coloured, dialogue
 from tests.distributed.ranks import on_ranks, seen

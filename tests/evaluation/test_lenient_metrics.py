@@ -3,8 +3,8 @@
 import pytest
 
 from mmcl.evaluation import AccuracyMatrix, Column
-from mmcl.evaluation.lenient_metrics import align_lenient_matrix, compute_lenient_metrics
-from mmcl.evaluation.run_files import read_lenient
+from mmcl.evaluation.continual_metrics import compute_lenient_metrics
+from mmcl.evaluation.run_files import align_lenient_matrix, read_lenient
 
 STRICT = [[0.0, 0.0, 0.5], [0.8, 0.1, 0.4], [0.2, 0.9, 0.3]]
 LENIENT = [[0.4, 0.2, None], [0.9, 0.2, None], [0.7, 1.0, None]]

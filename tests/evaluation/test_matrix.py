@@ -24,7 +24,7 @@ def test_a_zero_is_a_measurement():
     matrix = two_tasks_and_one_eval_only()
     matrix.set(1, 0, 0.0)
     assert matrix.get(1, 0) == 0.0
-    assert matrix.missing(rows=[1], columns=[0, 1]) == [(1, 1)]
+    assert matrix.missing(rows=[1]) == [(1, 1), (1, 2)]
     assert matrix.last_row == 1
 
 
@@ -33,44 +33,6 @@ def test_a_row_is_complete_when_every_task_learned_so_far_is_measured():
     matrix.set(1, 0, 0.5)
     matrix.set(2, 1, 0.5)
     assert (matrix.last_row, matrix.last_complete_row) == (2, 1)
-
-
-def test_missing_takes_iterators():
-    matrix = two_tasks_and_one_eval_only()
-    assert matrix.missing(iter([0, 1]), iter([0])) == [(0, 0), (1, 0)]
-
-
-def test_a_stream_that_grows_keeps_every_earlier_value():
-    matrix = two_tasks_and_one_eval_only()
-    for row in range(3):
-        for column in range(3):
-            matrix.set(row, column, row + column / 10)
-    assert matrix.add_column(Column("four-five", size=60)) == 2
-    assert matrix.add_row("four-five") == 3
-    assert matrix.names == ("zero-one", "two-three", "four-five", "letters")
-    assert matrix.tasks == 3
-    assert matrix.values[1] == (1.0, 1.1, None, 1.2)
-    assert matrix.values[3] == (None, None, None, None)
-    assert matrix.missing(rows=range(3)) == [(0, 2), (1, 2), (2, 2)]
-
-
-def test_an_eval_only_task_is_added_at_the_end():
-    matrix = two_tasks_and_one_eval_only()
-    assert matrix.add_column(Column("flags"), is_eval_only=True) == 3
-    assert matrix.tasks == 2
-
-
-def test_growing_by_a_known_name_is_refused_and_changes_nothing():
-    matrix = two_tasks_and_one_eval_only()
-    before = matrix.to_json()
-    with pytest.raises(ValueError, match="'letters' occurs twice"):
-        matrix.add_column(Column("letters"))
-    assert matrix.to_json() == before
-
-
-def test_a_row_needs_its_task_first():
-    with pytest.raises(ValueError, match="add the task's column first"):
-        two_tasks_and_one_eval_only().add_row("four-five")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), True, "0.5"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mmcl.core import TaskStream
 from mmcl.core.card import expand
-from mmcl.core.card.yaml_safe import parse_yaml
+from mmcl.core.card.card_reader import parse_yaml
 from tests.fuzz.mutation import CHANGES, PLACES, expect_shown, mutated
 
 CARD = {

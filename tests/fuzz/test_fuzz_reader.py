@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from mmcl.core import ProcessedSample, Task
 from mmcl.data.batches.collate import collate, make_example
-from mmcl.data.errors import BadSample, BadShard
 from mmcl.data.remote.location import LocalFile
 from mmcl.data.shards.reader import Reader
 from mmcl.data.shards.tar_index import split
 from mmcl.data.shards.tar_shard import TarShard
+from mmcl.data.stored_sample import BadSample, BadShard
 from tests.data.small_stream import dialogue, picture, write_tar
 from tests.fuzz.mutation import CHANGES, PLACES, expect_shown, mutated
 
@@ -167,7 +167,7 @@ def test_any_name_has_a_key_and_an_extension_or_none(name):
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from mmcl.data.errors import BadShard
+from mmcl.data.stored_sample import BadShard
 from tests.fuzz.test_fuzz_reader import read_all
 import torch
 read_all(Path(sys.argv[1]) / "good.tar")

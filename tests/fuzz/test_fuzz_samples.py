@@ -12,10 +12,9 @@ from PIL import Image
 
 from mmcl.core import Conversation
 from mmcl.data.batches.collate import make_example
-from mmcl.data.conversation_json import apply_template, read_dialogue
 from mmcl.data.decode import decode_image, size_of
-from mmcl.data.errors import BadSample
-from mmcl.data.protocols import Sample
+from mmcl.data.shards.llava_json import apply_template, read_dialogue
+from mmcl.data.stored_sample import BadSample, Sample
 from tests.data.small_stream import dialogue, picture
 from tests.fuzz.mutation import CHANGES, expect_shown, mutated
 from tests.fuzz.test_fuzz_reader import TASKS, stand_in
@@ -110,7 +109,7 @@ def expect_dialogue(data):
         return
     assert isinstance(found, Conversation)
     speakers = [turn.role for turn in found.turns]
-    assert speakers == ["human", "assistant"] * (len(speakers) // 2)
+    assert speakers == ["user", "assistant"] * (len(speakers) // 2)
     for text in (*(turn.text for turn in found.turns), *found.reference.answers):
         assert text.encode().strip()
     assert apply_template(found, "Q: {}").turns[0].text.encode()
@@ -153,7 +152,7 @@ def test_any_members_make_an_example_or_a_bad_sample(members, task):
     assert (
         made.label in (0, 1)
         if task.task_type == "classification"
-        else made.processed.tokens is not None
+        else made.processed.input_ids is not None
     )
 
 

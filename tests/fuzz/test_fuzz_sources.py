@@ -10,12 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmcl.data.errors import BadSample, BadShard
-from mmcl.data.protocols import Sample
 from mmcl.data.remote.location import resolve_url, sha256_of
-from mmcl.data.shards.json_index import open_json_index
-from mmcl.data.shards.json_records import find_records
+from mmcl.data.shards.json_index import find_records, open_json_index
 from mmcl.data.shards.json_shard import JsonShard
+from mmcl.data.stored_sample import BadSample, BadShard, Sample
 from tests.data.small_stream import picture
 from tests.fuzz.mutation import CHANGES, PLACES, expect_shown, mutated
 
@@ -136,10 +134,10 @@ def test_a_changed_index_of_records_is_the_same_or_is_rebuilt(loose, changes):
 @settings(max_examples=150)
 @given(changes=CHANGES, start=PLACES)
 def test_a_changed_list_of_places_is_read_or_refused(loose, changes, start):
-    path = point(loose, "r.json", WHOLE, samples=2, places="places.npy")
-    np.save(loose / "places.npy", np.array([1, 3]))
-    whole = (loose / "places.npy").read_bytes()
-    (loose / "places.npy").write_bytes(mutated(whole, changes))
+    path = point(loose, "r.json", WHOLE, samples=2, indices="indices.npy")
+    np.save(loose / "indices.npy", np.array([1, 3]))
+    whole = (loose / "indices.npy").read_bytes()
+    (loose / "indices.npy").write_bytes(mutated(whole, changes))
     read_all(path, None)
 
 

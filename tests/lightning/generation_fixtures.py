@@ -33,12 +33,13 @@ def learn_and_answer(words, file):
 
 def load_and_answer(words, file):
     """Save the answers of a finished run's last checkpoint."""
+    from mmcl.evaluation import AccuracyMatrix
     from mmcl.lightning.continual_run import ContinualRun
 
     def note_answers(sequence):
-        module = sequence._module_after(len(sequence.data.stream))
+        module = sequence.load_after(len(sequence.data.stream))
         torch.save(answers_of(sequence, module), file)
-        return sequence._matrix()
+        return AccuracyMatrix.read(sequence.folder.path / "matrix.json")
 
     ContinualRun.run = note_answers
     command(words)

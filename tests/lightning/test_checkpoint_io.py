@@ -9,8 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from pytorch_lightning.strategies import ModelParallelStrategy
 
-from mmcl.lightning.checkpoint_io import reject_pickles
-from mmcl.lightning.task_checkpoints import check_resumable
+from mmcl.lightning.checkpoint_io import check_resumable, reject_pickles
 from tests.toys.network_guard import Trap
 
 

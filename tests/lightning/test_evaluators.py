@@ -31,13 +31,13 @@ def test_a_class_incremental_cell_knows_no_task_later_than_its_row_and_column():
     assert names_of(data.column(2, 0)) == ["0", "1", "2", "3"]
     assert names_of(data.column(3, 1)) == ["0", "1", "2", "3", "4", "5"]
     assert data.column(2, 0).allowed is None
-    assert not data.column(2, 0).tells_task
+    assert not data.column(2, 0).knows_task
 
 
 def test_a_task_incremental_cell_lets_only_its_own_classes_win():
     cell = data_of("task").column(3, 1)
     assert cell.allowed == (2, 3)
-    assert cell.tells_task
+    assert cell.knows_task
 
 
 def test_a_probe_has_its_own_classes():
@@ -64,10 +64,10 @@ def scored(column, strategy, batches):
     return model, scorer
 
 
-@pytest.mark.parametrize(("tells_task", "task_ids"), [(False, [-1] * 4), (True, [1] * 4)])
-def test_the_strategy_sees_task_ids_only_if_the_scenario_reveals_them(tells_task, task_ids):
+@pytest.mark.parametrize(("knows_task", "task_ids"), [(False, [-1] * 4), (True, [1] * 4)])
+def test_the_strategy_sees_task_ids_only_if_the_scenario_reveals_them(knows_task, task_ids):
     strategy = Negated()
-    scored(EvalSpec(a_task(1), ("a",) * 6, tells_task=tells_task), strategy, [a_batch(4, task=1)])
+    scored(EvalSpec(a_task(1), ("a",) * 6, knows_task=knows_task), strategy, [a_batch(4, task=1)])
     assert strategy.task_ids == task_ids
 
 

@@ -10,14 +10,14 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from mmcl.core.transformer_blocks import fsdp_blocks, module_stacks
+from mmcl.core.model import fsdp_blocks, module_stacks
 from mmcl.lightning import ContinualModule
-from mmcl.lightning.fsdp import FSDPWrapper, fsdp_mesh
-from mmcl.lightning.task_checkpoints import (
+from mmcl.lightning.checkpoint_io import (
     check_resumable,
     check_shardable,
     remove_mid_task_checkpoints,
 )
+from mmcl.lightning.fsdp import FSDPWrapper, fsdp_mesh
 from mmcl.strategies import AGEM, EWC, Chain, Finetune
 from tests.toys.toy_clip import StandIn
 

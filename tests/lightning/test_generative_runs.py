@@ -6,8 +6,7 @@ import shutil
 import pytest
 
 from mmcl.evaluation import AccuracyMatrix
-from mmcl.evaluation.predictions import read_predictions
-from mmcl.evaluation.run_files import predictions_path
+from mmcl.evaluation.predictions import predictions_path, read_predictions
 from tests.behaviour.kill_runs import KILLED, command, in_process, snapshots_of
 from tests.data.small_stream import coloured, dialogue
 from tests.lightning.small_runs import SmallRuns, all_strategies
@@ -110,7 +109,7 @@ def fail_on_one(words, output):
 
     def failing(model, batch, *rest, **how):
         if "atest002" in batch.keys:
-            raise RuntimeError("the picture is too odd")
+            raise RuntimeError("the image is too odd")
         return own(model, batch, *rest, **how)
 
     ImageTextToText.generate = failing
@@ -123,7 +122,7 @@ def test_a_sample_whose_answer_fails_is_empty_and_named(tmp_path):
     words, output = runs.words("failing", data__max_bad_fraction=0.5), tmp_path / "output"
     assert in_process(fail_on_one, words, output) == 0, output.read_text()
     errors = json.loads((runs.path("failing") / "run.json").read_text())["errors"]
-    assert errors == ["atest002: no answer (the picture is too odd)"]
+    assert errors == ["atest002: no answer (the image is too odd)"]
     sound, failing = (
         read_predictions(predictions_path(runs.path(name), 1, 0)) for name in ("sound", "failing")
     )

@@ -109,7 +109,7 @@ def test_what_is_closed_to_the_user_is_named(inside, what):
     )
 
 
-def test_a_folder_is_held_once_however_often_it_is_asked_for(tmp_path):
+def test_a_folder_is_locked_once_however_often_it_is_entered(tmp_path):
     folder = RunDirectory(tmp_path / "a")
     with folder.lock():
         with folder.lock():

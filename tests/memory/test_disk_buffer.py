@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from mmcl.core import Batch
 from mmcl.core.atomic_write import WriteError
-from mmcl.memory import MmapStore, TensorBuffer, disk_buffer, fill_disk_buffer
+from mmcl.memory import MmapStore, TensorBuffer, disk_buffer
+from mmcl.memory.disk_buffer import fill_disk_buffer
 
 CPU = torch.device("cpu")
 
@@ -48,7 +49,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_rows_come_back_from_several_files_in_the_order_asked(tmp_path):
+def test_rows_come_back_from_several_files_in_the_requested_order(tmp_path):
     made = committed(tmp_path, groups=2)
     groups, numbers = torch.tensor([1, 0, 1, 0]), torch.tensor([5, 2, 0, 2])
     pairs = zip(groups.tolist(), numbers.tolist(), strict=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmcl.core.seeding import hash_priorities
-from mmcl.memory.drift_monitor import DriftMonitor
+from mmcl.memory.stored_features import DriftMonitor
 from tests.toys.toy_clip import a_batch, task_batches
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def committed(count=5, batches=None, task=0):
     return monitor
 
 
-def all_pictures(task=0):
+def all_images(task=0):
     return torch.cat([batch.images for batch in task_batches(task)])
 
 
@@ -40,7 +40,7 @@ def test_images_are_the_samples_of_smallest_hash_however_they_come(rows):
     joined = task_batches(0)[0].join(task_batches(0)[1]).join(task_batches(0)[2])
     monitor = committed(7, [joined.take(piece) for piece in torch.arange(24).split(rows)])
     chosen = hash_priorities(monitor.seed, 0, torch.arange(24)).argsort()[:7]
-    assert torch.equal(monitor.held.get("images"), all_pictures()[chosen])
+    assert torch.equal(monitor.held.get("images"), all_images()[chosen])
 
 
 def test_nothing_is_far_when_nothing_changed():
@@ -97,8 +97,8 @@ def test_only_samples_with_an_image_are_monitored():
     bare = replace(batch, images=batch.images[:2], image_owner=torch.tensor([1, 4]))
     monitor = committed(6, [replace(batch, images=None), bare])
     assert len(monitor) == 2
-    pictures = {picture.sum().item() for picture in batch.images[:2]}
-    assert {picture.sum().item() for picture in monitor.held.get("images")} == pictures
+    images = {image.sum().item() for image in batch.images[:2]}
+    assert {image.sum().item() for image in monitor.held.get("images")} == images
 
 
 def test_images_stay_those_of_the_first_task_with_any():

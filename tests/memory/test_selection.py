@@ -1,15 +1,12 @@
 import math
-from collections import Counter
 
 import pytest
 import torch
 
 from mmcl.core.seeding import hash_priorities
-from mmcl.memory import (
-    class_balanced,
+from mmcl.memory.selection import (
     herding,
     k_center_greedy,
-    reservoir,
     smallest_priorities,
     smallest_priorities_in_range,
 )
@@ -68,26 +65,13 @@ def test_a_reservoir_keeps_every_item_equally_often():
     items, capacity, seeds = 30, 6, 3000
     counts = torch.zeros(items, dtype=torch.float64)
     for seed in range(seeds):
-        counts[reservoir(torch.arange(items), capacity, seed)] += 1
+        priorities = hash_priorities(seed, 0, torch.arange(items))
+        counts[smallest_priorities(priorities, capacity)] += 1
     share = capacity / items
     deviations = (counts - seeds * share) ** 2 / (seeds * share * (1 - share))
     # Inclusions of one seed sum to the capacity, so the statistic has items - 1 degrees.
     statistic = float(deviations.sum()) * (items - 1) / items
     assert abs(statistic - (items - 1)) < 4 * math.sqrt(2 * (items - 1))
-
-
-def test_a_reservoir_follows_the_items_and_not_their_order():
-    items = torch.arange(50)
-    mixed = items[torch.randperm(50, generator=torch.Generator().manual_seed(1))]
-    first = items[reservoir(items, 9, seed=3)]
-    second = mixed[reservoir(mixed, 9, seed=3)]
-    assert torch.equal(first, second)
-
-
-def test_class_balanced_gives_what_a_small_class_leaves_to_the_others():
-    labels = torch.tensor([0] * 50 + [1] * 2 + [2] * 50)
-    kept = Counter(labels[class_balanced(labels, 12, seed=0)].tolist())
-    assert kept == {0: 5, 1: 2, 2: 5}
 
 
 def loop_herding(features, capacity):
@@ -134,10 +118,9 @@ def test_k_center_chooses_copies_once_each():
 
 
 def test_a_capacity_of_nothing_is_refused():
-    for choose in (reservoir, class_balanced):
-        with pytest.raises(ValueError, match="capacity is 0, expected at least 1"):
-            choose(torch.arange(4), 0, seed=0)
+    with pytest.raises(ValueError, match="capacity is 0, expected at least 1"):
+        herding(torch.eye(4), 0)
 
 
-def test_ranks_do_not_depend_on_what_else_is_asked():
+def test_priorities_do_not_depend_on_other_items():
     assert hash_priorities(1, 2, torch.arange(9))[4] == hash_priorities(1, 2, torch.tensor([4]))[0]

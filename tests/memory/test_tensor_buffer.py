@@ -73,11 +73,11 @@ def test_bytes_are_counted_exactly_and_never_exceeded():
     rows = TensorBuffer(capacity_bytes=7 * row_bytes + 5)
     for piece in torch.arange(30).split(4):
         rows.add(some(piece), piece)
-        assert rows.bytes_held == len(rows) * row_bytes <= 7 * row_bytes + 5
+        assert len(rows) * rows.row_bytes == len(rows) * row_bytes <= 7 * row_bytes + 5
     assert labels(rows) == smallest(range(30), 7)
     state = rows.get_extra_state()
     tensors = [*state["columns"].values(), state["priorities"], state["groups"]]
-    assert sum(t.numel() * t.element_size() for t in tensors) == rows.bytes_held
+    assert sum(t.numel() * t.element_size() for t in tensors) == len(rows) * row_bytes
     assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in tensors)
 
 
@@ -136,7 +136,7 @@ def test_rows_that_grow_under_a_byte_limit_make_others_leave():
     rows.add(some(range(40, 44), width=20), torch.arange(40, 44))
     fitting = 10 * 36 // (4 + 8 + 80 + 16)
     assert labels(rows) == smallest(range(44), fitting)
-    assert rows.bytes_held <= 360
+    assert len(rows) * rows.row_bytes <= 360
     expected = [some([label], 2)["logits"][0] for label in labels(rows) if label < 40]
     held = [
         row[:2] for row, own in zip(rows.columns["logits"], labels(rows), strict=True) if own < 40
@@ -147,8 +147,10 @@ def test_rows_that_grow_under_a_byte_limit_make_others_leave():
 def test_a_draw_repeats_no_row_before_all_were_drawn():
     rows = TensorBuffer(6)
     rows.add(some(range(6)), torch.arange(6))
-    assert sorted(rows.sample(6, generator(1))["labels"].tolist()) == list(range(6))
-    counts = rows.sample(15, generator(2))["labels"].bincount()
+    assert sorted(rows.get(rows.sample_indices(6, generator(1)))["labels"].tolist()) == list(
+        range(6)
+    )
+    counts = rows.get(rows.sample_indices(15, generator(2)))["labels"].bincount()
     assert sorted(counts.tolist()) == [2, 2, 2, 3, 3, 3]
     assert len(rows.sample_indices(0, generator(3))) == 0
     assert len(TensorBuffer(3).sample_indices(5, generator(3))) == 0
@@ -159,7 +161,7 @@ def test_a_draw_depends_on_what_is_held_and_not_on_where_it_sits():
     one.add(some(range(40)), torch.arange(40))
     for visit in reversed(range(40)):
         many.add(some([visit]), torch.tensor([visit]))
-    first, second = one.sample(4, generator(7)), many.sample(4, generator(7))
+    first, second = (rows.get(rows.sample_indices(4, generator(7))) for rows in (one, many))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

@@ -27,7 +27,7 @@ def a_dialogue(sample, turns=1, has_image=True):
     messages = []
     for turn in range(turns):
         mark = "<image>\n" if has_image and turn == 0 else ""
-        messages.append(Turn("human", f"{mark}what is it" + ", really" * (sample % 3) + "?"))
+        messages.append(Turn("user", f"{mark}what is it" + ", really" * (sample % 3) + "?"))
         messages.append(Turn("assistant", WORDS[(sample + turn) % len(WORDS)]))
     return Conversation(tuple(messages), (messages[-1].text,))
 

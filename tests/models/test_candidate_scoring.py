@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from mmcl.core import NO_PROMPTS, Prompts
-from mmcl.models.hf_vlm import candidate_scoring
-from mmcl.models.hf_vlm.candidate_scoring import argmax_candidate, candidate_log_probs
+from mmcl.models.hf_vlm import generation
+from mmcl.models.hf_vlm.generation import candidate_log_probs
 from tests.toys.toy_llava import a_dialogue_batch, a_llava
 
 TEXTS = ["red", "a", "it is yellow.", "blue and green, or nothing of the kind", "R"]
@@ -76,7 +76,7 @@ def test_encoding_the_question_once_gives_the_log_probabilities_of_encoding_it_e
 def test_groups_of_one_candidate_give_the_same_as_all_together(model, monkeypatch):
     batch = a_dialogue_batch(model, 3)
     together = scores(model, batch)
-    monkeypatch.setattr(candidate_scoring, "_GROUP_BYTES", 1)
+    monkeypatch.setattr(generation, "_GROUP_BYTES", 1)
     torch.testing.assert_close(scores(model, batch), together)
 
 
@@ -112,7 +112,7 @@ def test_gates_go_with_their_sample_to_every_candidate(monkeypatch):
     prompts = prompts_of(model, 4, {"g": torch.tensor([[0.0, 0], [1, 0], [0, 3], [-1, 5]])})
     expected = plain(model, batch, prompts)
     torch.testing.assert_close(scores(model, batch, prompts), expected, rtol=1e-4, atol=1e-3)
-    monkeypatch.setattr(candidate_scoring, "_GROUP_BYTES", 1)
+    monkeypatch.setattr(generation, "_GROUP_BYTES", 1)
     torch.testing.assert_close(scores(model, batch, prompts), expected, rtol=1e-4, atol=1e-3)
 
 
@@ -157,10 +157,6 @@ def test_the_most_probable_candidate_is_the_answer(model):
     assert len(set(best)) > 1
     predicted = model.generate(batch, prompts, candidates=letters)
     assert predicted == [letters[index] for index in best]
-
-
-def test_of_equally_probable_candidates_the_first_is_the_answer():
-    assert argmax_candidate(torch.tensor([[1.0, 2.0, 2.0]]), ["a", "b", "c"]) == ["b"]
 
 
 def test_without_candidates_answers_are_generated(model):

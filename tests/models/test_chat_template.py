@@ -22,7 +22,7 @@ def llava(tmp_path_factory):
 
 
 def dialogue_of(*texts):
-    turns = [Turn("assistant" if n % 2 else "human", text) for n, text in enumerate(texts)]
+    turns = [Turn("assistant" if n % 2 else "user", text) for n, text in enumerate(texts)]
     return Conversation(tuple(turns), (texts[-1],))
 
 
@@ -111,7 +111,7 @@ def test_a_chat_tokenizer_can_be_sent_to_a_loaders_worker(llava):
     other = pickle.loads(pickle.dumps(own))
     dialogue = dialogue_of("<image>\nwhat?", "this")
     pixels = torch.zeros(3, 16, 16, dtype=torch.uint8)
-    assert torch.equal(other(pixels, dialogue, 0).tokens, own(pixels, dialogue, 0).tokens)
+    assert torch.equal(other(pixels, dialogue, 0).input_ids, own(pixels, dialogue, 0).input_ids)
 
 
 class Template:

@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from mmcl.models import OpenCLIP
-from mmcl.models.open_clip.transform import ClipTransform
+from mmcl.models.open_clip.model import ClipTransform
 
 
 def random_image(height, width, seed=0):
@@ -44,8 +44,8 @@ def test_texts_are_trimmed_after_their_end():
     transform = OpenCLIP("tiny").transform(True)
     sample = transform(random_image(8, 8), "a red circle", 0)
     assert sample.image.shape == (3, 64, 64)
-    assert (sample.tokens != 0).all()
-    assert sample.tokens.argmax() == len(sample.tokens) - 1
+    assert (sample.input_ids != 0).all()
+    assert sample.input_ids.argmax() == len(sample.input_ids) - 1
 
 
 def test_an_image_of_one_pixel_is_resized():

@@ -193,12 +193,12 @@ def test_candidates_are_scored_as_if_each_were_the_answer(model, monkeypatch):
     rows = model._questions(batch)
     known = [model.chat_tokenizer.answer_tokens(text) for text in hf_reference.WORDS]
     images = model.image_inputs.forward_kwargs(model.lm, batch)
-    from mmcl.models.hf_vlm import candidate_scoring
+    from mmcl.models.hf_vlm import generation
 
     with torch.no_grad():
-        together = candidate_scoring.candidate_log_probs(model, rows, images, NO_PROMPTS, known)
-        monkeypatch.setattr(candidate_scoring, "_GROUP_BYTES", 1)
-        in_groups = candidate_scoring.candidate_log_probs(model, rows, images, NO_PROMPTS, known)
+        together = generation.candidate_log_probs(model, rows, images, NO_PROMPTS, known)
+        monkeypatch.setattr(generation, "_GROUP_BYTES", 1)
+        in_groups = generation.candidate_log_probs(model, rows, images, NO_PROMPTS, known)
     torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(in_groups, together, rtol=1e-4, atol=1e-4)
 

@@ -225,7 +225,7 @@ def test_the_tokenizer_returns_padded_token_ids(clip):
     assert all((row[:n] != 0).all() for row, n in zip(tokens, lengths, strict=True))
     transform = clip.transform(False)
     sample = transform(torch.zeros(3, 8, 8, dtype=torch.uint8), "a cat", 0)
-    assert torch.equal(tokens[0, : lengths[0]], sample.tokens)
+    assert torch.equal(tokens[0, : lengths[0]], sample.input_ids)
 
 
 def test_the_tokenizer_is_read_only_and_a_model_without_one_is_named():

@@ -4,7 +4,7 @@ from torch.nn import functional
 
 from mmcl.core import Batch
 from mmcl.models import OpenCLIP
-from mmcl.models.hf_vlm.routing_encoder import pool_images
+from mmcl.models.hf_vlm.model import pool_images
 from tests.models import hf_reference
 from tests.toys.toy_llava import a_dialogue_batch, a_llava
 
@@ -38,7 +38,7 @@ def test_images_are_embedded_by_the_routing_encoder_at_its_own_size(model):
 def test_questions_are_embedded_by_the_routing_encoder_as_texts(model):
     batch = a_dialogue_batch(model, 3, task=1)
     transform = model.routing_encoder.transform(False)
-    tokens = transform(None, "Name the colour of the thing.", 0).tokens[None].repeat(3, 1)
+    tokens = transform(None, "Name the colour of the thing.", 0).input_ids[None].repeat(3, 1)
     questions = Batch(
         None, batch.task_ids, batch.task_ids, input_ids=tokens, attention_mask=tokens != 0
     )

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from pathlib import Path
 
 import open_clip
 import pytest
@@ -10,21 +9,19 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import load_file
 
-import mmcl.models.tiny_clip
+from mmcl.models.open_clip.loading import TINY
 from tests.benchmarks.zero_shot import scans, zero_shot
 from tests.vocabularies.clip_vocabulary import CAPTIONS
-
-FOLDER = Path(mmcl.models.tiny_clip.__file__).parent
 
 
 @pytest.fixture
 def tokenizer() -> SimpleTokenizer:
-    return SimpleTokenizer(str(FOLDER / "bpe.txt.gz"), context_length=32)
+    return SimpleTokenizer(str(TINY / "bpe.txt.gz"), context_length=32)
 
 
 def test_the_model_card_names_the_weights_by_hash():
-    mark = hashlib.sha256((FOLDER / "tiny-clip.safetensors").read_bytes()).hexdigest()
-    assert mark in (FOLDER / "README.md").read_text()
+    mark = hashlib.sha256((TINY / "tiny-clip.safetensors").read_bytes()).hexdigest()
+    assert mark in (TINY / "README.md").read_text()
 
 
 def test_the_shipped_vocabulary_has_no_holes_and_the_end_token_is_last(tokenizer):
@@ -55,7 +52,7 @@ def test_any_text_comes_back_from_its_tokens(tokenizer):
 
 
 def test_the_shipped_architecture_builds_and_pools_at_the_end_token(tokenizer):
-    config = json.loads((FOLDER / "tiny-clip.json").read_text())
+    config = json.loads((TINY / "tiny-clip.json").read_text())
     assert config["text_cfg"]["vocab_size"] == tokenizer.vocab_size
     assert config["text_cfg"]["context_length"] == tokenizer.context_length
     model = open_clip.model.CLIP(**config).eval()
@@ -68,9 +65,9 @@ def test_the_shipped_architecture_builds_and_pools_at_the_end_token(tokenizer):
 
 
 def test_the_shipped_weights_fit_the_architecture_and_four_megabytes():
-    path = FOLDER / "tiny-clip.safetensors"
+    path = TINY / "tiny-clip.safetensors"
     assert path.stat().st_size <= 4_000_000
-    model = open_clip.model.CLIP(**json.loads((FOLDER / "tiny-clip.json").read_text()))
+    model = open_clip.model.CLIP(**json.loads((TINY / "tiny-clip.json").read_text()))
     model.load_state_dict(load_file(path), strict=True)
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
 

@@ -12,9 +12,9 @@ import mmcl.models.tiny_llava
 from mmcl.core import Conversation, Turn
 from mmcl.data.batches.collate import Example, collate
 from mmcl.models import ImageTextToText, TinyLlava
-from mmcl.streams.scene_model import FIGURES, SIGNS, corpus_texts
 from tests.benchmarks.tiny_llava import answers, questions, share_right
 from tests.vocabularies.llava_vocabulary import spellings
+from tests.vocabularies.scene_words import FIGURES, SIGNS, scene_words
 
 FOLDER = Path(mmcl.models.tiny_llava.__file__).parent
 WEIGHTS = FOLDER / "model.safetensors"
@@ -49,7 +49,7 @@ def test_the_model_computes_in_single_precision_though_the_file_is_in_half(ours)
 
 
 def test_mmcl_and_transformers_give_the_same_logits(ours, theirs, samples):
-    pixels, dialogue = samples["colour"][0]
+    pixels, dialogue = samples["color"][0]
     row = ours.transform(False)(pixels, dialogue, 0)
     batch = collate([Example(row, -100, 0, 0, "", False, dialogue.reference)])
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_mmcl_and_transformers_give_the_same_logits(ours, theirs, samples):
     processor = AutoProcessor.from_pretrained(FOLDER)
     text = processor.apply_chat_template(messages, tokenize=False)
     inputs = processor(images=[pixels], text=[text], return_tensors="pt")
-    assert inputs["input_ids"][0].tolist() == row.tokens.tolist()
+    assert inputs["input_ids"][0].tolist() == row.input_ids.tolist()
     with torch.no_grad():
         whole = theirs(**inputs).logits[0]
     scored = torch.nonzero(row.labels[1:] != -100).flatten()
@@ -77,7 +77,7 @@ def _question(dialogue: Conversation) -> str:
 
 def test_every_word_of_the_scenes_is_one_token(ours):
     tokenizer = ours.processor.tokenizer
-    words = set(corpus_texts()) - {*FIGURES, *SIGNS}
+    words = scene_words() - {*FIGURES, *SIGNS}
     split = [w for w in words if len(tokenizer.tokenize(f" {w}")) != 1]
     assert split == []
     assert {f" {word}" for word in words} <= set(spellings())
@@ -118,8 +118,8 @@ def test_the_file_is_in_half_precision():
     assert "float32" not in {config[part].get("dtype") for part in ("text_config", "vision_config")}
 
 
-def test_answers_on_colours_and_positions_need_the_image(ours, samples):
-    for kind in ("colour", "place"):
+def test_answers_on_colors_and_positions_need_the_image(ours, samples):
+    for kind in ("color", "place"):
         rows = samples[kind]
         others = [(rows[number - 1][0], dialogue) for number, (_, dialogue) in enumerate(rows)]
         assert share_right(ours, rows) >= 0.4
@@ -127,6 +127,6 @@ def test_answers_on_colours_and_positions_need_the_image(ours, samples):
 
 
 def test_other_images_give_other_answers(ours, samples):
-    turns = (Turn("human", "<image>\nDescribe the picture."), Turn("assistant", "?"))
-    images = [(one, Conversation(turns, ("?",))) for one, _ in samples["colour"]]
+    turns = (Turn("user", "<image>\nDescribe the picture."), Turn("assistant", "?"))
+    images = [(one, Conversation(turns, ("?",))) for one, _ in samples["color"]]
     assert len(set(answers(ours, images))) > len(images) / 2

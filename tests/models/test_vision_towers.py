@@ -10,8 +10,7 @@ from torch import nn
 
 from mmcl.models import ImageTextToText, TinyLlava
 from mmcl.models.open_clip.loading import load_clip
-from mmcl.models.tiny_llava.timm_towers import convert_vit
-from mmcl.models.tiny_llava.vision_towers import vision_tower
+from mmcl.models.tiny_llava.vision_towers import convert_vit, vision_tower
 from tests.toys.toy_llava import a_dialogue_batch, architecture
 
 SMALL = {"img_size": 32, "depth": 3, "embed_dim": 32, "num_heads": 2}

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from mmcl.ops import product_quantization
-from mmcl.ops.product_quantization import decode, encode, fit_centroids
+from mmcl.ops import feature_quantization
+from mmcl.ops.feature_quantization import decode, encode, fit_centroids
 
 
 def some_vectors(count, width, seed=0):
@@ -36,7 +36,7 @@ def test_each_part_is_replaced_by_its_nearest_centroid():
 def test_vectors_are_encoded_alike_in_pieces_of_any_size(monkeypatch):
     vectors, centroids = some_vectors(40, 8), torch.randn(4, 256, 2)
     whole = encode(vectors, centroids)
-    monkeypatch.setattr(product_quantization, "_VECTORS_TOGETHER", 7)
+    monkeypatch.setattr(feature_quantization, "_VECTORS_TOGETHER", 7)
     assert torch.equal(encode(vectors, centroids), whole)
 
 

@@ -1,7 +1,15 @@
 import re
 
-from mmcl.report.stream_page import ShownSample, ShownStream, ShownTask, stream_page
-from mmcl.report.stream_plots import answer_bars, class_bars, class_map, size_bars
+from mmcl.report.stream_page import (
+    ShownSample,
+    ShownStream,
+    ShownTask,
+    answer_bars,
+    class_bars,
+    class_map,
+    size_bars,
+    stream_page,
+)
 from tests.report.test_page import ATTACK, Tags
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"0" * 40
@@ -11,7 +19,7 @@ def a_stream(name="birds", **changes):
     samples = (
         ShownSample("k1", "a.tar", "duck", PNG, "8 × 6"),
         ShownSample("k2", "a.tar", "", b"\xff\xd8\xff...", "640 × 480", (("", "a duck"),)),
-        ShownSample("k3", "a.tar", turns=tuple((("human", "What?"), ("assistant", "That."))) * 5),
+        ShownSample("k3", "a.tar", turns=tuple((("user", "What?"), ("assistant", "That."))) * 5),
     )
     tasks = (
         ShownTask("ponds", "task", (("task_type", "classification"), ("training", "1,200")),
@@ -47,7 +55,7 @@ def test_the_page_shows_every_part():
 
 def test_hostile_captions_and_names_are_shown_and_never_run():
     sample = ShownSample(
-        ATTACK, ATTACK, ATTACK, PNG, ATTACK, (("", ATTACK), (ATTACK, ATTACK), ("human", "\x1b[31m"))
+        ATTACK, ATTACK, ATTACK, PNG, ATTACK, (("", ATTACK), (ATTACK, ATTACK), ("user", "\x1b[31m"))
     )
     task = ShownTask(
         ATTACK, "task", ((ATTACK, ATTACK),), 3, 1, ((ATTACK, 3, 1), ("b", 0, 0)), samples=(sample,)
@@ -105,4 +113,3 @@ def test_plots_hold_from_nothing_to_very_much():
         class_map(["a"], [f"c{n}" for n in range(1000)], [list(range(1000))]),
     ):
         assert svg.startswith(b"<?xml")
-    assert size_bars([("a", 1, 1)], "png").startswith(b"\x89PNG")

@@ -9,7 +9,7 @@ from tests.toys.toy_clip import task_batches
 
 
 def batches_of(model=None):
-    """What gives the batches of a task: dialogues for a model that answers, else pictures."""
+    """What gives the batches of a task: dialogues for a model that answers, else images."""
     if model is None or not is_generative_model(model):
         return task_batches
     from tests.toys.toy_llava import dialogue_batches
@@ -26,7 +26,7 @@ def whole(task, model=None):
 
 
 def replayed_samples(replay_plan, model=None):
-    """The old samples that a strategy asks for, marked as recalled."""
+    """The old samples of a strategy's replay plan, marked as replayed."""
     rows, starts = None, {}
     for task in replay_plan.task_ids.unique().tolist():
         own = whole(task, model)
@@ -38,18 +38,18 @@ def replayed_samples(replay_plan, model=None):
 
 
 def loader(task, replay_plan, model=None):
-    """The batches of a task, with old samples mixed in where the strategy asks for them."""
+    """The batches of a task, with old samples mixed in where the strategy replays them."""
     batches = batches_of(model)(task)
     if replay_plan is None or not len(replay_plan):
         return batches
     old = replayed_samples(replay_plan, model)
     if replay_plan.replay_ratio is None:
         return [*batches, *(old.take(part) for part in torch.arange(len(old)).split(8))]
-    slots = max(1, round(replay_plan.replay_ratio * 8))
-    places = [torch.arange(slots) + slots * place for place in range(len(batches))]
+    replayed = max(1, round(replay_plan.replay_ratio * 8))
+    indices = [torch.arange(replayed) + replayed * index for index in range(len(batches))]
     return [
-        batch.take(torch.arange(8 - slots)).join(old.take(place % len(old)))
-        for batch, place in zip(batches, places, strict=True)
+        batch.take(torch.arange(8 - replayed)).join(old.take(index % len(old)))
+        for batch, index in zip(batches, indices, strict=True)
     ]
 
 

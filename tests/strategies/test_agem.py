@@ -109,9 +109,9 @@ def test_the_memory_holds_equally_many_of_every_task():
         assert counts == dict.fromkeys(range(index + 1), 12 // (index + 1))
     hashes = hash_priorities(2, 1, torch.arange(24)).tolist()
     chosen = sorted(range(24), key=lambda sample: hashes[sample])[:4]
-    pictures = torch.cat([batch.images for batch in task_batches(1)])
+    images = torch.cat([batch.images for batch in task_batches(1)])
     own = strategy.memory.columns["task_ids"] == 1
-    assert torch.equal(strategy.memory.columns["images"][own], pictures[chosen])
+    assert torch.equal(strategy.memory.columns["images"][own], images[chosen])
 
 
 def test_draws_change_with_every_step():

@@ -397,7 +397,7 @@ class Bare(nn.Module):
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))
-def test_a_model_without_the_members_that_are_asked_for_is_refused_by_name(name):
+def test_a_model_without_the_required_members_is_refused_by_name(name):
     asks = inspect.getdoc(KNOWN[name]).partition("**Asks of the model**")[2].split("\n\n")[0]
     members = re.findall(r"``(\w+)", asks.partition(" if ")[0])
     if not members or "nothing" in asks:
@@ -439,7 +439,7 @@ def test_every_strategy_works_on_some_model():
     assert {name for name, _ in PAIRS} == set(KNOWN)
 
 
-def test_a_model_is_refused_with_what_is_asked_and_what_to_use():
+def test_a_model_is_refused_with_what_is_required_and_what_to_use():
     for (name, _), message in REFUSALS.items():
         assert re.search(r"needs .*: (use|wrap|add) ", message) if message else True, name
     refused = {

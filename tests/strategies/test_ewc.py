@@ -32,7 +32,7 @@ class Logistic(nn.Module):
 
 
 class Pairs(nn.Module):
-    """Scores pictures against the texts of the batch: (B, B)."""
+    """Scores images against the texts of the batch: (B, B)."""
 
     def __init__(self):
         super().__init__()

@@ -52,13 +52,13 @@ def test_stored_samples_are_those_of_smallest_hash_within_half_precision():
     model, strategy = trained(buffer_size=7, seed=2)
     hashes = hash_priorities(2, 0, torch.arange(24)).tolist()
     chosen = sorted(range(24), key=lambda sample: hashes[sample])[:7]
-    pictures = [batch.take(torch.tensor([row])) for batch in task_batches(0) for row in range(8)]
+    images = [batch.take(torch.tensor([row])) for batch in task_batches(0) for row in range(8)]
     columns = strategy.memory.columns
     assert columns["features"].dtype == torch.float16
     for place, sample in enumerate(chosen):
-        expected = model.encode_image(pictures[sample])[0]
+        expected = model.encode_image(images[sample])[0]
         torch.testing.assert_close(columns["features"][place].float(), expected, atol=2e-3, rtol=0)
-        assert int(columns["labels"][place]) == int(pictures[sample].labels)
+        assert int(columns["labels"][place]) == int(images[sample].labels)
 
 
 @pytest.mark.parametrize(("share", "joined"), [(0.5, 8), (0.2, 2), (0.9, 72), (0.01, 1)])

@@ -38,7 +38,7 @@ def without_task_ids(batch):
 
 
 def only(model, adapter, batch):
-    """What the model says with one slot alone."""
+    """Output of the model with one adapter alone."""
     for layer in layers_of(model):
         layer.set_adapters("one", adapter)
     return model(batch).logits
@@ -112,7 +112,7 @@ def test_the_ridge_does_not_depend_on_the_order_of_the_passes():
     torch.testing.assert_close(*found)
 
 
-def test_samples_whose_task_is_told_go_through_its_adapter():
+def test_samples_with_a_task_id_go_through_its_adapter():
     model, strategy = taught(*attached(make()), TASKS)
     batch = a_dialogue_batch(model, 4, 0)
     wrong = replace(batch, task_ids=torch.full_like(batch.task_ids, 2))

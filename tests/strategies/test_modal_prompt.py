@@ -1,4 +1,4 @@
-"""ModalPrompt: prompts of several tasks in front of a row, picked by picture and question."""
+"""ModalPrompt: prompts of several tasks in front of a row, picked by image and question."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def prototype(strategy, task):
 
 
 def guidance(model, strategy, batch):
-    """0.5 of picture and 0.5 of question, as (row, task) in loops."""
+    """0.5 of image and 0.5 of question, as (row, task) in loops."""
     found = []
     for row in range(len(batch)):
         own = batch.take(torch.tensor([row]))

@@ -126,7 +126,7 @@ def test_an_expert_that_no_token_wants_is_named():
     begin_task(model, strategy, a_task(0))
     end_task(model, strategy, a_task(0), task_batches(0))
     assert strategy.inactive_parts() == ()
-    with torch.no_grad():  # pictures are not negative, so one router's row far below loses always
+    with torch.no_grad():  # images are not negative, so one router's row far below loses always
         model.patch.router.zero_()[1] = -1000.0
     end_task(model, strategy, a_task(0), task_batches(0))
     assert strategy.inactive_parts() == (

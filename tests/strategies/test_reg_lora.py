@@ -5,7 +5,7 @@ import torch
 
 from mmcl.core import begin_task, end_task, step
 from mmcl.layers import MultiLoRALinear, find_layers
-from mmcl.ops.sparse_mask import unpack_bits
+from mmcl.ops.lora_penalties import unpack_bits
 from mmcl.strategies import RegLoRA
 from tests.strategies.generative_fixtures import (
     TASKS,

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from mmcl.core import IGNORE_INDEX, Chain, Reference, begin_task, end_task
 from mmcl.core.seeding import hash_priorities, hash_seed
-from mmcl.memory import herding, k_center_greedy
+from mmcl.memory.selection import herding, k_center_greedy
 from mmcl.strategies.experience_replay import ExperienceReplay
 from mmcl.strategies.finetune import Finetune
 from tests.strategies.plain_loop import whole

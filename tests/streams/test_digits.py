@@ -91,10 +91,10 @@ def test_looks_differ_by_far_from_each_other_and_nothing_is_drawn_twice():
         for name, look in LOOKS.items()
     }
     assert len(drawn) == 5
-    for name, picture in drawn.items():
-        assert picture.shape == (32, 32, 3)
+    for name, image in drawn.items():
+        assert image.shape == (32, 32, 3)
         for other in drawn.keys() - {name}:
-            assert np.abs(picture - drawn[other]).mean() > 20, (name, other)
+            assert np.abs(image - drawn[other]).mean() > 20, (name, other)
     for name in ("noisy", "striped"):
         again = np.asarray(LOOKS[name](scan, np.random.default_rng(1)), dtype=float)
         assert np.abs(again - drawn[name]).mean() > 5

@@ -10,7 +10,7 @@ from PIL import Image
 from mmcl.core.task import TaskStream
 from mmcl.streams import emoji_table
 from mmcl.streams.emoji import CARDS, augment, build, merge_years
-from mmcl.streams.emoji_table import LANGUAGES, EmojiFont, choose, find_font, names_of, read_table
+from mmcl.streams.emoji_table import LANGUAGES, EmojiFont, choose, find_font, names_of, read_emoji
 from mmcl.streams.registry import STREAMS, find_stream
 
 
@@ -52,18 +52,18 @@ def read_samples(shards):
     ],
 )
 def test_group_and_year_are_those_of_unicode(character, group, version, year):
-    (one,) = (one for one in read_table() if one.text == character)
+    (one,) = (one for one in read_emoji() if one.text == character)
     assert (one.group, one.version, one.year) == (group, version, year)
 
 
 def test_no_emoji_stands_twice_in_the_table():
-    table = read_table()
+    table = read_emoji()
     assert len(table) == len({one.text[0] for one in table}) == 1377
 
 
 def test_every_emoji_of_the_table_has_a_clean_name_in_at_least_eight_languages():
     assert len(LANGUAGES) >= 8
-    table = read_table()
+    table = read_emoji()
     for one in table:
         names = names_of(one)
         assert set(names) == set(LANGUAGES)
@@ -72,25 +72,25 @@ def test_every_emoji_of_the_table_has_a_clean_name_in_at_least_eight_languages()
 
 
 def test_a_red_apple_is_called_so():
-    (apple,) = (one for one in read_table() if one.slug == "1f34e")
+    (apple,) = (one for one in read_emoji() if one.slug == "1f34e")
     names = names_of(apple)
     assert (names["en"], names["de"], names["fr"]) == ("red apple", "roter apfel", "pomme rouge")
     assert (names["ru"], names["zh"]) == ("красное яблоко", "红苹果")
 
 
 def test_the_choice_takes_turns_over_years_and_subgroups():
-    chosen = choose(read_table(), per_group=24)
+    chosen = choose(read_emoji(), per_group=24)
     assert set(Counter(one.group for one in chosen).values()) == {24}
     years = Counter(one.year for one in chosen)
     assert min(years.values()) >= 8
     assert max(years.values()) <= 32
     assert len({one.subgroup for one in chosen}) > 60
-    assert set(choose(read_table(), per_group=5)) <= set(chosen)
+    assert set(choose(read_emoji(), per_group=5)) <= set(chosen)
 
 
 def test_a_choice_of_no_classes_is_refused():
     with pytest.raises(ValueError, match="per_group is 0: give 1 or more, or None"):
-        choose(read_table(), per_group=0)
+        choose(read_emoji(), per_group=0)
 
 
 def test_small_years_join_the_next_and_a_small_last_one_the_one_before():
@@ -108,33 +108,33 @@ def test_a_machine_without_a_font_says_what_to_install(monkeypatch, tmp_path):
         EmojiFont(tmp_path / "nothing.ttf")
 
 
-def test_a_file_that_is_no_colour_font_is_named(tmp_path):
+def test_a_file_that_is_no_color_font_is_named(tmp_path):
     (tmp_path / "not.ttf").write_bytes(b"not a font")
-    with pytest.raises(ValueError, match="not.ttf has no coloured emoji that Pillow can draw"):
+    with pytest.raises(ValueError, match="not.ttf has no colored emoji that Pillow can draw"):
         EmojiFont(tmp_path / "not.ttf")
 
 
-def test_the_font_gives_square_pictures_and_nothing_for_what_it_lacks(font):
-    picture = font.picture("\U0001f98b")
-    assert picture.mode == "RGBA"
-    assert picture.width == picture.height > 30
-    red, _, blue, alpha = (np.asarray(channel, dtype=int) for channel in picture.split())
-    # Butterflies of all makers are coloured; a grey one would be the outline of another font.
+def test_the_font_gives_square_images_and_nothing_for_what_it_lacks(font):
+    image = font.image("\U0001f98b")
+    assert image.mode == "RGBA"
+    assert image.width == image.height > 30
+    red, _, blue, alpha = (np.asarray(channel, dtype=int) for channel in image.split())
+    # Butterflies of all makers are colored; a grey one would be the outline of another font.
     assert np.abs(red - blue)[alpha > 200].mean() > 20
-    assert font.picture("\U0010ffff") is None
-    assert font.picture(" ") is None
+    assert font.image("\U0010ffff") is None
+    assert font.image(" ") is None
 
 
 def test_an_augmented_glyph_is_there_and_depends_on_its_generator_alone():
     glyph = Image.new("RGBA", (100, 100), (255, 0, 0, 255))
-    pictures = [np.asarray(augment(glyph, np.random.default_rng(seed))) for seed in (0, 0, 1)]
-    np.testing.assert_array_equal(pictures[0], pictures[1])
-    assert (pictures[0] != pictures[2]).any()
+    images = [np.asarray(augment(glyph, np.random.default_rng(seed))) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(images[0], images[1])
+    assert (images[0] != images[2]).any()
     for seed in range(50):
-        picture = np.asarray(augment(glyph, np.random.default_rng(seed)))
-        assert picture.shape == (64, 64, 3)
+        image = np.asarray(augment(glyph, np.random.default_rng(seed)))
+        assert image.shape == (64, 64, 3)
         # A square of at least 0.55 of the side fills 30 % unless a turn puts corners outside.
-        assert (picture == (255, 0, 0)).all(axis=-1).mean() > 0.25
+        assert (image == (255, 0, 0)).all(axis=-1).mean() > 0.25
 
 
 def test_three_cards_name_the_same_shards_in_three_orders(cards):
@@ -157,7 +157,7 @@ def test_three_cards_name_the_same_shards_in_three_orders(cards):
 
 
 def test_counts_hashes_and_labels_on_the_cards_are_true(cards):
-    facts = {names_of(one)["en"]: one for one in read_table()}
+    facts = {names_of(one)["en"]: one for one in read_emoji()}
     for card in cards[:2]:
         stream = TaskStream.read(card)
         for task in stream:
@@ -177,7 +177,7 @@ def test_counts_hashes_and_labels_on_the_cards_are_true(cards):
             assert hashlib.sha256((card.parent / shard).read_bytes()).hexdigest() == sha256
 
 
-def test_every_sample_has_a_picture_of_its_own_and_a_name_in_every_language(cards):
+def test_every_sample_has_an_image_of_its_own_and_a_name_in_every_language(cards):
     stream = TaskStream.read(cards[2])
     samples = read_samples(stream.shard(name) for name in (*stream[0].train, *stream[0].test))
     assert len(samples) == 8 * 4 * 3
@@ -201,7 +201,7 @@ def test_a_second_build_gives_the_same_bytes_and_another_seed_others(cards, font
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
-def test_no_pictures_for_a_class_is_refused(tmp_path, part):
+def test_no_images_for_a_class_is_refused(tmp_path, part):
     with pytest.raises(ValueError, match=f"{part}_per_class is 0: give 1 or more"):
         build(tmp_path, **{f"{part}_per_class": 0})
 

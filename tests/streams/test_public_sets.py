@@ -15,11 +15,11 @@ from tests.data.convert.llava_files import asked, jpeg, put, quizzed, samples_of
 COUNT = 3
 
 
-def pair(folder, train, test, pictures, test_pictures=None, base="", right=lambda n: f"thing {n}"):
-    """Write an instruction file for training, one for test, and the pictures they name."""
+def pair(folder, train, test, images, test_images=None, base="", right=lambda n: f"thing {n}"):
+    """Write an instruction file for training, one for test, and the images they name."""
     for file, where, offset, record in (
-        (train, pictures, 0, asked),
-        (test, test_pictures or pictures, 50, quizzed),
+        (train, images, 0, asked),
+        (test, test_images or images, 50, quizzed),
     ):
         names = [f"{where}/{number + offset}.jpg" for number in range(COUNT)]
         for number, name in enumerate(names):
@@ -28,10 +28,10 @@ def pair(folder, train, test, pictures, test_pictures=None, base="", right=lambd
 
 
 def captions(folder, place):
-    """Write the captions of a test part as COCO has them, two for each picture."""
+    """Write the captions of a test part as COCO has them, two for each image."""
     images = [{"id": n + 1, "file_name": f"{n + 50}.jpg"} for n in range(COUNT)]
-    said = [{"image_id": n + 1, "caption": f"{c} {n}"} for n in range(COUNT) for c in "ab"]
-    put(folder / place, {"images": images, "annotations": said})
+    captions = [{"image_id": n + 1, "caption": f"{c} {n}"} for n in range(COUNT) for c in "ab"]
+    put(folder / place, {"images": images, "annotations": captions})
 
 
 def ucit(folder):
@@ -43,9 +43,9 @@ def ucit(folder):
         "CLEVR": ("train_4w", "images/train", "images/val"),
         "Flickr30k": ("train_brief_4w", "train", "val"),
     }
-    for name, (train, *pictures) in own.items():
+    for name, (train, *images) in own.items():
         files = [f"instructions/{name}/{file}.json" for file in (train, "test_3000")]
-        pair(folder, *files, *(f"{name}/{place}" for place in pictures), base="datasets")
+        pair(folder, *files, *(f"{name}/{place}" for place in images), base="datasets")
     for name in ("VizWiz", "Flickr30k"):
         captions(folder, f"instructions/{name}/val_coco_type_3000.json")
 
@@ -61,9 +61,9 @@ def coin(folder):
         "VQAv2": ("val", "COCO2014/train2014", "COCO2014/val2014"),
         "OCRVQA": ("test", "OCR-VQA/images", None),
     }
-    for name, (test, *pictures) in own.items():
+    for name, (test, *images) in own.items():
         files = [f"Instructions_Original/{name}/{file}.json" for file in ("train", test)]
-        pair(folder, *files, *pictures, right="ABC".__getitem__)
+        pair(folder, *files, *images, right="ABC".__getitem__)
     places = [f"COCO2014/train2014/{number + 50}.jpg" for number in range(COUNT)]
     boxes = [quizzed(n, place, answer_bbox="[0.1,0.2,0.3,0.4]") for n, place in enumerate(places)]
     put(folder / "Instructions_Original/Grounding/test.json", boxes)
@@ -115,11 +115,11 @@ def test_a_set_is_built_from_its_published_layout(tmp_path, source, name):
         assert (task.test_size, task.max_new_tokens) == (COUNT, own.max_new_tokens)
         assert (one.left_out, one.num_bad) == ([], 0)
         for part, offset in (("train", 0), ("test", 50)):
-            shown = [picture for _, picture, _ in samples_of(prepared, task.index, part)]
+            shown = [image for _, image, _ in samples_of(prepared, task.index, part)]
             assert shown == [jpeg(number + offset) for number in range(COUNT)]
         records = json.loads(own_file(source, own.train).read_text())
-        said = [member for _, _, member in samples_of(prepared, task.index, "train")]
-        assert said == [{"conversations": record["conversations"]} for record in records]
+        members = [member for _, _, member in samples_of(prepared, task.index, "train")]
+        assert members == [{"conversations": record["conversations"]} for record in records]
     license = yaml.safe_load(card.read_text())["license"]
     assert license == described.top["license"]
 
@@ -211,7 +211,7 @@ def test_an_unknown_set_task_or_source_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "reason"),
     [
         ("name: x\ntasks: [{name: a, trian: b}]", "unknown keys .'trian'"),
         ("name: x\ntaks: []\ntasks: []", "unknown keys .'taks'"),
@@ -220,8 +220,8 @@ def test_an_unknown_set_task_or_source_is_named(tmp_path):
         ("3", "does not describe a set"),
     ],
 )
-def test_a_faulty_description_of_ones_own_says_why(tmp_path, text, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_faulty_description_of_ones_own_says_why(tmp_path, text, reason):
+    with pytest.raises(ValueError, match=reason):
         read_set(str(put(tmp_path / "mine.yaml", text)))
 
 

@@ -5,15 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from mmcl.streams.glyph_drawing import COLOURS as TONES
-from mmcl.streams.scene_dialogues import (
-    ask_existence,
-    ask_larger,
-    ask_side,
-    caption,
-    corner_captions,
-)
-from mmcl.streams.scene_drawing import FORMS, PAGES, draw_object, draw_page, draw_scene
+from mmcl.streams.glyph_drawing import COLORS as TONES
+from mmcl.streams.scene_drawing import PAGES, draw_object, draw_page, draw_scene, read_forms
 from mmcl.streams.scene_model import (
     OBJECT_NAMES,
     SHAPES,
@@ -26,7 +19,8 @@ from mmcl.streams.scene_model import (
     draw_plate,
     join,
 )
-from mmcl.streams.scene_tasks import LOOKS
+from mmcl.streams.scene_pretraining import ask_existence, ask_larger, ask_side, caption
+from mmcl.streams.scenes import LOOKS, corner_captions
 
 
 @pytest.fixture
@@ -37,8 +31,8 @@ def rng():
 @pytest.mark.parametrize("shape", [*SHAPES, *OBJECT_NAMES])
 def test_a_thing_fills_the_stated_box(shape, rng):
     thing = Thing("blue", shape, "plain", "top right", "big", (0.5, 0.1, 0.9, 0.5))
-    picture = np.asarray(draw_scene(Scene("white", (thing,)), rng)).astype(int)
-    is_ink = np.abs(picture - picture[-1, 0]).max(-1) > 20
+    image = np.asarray(draw_scene(Scene("white", (thing,)), rng)).astype(int)
+    is_ink = np.abs(image - image[-1, 0]).max(-1) > 20
     rows, columns = np.flatnonzero(is_ink.any(1)), np.flatnonzero(is_ink.any(0))
     found = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
     expected = np.array(thing.box) * 64
@@ -49,20 +43,20 @@ def test_a_thing_fills_the_stated_box(shape, rng):
         assert max(found[2] - found[0], found[3] - found[1]) > 23
 
 
-def test_every_object_is_drawn_in_its_colour_and_unlike_the_others():
-    layers = {name: draw_object(name, (200, 30, 40), (48, 48)) for name in FORMS}
-    assert set(FORMS) == set(OBJECT_NAMES)
+def test_every_object_is_drawn_in_its_color_and_unlike_the_others():
+    layers = {name: draw_object(name, (200, 30, 40), (48, 48)) for name in read_forms()}
+    assert set(read_forms()) == set(OBJECT_NAMES)
     assert len({layer.tobytes() for layer in layers.values()}) == len(OBJECT_NAMES)
     for layer in layers.values():
         assert (np.asarray(layer)[..., :3] == (200, 30, 40)).all(-1).mean() > 0.1
 
 
-def test_a_plain_square_has_its_colour_in_every_look_but_the_inverted(rng):
+def test_a_plain_square_has_its_color_in_every_look_but_the_inverted(rng):
     thing = Thing("red", "square", "plain", "top left", "big", (0.1, 0.1, 0.5, 0.5))
     tone = np.array(TONES["red"])
     for look, (page, drawn) in LOOKS.items():
-        picture = np.asarray(draw_scene(Scene(page, (thing,), look=drawn), rng)).astype(int)
-        rim = picture[8:10, 8:30].mean((0, 1))
+        image = np.asarray(draw_scene(Scene(page, (thing,), look=drawn), rng)).astype(int)
+        rim = image[8:10, 8:30].mean((0, 1))
         expected = 255 - tone if look == "inverted" else tone
         np.testing.assert_allclose(rim, expected, atol=25)
 
@@ -74,8 +68,8 @@ def test_every_page_is_whole_and_its_own(rng):
 
 
 def test_a_plate_shows_ink_on_its_ground(rng):
-    picture = draw_scene(Scene("asphalt", plate=Plate("118", "black", "white")), rng)
-    grey = np.asarray(picture.convert("L"))[16:48, 6:58]
+    image = draw_scene(Scene("asphalt", plate=Plate("118", "black", "white")), rng)
+    grey = np.asarray(image.convert("L"))[16:48, 6:58]
     assert 0.05 < (grey < 80).mean() < 0.5
     assert (grey > 200).mean() > 0.4
 
@@ -86,11 +80,11 @@ def test_no_number_begins_with_a_zero_but_the_zero_itself(rng):
     assert all(number[0] != "0" for number in numbers if len(number) > 1)
 
 
-def test_things_have_places_colours_and_shapes_of_their_own(rng):
+def test_things_have_places_colors_and_shapes_of_their_own(rng):
     for part in SPLITS:
         for _ in range(50):
             things = draw_corners(part, 4, rng)
-            for field in ("place", "colour", "shape"):
+            for field in ("place", "color", "shape"):
                 assert len({getattr(thing, field) for thing in things}) == 4
 
 
@@ -110,7 +104,7 @@ def test_a_caption_names_every_thing_and_the_references_agree(rng):
     assert len({frozenset(re.findall(r"\w+", text)) for text in references}) == 1
 
 
-def test_a_crowd_is_counted_and_an_inverted_picture_has_no_colours(rng):
+def test_a_crowd_is_counted_and_an_inverted_image_has_no_colors(rng):
     box = (0.0, 0.0, 0.2, 0.2)
     stars = tuple(Thing("red", "star", "plain", "top left", "small", box) for _ in range(3))
     assert caption(Scene("white", stars, is_crowd=True), rng) == "three red stars"

@@ -15,9 +15,8 @@ from PIL import Image
 from mmcl.core.task import TaskStream
 from mmcl.streams import scene_pretraining, scenes
 from mmcl.streams.registry import STREAMS, find_stream
-from mmcl.streams.scene_dialogues import talk
 from mmcl.streams.scene_model import (
-    COLOURS,
+    COLORS,
     LETTERS,
     OBJECTS,
     PLACES,
@@ -25,12 +24,13 @@ from mmcl.streams.scene_model import (
     SPLITS,
     TEXTURES,
     Plate,
-    corpus_texts,
     is_kept,
     is_kept_plate,
     plural,
 )
-from mmcl.streams.scene_tasks import LOOKS, SKILLS, make_look, make_object
+from mmcl.streams.scene_pretraining import talk
+from mmcl.streams.scenes import LOOKS, SKILLS, make_look, make_object
+from tests.vocabularies.scene_words import scene_words
 
 SMALL = {
     "train": 6,
@@ -86,7 +86,7 @@ def pretraining_samples(count):
 
 
 def shown(samples):
-    """All compositions and numbers that the pictures show."""
+    """All compositions and numbers that the images show."""
     found = {thing.composition for one in samples for thing in one.scene.things}
     plates = [one.scene.plate for one in samples if one.scene.plate]
     return found | {p if len(p.number) == 1 else p.number for p in plates}
@@ -119,8 +119,8 @@ def test_the_pretraining_shows_no_composition_of_a_test_split():
     assert not learned & {found for task in MAKES for found in shown(made(task, "test"))}
 
 
-def test_every_fifth_composition_is_kept_and_each_colour_is_learned_with_all_else():
-    everything = [(c, s, t, p) for c in COLOURS for s in SHAPES for t in TEXTURES for p in PLACES]
+def test_every_fifth_composition_is_kept_and_each_color_is_learned_with_all_else():
+    everything = [(c, s, t, p) for c in COLORS for s in SHAPES for t in TEXTURES for p in PLACES]
     learned = [one for one in everything if not is_kept(one)]
     assert len(learned) == 0.8 * len(everything)
     for first, second in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)):
@@ -128,7 +128,7 @@ def test_every_fifth_composition_is_kept_and_each_colour_is_learned_with_all_els
         assert pairs == {(one[first], one[second]) for one in learned}
 
 
-def test_a_kept_number_is_kept_in_all_colours_and_a_figure_only_in_some():
+def test_a_kept_number_is_kept_in_all_colors_and_a_figure_only_in_some():
     plates = [Plate("47", ink, "white") for ink in ("red", "blue")]
     assert len({is_kept_plate(plate) for plate in plates}) == 1
     single = {is_kept_plate(Plate("4", ink, "white")) for ink in ("black", "blue", "red", "purple")}
@@ -158,26 +158,26 @@ def test_no_free_answer_is_frequent(task):
     assert max(counts.values()) / counts.total() < 0.1
 
 
-def test_counts_colours_and_places_are_those_of_the_scene():
+def test_counts_colors_and_places_are_those_of_the_scene():
     for one in (*made("counting", "train"), *made("counting", "test")):
         name = re.match(r"How many (.+?) (are|do)", one.turns[0][0])[1]
         things = one.scene.things
-        count = sum(name in (plural(t.shape), f"{t.colour} things") for t in things)
+        count = sum(name in (plural(t.shape), f"{t.color} things") for t in things)
         assert one.answers == (str(count),)
     for one in made("colour", "test"):
         matching = [thing for thing in one.scene.things if f" {thing.shape}?" in one.turns[0][0]]
-        assert [thing.colour for thing in matching] == list(one.answers)
+        assert [thing.color for thing in matching] == list(one.answers)
     for one in made("position", "test"):
-        matching = [t for t in one.scene.things if f"{t.colour} {t.shape}?" in one.turns[0][0]]
+        matching = [t for t in one.scene.things if f"{t.color} {t.shape}?" in one.turns[0][0]]
         assert [thing.place for thing in matching] == list(one.answers)
 
 
-def test_the_letter_is_that_of_the_option_with_the_named_colour():
+def test_the_letter_is_that_of_the_option_with_the_named_color():
     for one in made("shape", "test"):
         question = one.turns[0][0]
-        colour = re.search(r"the (\w+) thing", question)[1]
+        color = re.search(r"the (\w+) thing", question)[1]
         options = dict(re.findall(r"\b([ABCD]) (\w+)", question))
-        shape = next(thing.shape for thing in one.scene.things if thing.colour == colour)
+        shape = next(thing.shape for thing in one.scene.things if thing.color == color)
         assert list(options) == list(LETTERS)
         assert options[one.answers[0]] == shape
 
@@ -198,7 +198,7 @@ def test_a_dialogue_asks_no_question_twice(rng):
 
 
 def test_every_word_is_in_the_list_of_words():
-    known = set(corpus_texts())
+    known = scene_words()
     samples = [one for task in MAKES for part in SPLITS for one in made(task, part)]
     for one in (*samples, *pretraining_samples(300)):
         assert words_of(one) <= known
@@ -216,7 +216,7 @@ def test_the_three_cards_read_as_streams_of_answers(cards):
     assert {task.task_type for stream in (skills, looks, words) for task in stream} == {
         "instruction"
     }
-    assert [task.scorer for task in skills] == [skill.scorer for skill in SKILLS.values()]
+    assert [task.scorer for task in skills] == [skill.fields["scorer"] for skill in SKILLS.values()]
     assert [task.name for task in looks] == list(LOOKS)
     assert all(task.decoding == "candidates" for task in words)
     raw = yaml.safe_load(cards[2].read_text())
@@ -224,11 +224,11 @@ def test_the_three_cards_read_as_streams_of_answers(cards):
     assert (skills[0].size, skills[0].test_size, skills[1].max_new_tokens) == (6, 4, 40)
 
 
-def test_a_sample_is_a_picture_and_a_conversation(cards, pretraining):
+def test_a_sample_is_an_image_and_a_conversation(cards, pretraining):
     for path in sorted(cards[0].parent.glob("*.tar")) + sorted(pretraining[0].parent.glob("*.tar")):
         for sample in read_samples(path).values():
-            picture = Image.open(io.BytesIO(sample["png"]))
-            assert (picture.size, picture.mode) == ((64, 64), "RGB")
+            image = Image.open(io.BytesIO(sample["png"]))
+            assert (image.size, image.mode) == ((64, 64), "RGB")
             conversation = json.loads(sample["json"])
             turns = conversation["conversations"]
             assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)

@@ -59,7 +59,7 @@ def a_dialogue(task=0, row=0):
     color = COLORS[row % len(COLORS)]
     answer = (color, f"it is {color}.", color[0].upper())[task % 3]
     question = f"<image>\n{QUESTIONS[task % 3]}"
-    return Conversation((Turn("human", question), Turn("assistant", answer)), (answer,))
+    return Conversation((Turn("user", question), Turn("assistant", answer)), (answer,))
 
 
 def a_dialogue_batch(model, rows=8, task=0, seed=0, start=0):

@@ -12,11 +12,11 @@ import gzip
 from collections import Counter
 from pathlib import Path
 
-import mmcl.models.tiny_clip
 from mmcl.core import write_atomic
+from mmcl.models.open_clip.loading import TINY
 from tests.vocabularies.bpe import learn_merges, split_word
 
-FILE = Path(mmcl.models.tiny_clip.__file__).parent / "bpe.txt.gz"
+FILE = TINY / "bpe.txt.gz"
 MERGES = 640
 HEADING = "#version: 0.2 mmcl tiny"
 

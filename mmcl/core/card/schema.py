@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from reprlib import Repr
 from typing import Annotated, Any, ClassVar, Literal, get_origin
 
 from pydantic import (
@@ -29,38 +30,30 @@ from pydantic import (
     model_validator,
 )
 
-from mmcl.core.quoting import repr_short
-
 MAX_SHARDS = 10_000_000
 """Names of shards on one card."""
 MAX_ERRORS = 100
 """Errors of a card that are written out; the others are counted."""
 MAX_NAME = 80
 """Characters of a name that are shown in an error."""
+MAX_QUOTED = 200
+"""Characters of a quoted value, at most."""
 
 RENAMED_KEYS: dict[str, str] = {
-    "decode": "decoding",
-    "kind": "task_type",
-    "licence": "license",
-    "mix": "mixture",
-    "probes": "eval_only",
-    "share": "replay_ratio",
-    "text": "text_field",
-}
+    "decode": "decoding", "kind": "task_type", "licence": "license", "mix": "mixture",
+    "probes": "eval_only", "share": "replay_ratio", "text": "text_field",
+}  # fmt: skip
 """Old key -> new key: the old one is an error that names the new one."""
 RENAMED_VALUES: dict[str, dict[str, str]] = {
     "task_type": {
-        "answer": "instruction",
-        "caption": "captioning",
-        "classify": "classification",
-        "edit": "editing",
-        "picture": "image",
-        "prefer": "preference",
-        "retrieve": "retrieval",
-    }
-}
+        "answer": "instruction", "caption": "captioning", "classify": "classification",
+        "edit": "editing", "picture": "image", "prefer": "preference", "retrieve": "retrieval",
+    },
+}  # fmt: skip
 """Key -> {old value: new value}: the old one is an error that names the new one."""
 
+_SHORT = Repr()
+_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong, _SHORT.maxlevel = 120, 120, 60, 3
 _MAX_ERRORS_OF_KEY = 5
 _RANGE = re.compile(r"[{]([0-9]+)[.][.]([0-9]+)[}]")
 _CONTROLS = r"\x00-\x08\x0b-\x1f\x7f-\x9f"
@@ -103,6 +96,23 @@ class CardErrors:
             yield
         finally:
             self.where = before
+
+
+def repr_short(value: Any, limit: int = MAX_QUOTED) -> str:
+    """Return the ``repr`` of a value on one line, at most ``limit`` characters and an ellipsis.
+
+    Long texts and numbers, large and nested collections are abbreviated before they are written
+    out, so the time is bounded as well.
+    """
+    text = _SHORT.repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def sanitize(text: str) -> str:
+    """Return a text on one line: control characters, line breaks, lone surrogates are escaped."""
+    if text.isprintable():
+        return text
+    return "".join(mark if mark.isprintable() else repr(mark)[1:-1] for mark in text)
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:

@@ -6,23 +6,153 @@ and samples of mixed-in sources. Any batch of any epoch is computed from its num
 Ranks: with W ranks and A accumulated micro-batches, micro-batch a of rank r takes the samples
 ``a * W + r, a * W + r + W * A, ...`` of the global batch. So rank r sees samples r, r + W, ... of
 it, and micro-batch a of all ranks together, sample i of rank r at index i * W + r, keeps its order.
+
+Permutations map index to number by slices. Up to a million numbers are sorted by a hash, which is
+a uniform permutation and takes as much memory as the numbers. Above, the permutation is a keyed
+bijection (a Feistel network over the next power of two, with cycle-walking: Black and Rogaway 2002,
+"Ciphers with Arbitrary Finite Domains"), so ten billion samples are shuffled without a list.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mmcl.core.seeding import hash_priorities, hash_seed
-from mmcl.data.batches.permutation import SORTED, Permutation, shuffled
-from mmcl.data.protocols import IntArray
+from mmcl.data.stored_sample import IntArray
 
+SORTED = 1 << 20
+"""Largest permutation that is sorted by hash; larger ones go through the Feistel network."""
+
+_ROUNDS = 8
 _NEW, _REPLAYED, _SOURCE, _GROUPED = 1, 2, 3, 4
 """Purpose of a permutation, hashed into its seed so that no two purposes share draws."""
+
+
+def shuffled(seed: int, count: int) -> Permutation:
+    """Return a pseudo-random permutation of 0 to ``count`` - 1, the same on every machine."""
+    return HashPermutation(seed, count) if count <= SORTED else FeistelPermutation(seed, count)
+
+
+class HashPermutation:
+    """Permutation of the numbers 0 to ``count`` - 1 sorted by their hash.
+
+    Args:
+        seed: seed of the permutation.
+        count: n.
+        turn: number of the permutation among several of the same seed.
+    """
+
+    def __init__(self, seed: int, count: int, turn: int = 0) -> None:
+        self.seed, self.count, self.turn = seed, count, turn
+
+    def slice(self, start: int, stop: int) -> IntArray:
+        """Return the numbers at indices ``start`` to ``stop`` - 1."""
+        return self._numbers[start:stop]
+
+    @cached_property
+    def _numbers(self) -> IntArray:
+        hashed = torch.arange(self.turn * self.count, (self.turn + 1) * self.count)
+        hashes = hash_priorities(self.seed, 0, hashed)
+        numbers: IntArray = hashes.argsort(stable=True).numpy()
+        return numbers
+
+
+class FeistelPermutation:
+    """Permutation by a Feistel network; nothing is stored.
+
+    Args:
+        seed: seed of the permutation.
+        count: n, at least 2.
+    """
+
+    def __init__(self, seed: int, count: int) -> None:
+        self.seed, self.count = seed, count
+        bits = max(2, (count - 1).bit_length())
+        self._low_bits = bits // 2
+        self._low, self._high = (1 << self._low_bits) - 1, (1 << bits - self._low_bits) - 1
+
+    def slice(self, start: int, stop: int) -> IntArray:
+        """Return the numbers at indices ``start`` to ``stop`` - 1."""
+        numbers = self._permuted(torch.arange(start, min(stop, self.count)))
+        # Numbers outside of 0 to n - 1 are permuted again: their cycle leads back inside.
+        while len(outside := torch.nonzero(numbers >= self.count).flatten()):
+            numbers[outside] = self._permuted(numbers[outside])
+        taken: IntArray = numbers.numpy()
+        return taken
+
+    def _permuted(self, numbers: Tensor) -> Tensor:
+        low, high = numbers & self._low, numbers >> self._low_bits
+        for turn in range(0, _ROUNDS, 2):
+            low = low ^ (hash_priorities(self.seed, turn, high) & self._low)
+            high = high ^ (hash_priorities(self.seed, turn + 1, low) & self._high)
+        return (high << self._low_bits) | low
+
+
+class WindowedShuffle:
+    """Permutation of shards in random order, their samples shuffled within windows of shards.
+
+    So a reader of remote shards needs ``window`` of them at once and each of them once an epoch.
+
+    Args:
+        seed: seed of the permutation.
+        sizes: samples of each shard; numbers count through the shards in this order.
+        window: shards whose samples are shuffled together, at least 1.
+    """
+
+    def __init__(self, seed: int, sizes: Sequence[int] | IntArray, window: int) -> None:
+        if window < 1:
+            raise ValueError(f"window is {window}, expected a number of shards, 1 or more")
+        counts = np.asarray(sizes, dtype=np.int64)
+        self.seed = seed
+        self._shards = shuffled(hash_seed(seed, 0), len(counts)).slice(0, len(counts))
+        self._first = (np.cumsum(counts) - counts)[self._shards]
+        self._ends = np.cumsum(counts[self._shards])
+        self._window = window
+        self._last: tuple[int, Permutation] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of samples of all shards."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def slice(self, start: int, stop: int) -> IntArray:
+        """Return the numbers at indices ``start`` to ``stop`` - 1."""
+        stop = min(stop, len(self))
+        pieces = [np.zeros(0, dtype=np.int64)]
+        while start < stop:
+            window, begin, end = self._window_of(start)
+            until = min(end, stop)
+            indices = self._inside(window, end - begin).slice(start - begin, until - begin) + begin
+            shard = np.searchsorted(self._ends, indices, side="right")
+            starts = np.where(shard > 0, self._ends[shard - 1], 0)
+            pieces.append(self._first[shard] + indices - starts)
+            start = until
+        return np.concatenate(pieces)
+
+    def next_window(self, index: int) -> IntArray:
+        """Return the shards of the window after the one that holds an index, by number."""
+        first = (self._window_of(index)[0] + 1) * self._window if index < len(self) else 0
+        return self._shards[first : first + self._window] if first else self._shards[:0]
+
+    def _window_of(self, index: int) -> tuple[int, int, int]:
+        """Return the window that holds an index, and where it begins and ends."""
+        window = int(np.searchsorted(self._ends, index, side="right")) // self._window
+        first = window * self._window
+        last = min(first + self._window, len(self._ends)) - 1
+        return window, int(self._ends[first - 1]) if first else 0, int(self._ends[last])
+
+    def _inside(self, window: int, count: int) -> Permutation:
+        if self._last is None or self._last[0] != window:
+            self._last = (window, shuffled(hash_seed(self.seed, 1, window), count))
+        return self._last[1]
+
+
+Permutation = HashPermutation | FeistelPermutation | WindowedShuffle
 
 
 @dataclass(frozen=True)
@@ -136,11 +266,6 @@ class EpochPlan:
             self._window = (window, self._grouped_by_length(window, self.lengths))
         return self._window[1][index]
 
-    def samples(self, number: int) -> int:
-        """Return the number of samples of a global batch."""
-        once = self.mixture.start_of(number + 1) - self.mixture.start_of(number)
-        return once + sum(self.mixture.replay_slots)
-
     @cached_property
     def _kinds(self) -> list[Callable[[int, int], IntArray]]:
         """Functions that fill the slots: each maps batches ``start`` to ``stop`` to entries."""
@@ -151,23 +276,18 @@ class EpochPlan:
             if slots:
                 purpose = (_SOURCE, index) if index else (_REPLAYED,)
                 seed = hash_seed(self._seed, self._task, *purpose)
-                kinds.append(self._cycled(seed, count, slots, first))
+                kinds.append(partial(self._drawn, seed, count, slots, first))
             first += count
         return kinds
 
     def _once(self, start: int, stop: int) -> IntArray:
         return self.order.slice(self.mixture.start_of(start), self.mixture.start_of(stop))
 
-    def _cycled(
-        self, seed: int, count: int, slots: int, first: int
-    ) -> Callable[[int, int], IntArray]:
+    def _drawn(
+        self, seed: int, count: int, slots: int, first: int, start: int, stop: int
+    ) -> IntArray:
         before = self._epoch * self.mixture.steps
-
-        def drawn(start: int, stop: int) -> IntArray:
-            indices = _cycled(seed, count, (before + start) * slots, (stop - start) * slots)
-            return indices + first
-
-        return drawn
+        return first + _cycled(seed, count, (before + start) * slots, (stop - start) * slots)
 
     def _grouped_by_length(self, window: int, lengths: IntArray) -> list[IntArray]:
         """Return the batches of a window, samples of similar length together."""
@@ -216,18 +336,4 @@ def _turn(seed: int, count: int, turn: int) -> Permutation:
     """Return one of the permutations of a list."""
     if count > SORTED:
         return shuffled(hash_seed(seed, turn), count)
-    return _HashedTurn(seed, count, turn)
-
-
-class _HashedTurn:
-    """Permutation of n list indices by hash: turn t sorts the hashes of t * n to t * n + n - 1."""
-
-    def __init__(self, seed: int, count: int, turn: int) -> None:
-        hashes = hash_priorities(seed, 0, torch.arange(turn * count, (turn + 1) * count))
-        self._numbers: IntArray = hashes.argsort(stable=True).numpy()
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def slice(self, start: int, stop: int) -> IntArray:
-        return self._numbers[start:stop]
+    return HashPermutation(seed, count, turn)

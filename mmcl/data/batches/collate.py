@@ -1,13 +1,16 @@
-"""Collation: a stored sample becomes an example by its task's needs, examples become a batch."""
+"""Collation: stored samples become examples by their task's needs, examples become a batch."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mmcl.core import (
     IGNORE_INDEX,
@@ -20,11 +23,11 @@ from mmcl.core import (
     Transform,
     Turn,
 )
-from mmcl.data.conversation_json import apply_template, has_visible_text, read_dialogue
+from mmcl.core.batch import as_uint8
 from mmcl.data.decode import decode_image
-from mmcl.data.errors import BadSample
-from mmcl.data.protocols import Sample
+from mmcl.data.shards.llava_json import apply_template, has_visible_text, read_dialogue
 from mmcl.data.shards.tar_index import IMAGES
+from mmcl.data.stored_sample import BadSample, Sample
 
 _WHOLE_NUMBER = re.compile(rb"\s*([0-9]{1,18})\s*")
 
@@ -39,7 +42,7 @@ class Example:
         task_id: index of its task.
         sample_id: its number in that task.
         key: its key in the shard.
-        is_recalled: True where the sample is not of the task that is trained.
+        is_replay: True where the sample is not of the task that is trained.
         reference: right answers of a generative sample.
         source_id: see ``Batch.source_ids``.
         in_loss: False where it is not in the task loss.
@@ -51,7 +54,7 @@ class Example:
     task_id: int
     sample_id: int
     key: str
-    is_recalled: bool = False
+    is_replay: bool = False
     reference: Reference | None = None
     source_id: int = 0
     in_loss: bool = True
@@ -66,7 +69,7 @@ def make_example(
     *,
     seed: int,
     max_pixels: int,
-    is_recalled: bool = False,
+    is_replay: bool = False,
 ) -> Example:
     """Make an example: decode a sample and apply the model's transform.
 
@@ -78,7 +81,7 @@ def make_example(
         transform: the model's transform.
         seed: seed of the sample's augmentation.
         max_pixels: largest image that is decoded.
-        is_recalled: marks the example as replayed.
+        is_replay: marks the example as replayed.
 
     Raises:
         BadSample: if a member is missing or broken, or the label is not one of the task's.
@@ -99,7 +102,7 @@ def make_example(
         row = transform(decode_image(_image_bytes(sample), max_pixels), text, seed)
     size = sum(map(len, sample.members.values()))
     return Example(
-        row, label, task.index, number, sample.key, is_recalled, num_bytes=size, reference=reference
+        row, label, task.index, number, sample.key, is_replay, num_bytes=size, reference=reference
     )
 
 
@@ -119,15 +122,12 @@ def collate(
         weight: see ``Batch.loss_weight``.
         room: (bytes,) uint8 buffer for the images if they fit; None = new memory.
     """
-    owners = [
-        index for index, example in enumerate(examples) if example.processed.image is not None
-    ]
-    images = [
-        example.processed.image for example in examples if example.processed.image is not None
-    ]
-    texts = [example.processed.tokens for example in examples]
+    owners = [n for n, example in enumerate(examples) if example.processed.image is not None]
+    images = [e.processed.image for e in examples if e.processed.image is not None]
+    texts = [example.processed.input_ids for example in examples]
     tokens, mask = _padded(texts) if any(text is not None for text in texts) else (None, None)
     is_mixed = any(example.source_id for example in examples)
+    in_loss = [example.in_loss for example in examples]
     return Batch(
         images=_stacked(images, room) if images else None,
         image_owner=torch.tensor(owners) if 0 < len(images) < len(examples) else None,
@@ -136,9 +136,9 @@ def collate(
         input_ids=tokens,
         attention_mask=mask,
         sample_ids=torch.tensor([example.sample_id for example in examples]),
-        is_replay=torch.tensor([example.is_recalled for example in examples]),
+        is_replay=torch.tensor([example.is_replay for example in examples]),
         source_ids=torch.tensor([example.source_id for example in examples]) if is_mixed else None,
-        in_loss=_in_loss(examples),
+        in_loss=None if all(in_loss) else torch.tensor(in_loss),
         num_bytes=torch.tensor([example.num_bytes for example in examples]),
         keys=tuple(example.key for example in examples),
         references=tuple(e.reference for e in examples if e.reference is not None),
@@ -155,31 +155,21 @@ def _stacked(images: Sequence[Tensor], room: Tensor | None) -> Tensor:
 
 
 def _padded(texts: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    longest = max(len(text) for text in texts if text is not None)
-    tokens = torch.zeros(len(texts), longest, dtype=torch.int64)
-    mask = torch.zeros(len(texts), longest, dtype=torch.bool)
-    for index, text in enumerate(texts):
-        if text is not None:
-            tokens[index, : len(text)] = text
-            mask[index, : len(text)] = True
-    return tokens, mask
-
-
-def _in_loss(examples: Sequence[Example]) -> Tensor | None:
-    in_loss = [example.in_loss for example in examples]
-    return None if all(in_loss) else torch.tensor(in_loss)
+    """Return (B, L) int64 token ids, padded with 0, and (B, L) bool mask; None is all padding."""
+    known = [torch.zeros(0, dtype=torch.int64) if text is None else text for text in texts]
+    input_ids = pad_sequence(known, batch_first=True)
+    lengths = torch.tensor([len(text) for text in known])
+    return input_ids, torch.arange(input_ids.shape[1])[None] < lengths[:, None]
 
 
 def _labels(examples: Sequence[Example]) -> Tensor:
     """Return (B,) class columns, or (B, L) target tokens, padded with IGNORE_INDEX."""
-    targets = [
-        example.processed.labels for example in examples if example.processed.labels is not None
-    ]
+    targets = [e.processed.labels for e in examples if e.processed.labels is not None]
     if not targets:
         return torch.tensor([example.label for example in examples])
     if len(targets) < len(examples):
         raise ValueError("samples with target tokens and samples with classes met in one batch")
-    return torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)
+    return pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)
 
 
 def _conversation(
@@ -238,3 +228,85 @@ def _text(sample: Sample, member: str) -> str:
     if not has_visible_text(text):
         raise BadSample(f"its caption (.{member}) is empty")
     return text
+
+
+@dataclass(frozen=True)
+class ImageLabelCollate:
+    """Collate function for a dataset of (image, label) pairs, such as torchvision's.
+
+    ``DataLoader(dataset, batch_size=32, collate_fn=ImageLabelCollate(model.transform(True)))``
+    yields ``Batch``. Augmentation is seeded by torch's generator, which a DataLoader seeds in every
+    worker.
+
+    Attributes:
+        transform: of the model, ``model.transform(train)``.
+        task: index of the task that the samples come from.
+    """
+
+    transform: Transform
+    task: int = 0
+
+    def __call__(self, pairs: Sequence[tuple[Any, int]]) -> Batch:
+        """Batch of B pairs.
+
+        Args:
+            pairs: image, a PIL image or a tensor (3, H, W) of uint8 or of floats from 0 to 1, of
+                any size; and class index.
+        """
+        images = [self.transform(_pixels(image), None, _seed()).image for image, _ in pairs]
+        labels = [int(label) for _, label in pairs]
+        return Batch.from_images(cast("list[Tensor]", images), labels, task=self.task)
+
+
+@dataclass(frozen=True)
+class ImageCaptionCollate:
+    """Collate function for a dataset of (image, caption) pairs, such as torchvision's.
+
+    Of an image with several captions, as in ``CocoCaptions``, one is drawn at random.
+
+    Attributes:
+        transform: of the model, ``model.transform(train)``.
+        task: index of the task that the samples come from.
+    """
+
+    transform: Transform
+    task: int = 0
+
+    def __call__(self, pairs: Sequence[tuple[Any, str | Sequence[str]]]) -> Batch:
+        """Batch of B pairs.
+
+        Args:
+            pairs: image as in ``ImageLabelCollate``; and its caption, or a list of captions.
+
+        Raises:
+            ValueError: if a sample has no caption, or the model has no tokenizer.
+        """
+        samples = [self.transform(_pixels(i), _one_of(text), _seed()) for i, text in pairs]
+        if any(sample.input_ids is None for sample in samples):
+            raise ValueError(
+                "the transform gives no token ids: use model.transform(...) of a model with a "
+                "tokenizer, or ImageLabelCollate for class labels"
+            )
+        input_ids, mask = _padded([sample.input_ids for sample in samples])
+        images = [cast(Tensor, sample.image) for sample in samples]
+        batch = Batch.from_images(images, task=self.task)
+        return replace(batch, input_ids=input_ids, attention_mask=mask)
+
+
+def _pixels(image: Any) -> Tensor:
+    """Pixels (3, H, W) uint8 of a PIL image or a tensor."""
+    if isinstance(image, Tensor):
+        return as_uint8(image)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def _one_of(texts: str | Sequence[str]) -> str:
+    if isinstance(texts, str):
+        return texts
+    if not texts:
+        raise ValueError("a sample has an empty list of captions: give it one, or leave it out")
+    return texts[int(torch.randint(len(texts), ()))]
+
+
+def _seed() -> int:
+    return int(torch.randint(1 << 31, ()))

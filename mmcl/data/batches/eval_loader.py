@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +14,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mmcl.core import Batch, Task, Transform
 from mmcl.core.seeding import hash_priorities, hash_seed
 from mmcl.data.batches.collate import Example, collate, make_example
-from mmcl.data.batches.train_loader import make_dataloader
+from mmcl.data.batches.shared_memory import make_dataloader
 from mmcl.data.decode import MAX_PIXELS
-from mmcl.data.errors import BadSample
-from mmcl.data.protocols import IntArray, Split
 from mmcl.data.shards.open_stream import OpenStream
 from mmcl.data.shards.reader import Reader
+from mmcl.data.stored_sample import BadSample, IntArray, Split
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,8 @@ class EvalLoader:
 class _EvalDataset(Dataset[Batch]):
     """Dataset of batches of the requested samples, without the bad ones."""
 
-    def __init__(
-        self, reader: Reader, task: Task, transform: Transform, seed: int, max_pixels: int
-    ) -> None:
-        self.reader = reader
-        self.task = task
-        self.transform = transform
-        self.seed = seed
+    def __init__(self, reader: Reader, task: Task, transform: Transform, max_pixels: int) -> None:
+        self.reader, self.task, self.transform = reader, task, transform
         self.max_pixels = max_pixels
 
     def __getitems__(self, numbers: IntArray) -> _WorkerResult:
@@ -87,14 +82,10 @@ class _EvalDataset(Dataset[Batch]):
         errors: list[str] = []
         for number in numbers.tolist():
             try:
-                sample, seed = (
-                    self.reader.read(number),
-                    hash_seed(self.seed, self.task.index, number),
-                )
-                example = make_example(
-                    sample, number, self.task, self.transform, seed=seed, max_pixels=self.max_pixels
-                )
-                examples.append(example)
+                examples.append(make_example(
+                    self.reader.read(number), number, self.task, self.transform,
+                    seed=hash_seed(0, self.task.index, number), max_pixels=self.max_pixels,
+                ))  # fmt: skip
             except BadSample as bad:
                 errors.append(f"{self.reader.describe(number)}: {bad}")
         return _WorkerResult(collate(examples, room=room) if examples else None, tuple(errors))
@@ -122,17 +113,11 @@ class _DistributedSequentialSampler(Sampler[IntArray]):
 
 
 def eval_loader(
-    prepared: OpenStream,
-    column: int,
-    transform: Transform,
-    *,
-    batch: int,
-    rank: int = 0,
-    world: int = 1,
-    workers: int = 0,
-    max_pixels: int = MAX_PIXELS,
-) -> EvalLoader:
-    """Return the loader of the test split of a task or eval-only task, in order.
+    prepared: OpenStream, column: int, transform: Transform, *, batch: int, rank: int = 0,
+    world: int = 1, workers: int = 0, max_pixels: int = MAX_PIXELS, split: Split = "test",
+    few: int | None = None,
+) -> EvalLoader:  # fmt: skip
+    """Return the loader of a split of a task, in order; the test split unless another is named.
 
     Args:
         prepared: the stream.
@@ -143,23 +128,24 @@ def eval_loader(
         world: number of processes.
         workers: processes that read and decode.
         max_pixels: larger images are bad samples.
+        split: train or test.
+        few: samples to visit at most, a uniform subset of the split; None = all.
     """
-    return _ordered(
-        prepared, column, "test", transform, batch, rank, world, workers, max_pixels
-    )  # fmt: skip
+    if batch < 1:
+        raise ValueError(f"batch is {batch}, expected at least 1")
+    task, reader = prepared.stream.evaluated_task(column), prepared.reader(column, split)
+    numbers: range | IntArray = range(len(reader))
+    if few is not None and few < len(reader):
+        priorities = hash_priorities(0, column, torch.arange(len(reader)))
+        numbers = priorities.topk(few, largest=False).indices.sort().values.numpy()
+    dataset = _EvalDataset(reader, task, transform, max_pixels)
+    sampler = _DistributedSequentialSampler(numbers, batch, rank, world)
+    loader = make_dataloader(dataset, sampler, workers, seed=0, stay=False)
+    return EvalLoader(loader, f"the {split} split of '{task.name}'")
 
 
 def task_pass_loader(
-    prepared: OpenStream,
-    task: int,
-    transform: Transform,
-    *,
-    batch: int,
-    rank: int = 0,
-    world: int = 1,
-    workers: int = 0,
-    max_pixels: int = MAX_PIXELS,
-    few: int | None = None,
+    prepared: OpenStream, task: int, transform: Transform, **options: Any
 ) -> EvalLoader:
     """Return a loader of the training split of a task, in order, for the hooks of a strategy.
 
@@ -167,32 +153,6 @@ def task_pass_loader(
         prepared: the stream.
         task: index of the task.
         transform: the model's transform without augmentation.
-        batch: samples of one rank's batch, at most.
-        rank: rank of this process.
-        world: number of processes.
-        workers: processes that read and decode.
-        max_pixels: larger images are bad samples.
-        few: samples to visit at most, a uniform subset of the task; None = all.
+        options: those of `eval_loader`, ``batch`` among them.
     """
-    return _ordered(
-        prepared, task, "train", transform, batch, rank, world, workers, max_pixels, few
-    )  # fmt: skip
-
-
-def _ordered(
-    prepared: OpenStream, column: int, split: Split, transform: Transform,
-    batch: int, rank: int, world: int, workers: int, max_pixels: int, few: int | None = None,
-) -> EvalLoader:  # fmt: skip
-    if batch < 1:
-        raise ValueError(f"batch is {batch}, expected at least 1")
-    task, reader = prepared.stream.evaluated_task(column), prepared.reader(column, split)
-    dataset = _EvalDataset(reader, task, transform, 0, max_pixels)
-    numbers: range | IntArray = range(len(reader))
-    if few is not None and few < len(reader):
-        priorities = hash_priorities(0, column, torch.arange(len(reader)))
-        numbers = priorities.topk(few, largest=False).indices.sort().values.numpy()
-    sampler = _DistributedSequentialSampler(numbers, batch, rank, world)
-    return EvalLoader(
-        make_dataloader(dataset, sampler, workers, seed=0, stay=False),
-        f"the {split} split of '{task.name}'",
-    )
+    return eval_loader(prepared, task, transform, split="train", **options)

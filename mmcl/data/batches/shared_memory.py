@@ -8,17 +8,19 @@ anonymous: a killed run leaves nothing behind.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmcl.core import Batch
+from mmcl.core.seeding import generator
 
 AHEAD = 2
 """Prefetch factor: batches that each worker makes ahead; torch's own default."""
@@ -31,11 +33,9 @@ class BatchMaker(Protocol):
     """Dataset that makes batches in a worker."""
 
     def make(self, request: Any, room: Tensor | None = None) -> Any:
-        """Return a Batch, or an object with one as ``batch``; its images in ``room`` if they fit.
+        """Return a Batch, or an object with one as ``batch``, for an element of the batch sampler.
 
-        Args:
-            request: an element of the batch sampler.
-            room: (bytes,) uint8 buffer for the images.
+        Its images are in the buffer ``room``, (bytes,) uint8, if they fit.
         """
         ...
 
@@ -113,9 +113,43 @@ class SharedMemoryDataLoader(DataLoader[Batch]):
             yield self.slots.collect(result) if isinstance(result, SharedBatch) else result
 
 
-def workers_are_forked() -> bool:
-    """Return whether workers are forked, and so see memory made before them."""
-    return multiprocessing.get_start_method() == "fork"
+def make_dataloader(
+    dataset: BatchMaker, batches: Sampler[Any], workers: int, *, seed: int,
+    stay: bool = True,
+) -> DataLoader[Batch]:  # fmt: skip
+    """Return a torch DataLoader whose dataset makes whole batches.
+
+    Args:
+        dataset: maps a request to a batch.
+        batches: sampler of the requests.
+        workers: processes that make batches, 0 = this process.
+        seed: seed of torch's own draws in the loader.
+        stay: whether the workers stay between passes.
+    """
+    options: dict[str, Any] = {
+        "collate_fn": _identity,
+        # A generator of its own: otherwise every iter() draws from torch's global one.
+        "generator": generator(seed),
+    }
+    # Forked workers see memory made before them.
+    if workers and multiprocessing.get_start_method() == "fork":
+        # Without the address space for shared buffers, torch transfers the images itself.
+        with contextlib.suppress(OSError):
+            return SharedMemoryDataLoader(
+                dataset, batches, workers, persistent_workers=stay, **options
+            )
+    return DataLoader(
+        cast("Dataset[Batch]", dataset),
+        batch_sampler=batches,
+        num_workers=workers,
+        persistent_workers=stay and workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        **options,
+    )
+
+
+def _identity(batch: Any) -> Any:
+    return batch
 
 
 class _WithBuffers(Sampler[Any]):

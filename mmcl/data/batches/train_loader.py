@@ -2,33 +2,199 @@
 
 from __future__ import annotations
 
-import contextlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mmcl.core import Batch, ReplayPlan, Task, Transform
-from mmcl.core.seeding import generator, hash_seed
-from mmcl.data.batches.batch_plan import EpochPlan, Mixture, rank_slice
-from mmcl.data.batches.permutation import WindowedShuffle
-from mmcl.data.batches.shared_memory import SharedMemoryDataLoader, workers_are_forked
-from mmcl.data.batches.train_dataset import BatchRequest, ReplaySamples, TrainDataset
+from mmcl.core import IGNORE_INDEX, Batch, DataSource, ReplayPlan, Task, Transform
+from mmcl.core.seeding import hash_seed
+from mmcl.data.batches.batch_plan import EpochPlan, Mixture, WindowedShuffle, rank_slice
+from mmcl.data.batches.collate import Example, collate, make_example
+from mmcl.data.batches.shared_memory import make_dataloader
 from mmcl.data.decode import MAX_PIXELS
-from mmcl.data.protocols import IntArray
 from mmcl.data.remote.cache import CachedFile
 from mmcl.data.shards.open_stream import OpenStream
 from mmcl.data.shards.reader import Reader, SampleReader
+from mmcl.data.stored_sample import BadSample, IntArray
 
+MAX_REPLACEMENTS = 100
+"""Number of samples tried for one slot, all of them bad, before the run ends."""
 WINDOW = 16
 """Number of remote shards whose samples are shuffled together."""
 
 
-def start_position() -> tuple[int, int]:
-    """Return the start position of a run: epoch 0, no micro-batch done."""
-    return 0, 0
+@dataclass(frozen=True)
+class BatchRequest:
+    """Request for one micro-batch, sent to a worker.
+
+    Attributes:
+        epoch: from 0.
+        entries: samples of the micro-batch, see ``EpochPlan``.
+        loss_weight: see ``Batch.loss_weight``.
+    """
+
+    epoch: int
+    entries: IntArray
+    loss_weight: float
+
+
+@dataclass(frozen=True)
+class ReplaySamples:
+    """Replay list as arrays (task and number of each sample), with a reader for each task."""
+
+    task_ids: IntArray
+    sample_ids: IntArray
+    readers: Mapping[int, SampleReader]
+
+
+@dataclass(frozen=True)
+class SampleLocation:
+    """Location of the sample of an entry.
+
+    Attributes:
+        task: task or source that says what the sample's members mean.
+        number: number of the sample in it.
+        reader: reader of its samples.
+        source: number of the source, 0 = the task or the replay list.
+        is_replay: whether it is a replayed sample.
+    """
+
+    task: Task
+    number: int
+    reader: SampleReader
+    source: int = 0
+    is_replay: bool = False
+
+
+class TrainDataset(Dataset[Batch]):
+    """Dataset of training batches; a bad sample is replaced by a seeded draw of the same kind.
+
+    Args:
+        prepared: the stream.
+        task: index of the task that is trained.
+        transform: the model's transform.
+        replayed: the replay list.
+        seed: seed of the run.
+        max_pixels: largest image that is decoded.
+
+    Attributes:
+        counts: number of samples of the task, of the replay list, and of each source.
+    """
+
+    def __init__(
+        self,
+        prepared: OpenStream,
+        task: int,
+        transform: Transform,
+        replayed: ReplaySamples,
+        *,
+        seed: int,
+        max_pixels: int,
+    ) -> None:
+        stream = prepared.stream
+        old = {int(index) for index in replayed.task_ids}
+        self.tasks: dict[int, Task] = {j: stream.tasks[j] for j in {*old, task}}
+        self.reader = prepared.reader(task, "train")
+        self.task = task
+        self.transform = transform
+        self.replayed = replayed
+        self.seed = seed
+        self.max_pixels = max_pixels
+        self.sources: list[DataSource] = [
+            stream.sources[n - 1] for n, _ in stream.tasks[task].mixture
+        ]
+        self.source_readers = [prepared.sources[source.number] for source in self.sources]
+        self.counts = [len(self.reader), len(replayed.task_ids), *map(len, self.source_readers)]
+        self._starts = [sum(self.counts[:kind]) for kind in range(len(self.counts) + 1)]
+        self._classes_seen = 1 + max(
+            (c for t in stream.tasks[: task + 1] for c in t.class_ids), default=-1
+        )
+
+    def scored(self, entries: IntArray) -> int:
+        """Return how many entries are in the task loss."""
+        if all(source.in_loss for source in self.sources):
+            return len(entries)
+        kinds = np.searchsorted(self._starts[1:-1], entries, side="right")
+        in_loss = np.array([True, True, *(source.in_loss for source in self.sources)])
+        return int(in_loss[kinds].sum())
+
+    def __getitems__(self, request: BatchRequest) -> Batch:
+        """Read, decode and collate one micro-batch."""
+        return self.make(request)
+
+    def make(self, request: BatchRequest, room: Tensor | None = None) -> Batch:
+        """Read, decode and collate one micro-batch, its images in the buffer ``room``."""
+        errors: list[str] = []
+        examples = [self._example(int(entry), request.epoch, errors) for entry in request.entries]
+        return collate(examples, errors, request.loss_weight, room)
+
+    def _example(self, entry: int, epoch: int, errors: list[str]) -> Example:
+        """Make the example of an entry, or of the first of its replacements that can be read."""
+        first = location = self._location(entry)
+        own: list[str] = []
+        for attempt in range(1, MAX_REPLACEMENTS + 1):
+            try:
+                example = self._made(location, epoch)
+            except BadSample as bad:
+                own.append(f"{location.reader.describe(location.number)}: {bad}")
+                draw = hash_seed(self.seed, first.task.index - first.source, first.number, attempt)
+                location = self._location(self._replacement(entry, draw))
+            else:
+                errors.extend(dict.fromkeys(own))
+                return example
+        raise ValueError(
+            f"{MAX_REPLACEMENTS} samples in a row could not be read in "
+            f"{'source' if first.source else 'task'} '{first.task.name}', the last is {own[-1]}; "
+            "repair its shards"
+        )
+
+    def _kind(self, entry: int) -> int:
+        """Return 0 for a new sample, 1 for a replayed one, 1 + n for one of the n-th source."""
+        return bisect_right(self._starts, entry) - 1
+
+    def _location(self, entry: int) -> SampleLocation:
+        kind = self._kind(entry)
+        number = entry - self._starts[kind]
+        if kind == 0:
+            return SampleLocation(self.tasks[self.task], number, self.reader)
+        if kind == 1:
+            task = int(self.replayed.task_ids[number])
+            reader = self.replayed.readers[task]
+            sample = int(self.replayed.sample_ids[number])
+            return SampleLocation(self.tasks[task], sample, reader, is_replay=True)
+        source = self.sources[kind - 2]
+        return SampleLocation(source.task, number, self.source_readers[kind - 2], source.number)
+
+    def _made(self, location: SampleLocation, epoch: int) -> Example:
+        group = location.task.index - location.source
+        is_new = not (location.is_replay or location.source)
+        seed = hash_seed(self.seed, group, location.number, epoch, *([] if is_new else [self.task]))
+        example = make_example(
+            location.reader.read(location.number), location.number, location.task, self.transform,
+            seed=seed, max_pixels=self.max_pixels, is_replay=not is_new,
+        )  # fmt: skip
+        return self._of_source(example, location.source) if location.source else example
+
+    def _of_source(self, example: Example, number: int) -> Example:
+        """Mark an example of a source; outside of the loss or of an unseen class: no label."""
+        in_loss = self.sources[[s.number for s in self.sources].index(number)].in_loss
+        example = replace(example, source_id=number, in_loss=in_loss)
+        if not in_loss and example.processed.labels is not None:
+            labels = torch.full_like(example.processed.labels, IGNORE_INDEX)
+            example = replace(example, processed=replace(example.processed, labels=labels))
+        if not in_loss or example.label >= self._classes_seen:
+            example = replace(example, label=IGNORE_INDEX)
+        return example
+
+    def _replacement(self, entry: int, draw: int) -> int:
+        """Return another entry of the same kind; ``draw`` chooses it."""
+        kind = self._kind(entry)
+        return self._starts[kind] + draw % self.counts[kind]
 
 
 class ResumableBatchSampler(Sampler[BatchRequest]):
@@ -58,13 +224,9 @@ class ResumableBatchSampler(Sampler[BatchRequest]):
         rank: int,
         world: int,
     ) -> None:
-        self.plan = plan
-        self.steps = steps
-        self.position = position
+        self.plan, self.steps, self.position = plan, steps, position
         self.scored, self.begins = scored, begins
-        self.accumulation = accumulation
-        self.rank = rank
-        self.world = world
+        self.accumulation, self.rank, self.world = accumulation, rank, world
 
     def __len__(self) -> int:
         """Return the number of micro-batches of a whole epoch."""
@@ -78,11 +240,9 @@ class ResumableBatchSampler(Sampler[BatchRequest]):
         for number in range(done, len(self)):
             step, micro_batch = divmod(number, self.accumulation)
             self.begins(plan, step)
-            global_batch_size = plan.batch(step)
-            entries = rank_slice(
-                global_batch_size, micro_batch, self.accumulation, self.rank, self.world
-            )
-            weight = self.scored(entries) * slices / self.scored(global_batch_size)
+            batch = plan.batch(step)
+            entries = rank_slice(batch, micro_batch, self.accumulation, self.rank, self.world)
+            weight = self.scored(entries) * slices / self.scored(batch)
             yield BatchRequest(epoch, entries, weight)
 
 
@@ -91,9 +251,9 @@ def train_loader(
     task: int,
     transform: Transform,
     *,
-    replay_plan: ReplayPlan | None, recall_readers: Mapping[int, SampleReader] | None = None,
+    replay_plan: ReplayPlan | None, replay_readers: Mapping[int, SampleReader] | None = None,
     global_batch_size: int, accumulation: int = 1, seed: int, rank: int = 0, world: int = 1,
-    workers: int = 0, position: Callable[[], tuple[int, int]] = start_position,
+    workers: int = 0, position: Callable[[], tuple[int, int]] = lambda: (0, 0),
     max_pixels: int = MAX_PIXELS, window: int = WINDOW, group: int = 0,
 ) -> DataLoader[Batch]:  # fmt: skip
     """Build the training loader of a task, with replayed samples and other sources mixed in.
@@ -106,7 +266,7 @@ def train_loader(
         task: index of the task to train.
         transform: the model's augmenting transform.
         replay_plan: old samples to replay, None = none.
-        recall_readers: task -> reader of its old samples; needed for ``storage="copy"``.
+        replay_readers: task -> reader of its old samples; needed for ``storage="copy"``.
         global_batch_size: samples of a batch over all ranks and accumulated micro-batches, at most.
         accumulation: micro-batches that make up a rank's slice of a global batch.
         seed: seed of the run.
@@ -116,19 +276,19 @@ def train_loader(
         position: called at every ``iter``: (epoch, micro-batches already done in it).
         max_pixels: larger images are bad samples.
         window: shards whose samples are shuffled together, if any is remote; local ones all are.
-        group: batches over which samples are sorted by the bytes of their text, so that samples of
-            similar length share a batch; 0 = not sorted. Opens every shard.
+        group: batches over which samples are grouped by text length; 0 = none. Opens every shard.
 
     Raises:
-        ValueError: if a rank would get no samples, or the replay plan names samples that cannot be
-            read.
+        ValueError: if a rank would get no samples, or a sample to replay cannot be read.
         RuntimeError: if the replay plan names samples and its ``storage`` is "none".
     """
-    recalled = _recalled(prepared, task, replay_plan, recall_readers)
-    dataset = TrainDataset(prepared, task, transform, recalled, seed=seed, max_pixels=max_pixels)
-    mixture = _mixture(
-        dataset, None if replay_plan is None else replay_plan.replay_ratio, global_batch_size
-    )
+    replayed = _replay_samples(prepared, task, replay_plan, replay_readers)
+    dataset = TrainDataset(prepared, task, transform, replayed, seed=seed, max_pixels=max_pixels)
+    new, old, *others = dataset.counts
+    fractions = [fraction for _, fraction in dataset.tasks[task].mixture]
+    replay_ratio = None if replay_plan is None else replay_plan.replay_ratio
+    sources = tuple(zip(others, fractions, strict=True))
+    mixture = Mixture(new, global_batch_size, old, replay_ratio, sources)
     _expect_samples_for_all(dataset.tasks[task], mixture, accumulation, world)
     plan = _planner(dataset, mixture, window, group)
     batches = ResumableBatchSampler(
@@ -136,12 +296,6 @@ def train_loader(
         accumulation=accumulation, rank=rank, world=world,
     )  # fmt: skip
     return make_dataloader(dataset, batches, workers, seed=seed)
-
-
-def _mixture(dataset: TrainDataset, share: float | None, global_batch_size: int) -> Mixture:
-    new, old, *others = dataset.counts
-    fractions = [fraction for _, fraction in dataset.tasks[dataset.task].mixture]
-    return Mixture(new, global_batch_size, old, share, tuple(zip(others, fractions, strict=True)))
 
 
 def _planner(
@@ -189,11 +343,11 @@ class _ShardPrefetcher:
 def _lengths(dataset: TrainDataset) -> IntArray:
     """Return the bytes of text of every possible entry, in the order of entries."""
     lengths = [_text_lengths(dataset.reader, dataset.tasks[dataset.task])]
-    recalled = dataset.recalled
-    old = np.zeros(len(recalled.task_ids), dtype=np.int64)
-    for task, reader in recalled.readers.items():
-        of_task = recalled.task_ids == task
-        old[of_task] = _text_lengths(reader, dataset.tasks[task], recalled.sample_ids[of_task])
+    replayed = dataset.replayed
+    old = np.zeros(len(replayed.task_ids), dtype=np.int64)
+    for task, reader in replayed.readers.items():
+        of_task = replayed.task_ids == task
+        old[of_task] = _text_lengths(reader, dataset.tasks[task], replayed.sample_ids[of_task])
     lengths.append(old)
     for source, reader in zip(dataset.sources, dataset.source_readers, strict=True):
         lengths.append(_text_lengths(reader, source.task))
@@ -206,45 +360,7 @@ def _text_lengths(reader: SampleReader, task: Task, numbers: IntArray | None = N
     )
 
 
-def make_dataloader(
-    dataset: TrainDataset | Any, batches: Sampler[Any], workers: int, *, seed: int,
-    stay: bool = True,
-) -> DataLoader[Batch]:  # fmt: skip
-    """Return a torch DataLoader whose dataset makes whole batches.
-
-    Args:
-        dataset: maps a request to a batch.
-        batches: sampler of the requests.
-        workers: processes that make batches, 0 = this process.
-        seed: seed of torch's own draws in the loader.
-        stay: whether the workers stay between passes.
-    """
-    options: dict[str, Any] = {
-        "collate_fn": _identity,
-        # A generator of its own: otherwise every iter() draws from torch's global one.
-        "generator": generator(seed),
-    }
-    if workers and workers_are_forked():
-        # Without the address space for shared buffers, torch transfers the images itself.
-        with contextlib.suppress(OSError):
-            return SharedMemoryDataLoader(
-                dataset, batches, workers, persistent_workers=stay, **options
-            )
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        persistent_workers=stay and workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        **options,
-    )
-
-
-def _identity(batch: Any) -> Any:
-    return batch
-
-
-def _recalled(
+def _replay_samples(
     prepared: OpenStream,
     task: int,
     replay_plan: ReplayPlan | None,
@@ -258,18 +374,19 @@ def _recalled(
     old = sorted({int(index) for index in tasks})
     if not 0 <= old[0] <= old[-1] < task:
         raise ValueError(
-            f"recall names tasks {old} while task {task} is trained: only finished tasks, 0 to "
-            f"{task - 1}, can be replayed"
+            f"replay_plan names tasks {old} while task {task} is trained: only finished tasks, 0 "
+            f"to {task - 1}, can be replayed"
         )
     if replay_plan.storage == "none":
         raise RuntimeError(
-            f"recall names samples of the finished tasks {old} but keep is 'none', which releases "
-            "old data: use storage='reference' or storage='copy', or a strategy without replay"
+            f"replay_plan names samples of the finished tasks {old} but its storage is 'none', "
+            "which releases old data: use storage='reference' or storage='copy', or a strategy "
+            "without replay"
         )
     if replay_plan.storage == "copy" and not all(index in (readers or {}) for index in old):
         raise ValueError(
-            f"recall keeps copies but there is no reader of them for all of the tasks {old}: pass "
-            "recall_readers={task: ReplayCopyReader(folder, task), ...}"
+            f"replay_plan keeps copies but there is no reader of them for all of the tasks {old}: "
+            "pass replay_readers={task: ReplayCopyReader(folder, task), ...}"
         )
     found: dict[int, SampleReader] = {
         index: readers[index] if readers and index in readers else prepared.reader(index, "train")
@@ -280,7 +397,7 @@ def _recalled(
         missing = wanted[~reader.contains(wanted)]
         if len(missing):
             raise ValueError(
-                f"recall names {len(missing)} samples of task {index} that are not there, "
+                f"replay_plan names {len(missing)} samples of task {index} that are not there, "
                 f"sample {int(missing[0])} first: the stream, its limit or the kept copies are "
                 "not those of the run that chose them"
             )
@@ -288,17 +405,14 @@ def _recalled(
 
 
 def _expect_samples_for_all(task: Task, mixture: Mixture, accumulation: int, world: int) -> None:
-    for name, value in (
-        ("global_batch_size", mixture.global_batch_size),
-        ("accumulation", accumulation),
-    ):
+    given = {"global_batch_size": mixture.global_batch_size, "accumulation": accumulation}
+    for name, value in given.items():
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
     if mixture.min_batch < world * accumulation:
         raise ValueError(
             f"global_batch_size {mixture.global_batch_size} gives task '{task.name}' ({task.size} "
-            "samples) "
-            f"a batch of {mixture.min_batch} samples for {world} devices x {accumulation} "
+            f"samples) a batch of {mixture.min_batch} samples for {world} devices x {accumulation} "
             "accumulated micro-batches: use fewer devices, less accumulation or a larger "
             "global_batch_size"
         )

@@ -14,17 +14,27 @@ import numpy as np
 
 from mmcl.core.atomic_write import write_atomic
 from mmcl.core.card import read_card
-from mmcl.data.convert.in_place import InPlace, write_in_place
-from mmcl.data.convert.options import ConvertOptions
-from mmcl.data.convert.record import InputData, ProgressFn, SkippedRecord
+from mmcl.data.convert.image_folder_input import open_folder
+from mmcl.data.convert.llava_input import open_instructions
+from mmcl.data.convert.record import ConvertOptions, InputData, ProgressFn, SkippedRecord
 from mmcl.data.convert.scan import ScanResult, scan_input
-from mmcl.data.convert.task_shards import plan_task, unique_names
+from mmcl.data.convert.table_input import open_parquet, open_table, parquet_files
+from mmcl.data.convert.task_files import InPlace, plan_task, unique_names, write_in_place
 from mmcl.data.convert.task_split import TaskSplits, assign_tasks
 from mmcl.data.parallel import WorkerPool
 from mmcl.data.remote.file_lock import file_lock
-from mmcl.data.writing.card_writer import card_counts, find_card, load_card, put_tasks, save_card
-from mmcl.data.writing.shard_writer import build_stream
+from mmcl.data.shards.reader import subset_size
+from mmcl.data.shards.stream_writer import (
+    build_stream,
+    card_counts,
+    find_card,
+    load_card,
+    put_tasks,
+    save_card,
+)
 
+_TABLES = (".csv", ".tsv")
+_INSTRUCTIONS = (".json", ".jsonl")
 RECIPE = 1  # counts up whenever the same input would give other bytes
 _LISTED = 10
 _MIN_SAMPLES_PER_WORKER = 10_000
@@ -34,6 +44,70 @@ _NOT_IN_SHARDS = (
     "num_workers", "max_bad_fraction", "license", "scorer", "max_new_tokens", "scenario",
 )  # fmt: skip
 """Options that do not change the bytes of a shard."""
+
+
+def is_instructions(path: Path) -> bool:
+    """Return whether a path is taken for LLaVA-style JSON."""
+    return path.suffix.lower() in _INSTRUCTIONS
+
+
+def open_input(
+    path: Path,
+    task_type: str | None = None,
+    images: Path | None = None,
+    *,
+    tasks_are_folders: bool = False,
+    answer_field: str = "answer",
+    references: Path | None = None,
+) -> InputData:
+    """Open the input of a conversion: an image folder, a table or an instruction file.
+
+    Args:
+        path: a folder, or a file whose extension says what it is.
+        task_type: of the tasks; None = what the input allows.
+        images: folder from which image paths start; None = that of the input.
+        tasks_are_folders: of an image folder: there is a folder for each task.
+        answer_field: of JSON: key of the right answer in records with ``text``.
+        references: of JSON: file with all reference answers.
+
+    Raises:
+        FileNotFoundError: if a file or folder is missing.
+        ValueError: if it is of no known type, has another layout, or an option does not fit it.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"there is nothing at {path}: correct SOURCE")
+    if tasks_are_folders and (not path.is_dir() or parquet_files(path)):
+        raise ValueError(
+            f"--tasks_are_folders is for image folders, and {path} is none: give tables a column "
+            "task"
+        )
+    if references is not None and not is_instructions(path):
+        raise ValueError(
+            f"--references is for LLaVA-style JSON, and {path} is none: put the answers into a "
+            "column answer"
+        )
+    if path.suffix.lower() in _TABLES and path.is_file():
+        return open_table(path, task_type, images)
+    if path.suffix.lower() == ".parquet" or (path.is_dir() and parquet_files(path)):
+        return open_parquet(path, task_type, images)
+    if path.is_dir():
+        _expect_task_type(path, task_type, "classification", "a folder of classes")
+        return open_folder(path, tasks_are_folders)
+    if is_instructions(path):
+        _expect_task_type(path, task_type, "instruction", "an instruction file")
+        return open_instructions(path, images, answer_field, references)
+    raise ValueError(
+        f"{path} is no folder and ends in {path.suffix or 'nothing'!r}: expected .csv, .tsv, "
+        ".parquet, .json or .jsonl"
+    )
+
+
+def _expect_task_type(path: Path, task_type: str | None, own: str, what: str) -> None:
+    if task_type not in (None, own):
+        raise ValueError(
+            f"--task_type is {task_type}, and {path} is {what}, which is {own}: "
+            "leave --task_type out, or list images with their texts in a csv"
+        )
 
 
 @dataclass(frozen=True)
@@ -99,15 +173,9 @@ def convert(
     path = _card_path(folder, options, append, card)
     known = read_card(path).classes if path.is_file() else ()
     converted = convert_tasks(
-        train,
-        test,
-        folder,
-        options,
-        known=known,
-        append=append,
-        in_place=in_place,
-        progress=progress,
-    )
+        train, test, folder, options,
+        known=known, append=append, in_place=in_place, progress=progress,
+    )  # fmt: skip
     with file_lock(folder):
         _put_on_card(path, load_card(path), converted, train, options, append)
     return path, converted
@@ -124,23 +192,15 @@ def convert_tasks(
     in_place: InPlace | None = None,
     progress: ProgressFn = lambda *_: None,
 ) -> ConvertedTasks:
-    """Convert an input to shards, but leave it to the caller to put its tasks on a card.
+    """Convert an input as `convert` does, but leave it to the caller to put its tasks on a card.
 
-    Args:
-        train: see `convert`, as for what is not listed here.
-        test: test samples.
-        folder: of the shards.
-        options: of the conversion.
-        known: classes that a card has already, whose ids stay.
-        append: name the build record after the first task, not after the stream.
-        in_place: write no shards.
-        progress: progress callback.
-
-    Raises:
-        ValueError: as `convert`.
+    ``known`` are the classes that a card has already, whose ids stay. ``append`` names the build
+    record after the first task, not after the stream.
     """
     sources = [train] if test is None else [train, test]
-    with WorkerPool(_num_workers(sources, options)) as workers:
+    in_all = (sum(map(len, source.chunks)) for source in sources)
+    total = sum(subset_size(count, options.max_samples) for count in in_all)
+    with WorkerPool(min(options.num_workers, 1 + total // _MIN_SAMPLES_PER_WORKER)) as workers:
         scans = _scan(sources, options, progress, workers)
         tasks, classes = assign_tasks(scans[0], scans[1] if test else None, options, known)
         name = unique_names([tasks[0].name])[0] if append else options.name
@@ -152,25 +212,23 @@ def convert_tasks(
                 folder, name, tasks, recipe, options, progress, workers
             )
     for entry in entries:
-        entry.update(_card_fields(train, options))
+        entry["task_type"] = train.task_type
+        if train.task_type == "instruction":
+            entry["scorer"] = options.scorer
+        if options.max_new_tokens is not None:
+            entry["max_new_tokens"] = options.max_new_tokens
     left_out = [bad for scan in scans for bad in scan.left_out]
     left_out_file = folder / f"{name}.left_out.txt"
-    _write_left_out(left_out_file, left_out)
-    num_leaked = sum(_num_leaked(task) for task in tasks) if test else 0
+    if left_out:
+        write_atomic(left_out_file, "".join(f"{bad}\n" for bad in left_out))
+    else:
+        left_out_file.unlink(missing_ok=True)
+    leaked = (np.isin(task.test.content, task.train.content).sum() for task in tasks)
+    num_leaked = sum(map(int, leaked)) if test else 0
     num_bad = sum(scan.num_bad for scan in scans)
     return ConvertedTasks(
         entries, classes, hashes, counts, left_out, num_bad, left_out_file, num_leaked
     )
-
-
-def _card_fields(train: InputData, options: ConvertOptions) -> dict[str, Any]:
-    """Return what every task's card entry says of its task type and answers."""
-    fields: dict[str, Any] = {"task_type": train.task_type}
-    if train.task_type == "instruction":
-        fields["scorer"] = options.scorer
-    if options.max_new_tokens is not None:
-        fields["max_new_tokens"] = options.max_new_tokens
-    return fields
 
 
 def _scan(
@@ -181,9 +239,15 @@ def _scan(
     Raises:
         ValueError: if there are too many bad samples, or an option does not fit the inputs.
     """
-    if options.max_new_tokens is not None and sources[0].task_type != "instruction":
+    train, test = sources[0], sources[-1]
+    if test.task_type != train.task_type:
         raise ValueError(
-            f"--max_new_tokens is for answers, and {sources[0].where} has none: leave it out"
+            f"--test {test.where} is {test.task_type} and SOURCE {train.where} is "
+            f"{train.task_type}: give test samples of the same kind"
+        )
+    if options.max_new_tokens is not None and train.task_type != "instruction":
+        raise ValueError(
+            f"--max_new_tokens is for answers, and {train.where} has none: leave it out"
         )
     # Answers are scored only in the input from which the test samples are taken.
     scorers = [*("" for _ in sources[1:]), options.scorer]
@@ -193,12 +257,6 @@ def _scan(
     ]
     _expect_few_bad(scans, options.max_bad_fraction)
     return scans
-
-
-def _num_workers(sources: Sequence[InputData], options: ConvertOptions) -> int:
-    """Return how many processes are worth the seconds that they take to start."""
-    total = sum(options.sample_count(sum(map(len, source.chunks))) for source in sources)
-    return min(options.num_workers, 1 + total // _MIN_SAMPLES_PER_WORKER)
 
 
 def _card_path(folder: Path, options: ConvertOptions, append: bool, card: Path | None) -> Path:
@@ -251,7 +309,7 @@ def _write_shards(
         plan_task(stem, task, options)
         for stem, task in zip(unique_names([task.name for task in tasks]), tasks, strict=True)
     ]
-    plans = [plan for entry in planned for plan in (*entry.train, *entry.test)]
+    plans = [plan for _, own in planned for plan in own]
     hashes: dict[str, str] = {}
 
     def keep_hashes(made: Mapping[str, str]) -> Mapping[str, str]:
@@ -259,16 +317,10 @@ def _write_shards(
         return {}
 
     build_stream(
-        folder,
-        name,
-        plans,
-        (),
-        keep_hashes,
-        recipe=recipe,
+        folder, name, plans, (), keep_hashes, recipe=recipe, parallel_map=workers.map,
         progress=lambda done, total: progress("writing shards", done, total),
-        parallel_map=workers.map,
-    )
-    return [one.entry for one in planned], hashes, card_counts(plans)
+    )  # fmt: skip
+    return [entry for entry, _ in planned], hashes, card_counts(plans)
 
 
 def _recipe(
@@ -312,14 +364,6 @@ def _expect_free(folder: Path, name: str, recipe: Mapping[str, Any]) -> None:
             )
 
 
-def _write_left_out(path: Path, left_out: Sequence[SkippedRecord]) -> None:
-    """Write a line for every sample that was left out; remove the file if there is none."""
-    if left_out:
-        write_atomic(path, "".join(f"{bad}\n" for bad in left_out))
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _put_on_card(
     path: Path,
     content: dict[str, Any],
@@ -332,9 +376,11 @@ def _put_on_card(
         for entry in converted.entries:
             entry["description"] = f"license: {options.license}"
     if not content:
+        named = [name for entry in converted.entries for name in entry.get("classes", ())]
+        is_class_incremental = bool(named) and len(set(named)) == len(named)
         content = {
             "name": options.name,
-            "scenario": options.scenario or _scenario(converted.entries),
+            "scenario": options.scenario or ("class" if is_class_incremental else "domain"),
             "task_type": train.task_type,
             "stage": "cft",
             **({"license": options.license} if options.license else {}),
@@ -352,16 +398,3 @@ def _put_on_card(
     made = f"Made by: mmcl data convert {Path(train.where).name}"
     content = put_tasks(content, converted.entries, converted.hashes, converted.counts)
     save_card(path, content, [made])
-
-
-def _scenario(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Return "class" if no class occurs in two tasks, else "domain"."""
-    named = [name for entry in entries for name in entry.get("classes", ())]
-    return "class" if named and len(set(named)) == len(named) else "domain"
-
-
-def _num_leaked(task: TaskSplits) -> int:
-    """Return how many test images are, byte for byte, also training images."""
-    learned = task.train.scan.content[task.train.numbers]
-    scored = task.test.scan.content[task.test.numbers]
-    return int(np.isin(scored, learned).sum())

@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmcl.data.convert.record import Chunk, InputData, InvalidRecord, Record
-from mmcl.data.errors import BadSample
-from mmcl.data.protocols import IntArray
 from mmcl.data.shards.image_folder import extension_of, read_file
+from mmcl.data.stored_sample import BadSample, IntArray
 
 _CHUNK_RECORDS = 1000
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
@@ -44,13 +43,13 @@ class FolderChunk:
         """Yield the images."""
         for raw in self.joined.split(b"\0"):
             name = os.fsdecode(raw)
-            shown = os.path.join(os.path.basename(self.folder), name)
+            relative = os.path.join(os.path.basename(self.folder), name)
             try:
-                data = read_file(os.path.join(self.folder, name), shown)
-                members = {extension_of(data, shown): data}
+                data = read_file(os.path.join(self.folder, name), relative)
+                members = {extension_of(data, relative): data}
                 yield Record(Path(name).stem, members, self.task, self.label, self.split)
             except BadSample as error:
-                yield InvalidRecord(shown, str(error))
+                yield InvalidRecord(relative, str(error))
 
 
 def natural(name: str) -> tuple[object, ...]:
@@ -62,11 +61,8 @@ def natural(name: str) -> tuple[object, ...]:
 def open_folder(path: Path, tasks_are_folders: bool = False) -> InputData:
     """Open an image folder: ``<class>/*``, or ``train/<class>/*`` and ``test/<class>/*``.
 
-    Hidden files and folders are skipped; so are files without an image extension.
-
-    Args:
-        path: of the folder.
-        tasks_are_folders: there is a folder for each task, which holds the class folders.
+    Hidden files and folders are skipped; so are files without an image extension. With
+    ``tasks_are_folders`` there is a folder for each task, which holds the class folders.
 
     Raises:
         FileNotFoundError: if there is no such folder.

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from mmcl.data.convert.record import Chunk, InputData, InvalidRecord, Record
-from mmcl.data.errors import BadSample
-from mmcl.data.protocols import IntArray
 from mmcl.data.shards.image_folder import ImageFolder, extension_of, open_image_folder, read_file
-from mmcl.data.shards.json_records import JsonRecords, find_records
+from mmcl.data.shards.json_index import JsonRecords, find_records
 from mmcl.data.shards.llava_json import ReferenceFile, open_references, read_sample, record_id
+from mmcl.data.stored_sample import BadSample, IntArray
 
 _CHUNK_RECORDS = 1000
 
@@ -31,10 +30,7 @@ class ImageFolders:
     paths: tuple[Path, ...]
 
     def read(self, stated: str) -> tuple[str, bytes]:
-        """Return the extension of an image's format and its bytes.
-
-        Args:
-            stated: path of the image in the instruction file.
+        """Return the extension of the format, and the bytes, of an image of an instruction file.
 
         Raises:
             BadSample: if the path is absolute or leads outside, or as `read_file` says.

@@ -1,18 +1,80 @@
-"""Input records of ``mmcl data convert``, in chunks that any process can read."""
+"""Input of ``mmcl data convert``: its options, and records in chunks that any process can read."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from mmcl.data.protocols import IntArray
+from mmcl.core.card.schema import sanitize
+from mmcl.data.shards.reader import expect_max_samples
+from mmcl.data.stored_sample import IntArray
 
+_SCENARIOS = ("class", "domain", "task")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 SPLITS = ("", "train", "test")
 """Splits that an input may state for a record; "" leaves it to the held-out draw."""
-
 ProgressFn = Callable[[str, int, int], None]
 """Progress callback, called with (what is done, samples done, samples in all)."""
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Options of a conversion.
+
+    Args:
+        name: of the stream and its card; letters, digits, - and _.
+        task: name of the task if there is only one; "" takes ``name``.
+        scenario: "class", "domain" or "task"; None = "class" if every task has its own classes,
+            else "domain".
+        classes_per_task: split the classes, in their order, into tasks of this many; None = do not.
+        test_fraction: fraction of the samples that is held out if the input has no test split.
+        seed: of the held-out draw and of ``max_samples``.
+        max_samples: 200 = at most 200 samples of each input, 0.02 = that fraction; None = all.
+        shard_samples: samples at which a shard is closed.
+        shard_bytes: size at which a shard is closed; at least one sample is in each.
+        max_bad_fraction: fraction of an input's samples that may be bad and are left out.
+        num_workers: processes.
+        license: of the data, for the card.
+        scorer: of answers.
+        max_new_tokens: of an answer, for the card; None = the card's default.
+    """
+
+    name: str
+    task: str = ""
+    scenario: str | None = None
+    classes_per_task: int | None = None
+    test_fraction: float = 0.1
+    seed: int = 0
+    max_samples: int | float | None = None
+    shard_samples: int = 1000
+    shard_bytes: int = 256 << 20
+    max_bad_fraction: float = 0.0
+    num_workers: int = 1
+    license: str = ""
+    scorer: str = "exact"
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for what, name in (("name", self.name), ("task", self.task or self.name)):
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{what} is {name!r}, expected up to 64 letters, digits, - and _")
+        test, bad = self.test_fraction, self.max_bad_fraction
+        if not 0 < test < 1:
+            raise ValueError(f"test_fraction is {test}, expected a fraction between 0 and 1")
+        if not 0 <= bad <= 1:
+            raise ValueError(f"max_bad_fraction is {bad}, expected a fraction from 0 to 1")
+        if self.scenario not in (None, *_SCENARIOS):
+            raise ValueError(f"scenario is {self.scenario!r}, expected {', '.join(_SCENARIOS)}")
+        positive = (
+            "classes_per_task", "shard_samples", "shard_bytes", "num_workers", "max_new_tokens",
+        )  # fmt: skip
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected 1 or more")
+        expect_max_samples(self.max_samples)
 
 
 @dataclass(frozen=True)
@@ -59,7 +121,7 @@ class SkippedRecord:
     def __str__(self) -> str:
         # Ids and paths come from the file: nothing in them may steer a terminal or fill it.
         line = f"{self.file}, sample {self.position} (id '{self.name[:60]}'): {self.reason[:300]}"
-        return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line)
+        return sanitize(line)
 
 
 class Chunk(Protocol):

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mmcl.data.convert.options import ConvertOptions
 from mmcl.data.convert.record import (
     SPLITS,
     Chunk,
+    ConvertOptions,
     InputData,
     InvalidRecord,
     ProgressFn,
@@ -23,30 +23,52 @@ from mmcl.data.convert.record import (
     SkippedRecord,
 )
 from mmcl.data.decode import MAX_PIXELS, decode_image, size_of
-from mmcl.data.errors import BadSample
 from mmcl.data.parallel import ParallelMap
-from mmcl.data.protocols import IntArray
 from mmcl.data.shards.llava_json import expect_scorable
+from mmcl.data.shards.reader import subset_size
+from mmcl.data.shards.tar import BLOCK, padded
 from mmcl.data.shards.tar_index import IMAGES
+from mmcl.data.stored_sample import BadSample, IntArray
 
 MAX_LISTED = 10_000
 """Bad samples that are listed; more are only counted."""
 
 _EDGE = 1 << 16
-_BLOCK = 512
 
 
 @dataclass
-class ScanResult:
-    """Scan result: what is known of the n records of an input after a pass; 25 bytes for each.
+class _Scan:
+    """What is known of n records after a pass, 25 bytes for each.
+
+    Attributes:
+        count: n.
+        size: (n,) bytes of each record in a shard, 0 if it is bad or was not read.
+        content: (n,) uint64 hash of its image, or of its text if it has none.
+        task: (n,) int32 index into names of tasks.
+        label: (n,) int32 index into names of classes.
+        split: (n,) int8 index into ``SPLITS``.
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        self.size = np.zeros(self.count, dtype=np.int64)
+        self.content = np.zeros(self.count, dtype=np.uint64)
+        self.task = np.zeros(self.count, dtype=np.int32)
+        self.label = np.zeros(self.count, dtype=np.int32)
+        self.split = np.zeros(self.count, dtype=np.int8)
+
+    def __len__(self) -> int:
+        """Return n."""
+        return self.count
+
+
+@dataclass
+class ScanResult(_Scan):
+    """Scan result of an input.
 
     Attributes:
         source: the input.
-        size: (n,) bytes of each record in a shard, 0 if it is bad or was not read.
-        content: (n,) uint64 hash of its image, or of its text if it has none.
-        task: (n,) int32 index into ``tasks``.
-        label: (n,) int32 index into ``labels``.
-        split: (n,) int8 index into ``SPLITS``.
         tasks: names of tasks as met.
         labels: names of classes as met.
         left_out: the first ``MAX_LISTED`` bad records.
@@ -56,11 +78,6 @@ class ScanResult:
     """
 
     source: InputData
-    size: IntArray
-    content: npt.NDArray[np.uint64]
-    task: npt.NDArray[np.int32]
-    label: npt.NDArray[np.int32]
-    split: npt.NDArray[np.int8]
     tasks: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     left_out: list[SkippedRecord] = field(default_factory=list)
@@ -68,27 +85,15 @@ class ScanResult:
     num_bad: int = 0
     digest: str = ""
 
-    def __len__(self) -> int:
-        """Return n."""
-        return len(self.size)
-
 
 @dataclass
-class _ChunkScan:
+class _ChunkScan(_Scan):
     """Scan result of one chunk; names are numbered in order of appearance."""
 
-    count: int
     tasks: dict[str, int] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
     unusable: list[tuple[int, InvalidRecord]] = field(default_factory=list)
     digest: bytes = b""
-
-    def __post_init__(self) -> None:
-        self.size = np.zeros(self.count, dtype=np.int64)
-        self.content = np.zeros(self.count, dtype=np.uint64)
-        self.task = np.zeros(self.count, dtype=np.int32)
-        self.label = np.zeros(self.count, dtype=np.int32)
-        self.split = np.zeros(self.count, dtype=np.int8)
 
 
 def scan_input(
@@ -114,10 +119,7 @@ def scan_input(
     chosen = _chosen_numbers(source, total, options)
     tasks: dict[str, int] = {name: index for index, name in enumerate(source.tasks)}
     labels: dict[str, int] = {name: index for index, name in enumerate(source.classes)}
-    scan = ScanResult(
-        source, np.zeros(total, np.int64), np.zeros(total, np.uint64), np.zeros(total, np.int32),
-        np.zeros(total, np.int32), np.zeros(total, np.int8),
-    )  # fmt: skip
+    scan = ScanResult(total, source)
     digest = hashlib.sha256()
     for glance in parallel_map(partial(scan_chunk, scorer=scorer), _subsets(source, chosen)):
         own = chosen[scan.num_read : scan.num_read + glance.count]
@@ -137,7 +139,7 @@ def scan_input(
 
 def _chosen_numbers(source: InputData, total: int, options: ConvertOptions) -> IntArray:
     """Return the rising numbers of the records that ``max_samples`` leaves."""
-    count = options.sample_count(total)
+    count = subset_size(total, options.max_samples)
     if count == total:
         return np.arange(total)
     group = f"{Path(source.where).name}/{options.name}".encode("utf-8", "surrogateescape")
@@ -169,7 +171,7 @@ def scan_chunk(chunk: Chunk, scorer: str = "") -> _ChunkScan:
         content = hashlib.sha256(images[0] if images else b"".join(data for _, data in members))
         glance.content[index] = int.from_bytes(content.digest()[:8], "big")
         for name, data in members:
-            glance.size[index] += _BLOCK + -(-len(data) // _BLOCK) * _BLOCK
+            glance.size[index] += BLOCK + padded(len(data))
             held = content.digest() if name in IMAGES else data
             digest.update(f"{name} {len(held)} ".encode() + held)
         stated = (record.name, record.task, record.label, record.split)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from mmcl.core.seeding import hash_seed
+from mmcl.core.seeding import hash_seed, splitmix64
 from mmcl.data.convert.image_folder_input import natural
-from mmcl.data.convert.options import ConvertOptions
-from mmcl.data.convert.record import SPLITS
+from mmcl.data.convert.record import SPLITS, ConvertOptions
 from mmcl.data.convert.scan import ScanResult
-from mmcl.data.protocols import IntArray
+from mmcl.data.stored_sample import IntArray
 
 _TEST = SPLITS.index("test")
 Bits = npt.NDArray[np.bool_]
@@ -32,6 +32,11 @@ class SplitSamples:
     scan: ScanResult
     numbers: IntArray
     labels: IntArray
+
+    @property
+    def content(self) -> npt.NDArray[np.uint64]:
+        """(r,) hashes of the images, or of texts without an image."""
+        return self.scan.content[self.numbers]
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,14 @@ def assign_tasks(
     own: list[str] = []
     scans = [train] if test is None else [train, test]
     if train.source.task_type == "classification":
-        own = sorted({name for scan in scans for name in _labels(scan)}, key=natural)
+        met = {s.labels[index] for s in scans for index in np.unique(s.label[s.size > 0])}
+        own = sorted(met, key=natural)
         stated = [name for name in train.source.classes if name in set(own)]
         own = list(dict.fromkeys([*stated, *own]))
         classes = list(dict.fromkeys([*known, *own]))
     names, tasks = _tasks_of(scans, options, {name: classes.index(name) for name in own})
-    labels = [_class_ids(scan, classes) for scan in scans]
+    ids = {name: number for number, name in enumerate(classes)}
+    labels = [_looked_up(scan.label, scan.labels, ids, unknown=0) for scan in scans]
     is_test = _is_test(scans, tasks[0], labels[0], options)
     assigned = []
     for index, name in enumerate(names):
@@ -112,7 +119,8 @@ def grouped_holdout(
     """
     if not len(content):
         return np.zeros(0, dtype=bool)
-    priority = _hash_with_seed(content, seed)
+    state = (content ^ np.uint64(hash_seed(seed))).view(np.int64)
+    priority = splitmix64(torch.from_numpy(state)).numpy().view(np.uint64)
     order = np.lexsort((priority, group))
     position = np.arange(len(order))
     new_group = np.ones(len(order), dtype=bool)
@@ -130,12 +138,9 @@ def grouped_holdout(
 
 
 def shard_slices(sizes: IntArray, max_count: int, max_bytes: int) -> Iterator[slice]:
-    """Yield a slice of records for each shard.
+    """Yield a slice of records for each shard, given (r,) bytes of each record.
 
-    Args:
-        sizes: (r,) bytes of each record.
-        max_count: records of a shard.
-        max_bytes: of a shard, unless one record alone is larger.
+    A shard exceeds ``max_bytes`` only if one record alone is larger.
     """
     ends = np.cumsum(sizes)
     first = 0
@@ -150,11 +155,7 @@ def shard_slices(sizes: IntArray, max_count: int, max_bytes: int) -> Iterator[sl
 def interleave_classes(labels: IntArray) -> IntArray:
     """Order records so that every stretch holds samples of every class, each class in its order.
 
-    Args:
-        labels: (r,) classes.
-
-    Returns:
-        (r,) indices in the new order.
+    From (r,) classes to (r,) indices in the new order.
     """
     order = np.argsort(labels, kind="stable")
     _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
@@ -163,35 +164,12 @@ def interleave_classes(labels: IntArray) -> IntArray:
     return np.asarray(order[np.argsort(fraction, kind="stable")], dtype=np.int64)
 
 
-def _hash_with_seed(content: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
-    """Hash content hashes with a seed, by splitmix64."""
-    state = content ^ np.uint64(hash_seed(seed))
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(state ^ (state >> np.uint64(31)), dtype=np.uint64)
-
-
-def _labels(scan: ScanResult) -> list[str]:
-    """Return the classes of the usable records."""
-    return [scan.labels[index] for index in np.unique(scan.label[scan.size > 0])]
-
-
-def _class_ids(scan: ScanResult, classes: Sequence[str]) -> IntArray:
-    """Return (n,) class ids of all records, 0 for those without a class."""
-    ids = {name: number for number, name in enumerate(classes)}
-    table = np.array([ids.get(name, 0) for name in scan.labels] or [0], dtype=np.int64)
-    return np.asarray(table[scan.label], dtype=np.int64)
-
-
 def _tasks_of(
     scans: Sequence[ScanResult], options: ConvertOptions, classes: Mapping[str, int]
 ) -> tuple[list[str], list[IntArray]]:
     """Return the names of tasks, and for every input (n,) the index of each record's task.
 
-    Args:
-        scans: of one or two inputs.
-        options: of the conversion.
-        classes: name -> class id of those that occur, in the order in which they are learned.
+    ``classes`` are name -> class id of those that occur, in the order in which they are learned.
     """
     stated = list(dict.fromkeys(
         scan.tasks[index] for scan in scans
@@ -218,9 +196,13 @@ def _tasks_of(
 
 
 def _looked_up(
-    indices: npt.NDArray[np.int32], names: Sequence[str], table: Mapping[str, int]
+    indices: npt.NDArray[np.int32],
+    names: Sequence[str],
+    table: Mapping[str, int],
+    unknown: int = -1,
 ) -> IntArray:
-    numbers = np.array([table.get(name, -1) for name in names] or [-1], dtype=np.int64)
+    """Return (n,) the number in a table of each name, given (n,) indices into the names."""
+    numbers = np.array([table.get(name, unknown) for name in names] or [unknown], dtype=np.int64)
     return np.asarray(numbers[indices], dtype=np.int64)
 
 

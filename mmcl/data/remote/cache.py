@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import re
 import shutil
@@ -11,14 +12,18 @@ import threading
 import time
 from dataclasses import dataclass, field
 from io import FileIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import ClassVar
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 from mmcl.core.atomic_write import OUT_OF_SPACE
-from mmcl.data.errors import BadShard
 from mmcl.data.remote.fetch import RetryPolicy, fetch
 from mmcl.data.remote.file_lock import file_lock, remove_left_over, write_once
-from mmcl.data.remote.url import cached_name, redact_url
+from mmcl.data.stored_sample import BadShard
 
+_SIGNING = re.compile(r"^x-(amz|goog)-", re.IGNORECASE)
+"""Parameters of a signed address; they expire after hours and select no content."""
+_SECRET = re.compile(r"token|secret|sign|passw|credential|auth|key|policy|^sig$", re.IGNORECASE)
 _WHOLE = re.compile(r"[0-9a-f]{16}-.*(?<!\.index\.npz)", re.DOTALL)
 _PART = re.compile(r"\.[0-9a-f]{16}-.*\.part(\.[0-9a-f]{8})?", re.DOTALL)
 _TURN_SECONDS = 0.1
@@ -27,6 +32,43 @@ _UNITS = {
     "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "pb": 10**15,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "pib": 2**50,
 }  # fmt: skip
+
+
+def redact_url(address: str) -> str:
+    """Redact the secrets of an address, so that it can be shown and still identifies the content.
+
+    User and password and the parameters of a signature are left out; the value of a parameter
+    that sounds secret, and the whole command of a ``pipe:``, is replaced by hex of its sha256.
+    """
+    if address.startswith("pipe:"):
+        return f"pipe:~{_hex(address, 16)}"
+    parts = urlsplit(address)
+    query = [
+        (name, f"~{_hex(value, 8)}" if _SECRET.search(name) else value)
+        for name, value in parse_qsl(parts.query, keep_blank_values=True)
+        if not _SIGNING.match(name)
+    ]
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, urlencode(query), parts.fragment))
+
+
+def cached_name(address: str, sha256: str) -> str:
+    """Return the file name of a shard's cached copy: ``<16 hex>-<last part of the address>``.
+
+    A content with another ``sha256`` on the card is another file; "" = unknown.
+    """
+    if address.startswith("pipe:"):
+        # The file name in a command may be followed by options with a password.
+        last = re.split(r"[\s?&|;'\"]", address.rpartition("/")[2])[0]
+    else:
+        last = PurePosixPath(unquote(urlsplit(address).path)).name
+    name = re.sub(r"[^\w.-]", "_", last, flags=re.ASCII)[-80:] or "shard"
+    stated = f"\n{sha256}" if sha256 else ""
+    return f"{_hex(redact_url(address) + stated, 16)}-{name}"
+
+
+def _hex(text: str, digits: int) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:digits]
 
 
 def parse_size(size: int | str) -> int:
@@ -75,16 +117,16 @@ class ShardCache:
             BadShard: if it cannot be fetched, does not fit, or has another hash.
         """
         name = cached_name(address, sha256)
-        place = self.folder / name
-        while not _is_used(place):
+        path = self.folder / name
+        while not _is_used(path):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with write_once(place, self.folder / f".{name}.part") as file:
+                with write_once(path, self.folder / f".{name}.part") as file:
                     if file is not None:
                         self._fetch(address, sha256, f".{name}.part", file)
             except OSError as error:
                 raise self._unwritable(error) from None
-        return place
+        return path
 
     def _fetch(self, address: str, sha256: str, part: str, file: FileIO) -> None:
         reserve = functools.partial(self._reserve, part, file)
@@ -135,8 +177,8 @@ class ShardCache:
             return self._full(missing)
         return BadShard(
             f"cannot be fetched, the cache folder {self.folder} is not writable "
-            f"({error.strerror or type(error).__name__}): give cache=<a folder you can write to>, "
-            "or name one with $MMCL_CACHE"
+            f"({error.strerror or type(error).__name__}): give cache_dir=<a folder you can write "
+            "to>, or name one with $MMCL_CACHE"
         )
 
     def _full(self, missing: int) -> BadShard:
@@ -152,7 +194,7 @@ class ShardCache:
 
 @dataclass(frozen=True, slots=True)
 class CachedFile:
-    """Remote shard that is fetched whole into a cache; implements ``ShardLocation``.
+    """Remote shard that is fetched whole into a cache.
 
     Args:
         address: of the shard, with its secrets.
@@ -163,16 +205,12 @@ class CachedFile:
     address: str = field(repr=False)
     cache: ShardCache
     sha256: str = ""
+    is_remote: ClassVar[bool] = True
 
     @property
     def url(self) -> str:
         """Return the address without its secrets."""
         return redact_url(self.address)
-
-    @property
-    def is_remote(self) -> bool:
-        """Return True, it may have to be fetched."""
-        return True
 
     def path(self) -> Path:
         """Return the cached copy; open it at once, for it may be evicted.
@@ -195,15 +233,15 @@ class CachedFile:
             self.path()
 
 
-def _is_used(place: Path) -> bool:
+def _is_used(path: Path) -> bool:
     """Return whether a file exists, and set its access time."""
     try:
         # The modification time stays: the index of the shard is checked against it.
-        os.utime(place, ns=(time.time_ns(), place.stat().st_mtime_ns))
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
     except FileNotFoundError:
         return False
     except OSError:
-        return place.is_file()
+        return path.is_file()
     return True
 
 
@@ -214,27 +252,22 @@ def _in_flight(folder: Path, own: str) -> tuple[int, bool]:
     """
     reserved, is_moving = 0, False
     for entry in _entries(folder, _PART):
-        place = Path(entry.path)
+        path = Path(entry.path)
         if entry.name.startswith(own):
             continue
         with contextlib.suppress(OSError):
-            if remove_left_over(place):
+            if remove_left_over(path):
                 continue
-            size = place.stat().st_size
+            size = path.stat().st_size
             reserved += size
             is_moving = is_moving or (size > 0 and entry.name.endswith(".part"))
     return reserved, is_moving
 
 
 def _evict_lru(folder: Path, over: int) -> int:
-    """Evict the least recently used shards until the cache is within its limit.
+    """Evict the least recently used shards; return the bytes still above the limit.
 
-    Args:
-        folder: of the cache.
-        over: bytes above the limit without any whole shard; those are added.
-
-    Returns:
-        The bytes still above the limit.
+    ``over`` are the bytes above the limit without any whole shard; those are added.
     """
     whole = []
     for entry in _entries(folder, _WHOLE):

@@ -10,17 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 
-from mmcl.data.errors import BadShard
-from mmcl.data.remote.download import Download, TransientError
-from mmcl.data.remote.fsspec_store import open_cloud
-from mmcl.data.remote.http import WEB, open_web
+from mmcl.data.remote.download import WEB, Download, TransientError, open_cloud, open_web
+from mmcl.data.stored_sample import BadShard
 
 _STEP = 1 << 26
 """Bytes reserved at a time where the size of a shard is unknown."""
 # Python's global generator belongs to the user, who may have seeded it.
 _CHANCE = random.SystemRandom()
-
-
 Reserve = Callable[[int, int], int]
 """Called with (bytes that a file needs, bytes that it wants), returns the bytes it may have."""
 

@@ -7,14 +7,13 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import unquote, urlparse
 
-from mmcl.data.errors import BadShard
-from mmcl.data.protocols import ShardLocation
 from mmcl.data.remote.cache import CachedFile, ShardCache
+from mmcl.data.remote.download import FILE_SYSTEMS, WEB
 from mmcl.data.remote.fetch import RetryPolicy
-from mmcl.data.remote.fsspec_store import FILE_SYSTEMS
-from mmcl.data.remote.http import WEB
+from mmcl.data.stored_sample import BadShard
 
 _REMOTE = WEB | FILE_SYSTEMS.keys()
 
@@ -29,23 +28,19 @@ def default_cache() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class LocalFile:
-    """Local shard; implements ``ShardLocation``.
+    """Local shard.
 
     Args:
         file: its path.
     """
 
     file: str | Path
+    is_remote: ClassVar[bool] = False
 
     @property
     def url(self) -> str:
         """Return the path."""
         return str(self.file)
-
-    @property
-    def is_remote(self) -> bool:
-        """Return False, it is local."""
-        return False
 
     def path(self) -> Path:
         """Return the path.
@@ -59,6 +54,10 @@ class LocalFile:
                 f"is missing, there is no file {path}: build the stream or correct the card"
             )
         return path
+
+
+ShardLocation = LocalFile | CachedFile
+"""Location of the bytes of a shard; picklable."""
 
 
 def resolve_url(

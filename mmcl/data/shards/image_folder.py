@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 
-from mmcl.data.errors import BadSample
+from mmcl.data.stored_sample import BadSample
 
-MAX_IMAGE_BYTES = 64 << 20
+MAX_IMAGE_FILE_BYTES = 64 << 20
 """Larger image files are bad samples."""
 
 _STARTS = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"), (b"RIFF", "webp"))
@@ -26,10 +26,7 @@ class ImageFolder:
     path: str
 
     def find(self, stated: str) -> str:
-        """Return the path of an image; it may not exist.
-
-        Args:
-            stated: its path relative to the folder, or an absolute one into it.
+        """Return the path of an image, stated relative to the folder or absolute; may not exist.
 
         Raises:
             BadSample: if it is no path or leads outside, also through ``..`` or a link.
@@ -67,11 +64,7 @@ def open_image_folder(path: Path) -> ImageFolder:
 
 
 def read_file(path: str | Path, stated: str) -> bytes:
-    """Read a whole image file.
-
-    Args:
-        path: path of the file.
-        stated: its name for messages.
+    """Read a whole image file; ``stated`` is its name for messages.
 
     Raises:
         BadSample: if it is missing, no regular file, empty, or too large.
@@ -81,13 +74,13 @@ def read_file(path: str | Path, stated: str) -> bytes:
         # Opening a pipe or device could block forever, so check before it is opened.
         if not S_ISREG(status.st_mode):
             raise BadSample(f"its image {stated[:200]!r} is not a file")
-        if not 0 < status.st_size <= MAX_IMAGE_BYTES:
+        if not 0 < status.st_size <= MAX_IMAGE_FILE_BYTES:
             raise BadSample(
                 f"its image {stated[:200]!r} has {status.st_size} bytes, expected 1 to "
-                f"{MAX_IMAGE_BYTES}"
+                f"{MAX_IMAGE_FILE_BYTES}"
             )
         with open(path, "rb") as file:
-            return file.read(MAX_IMAGE_BYTES)
+            return file.read(MAX_IMAGE_FILE_BYTES)
     except FileNotFoundError:
         raise BadSample(f"its image {stated[:200]!r} is missing") from None
     except OSError as error:

@@ -17,19 +17,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmcl.data.errors import BadSample, BadShard
-from mmcl.data.protocols import IntArray, Sample, ShardLocation
+from mmcl.data.remote.location import ShardLocation
 from mmcl.data.shards.image_folder import ImageFolder, open_image_folder
 from mmcl.data.shards.json_index import JsonIndex, open_json_index
-from mmcl.data.shards.llava_json import LlavaSample, read_sample
-from mmcl.data.shards.reader import are_increasing
+from mmcl.data.shards.llava_json import read_sample, record_id
+from mmcl.data.stored_sample import BadSample, BadShard, IntArray, Sample, are_increasing
 
 FORMAT = "mmcl-loose/1"
 SUFFIX = ".loose.json"
 _MAX_BYTES = 1 << 20
 _FIELDS = {"format": str, "records": str, "images": str, "samples": int, "sha256": str,
-           "bytes": int, "keys": str, "answer_field": str, "places": str}  # fmt: skip
-_OPTIONAL = frozenset({"places", "keys", "answer_field"})
+           "bytes": int, "keys": str, "answer_field": str, "indices": str}  # fmt: skip
+_OPTIONAL = frozenset({"indices", "keys", "answer_field"})
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,12 @@ class JsonShardSpec:
     Attributes:
         records: path of the JSON list or JSON lines.
         images: folder to which its image paths are relative.
-        samples: n, the number of its records, or of those in ``places``.
+        samples: n, the number of its records, or of those in ``indices``.
         sha256: hash of the JSON.
         bytes: size of the JSON.
         keys: prefix of every key.
         answer_field: field of the answer in records with ``text`` instead of ``conversations``.
-        places: file (``.npy``, int64, increasing) of the numbers of its records, "" = all.
+        indices: file (``.npy``, int64, increasing) of the numbers of its records, "" = all.
     """
 
     records: Path
@@ -54,12 +53,12 @@ class JsonShardSpec:
     bytes: int
     keys: str = "sample"
     answer_field: str = "answer"
-    places: str = ""
+    indices: str = ""
 
 
 @dataclass
 class JsonShard:
-    """Shard of the samples of a ``.loose.json``; implements ``Shard``, opened when first needed.
+    """Shard of the samples of a ``.loose.json``, opened when first needed.
 
     Args:
         origin: location of the ``.loose.json``.
@@ -89,8 +88,7 @@ class JsonShard:
             raw = opened.index.records.read(number)
         except BadSample:
             raw = None
-        stated = raw.get("id", raw.get("question_id")) if isinstance(raw, dict) else None
-        return sample_key(opened.stated.keys, number, "" if stated is None else str(stated))
+        return sample_key(opened.stated.keys, number, record_id(raw))
 
     def key_hashes(self) -> npt.NDArray[np.uint64]:
         """Return (n,) numbers of the records in the JSON, which are hashes without collisions."""
@@ -106,7 +104,7 @@ class JsonShard:
         """
         opened = self._open()
         number = int(opened.numbers[index])
-        record = opened.sample(number)
+        record = read_sample(opened.index.records.read(number), (), opened.stated.answer_field)
         members = {"json": record.data}
         if record.image is not None:
             extension, data = opened.images.read(record.image)
@@ -139,9 +137,6 @@ class _Opened:
     index: JsonIndex
     numbers: IntArray
     images: ImageFolder
-
-    def sample(self, number: int) -> LlavaSample:
-        return read_sample(self.index.records.read(number), (), self.stated.answer_field)
 
 
 def sample_key(stem: str, number: int, name: str) -> str:
@@ -192,8 +187,8 @@ def _opened(path: Path, cache: Path | None) -> _Opened:
             "--in_place again"
         )
     numbers = np.arange(len(index.records), dtype=np.int64)
-    if stated.places:
-        numbers = _read_numbers(path.parent / stated.places, len(numbers))
+    if stated.indices:
+        numbers = _read_numbers(path.parent / stated.indices, len(numbers))
     if len(numbers) != stated.samples:
         raise BadShard(f"says {stated.samples} samples and has {len(numbers)}: make it again")
     return _Opened(stated, index, numbers, images)

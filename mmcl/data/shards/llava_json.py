@@ -1,9 +1,4 @@
-"""LLaVA-style instruction records, checked and converted to the ``.json`` member of a shard.
-
-Two layouts are understood: ``{id, image, conversations}`` for training, and
-``{question_id, image, text, answer}`` for test. Texts are stored as they are written. Reference
-answers may also be in a file of their own, see `open_references`.
-"""
+"""LLaVA-style JSON: records, the ``.json`` member that they become, and its conversation."""
 
 from __future__ import annotations
 
@@ -11,16 +6,18 @@ import json
 import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unicodedata import category
 
-from mmcl.core import IMAGE_TOKEN
-from mmcl.data.conversation_json import read_dialogue
-from mmcl.data.errors import BadSample
-from mmcl.data.shards.reader import MAX_TEXT_BYTES
+from mmcl.core import IMAGE_TOKEN, Conversation, Turn
+from mmcl.data.stored_sample import MAX_TEXT_BYTES, BadSample, one_line
 
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp", "Zs"})
+MAX_TURNS = 200
 _ANSWER_FORMS = {
     "option": re.compile(r"\W*[A-Za-z]\W*"),
     "box": re.compile(
@@ -28,6 +25,88 @@ _ANSWER_FORMS = {
     ),
 }
 """Scorer -> form of the reference answers that it accepts; other scorers accept any text."""
+_Lookup = Callable[[int, Any], list[str]]
+"""From (number of the record, record) to its reference answers; empty if there are none."""
+
+
+def read_dialogue(data: bytes) -> Conversation:
+    """Parse ``{"conversations": [{"from": "human", "value": ...}, ...], "answers": [...]}``.
+
+    Returns:
+        turns that alternate, the user first; ``answers`` is the last turn's text unless stated.
+
+    Raises:
+        BadSample: if it is not a conversation; the message says why.
+    """
+    try:
+        raw = json.loads(data.decode("utf-8"))
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise BadSample(f"its conversation (.json) is not JSON ({one_line(error)})") from None
+    raw_turns = raw.get("conversations") if isinstance(raw, dict) else None
+    count = len(raw_turns) if isinstance(raw_turns, list) else 0
+    if not isinstance(raw_turns, list) or not 2 <= count <= MAX_TURNS or count % 2:
+        raise BadSample(
+            f"its conversation has {count if isinstance(raw_turns, list) else 'no'} turns, "
+            f"expected 'conversations' with an even number of them, 2 to {MAX_TURNS}"
+        )
+    turns = tuple(_turn(turn, index) for index, turn in enumerate(raw_turns))
+    return Conversation(turns, _stated_answers(raw.get("answers"), turns[-1].text))
+
+
+def has_visible_text(text: str) -> bool:
+    """Return whether a text has a visible character (no space, control or format character)."""
+    stripped = text.strip()
+    return bool(stripped) and (
+        stripped.isprintable() or any(category(sign) not in _INVISIBLE for sign in stripped)
+    )
+
+
+def apply_template(dialogue: Conversation, template: str) -> Conversation:
+    """Apply a template, with one ``{}``, to the first question of a conversation.
+
+    An image token in front of the question stays in front.
+    """
+    if template == "{}":
+        return dialogue
+    first = dialogue.turns[0]
+    head, image_token, question = first.text.rpartition(IMAGE_TOKEN)
+    lead = question[: len(question) - len(question.lstrip())]
+    prompt = template.replace("{}", question.strip())
+    return replace(
+        dialogue,
+        turns=(replace(first, text=f"{head}{image_token}{lead}{prompt}"), *dialogue.turns[1:]),
+    )
+
+
+def _turn(raw: Any, index: int) -> Turn:
+    stated, text = (raw.get("from"), raw.get("value")) if isinstance(raw, dict) else (None, None)
+    role: Literal["user", "assistant"] = "assistant" if index % 2 else "user"
+    is_role = isinstance(stated, str) and _ROLES.get(stated) == role
+    if not is_role or not isinstance(text, str) or not has_visible_text(text):
+        raise BadSample(
+            f"turn {index} of its conversation is not a text from "
+            f"{'gpt' if index % 2 else 'human'}: human and gpt take turns, human first"
+        )
+    _expect_whole_characters(text)
+    return Turn(role, text.strip() if index % 2 else text)
+
+
+def _stated_answers(raw: Any, last: str) -> tuple[str, ...]:
+    if raw is None:
+        return (last,)
+    if not isinstance(raw, list) or not raw or not all(isinstance(item, str) for item in raw):
+        raise BadSample("its 'answers' are not a list of texts")
+    kept = tuple(item for item in raw if has_visible_text(item))
+    _expect_whole_characters("".join(kept))
+    return kept or (last,)
+
+
+def _expect_whole_characters(text: str) -> None:
+    # JSON can write half of a character, which no tokenizer takes.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadSample("its conversation holds half of a character (a lone surrogate)") from None
 
 
 @dataclass(frozen=True)
@@ -37,7 +116,7 @@ class LlavaSample:
     Attributes:
         name: its id in the file, "" if it has none.
         image: path of its image in the file, None for text alone.
-        data: the ``.json`` member of a shard, UTF-8; see `mmcl.data.conversation_json`.
+        data: the ``.json`` member of a shard, UTF-8; see `mmcl.data.shards.llava_json`.
     """
 
     name: str
@@ -86,11 +165,7 @@ def record_id(raw: Any) -> str:
 
 
 def expect_scorable(data: bytes, scorer: str) -> None:
-    """Check that a scorer accepts the reference answers of a sample.
-
-    Args:
-        data: the ``.json`` member.
-        scorer: name of the scorer.
+    """Check that a scorer accepts the reference answers of a sample's ``.json`` member.
 
     Raises:
         BadSample: if an answer is not of the scorer's form.
@@ -118,11 +193,7 @@ class ReferenceFile:
     time_ns: int
 
     def answers(self, number: int, raw: Any) -> list[str]:
-        """Return all reference answers of a question.
-
-        Args:
-            number: of the record in the instruction file, from 0.
-            raw: the record.
+        """Return all reference answers of a record of the instruction file, counted from 0.
 
         Raises:
             BadSample: if the file has none.
@@ -152,10 +223,6 @@ def open_references(path: Path) -> ReferenceFile:
     return file
 
 
-_Lookup = Callable[[int, Any], list[str]]
-"""From (number of the record, record) to its reference answers; empty if there are none."""
-
-
 @lru_cache(maxsize=2)
 def _parse_references(file: ReferenceFile) -> _Lookup:
     if file.path.stat().st_mtime_ns != file.time_ns:
@@ -167,8 +234,9 @@ def _parse_references(file: ReferenceFile) -> _Lookup:
         if isinstance(content, Mapping) and "data" in content:
             return _textvqa_answers(content["data"])
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{file.path} is not JSON in UTF-8 ({reason}): save it again") from None
+        raise ValueError(
+            f"{file.path} is not JSON in UTF-8 ({one_line(error)}): save it again"
+        ) from None
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file.path} is broken: {type(error).__name__} {error}") from None
     raise ValueError(

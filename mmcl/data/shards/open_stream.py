@@ -13,14 +13,24 @@ import numpy as np
 import numpy.typing as npt
 
 from mmcl.core import Task, TaskStream
-from mmcl.data.errors import NAMED, BadShard, ErrorList
-from mmcl.data.protocols import IntArray, Shard, ShardLocation, Split
-from mmcl.data.remote.location import default_cache, is_remote, resolve_url, sha256_of
+from mmcl.data.remote.location import (
+    default_cache,
+    is_remote,
+    resolve_url,
+    sha256_of,
+)
 from mmcl.data.shards.json_shard import SUFFIX, JsonShard
-from mmcl.data.shards.reader import Reader, shown
+from mmcl.data.shards.reader import Reader, Shard, expect_max_samples, subset_indices, subset_size
 from mmcl.data.shards.tar_index import is_read
 from mmcl.data.shards.tar_shard import TarShard
-from mmcl.data.subset import expect_limit, subset_indices, subset_size
+from mmcl.data.stored_sample import NAMED, BadShard, ErrorList, IntArray, Split
+
+Progress = Callable[[int, int], None]
+"""Called with (shards done, shards in total)."""
+READABLE_TASK_TYPES = ("classification", "captioning", "retrieval", "instruction")
+EAGER = 1000
+"""A stream of at most this many shards has all local ones opened before the run."""
+_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,7 @@ class OpenOptions:
     """Options of fetching and opening a shard.
 
     Attributes:
-        cache: see ``open_stream``.
+        cache: its ``cache_dir``.
         cache_limit: see ``open_stream``.
         allow_pipes: see ``open_stream``.
         sha256: of the card in lower case, "" = not stated.
@@ -43,67 +53,48 @@ class OpenOptions:
 
 
 def open_shard(
-    name: str, url: str, options: OpenOptions, *, is_lazy: bool = False
-) -> tuple[ShardLocation, Shard]:
-    """Open a shard; return its location too.
+    name: str, url: str, options: OpenOptions, *, verify_hash: bool = False, is_lazy: bool = False
+) -> Shard:
+    """Open a shard.
 
     Args:
         name: name of the shard on the card.
         url: a path or URL.
         options: options of opening it.
+        verify_hash: compare its sha256 with the card's, if that states one.
         is_lazy: do not open a tar whose count is stated; a remote one is not fetched yet.
 
     Raises:
-        BadShard: if it is missing, refused, no whole shard, or has another count than the card.
+        BadShard: if it is missing, refused, empty, no whole shard, or has another hash or count
+            than the card.
         OSError: if it cannot be read.
     """
     origin = resolve_url(
-        url,
-        options.cache,
-        allow_pipes=options.allow_pipes,
-        limit_bytes=options.cache_limit,
+        url, options.cache, allow_pipes=options.allow_pipes, limit_bytes=options.cache_limit,
         sha256=options.sha256,
-    )
+    )  # fmt: skip
+    shard: Shard
     if name.endswith(SUFFIX):
-        return origin, JsonShard(origin, name, options.cache)
-    shard = TarShard(origin, name, options.cache, options.count)
-    if options.count is None or not is_lazy:
-        _ = shard.index
-    elif not origin.is_remote:
-        origin.path()
-    return origin, shard
-
-
-def expect_hash(origin: ShardLocation, stated: str) -> None:
-    """Compare the sha256 of a shard with the card.
-
-    Args:
-        origin: location of the shard.
-        stated: sha256 on the card in lower case, "" = not stated.
-
-    Raises:
-        BadShard: if they differ, or the shard is missing.
-    """
-    if not stated:
-        return
-    path = origin.path()
-    actual = sha256_of(path)
-    if actual != stated:
+        shard = JsonShard(origin, name, options.cache)
+    else:
+        shard = TarShard(origin, name, options.cache, options.count)
+        if options.count is None or not is_lazy:
+            _ = shard.index
+        elif not origin.is_remote:
+            origin.path()
+    if verify_hash and options.sha256:
+        path = origin.path()
+        actual = sha256_of(path)
+        if actual != options.sha256:
+            raise BadShard(
+                f"has the sha256 {actual} and the card says {options.sha256}: it is not the shard "
+                f"that the card was written for; delete {path} and fetch or build it again"
+            )
+    if len(shard) == 0:
         raise BadShard(
-            f"has the sha256 {actual} and the card says {stated}: it is not the shard that "
-            f"the card was written for; delete {path} and fetch or build it again"
+            "holds no samples: members are named <key>.png, <key>.cls, <key>.txt and so on"
         )
-
-
-Progress = Callable[[int, int], None]
-"""Called with (shards done, shards in total)."""
-
-READABLE_TASK_TYPES = ("classification", "captioning", "retrieval", "instruction")
-
-EAGER = 1000
-"""A stream of at most this many shards has all local ones opened before the run."""
-
-_THREADS = 8
+    return shard
 
 
 @dataclass(frozen=True)
@@ -111,7 +102,7 @@ class OpenStream:
     """A stream whose shards were found and opened.
 
     Attributes:
-        stream: the same stream with exact sizes, after the limit.
+        stream: the same stream with exact sizes, after ``max_samples``.
         readers: (column, train or test) -> reader of these samples.
         sources: number of a source that some task mixes in -> reader of its samples.
     """
@@ -136,18 +127,14 @@ class OpenStream:
             )
         return self.readers[column, split]
 
-    def source_reader(self, number: int) -> Reader:
-        """Return the reader of a source."""
-        return self.sources[number]
-
 
 def open_stream(
     stream: TaskStream,
     *,
-    limit: float | int | None = None,
+    max_samples: float | int | None = None,
     seed: int = 0,
     allow_pipes: bool = False,
-    cache: Path | None = None,
+    cache_dir: Path | None = None,
     cache_limit: int | None = None,
     verify_hashes: bool = False,
     finished: Collection[int] = (),
@@ -160,12 +147,12 @@ def open_stream(
 
     Args:
         stream: as its card says.
-        limit: 200 = at most 200 samples of every split of every task, 0.02 = that fraction: a
+        max_samples: 200 = at most 200 samples of every split of every task, 0.02 = that fraction: a
             seeded subset that depends on the task's name alone, in recorded order.
         seed: of that subset.
         allow_pipes: run ``pipe:`` urls, which are shell commands.
-        cache: folder for remote shards, and for indexes of read-only ones; None = $MMCL_CACHE or
-            the user's cache folder.
+        cache_dir: folder for remote shards, and for indexes of read-only ones; None = $MMCL_CACHE
+            or the user's cache folder.
         cache_limit: bytes that remote shards may take there; None = no limit.
         verify_hashes: read every shard that has a hash on the card and compare.
         finished: tasks whose training shards are not opened; they may be gone.
@@ -175,21 +162,20 @@ def open_stream(
         The stream with exact sizes, and readers of its samples.
 
     Raises:
-        ValueError: one line for every error of the stream, or a bad limit.
+        ValueError: one line for every error of the stream, or a bad max_samples.
     """
-    expect_limit(limit)
-    work = _Work(
-        stream, OpenOptions(cache or default_cache(), cache_limit, allow_pipes), verify_hashes
-    )
+    expect_max_samples(max_samples)
+    options = OpenOptions(cache_dir or default_cache(), cache_limit, allow_pipes)
+    work = _Work(stream, options, verify_hashes, max_samples, seed)
     all_splits: list[tuple[Task, Split]] = [(t, p) for t in stream.all_tasks for p in _splits_of(t)]
     splits = [(t, p) for t, p in all_splits if p == "test" or t.index not in finished]
     mixed = sorted({number for task in stream.tasks for number, _ in task.mixture})
     own = {number: stream.sources[number - 1].task for number in mixed}
-    work.open_all([*splits, *((rows, "train") for rows in own.values())], progress)
-    readers = {(task.index, split): work.reader(task, split, limit, seed) for task, split in splits}
-    sources = {number: work.reader(rows, "train", limit, seed) for number, rows in own.items()}
+    work.open_all([*splits, *((source, "train") for source in own.values())], progress)
+    readers = {(task.index, split): work.reader(task, split) for task, split in splits}
+    sources = {number: work.reader(source, "train") for number, source in own.items()}
     work.errors.raise_all(stream.name)
-    return OpenStream(_counted(stream, readers, limit), readers, sources)
+    return OpenStream(_counted(stream, readers, max_samples), readers, sources)
 
 
 def display_name(task: Task) -> str:
@@ -207,25 +193,6 @@ def stated_options(stream: TaskStream, name: str, options: OpenOptions) -> OpenO
     return replace(
         options, sha256=stream.hashes.get(name, "").lower(), count=stream.counts.get(name)
     )
-
-
-def open_whole_shard(
-    name: str, url: str, options: OpenOptions, *, verify_hash: bool, is_lazy: bool = False
-) -> Shard:
-    """Open a shard, refuse one without samples, and compare its hash if wanted.
-
-    Raises:
-        BadShard: if it cannot be used.
-        OSError: if it cannot be read.
-    """
-    origin, shard = open_shard(name, url, options, is_lazy=is_lazy)
-    if verify_hash:
-        expect_hash(origin, options.sha256)
-    if len(shard) == 0:
-        raise BadShard(
-            "holds no samples: members are named <key>.png, <key>.cls, <key>.txt and so on"
-        )
-    return shard
 
 
 def task_type_error(task: Task) -> str:
@@ -263,13 +230,9 @@ def add_repeated_keys(
     hashes: npt.NDArray[np.uint64],
     name_of: Callable[[int], tuple[str, str]],
 ) -> None:
-    """Add an error for every key that occurs twice in a split.
+    """Add an error for every key that occurs twice in a split, named ``where``.
 
-    Args:
-        errors: to add to.
-        where: names the split.
-        hashes: (n,) of the keys of all its samples.
-        name_of: index among them -> (key, shard).
+    ``hashes`` are (n,) of the keys of all samples, ``name_of`` index among them -> (key, shard).
     """
     later, first = find_repeats(hashes)
     lines: list[str] = []
@@ -292,15 +255,10 @@ def find_repeats(hashes: npt.NDArray[np.uint64]) -> tuple[IntArray, IntArray]:
     Returns:
         (r,) indices of hashes that occurred before, rising; (r,) index of the first of each.
     """
-    order: IntArray = np.argsort(hashes, kind="stable")
-    ordered = hashes[order]
-    is_first = np.ones(len(hashes), dtype=np.bool_)
-    is_first[1:] = ordered[1:] != ordered[:-1]
-    first = order[np.maximum.accumulate(np.where(is_first, np.arange(len(hashes)), 0))]
-    later = order[~is_first]
-    own_first = first[~is_first]
-    back = np.argsort(later)
-    return later[back], own_first[back]
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    first_of_each = first[inverse]
+    later = np.flatnonzero(first_of_each != np.arange(len(hashes)))
+    return later, first_of_each[later]
 
 
 @dataclass
@@ -310,12 +268,12 @@ class _Work:
     stream: TaskStream
     options: OpenOptions
     verify_hashes: bool
+    max_samples: float | int | None
+    seed: int
     errors: ErrorList = field(default_factory=ErrorList)
     opened: dict[str, Shard | str] = field(default_factory=dict)
 
-    def open_all(
-        self, splits: Sequence[tuple[Task, Split]], progress: Progress | None = None
-    ) -> None:
+    def open_all(self, splits: Sequence[tuple[Task, Split]], progress: Progress | None) -> None:
         """Open every shard once; of one that cannot be opened the reason is stored."""
         names = list(dict.fromkeys(n for task, split in splits for n in shard_names(task, split)))
         is_eager = len(names) <= EAGER
@@ -331,15 +289,13 @@ class _Work:
         url, options = self.stream.shard(name), stated_options(self.stream, name, self.options)
         is_lazy = not is_eager or is_remote(url)
         try:
-            return open_whole_shard(
-                name, url, options, verify_hash=self.verify_hashes, is_lazy=is_lazy
-            )
+            return open_shard(name, url, options, verify_hash=self.verify_hashes, is_lazy=is_lazy)
         except BadShard as error:
             return str(error)
         except OSError as error:
             return f"cannot be read ({error})"
 
-    def reader(self, task: Task, split: Split, limit: float | int | None, seed: int) -> Reader:
+    def reader(self, task: Task, split: Split) -> Reader:
         """Check a split as a whole and return a reader of its samples."""
         errors = [task_type_error(task)]
         shards = []
@@ -352,23 +308,17 @@ class _Work:
         count = sum(map(len, shards))
         if len(shards) == len(shard_names(task, split)):
             errors.append(count_error(task, split, count))
-        for error in filter(None, errors):
+        for error in errors:
             self.errors.add(error)
         self.check_keys(f"{display_name(task)} ({split})", shards)
-        return Reader(shards, subset_indices(task, split, count, limit, seed))
+        return Reader(shards, subset_indices(task, split, count, self.max_samples, self.seed))
 
     def check_keys(self, where: str, shards: Sequence[Shard]) -> None:
         # Shards that are opened later are left to `mmcl data validate`.
         opened = [s for s in shards if not isinstance(s, TarShard) or s.nbytes]
-        starts = np.cumsum([0, *map(len, opened)])
-
-        def name_of(index: int) -> tuple[str, str]:
-            number = int(np.searchsorted(starts, index, side="right")) - 1
-            return shown(opened[number].key(index - int(starts[number]))), opened[number].name
-
         if opened:
             hashes = np.concatenate([shard.key_hashes() for shard in opened])
-            add_repeated_keys(self.errors, where, hashes, name_of)
+            add_repeated_keys(self.errors, where, hashes, Reader(opened).name_of)
 
 
 def _splits_of(task: Task) -> tuple[Split, ...]:
@@ -376,17 +326,14 @@ def _splits_of(task: Task) -> tuple[Split, ...]:
 
 
 def _counted(
-    stream: TaskStream, readers: Mapping[tuple[int, Split], Reader], limit: float | int | None
+    stream: TaskStream, readers: Mapping[tuple[int, Split], Reader], max_samples: float | int | None
 ) -> TaskStream:
-    sized = copy.copy(stream)
-    sized.tasks = tuple(_sized(task, readers, limit) for task in stream.tasks)
-    sized.eval_only_tasks = tuple(_sized(task, readers, limit) for task in stream.eval_only_tasks)
-    return sized
+    def sized(task: Task) -> Task:
+        train = readers.get((task.index, "train"))
+        size = subset_size(task.size, max_samples) if train is None else len(train)
+        return replace(task, size=size, test_size=len(readers[task.index, "test"]))
 
-
-def _sized(
-    task: Task, readers: Mapping[tuple[int, Split], Reader], limit: float | int | None
-) -> Task:
-    train = readers.get((task.index, "train"))
-    size = subset_size(task.size, limit) if train is None else len(train)
-    return replace(task, size=size, test_size=len(readers[task.index, "test"]))
+    counted = copy.copy(stream)
+    counted.tasks = tuple(map(sized, stream.tasks))
+    counted.eval_only_tasks = tuple(map(sized, stream.eval_only_tasks))
+    return counted

@@ -1,19 +1,69 @@
-"""Reader: random access to the samples of a task, by their number in it."""
+"""Reader: random access to the samples of a task, or of a subset of them, by their number."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from mmcl.data.errors import BadSample, BadShard
-from mmcl.data.protocols import IntArray, Sample, Shard
-from mmcl.data.shards.tar_index import IMAGES
+from mmcl.core import Task
+from mmcl.core.card.schema import sanitize
+from mmcl.core.seeding import hash_priorities
+from mmcl.data.shards.json_shard import JsonShard
+from mmcl.data.shards.tar_shard import TarShard
+from mmcl.data.stored_sample import BadShard, IntArray, Sample, Split, are_increasing
 
-MAX_IMAGE_BYTES = 1 << 28
-MAX_TEXT_BYTES = 1 << 20
+Shard = TarShard | JsonShard
+"""Shard of samples 0 to n - 1; picklable, opened when first read."""
+
+
+def expect_max_samples(max_samples: float | int | None) -> None:
+    """Check that ``max_samples`` is a number of samples or a fraction of them.
+
+    Raises:
+        ValueError: if it is not a whole number of 1 or more, or above 0 and at most 1.
+    """
+    if max_samples is None:
+        return
+    is_fraction = isinstance(max_samples, float) and 0 < max_samples <= 1
+    is_count = not isinstance(max_samples, bool) and 1 <= max_samples == int(max_samples)
+    if not (is_fraction or is_count):
+        raise ValueError(
+            f"max_samples is {max_samples!r}, expected a whole number of samples such as 200, or a "
+            "fraction such as 0.02"
+        )
+
+
+def subset_size(count: int, max_samples: float | int | None) -> int:
+    """Return the size of the subset that ``max_samples`` leaves of ``count`` samples."""
+    if max_samples is None:
+        return count
+    if isinstance(max_samples, float) and max_samples <= 1:
+        return min(count, max(1, round(max_samples * count)))
+    return min(count, int(max_samples))
+
+
+def subset_indices(
+    task: Task, split: Split, count: int, max_samples: float | int | None, seed: int
+) -> IntArray | None:
+    """Return the indices of a seeded random subset, in recorded order; None = all samples."""
+    kept = subset_size(count, max_samples)
+    if kept == count:
+        return None
+    group = zlib.crc32(f"{split}/{task.name}".encode())
+    priorities = hash_priorities(seed, group, torch.arange(count))
+    chosen: IntArray = priorities.argsort(stable=True)[:kept].sort().values.numpy()
+    return chosen
+
+
+def evenly_spaced(count: int, max_samples: float | int | None) -> IntArray:
+    """Return the indices of a subset that is spaced evenly over ``count`` samples."""
+    kept = subset_size(count, max_samples)
+    return np.arange(kept, dtype=np.int64) * count // max(1, kept)
 
 
 class SampleReader(Protocol):
@@ -65,7 +115,11 @@ class Reader:
         np.cumsum(np.fromiter(map(len, self.shards), dtype=np.int64), out=self._starts[1:])
         edges = self._starts
         if chosen is not None:
-            _expect_increasing(chosen, int(edges[-1]))
+            if not are_increasing(chosen, int(edges[-1])):
+                raise ValueError(
+                    f"chosen goes from {int(chosen[0])} to {int(chosen[-1])} in shards of "
+                    f"{int(edges[-1])} samples: give indices that increase and are inside"
+                )
             edges = np.searchsorted(chosen, edges)
         self.sizes: IntArray = np.diff(edges)
 
@@ -98,8 +152,12 @@ class Reader:
 
     def describe(self, number: int) -> str:
         """Describe a sample in a message: ``<key> in <shard>``."""
+        return " in ".join(self.name_of(number))
+
+    def name_of(self, number: int) -> tuple[str, str]:
+        """Return the key of a sample for messages, and the name of its shard."""
         shard, index = self._find(number)
-        return f"{shown(shard.key(index))} in {shard.name}"
+        return sanitize(shard.key(index)), shard.name
 
     def contains(self, numbers: IntArray) -> npt.NDArray[np.bool_]:
         """Return (R,) bool: whether each of the (R,) sample numbers can be read."""
@@ -123,7 +181,10 @@ class Reader:
         lengths = np.zeros(len(requested), dtype=np.int64)
         for shard in np.flatnonzero(np.diff(edges)).tolist():
             in_shard = slice(edges[shard], edges[shard + 1])
-            of_shard = _lengths(self.shards[shard], member)
+            try:
+                of_shard = self.shards[shard].text_bytes(member)
+            except BadShard as error:
+                raise RuntimeError(f"shard {self.shards[shard].name} {error}") from None
             lengths[order[in_shard]] = of_shard[indices[in_shard] - self._starts[shard]]
         return lengths
 
@@ -134,41 +195,3 @@ class Reader:
         index = number if self.chosen is None else int(self.chosen[number])
         shard = int(self._starts.searchsorted(index, side="right")) - 1
         return self.shards[shard], index - int(self._starts[shard])
-
-
-def expect_length(extension: str, length: int) -> None:
-    """Check the size of a member against the limit of its extension.
-
-    Raises:
-        BadSample: beyond 256 MiB for an image, 1 MiB for anything else.
-    """
-    limit = MAX_IMAGE_BYTES if extension in IMAGES else MAX_TEXT_BYTES
-    if length > limit:
-        raise BadSample(f"its .{extension} has {length} bytes, more than {limit}")
-
-
-def shown(key: str) -> str:
-    """Return a key for a message: on one line, without control characters."""
-    return key if key.isprintable() else repr(key)[1:-1]
-
-
-def are_increasing(indices: IntArray, count: int) -> bool:
-    """Return whether (n,) indices strictly increase and are within 0 to ``count`` - 1."""
-    if not len(indices):
-        return True
-    return bool(indices[0] >= 0 and indices[-1] < count and (np.diff(indices) > 0).all())
-
-
-def _expect_increasing(chosen: IntArray, count: int) -> None:
-    if not are_increasing(chosen, count):
-        raise ValueError(
-            f"chosen goes from {int(chosen[0])} to {int(chosen[-1])} in shards of {count} samples: "
-            "give indices that increase and are inside"
-        )
-
-
-def _lengths(shard: Shard, member: str) -> IntArray:
-    try:
-        return shard.text_bytes(member)
-    except BadShard as error:
-        raise RuntimeError(f"shard {shard.name} {error}") from None

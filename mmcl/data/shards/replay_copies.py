@@ -6,23 +6,24 @@ copies equals training from references bit for bit. Next to each shard is a JSON
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from webdataset.writer import TarWriter
 
 from mmcl.core import ReplayPlan, TaskStream, write_atomic
-from mmcl.data.errors import BadSample
-from mmcl.data.protocols import IntArray, Sample
+from mmcl.core.card.schema import sanitize
 from mmcl.data.remote.location import LocalFile, is_remote, sha256_of
 from mmcl.data.shards.open_stream import OpenStream
-from mmcl.data.shards.reader import SampleReader, shown
+from mmcl.data.shards.reader import SampleReader
+from mmcl.data.shards.stream_writer import write_shard
 from mmcl.data.shards.tar_shard import TarShard
+from mmcl.data.stored_sample import BadSample, IntArray, Sample
 
 _KEY = "mmcl-key.txt"
 """Extension of the member that holds the key of the original."""
@@ -37,6 +38,9 @@ class ReplayCopyReader:
         folder: folder of the copies.
         task: index of the task.
 
+    Attributes:
+        numbers: (n,) numbers of the originals, increasing.
+
     Raises:
         FileNotFoundError: if there are no copies of this task.
         ValueError: if they differ from what was written.
@@ -47,10 +51,12 @@ class ReplayCopyReader:
         if not path.is_file() or not _note_path(path).is_file():
             raise FileNotFoundError(
                 f"there are no kept copies of task {task} ({path}): save_replay_copies writes them "
-                "when "
-                "the task ends, from its shards"
+                "when the task ends, from its shards"
             )
-        stated = _note(path).get("sha256")
+        try:
+            stated = json.loads(_note_path(path).read_text(encoding="utf-8"))["sha256"]
+        except (ValueError, RecursionError, KeyError, TypeError):
+            stated = None
         actual = sha256_of(path)
         if actual != stated:
             raise ValueError(
@@ -60,16 +66,11 @@ class ReplayCopyReader:
             )
         self._copies = TarShard(LocalFile(path), path.name, cache=None)
         keys = map(self._copies.key, range(len(self._copies)))
-        self._numbers = np.fromiter(map(_number, keys), dtype=np.int64)
+        self.numbers = np.fromiter(map(_number, keys), dtype=np.int64)
 
     def __len__(self) -> int:
         """Return the number of copies."""
-        return len(self._numbers)
-
-    @property
-    def numbers(self) -> IntArray:
-        """Numbers of the originals, increasing."""
-        return self._numbers
+        return len(self.numbers)
 
     def read(self, number: int) -> Sample:
         """Return the copy of a sample, under the key of the original."""
@@ -83,20 +84,20 @@ class ReplayCopyReader:
 
     def describe(self, number: int) -> str:
         """Describe a sample in a message: ``<key> in <shard>``."""
-        return f"{shown(self.key(number))} in {self._copies.name}"
+        return f"{sanitize(self.key(number))} in {self._copies.name}"
 
     def contains(self, numbers: IntArray) -> np.ndarray:
         """Return (R,) bool: whether each of the (R,) sample numbers was copied."""
-        return np.isin(numbers, self._numbers)
+        return np.isin(numbers, self.numbers)
 
     def text_bytes(self, member: str, numbers: IntArray | None = None) -> IntArray:
         """Return (R,) bytes of a text member of the numbered copies, None = of all of them."""
         lengths = self._copies.text_bytes(member)
-        return lengths if numbers is None else lengths[np.searchsorted(self._numbers, numbers)]
+        return lengths if numbers is None else lengths[np.searchsorted(self.numbers, numbers)]
 
     def _index(self, number: int) -> int:
-        index = int(np.searchsorted(self._numbers, number))
-        if index == len(self._numbers) or self._numbers[index] != number:
+        index = int(np.searchsorted(self.numbers, number))
+        if index == len(self.numbers) or self.numbers[index] != number:
             raise IndexError(f"sample {number} was not copied to {self._copies.origin.url}")
         return index
 
@@ -117,9 +118,9 @@ def save_replay_copies(
         task: index of the task.
     """
     wanted = _wanted(replay_plan, task)
-    kept = _kept(folder, task)
-    if kept is not None and kept.contains(wanted).all():
-        return
+    with contextlib.suppress(OSError, ValueError):
+        if ReplayCopyReader(folder, task).contains(wanted).all():
+            return
     _write(_shard(folder, task), prepared.reader(task, "train"), wanted.tolist())
 
 
@@ -150,37 +151,24 @@ def released_tasks(stream: TaskStream, folder: Path) -> list[int]:
 
 
 def _wanted(replay_plan: ReplayPlan, task: int) -> IntArray:
-    wanted: IntArray = (
-        torch.unique(replay_plan.sample_ids[replay_plan.task_ids == task]).cpu().numpy()
-    )
-    return wanted
-
-
-def _kept(folder: Path, task: int) -> ReplayCopyReader | None:
-    try:
-        return ReplayCopyReader(folder, task)
-    except (OSError, ValueError):
-        return None
+    samples = replay_plan.sample_ids[replay_plan.task_ids == task]
+    return np.asarray(torch.unique(samples).cpu().numpy(), dtype=np.int64)
 
 
 def _write(path: Path, reader: SampleReader, numbers: Sequence[int]) -> None:
 
-    def write(temporary: Path) -> None:
-        with (
-            temporary.open("wb") as file,
-            TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as tar,
-        ):
-            for number in numbers:
-                try:
-                    sample = reader.read(number)
-                    members = {_KEY: sample.key.encode(), **sample.members}
-                except BadSample:
-                    # A copy without members is bad as well, so it gets the same replacement.
-                    members = {_KEY: reader.key(number).encode()}
-                tar.write({"__key__": f"{number:09d}", **members})
+    def copies() -> Iterator[Mapping[str, Any]]:
+        for number in numbers:
+            try:
+                sample = reader.read(number)
+                members = {_KEY: sample.key.encode(), **sample.members}
+            except BadSample:
+                # A copy without members is bad as well, so it gets the same replacement.
+                members = {_KEY: reader.key(number).encode()}
+            yield {"__key__": f"{number:09d}", **members}
 
-    write_atomic(path, write)
-    note = {"sha256": sha256_of(path), "samples": len(numbers), "bytes": path.stat().st_size}
+    count, sha256 = write_shard(path, copies())
+    note = {"sha256": sha256, "samples": count, "bytes": path.stat().st_size}
     write_atomic(_note_path(path), json.dumps(note, indent=1) + "\n")
 
 
@@ -190,14 +178,6 @@ def _shard(folder: Path, task: int) -> Path:
 
 def _note_path(path: Path) -> Path:
     return path.with_suffix(".json")
-
-
-def _note(path: Path) -> dict[str, Any]:
-    try:
-        note = json.loads(_note_path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        note = None
-    return note if isinstance(note, dict) else {}
 
 
 def _original_key(copy: Sample) -> str:

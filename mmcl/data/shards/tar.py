@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from mmcl.data.errors import BadShard
+from mmcl.data.stored_sample import BadShard
 
 BLOCK = 512
 MAX_EXTENDED_BYTES = 1 << 20

@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mmcl.core.atomic_write import write_atomic
-from mmcl.data.errors import BadShard
-from mmcl.data.protocols import IntArray, ShardLocation
-from mmcl.data.shards.tar import BLOCK, Piece, members, padded
+from mmcl.data.remote.location import ShardLocation
+from mmcl.data.shards.tar import BLOCK, members, padded
+from mmcl.data.stored_sample import BadShard, IntArray, hash_bytes
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 Hashes = npt.NDArray[np.uint64]
@@ -41,6 +41,12 @@ _OTHERS = frozenset({"cls", "txt", "json"})
 _EDGE = 1 << 16
 _KEY_AND_EXTENSION = re.compile(rb"^((?:.*/|)[^./]+)[.]([^/]*)$", re.DOTALL)
 _META = re.compile(rb"__[^/]*__($|/)")
+_MAGIC = b"mmclidx2"
+"""Magic number and version of the file format."""
+_SUMS = struct.Struct("<8sII")
+_FIELDS = struct.Struct("<QqIIII32s")
+_TYPES = ("<i8", "<u4", "<u4", "<u4", "|u1")
+"""Data types of the arrays large, first, block, length and kind."""
 
 
 def is_read(extension: str) -> bool:
@@ -108,11 +114,7 @@ class ShardIndex:
         return 0 if member < 0 else int(self.block[member]) * BLOCK + padded(self._length(member))
 
     def lengths(self, member: str) -> IntArray:
-        """Return (n,) bytes of one member of each sample, 0 where it has none.
-
-        Args:
-            member: an extension, "txt" or "json" or "de.txt".
-        """
+        """Return (n,) bytes of one member, such as "txt", of each sample, 0 where it has none."""
         lengths = np.zeros(len(self), dtype=np.int64)
         if member.lower() in self.extensions:
             members = np.flatnonzero(self.kind == self.extensions.index(member.lower()))
@@ -150,24 +152,21 @@ def scan(file: BinaryIO) -> tuple[ShardIndex, Hashes]:
     if size > MAX_BYTES:
         raise BadShard(f"has {size} bytes, more than {MAX_BYTES}: write it in several shards")
     builder = _IndexBuilder()
-    for name, offset, length in members(range_reader(file), size):
-        key, extension = split(name)
-        if extension:
-            builder.add(key, extension, offset, length)
-    return builder.index(size, edges_of(file, size)), np.array(builder.key_hash, dtype=np.uint64)
-
-
-def range_reader(file: BinaryIO) -> Piece:
-    """Return a function that reads a byte range of an open file."""
 
     def read_range(offset: int, length: int) -> bytes:
         file.seek(offset)
         return file.read(length)
 
-    return read_range
+    for name, offset, length in members(read_range, size):
+        key, extension = split(name)
+        if extension:
+            builder.add(key, extension, offset, length)
+    return builder.index(size, head_tail_hash(file, size)), np.array(
+        builder.key_hash, dtype=np.uint64
+    )
 
 
-def edges_of(file: BinaryIO, size: int, prefix: bytes = b"") -> bytes:
+def head_tail_hash(file: BinaryIO, size: int, prefix: bytes = b"") -> bytes:
     """Return the sha256 of ``prefix`` and of the first and the last 64 KiB of a file."""
     digest = hashlib.sha256(prefix)
     file.seek(0)
@@ -186,11 +185,6 @@ def split(name: bytes) -> tuple[bytes, str]:
     return found[1], extension if is_read(extension) else ""
 
 
-def hash_of_key(key: bytes) -> int:
-    """Return a 64-bit hash of a key, with which repeated keys are found."""
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
-
-
 class _IndexBuilder:
     """Index builder: the members of a shard as a scan finds them."""
 
@@ -205,7 +199,7 @@ class _IndexBuilder:
         # A member named twice starts another sample of the same key, which is reported.
         if key != self.key or extension in self.own:
             self.first.append(len(self.offset))
-            self.key_hash.append(hash_of_key(key))
+            self.key_hash.append(hash_bytes(key))
             self.key, self.own = key, set()
         self.own.add(extension)
         self.offset.append(offset)
@@ -234,15 +228,7 @@ class _IndexBuilder:
         )
 
 
-_MAGIC = b"mmclidx2"
-"""Magic number and version of the file format."""
-_SUMS = struct.Struct("<8sII")
-_FIELDS = struct.Struct("<QqIIII32s")
-_TYPES = ("<i8", "<u4", "<u4", "<u4", "|u1")
-"""Data types of the arrays large, first, block, length and kind."""
-
-
-def index_places(origin: ShardLocation, cache: Path | None) -> list[Path]:
+def index_paths(origin: ShardLocation, cache: Path | None) -> list[Path]:
     """Return the possible paths of the index file of a shard, best first.
 
     Args:
@@ -265,7 +251,7 @@ def write_index(
     """Write the index file of a shard to the first path that is writable.
 
     Args:
-        paths: see ``index_places``.
+        paths: see ``index_paths``.
         index: result of a scan.
         key_hash: (n,) hashes of the keys.
         time: modification time of a local shard in ns, 0 for a remote one.
@@ -284,15 +270,20 @@ def read_index(paths: Sequence[Path], file: BinaryIO | None) -> ShardIndex | Non
     """Return the index of a shard from its file, None if there is no valid one.
 
     Args:
-        paths: see ``index_places``.
+        paths: see ``index_paths``.
         file: a local shard, whose size, time and edges must be as at the scan; None = a remote
             one, which is compared when it is fetched.
     """
     for path in paths:
         with contextlib.suppress(OSError):
-            index = _read(path, file)
-            if index is not None:
-                return index
+            if not path.is_file():
+                continue
+            with path.open("rb") as stored:
+                header = _header(stored)
+                if header is not None and _is_of(header, file):
+                    index = _index(stored, header)
+                    if index is not None and _is_consistent(index):
+                        return index
     return None
 
 
@@ -301,10 +292,8 @@ def read_key_hashes(paths: Sequence[Path], index: ShardIndex) -> Hashes | None:
     for path in paths:
         with contextlib.suppress(OSError), path.open("rb") as stored:
             header = _header(stored)
-            if header is None or (header.samples, header.head_tail_hash) != (
-                len(index),
-                index.head_tail_hash,
-            ):
+            own = len(index), index.head_tail_hash
+            if header is None or (header.samples, header.head_tail_hash) != own:
                 continue
             stored.seek(-8 * header.samples, os.SEEK_END)
             data = stored.read(8 * header.samples)
@@ -335,17 +324,6 @@ def _packed(index: ShardIndex, key_hash: Hashes, time: int) -> bytes:
     return _SUMS.pack(_MAGIC, zlib.crc32(body), zlib.crc32(hashes)) + body + hashes
 
 
-def _read(path: Path, file: BinaryIO | None) -> ShardIndex | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as stored:
-        header = _header(stored)
-        if header is None or not _is_of(header, file):
-            return None
-        index = _index(stored, header)
-    return index if index is not None and _is_consistent(index) else None
-
-
 def _header(stored: BinaryIO) -> _Header | None:
     """Read the header of an index file; None if its lengths do not match the size of the file."""
     data = stored.read(_SUMS.size + _FIELDS.size)
@@ -372,7 +350,7 @@ def _is_of(header: _Header, file: BinaryIO | None) -> bool:
     status = os.fstat(file.fileno())
     if (header.size, header.time) != (status.st_size, status.st_mtime_ns):
         return False
-    return header.head_tail_hash == edges_of(file, header.size)
+    return header.head_tail_hash == head_tail_hash(file, header.size)
 
 
 def _index(stored: BinaryIO, header: _Header) -> ShardIndex | None:

@@ -9,21 +9,24 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mmcl.data.errors import BadShard
-from mmcl.data.protocols import IntArray, Sample, ShardLocation
-from mmcl.data.shards.reader import expect_length
+from mmcl.data.remote.location import ShardLocation
 from mmcl.data.shards.tar import BLOCK, members, plain_header
 from mmcl.data.shards.tar_index import (
+    IMAGES,
     Hashes,
     ShardIndex,
-    edges_of,
-    index_places,
+    head_tail_hash,
+    index_paths,
     read_index,
     read_key_hashes,
     scan,
     split,
     write_index,
 )
+from mmcl.data.stored_sample import MAX_TEXT_BYTES, BadSample, BadShard, IntArray, Sample
+
+MAX_IMAGE_MEMBER_BYTES = 1 << 28
+"""Samples with a longer image member are bad."""
 
 _MAPS, _REMOTE_MAPS = 128, 8
 """Memory maps kept open in a process; each holds a file descriptor, and one of a remote shard also
@@ -40,7 +43,7 @@ _remote_maps: OrderedDict[object, mmap.mmap] = OrderedDict()
 
 
 class TarShard:
-    """Shard of the samples of a plain tar; implements ``Shard``.
+    """Shard of the samples of a plain tar.
 
     Picklable without its index: another process reads the index file and maps the tar again.
 
@@ -55,24 +58,14 @@ class TarShard:
     def __init__(
         self, origin: ShardLocation, name: str, cache: Path | None, count: int | None = None
     ) -> None:
-        self.origin = origin
-        self._name = name
+        self.origin, self.name = origin, name
+        self.is_remote = origin.is_remote
         self._cache = cache
         self._count = count
         self._index: ShardIndex | None = None
         self._edges: bytes | None = None
         self._compared: tuple[int, int] | None = None
         self._map_key = object()
-
-    @property
-    def name(self) -> str:
-        """Name of the shard on the card."""
-        return self._name
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether the shard may have to be fetched."""
-        return self.origin.is_remote
 
     @property
     def index(self) -> ShardIndex:
@@ -113,11 +106,7 @@ class TarShard:
         return self._key(shard_index, self._map(shard_index), index, first)
 
     def key_hashes(self) -> Hashes:
-        """Return (n,) hashes of the keys, to find repeated keys; they are not kept in memory.
-
-        Raises:
-            BadShard: see ``index``.
-        """
+        """Return (n,) hashes of the keys, to find repeated keys; they are not kept in memory."""
         index = self.index
         if index.key_hash is not None:
             return index.key_hash
@@ -140,16 +129,14 @@ class TarShard:
         members: dict[str, bytes] = {}
         listed = list(shard_index.members(index))
         for extension, offset, length in listed:
-            expect_length(extension, length)
+            limit = MAX_IMAGE_MEMBER_BYTES if extension in IMAGES else MAX_TEXT_BYTES
+            if length > limit:
+                raise BadSample(f"its .{extension} has {length} bytes, more than {limit}")
             members[extension] = data[offset : offset + length]
-        return Sample(self._key(shard_index, data, index, listed[0]), self._name, members)
+        return Sample(self._key(shard_index, data, index, listed[0]), self.name, members)
 
     def text_bytes(self, member: str) -> IntArray:
-        """Return (n,) bytes of a member, 0 where a sample has none; see ``Shard``.
-
-        Raises:
-            BadShard: see ``index``.
-        """
+        """Return (n,) bytes of a member, "txt" or "json" or "de.txt", 0 where a sample has none."""
         return self.index.lengths(member)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -162,7 +149,7 @@ class TarShard:
         self._map_key = object()
 
     def _index_paths(self) -> list[Path]:
-        return index_places(self.origin, self._cache)
+        return index_paths(self.origin, self._cache)
 
     def _read_index(self) -> ShardIndex | None:
         """Return the index from its file, None if there is no valid one."""
@@ -198,7 +185,7 @@ class TarShard:
         try:
             return self.index
         except BadShard as error:
-            raise RuntimeError(f"shard {self._name} {error}") from None
+            raise RuntimeError(f"shard {self.name} {error}") from None
 
     def _map(self, index: ShardIndex) -> mmap.mmap:
         maps, limit = (_remote_maps, _REMOTE_MAPS) if self.is_remote else (_maps, _MAPS)
@@ -220,13 +207,13 @@ class TarShard:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except BadShard as error:
             if self.is_remote:
-                raise RuntimeError(f"shard {self._name} {error}") from None
+                raise RuntimeError(f"shard {self.name} {error}") from None
             raise self._changed() from None
 
     def _is_indexed(self, file: BinaryIO, index: ShardIndex) -> bool:
         """Return whether a file is the indexed one; each file is compared once."""
         identity = _identity_of(file)
-        if identity != self._compared and edges_of(file, index.size) == index.head_tail_hash:
+        if identity != self._compared and head_tail_hash(file, index.size) == index.head_tail_hash:
             self._compared = identity
         return identity == self._compared
 
@@ -255,7 +242,7 @@ class TarShard:
             for path in self._index_paths():
                 path.unlink(missing_ok=True)
         return RuntimeError(
-            f"shard {self._name} changed or vanished since it was indexed: leave shards alone "
+            f"shard {self.name} changed or vanished since it was indexed: leave shards alone "
             "during a run, and start the same command again"
         )
 

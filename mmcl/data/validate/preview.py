@@ -6,6 +6,7 @@ import io
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,10 @@ from torch import Tensor
 
 from mmcl.core import IMAGE_TOKEN, Conversation, Task, TaskStream
 from mmcl.data.decode import MAX_PIXELS
-from mmcl.data.errors import BadSample, BadShard
-from mmcl.data.protocols import Split
 from mmcl.data.remote.location import default_cache
 from mmcl.data.shards.open_stream import OpenOptions, open_shard, shard_names
 from mmcl.data.shards.reader import Reader
+from mmcl.data.stored_sample import BadSample, BadShard, Split
 from mmcl.data.validate.shard_check import decode_as_training
 
 _LARGEST_SIDE = 320
@@ -38,7 +38,7 @@ class DrawnSample:
         thumbnail: thumbnail of its image, PNG of a small one, JPEG of others; empty without one.
         size: (width, height) of the image itself, None without one.
         column: of its class, or IGNORE_INDEX.
-        turns: speaker ("human", "assistant", or "" for a caption) and text of every turn.
+        turns: role ("user", "assistant", or "" for a caption) and text of every turn.
     """
 
     key: str
@@ -56,7 +56,7 @@ def draw_samples(
     count: int,
     *,
     seed: int = 0,
-    cache: Path | None = None,
+    cache_dir: Path | None = None,
     cache_limit: int | None = None,
     allow_pipes: bool = False,
     max_pixels: int = MAX_PIXELS,
@@ -72,7 +72,7 @@ def draw_samples(
         split: split of the task.
         count: samples to draw.
         seed: of the draw.
-        cache: see ``open_stream``.
+        cache_dir: see ``open_stream``.
         cache_limit: see ``open_stream``.
         allow_pipes: see ``open_stream``.
         max_pixels: of the largest image that is decoded.
@@ -81,14 +81,13 @@ def draw_samples(
     draw = np.random.default_rng([seed, group])
     names = shard_names(task, split)
     readers: list[Reader] = []
-    options = OpenOptions(cache or default_cache(), cache_limit, allow_pipes)
+    options = OpenOptions(cache_dir or default_cache(), cache_limit, allow_pipes)
     for index in draw.permutation(len(names))[:count].tolist():
         try:
             url = stream.shard(names[index])
-            reader = Reader([open_shard(names[index], url, options)[1]])
+            readers.append(Reader([open_shard(names[index], url, options)]))
         except (BadShard, OSError):
             continue
-        readers += [reader] * (len(reader) > 0)
     found: list[DrawnSample] = []
     for reader, index in _chosen(readers, count, draw):
         if len(found) == count:
@@ -108,13 +107,11 @@ def _chosen(
         return
     each = _TRIES * -(-count // len(readers))
     drawn = [
-        draw.choice(len(reader), min(each, len(reader)), replace=False).tolist()
-        for reader in readers
+        [(reader, index) for index in draw.choice(len(reader), count, replace=False).tolist()]
+        for reader, count in ((reader, min(each, len(reader))) for reader in readers)
     ]
-    for turn in range(each):
-        for reader, own in zip(readers, drawn, strict=True):
-            if turn < len(own):
-                yield reader, own[turn]
+    for turn in zip_longest(*drawn):
+        yield from filter(None, turn)
 
 
 def _drawn(reader: Reader, index: int, task: Task, max_pixels: int) -> DrawnSample:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
+
 from mmcl.core import Task, TaskStream
 
 Value = TypeVar("Value")
@@ -140,12 +142,9 @@ def value_range(
     if not counts:
         return None
     ordered = sorted(counts, key=key)
-    before, middle = 0, (sum(counts.values()) - 1) // 2
-    for value in ordered:
-        before += counts[value]
-        if before > middle:
-            return ordered[0], value, ordered[-1]
-    raise ValueError("a count is negative")
+    ends = np.cumsum([counts[value] for value in ordered])
+    middle = int(np.searchsorted(ends, (ends[-1] - 1) // 2, side="right"))
+    return ordered[0], ordered[middle], ordered[-1]
 
 
 def _plain(split: SplitFindings, classes: tuple[str, ...]) -> dict[str, Any]:

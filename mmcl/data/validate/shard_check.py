@@ -12,18 +12,32 @@ from torch import Tensor
 
 from mmcl.core import Conversation, ProcessedSample, Task
 from mmcl.data.batches.collate import make_example
-from mmcl.data.errors import NAMED, BadSample, BadShard
-from mmcl.data.protocols import IntArray, Sample, Shard, Split
-from mmcl.data.shards.open_stream import OpenOptions, open_whole_shard, task_type_error
-from mmcl.data.shards.reader import Reader
+from mmcl.data.shards.open_stream import OpenOptions, open_shard, task_type_error
+from mmcl.data.shards.reader import Reader, Shard, evenly_spaced
 from mmcl.data.shards.tar_index import IMAGES
 from mmcl.data.shards.tar_shard import TarShard
-from mmcl.data.subset import evenly_spaced
-from mmcl.data.validate.duplicates import Fingerprints, hash_of, sample_fingerprint
+from mmcl.data.stored_sample import (
+    NAMED,
+    BadSample,
+    BadShard,
+    IntArray,
+    Sample,
+    Split,
+    hash_bytes,
+)
 
+Fingerprints = npt.NDArray[np.uint64]
+"""(n, 3): two halves of an image's hash (0 without one), then the hash of its questions (0 without
+any: classes and captions). A sample that cannot be read has three zeros."""
 _SORTS = 40
 _ANSWERS, _LONGEST_ANSWER, _ANSWERS_KEPT = 500, 120, 20_000
 _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
+
+
+def sample_fingerprint(image: bytes, question: bytes) -> tuple[int, int, int]:
+    """Return the fingerprint, a row of ``Fingerprints``, of an image and all questions about it."""
+    halves = hash_bytes(image, 16) if image else 0
+    return halves >> 64, halves & (1 << 64) - 1, hash_bytes(question) if question else 0
 
 
 @dataclass(frozen=True)
@@ -36,7 +50,7 @@ class ShardJob:
         name: of the shard as the card has it.
         url: of the shard.
         options: how it is opened.
-        limit: 200 = decode at most 200 samples, 0.02 = that fraction of them; None = all.
+        max_samples: 200 = decode at most 200 samples, 0.02 = that fraction of them; None = all.
         max_pixels: of the largest image that is decoded.
         by_pixels: compare images by their pixels instead of their files.
         chunk: (k, m): decode only chunk k of m equal ones; chunk 0 also verifies the whole shard.
@@ -47,7 +61,7 @@ class ShardJob:
     name: str
     url: str
     options: OpenOptions
-    limit: float | int | None
+    max_samples: float | int | None
     max_pixels: int
     by_pixels: bool
     chunk: tuple[int, int] = (0, 1)
@@ -55,7 +69,7 @@ class ShardJob:
     def indices(self, count: int) -> IntArray:
         """Return the indices of the samples to decode in a shard of ``count``."""
         number, chunks = self.chunk
-        indices = evenly_spaced(count, self.limit)
+        indices = evenly_spaced(count, self.max_samples)
         start, end = (len(indices) * edge // chunks for edge in (number, number + 1))
         return indices[start:end]
 
@@ -129,7 +143,7 @@ def check_shard(job: ShardJob) -> ShardFindings:
     """
     is_first = job.chunk[0] == 0
     try:
-        shard = open_whole_shard(job.name, job.url, job.options, verify_hash=is_first)
+        shard = open_shard(job.name, job.url, job.options, verify_hash=is_first)
         return _scan(job, shard, is_first)
     except BadShard as error:
         return ShardFindings(error=str(error))
@@ -198,7 +212,7 @@ def _scan(job: ShardJob, shard: Shard, is_first: bool) -> ShardFindings:
             continue
         found.fingerprints[number] = _fingerprint(sample, decoded, job.by_pixels)
         members = [(name.encode(), data) for name, data in sorted(sample.members.items())]
-        found.contents[number] = hash_of(b"\0".join(each for pair in members for each in pair))
+        found.contents[number] = hash_bytes(b"\0".join(each for pair in members for each in pair))
         if not isinstance(shard, TarShard):
             counts.size_bytes += sum(map(len, sample.members.values()))
         _count(decoded, counts, class_index)

@@ -13,17 +13,15 @@ import torch
 from mmcl.core import Task, TaskStream
 from mmcl.core.card import validate_card
 from mmcl.data.decode import MAX_PIXELS
-from mmcl.data.errors import BadShard
 from mmcl.data.parallel import WorkerPool
-from mmcl.data.protocols import Split
 from mmcl.data.remote.location import default_cache
 from mmcl.data.shards.json_shard import SUFFIX, read_json_set
 from mmcl.data.shards.open_stream import OpenOptions, Progress, shard_names, stated_options
-from mmcl.data.subset import evenly_spaced, expect_limit
-from mmcl.data.validate.aggregate import ResultAggregator
+from mmcl.data.shards.reader import evenly_spaced, expect_max_samples
+from mmcl.data.stored_sample import BadShard, Split
+from mmcl.data.validate.aggregate import SPLITS, ResultAggregator
 from mmcl.data.validate.results import StreamFindings, tasks_and_sources
 from mmcl.data.validate.shard_check import ShardFindings, ShardJob, check_shard
-from mmcl.data.validate.split_check import SPLITS
 
 _SMALL_STREAM_BYTES = 32 << 20
 """Streams up to here are validated sooner than a second process has started."""
@@ -38,13 +36,13 @@ _IMAGE_BYTES_PER_TEXT_BYTE = 50
 def check_stream(
     card: Path,
     *,
-    workers: int | None = None,
-    cache: Path | None = None,
+    num_workers: int | None = None,
+    cache_dir: Path | None = None,
     cache_limit: int | None = None,
     allow_pipes: bool = False,
     progress: Progress | None = None,
     pixels: bool = False,
-    limit: float | int | None = None,
+    max_samples: float | int | None = None,
     shards: int | None = None,
     max_pixels: int = MAX_PIXELS,
     scorers: Sequence[str] = (),
@@ -55,13 +53,13 @@ def check_stream(
 
     Args:
         card: of the stream.
-        workers: processes; None = one for each core, or this one alone if the stream is small.
-        cache: see ``open_stream``.
+        num_workers: processes; None = one for each core, or this one alone if the stream is small.
+        cache_dir: see ``open_stream``.
         cache_limit: see ``open_stream``.
         allow_pipes: see ``open_stream``.
         progress: called after every shard, or chunk of a large one: (done, total).
         pixels: compare images by pixels, so that one saved again in another file is found.
-        limit: samples of every split that are decoded, as in ``open_stream`` but evenly spaced.
+        max_samples: samples of a split that are decoded, as in ``open_stream`` but evenly spaced.
         shards: for a preview: open at most this many of every split, without hashes and counts.
         max_pixels: of the largest image that is no error.
         scorers: names that tasks may give theirs, none = any.
@@ -71,20 +69,20 @@ def check_stream(
 
     Raises:
         FileNotFoundError: if there is no card.
-        ValueError: if the limit or the workers make no sense.
+        ValueError: if ``max_samples`` or ``num_workers`` make no sense.
     """
-    expect_limit(limit)
-    if workers is not None and workers < 0:
-        raise ValueError(f"workers is {workers}, expected 0 (this process alone) or more")
+    expect_max_samples(max_samples)
+    if num_workers is not None and num_workers < 0:
+        raise ValueError(f"num_workers is {num_workers}, expected 0 (this process alone) or more")
     try:
         read, errors = validate_card(card, scorers)
     except ValueError as error:
         return StreamFindings(card.stem, None, (str(error),), (), ())
-    options = OpenOptions(cache or default_cache(), cache_limit, allow_pipes)
+    options = OpenOptions(cache_dir or default_cache(), cache_limit, allow_pipes)
     # An error of the card may cause many in its samples, so they wait.
-    limit = 0 if errors else limit
-    jobs = _Jobs(TaskStream.of_card(read, card), options, pixels, limit, shards, max_pixels)
-    return _validate(jobs, errors, _fitting(jobs) if workers is None else workers, progress)
+    max_samples = 0 if errors else max_samples
+    jobs = _Jobs(TaskStream.of_card(read, card), options, pixels, max_samples, shards, max_pixels)
+    return _validate(jobs, errors, _fitting(jobs) if num_workers is None else num_workers, progress)
 
 
 @dataclass
@@ -95,7 +93,7 @@ class _Jobs:
         stream: to be validated.
         options: how its shards are opened.
         by_pixels: see ``ShardJob``.
-        limit: of ``check_stream``.
+        max_samples: of ``check_stream``.
         shards: of ``check_stream``.
         max_pixels: see ``ShardJob``.
         chunk_bytes: size of the chunks of a shard; None = it is validated as one.
@@ -104,7 +102,7 @@ class _Jobs:
     stream: TaskStream
     options: OpenOptions
     by_pixels: bool
-    limit: float | int | None
+    max_samples: float | int | None
     shards: int | None
     max_pixels: int
     chunk_bytes: int | None = None
@@ -124,16 +122,18 @@ class _Jobs:
                         yield replace(job, chunk=(number, chunks)) if chunks > 1 else job
 
     def of_split(self, task: Task, split: Split) -> Iterator[ShardJob]:
-        names, limit = shard_names(task, split), self.limit
+        names, max_samples = shard_names(task, split), self.max_samples
         indices = evenly_spaced(len(names), self.shards).tolist()
-        if limit is not None and not (isinstance(limit, float) and limit <= 1):
-            limit = -(-int(limit) // max(1, len(indices)))
+        if max_samples is not None and not (isinstance(max_samples, float) and max_samples <= 1):
+            max_samples = -(-int(max_samples) // max(1, len(indices)))
         for index in indices:
             name, options = names[index], self.options
             if self.shards is None:
                 options = stated_options(self.stream, name, options)
             url = self.stream.shard(name)
-            yield ShardJob(task, split, name, url, options, limit, self.max_pixels, self.by_pixels)
+            yield ShardJob(
+                task, split, name, url, options, max_samples, self.max_pixels, self.by_pixels
+            )
 
     def chunks(self, job: ShardJob) -> int:
         """Return the number of chunks of a shard, so that few large ones occupy all cores."""
@@ -169,8 +169,8 @@ def _results(jobs: Iterable[ShardJob], workers: int) -> Iterator[tuple[ShardJob,
             yield from zip(same_jobs, processes.map(check, jobs), strict=True)
     except RuntimeError as error:  # of a lost process: those of a shard are results
         raise RuntimeError(
-            "a process that validated a shard was killed, perhaps for want of memory: give fewer "
-            "workers"
+            "a process that validated a shard was killed, perhaps for want of memory: give a "
+            "smaller num_workers"
         ) from error
 
 

@@ -18,15 +18,15 @@ An empty prediction scores 0 in all of them, and every sample counts, also one w
 from __future__ import annotations
 
 from mmcl.evaluation.scorers.captions import BLEU, CAPTION, CIDER
-from mmcl.evaluation.scorers.grounding import BOX
 from mmcl.evaluation.scorers.scorer import Scorer, ScoreResult
-from mmcl.evaluation.scorers.text_match import CONTAINS, EXACT, FRACTION, OPTION
-from mmcl.evaluation.scorers.vqa import VQA
+from mmcl.evaluation.scorers.short_answers import BOX, CONTAINS, EXACT, FRACTION, OPTION, VQA
 
 __all__ = ["SCORERS", "ScoreResult", "Scorer", "find_scorer"]
 
-_ALL: tuple[Scorer, ...] = (EXACT, CONTAINS, FRACTION, OPTION, VQA, BOX, BLEU, CIDER, CAPTION)
-SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in _ALL}
+SCORERS: dict[str, Scorer] = {
+    "exact": EXACT, "contains": CONTAINS, "fraction": FRACTION, "option": OPTION, "vqa": VQA,
+    "box": BOX, "bleu": BLEU, "cider": CIDER, "caption": CAPTION,
+}  # fmt: skip
 
 
 def find_scorer(name: str) -> Scorer:

@@ -84,9 +84,8 @@ def parse_chat_template(processor: Any, image_token: str, ends: Sequence[str]) -
     found = sorted((gap.find(end), end) for end in ends if end in gap)
     end = found[0][1] if found else ends[0]
     ending, _, between_turns = gap.partition(end) if found else ("", "", gap.lstrip())
-    return TemplateParts(
-        start, image_start, before_answer, answer_start, ending + end, between_turns
-    )
+    ending += end
+    return TemplateParts(start, image_start, before_answer, answer_start, ending, between_turns)
 
 
 def _message(index: int, has_image: bool) -> dict[str, Any]:
@@ -155,16 +154,15 @@ class ChatTokenizer:
 
     def answer_tokens(self, text: str) -> Tensor:
         """Return the tokens (L,) of an answer that are in the loss, its end included."""
-        turns = (Turn("human", "?"), Turn("assistant", text))
-        tokens, labels = replace(self, max_length=1 << 30).tokenize(
-            Conversation(turns, (text,)), False
-        )
+        turns = (Turn("user", "?"), Turn("assistant", text))
+        whole = replace(self, max_length=1 << 30)
+        tokens, labels = whole.tokenize(Conversation(turns, (text,)), False)
         return tokens[labels != IGNORE_INDEX]
 
     @property
     def first_token(self) -> int:
         """First token of every conversation."""
-        turns = (Turn("human", "?"), Turn("assistant", "!"))
+        turns = (Turn("user", "?"), Turn("assistant", "!"))
         return int(self.tokenize(Conversation(turns, ("!",)), False)[0][0])
 
     def _segments(self, conversation: Conversation, has_image: bool) -> Iterator[tuple[str, bool]]:

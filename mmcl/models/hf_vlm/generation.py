@@ -1,9 +1,12 @@
-"""Greedy generation of answers, with a strategy's prompts and output transform."""
+"""Generation of answers: greedy, or the most probable candidate, with a strategy's prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -47,17 +50,12 @@ class StrategyLogitsProcessor(LogitsProcessor):  # type: ignore[misc]  # not typ
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return (B, V) scores."""
         samples = torch.arange(len(scores), device=scores.device)
-        return self.transform_output(
-            Output(scores, prompts=self.prompts, sample_index=samples)
-        ).logits
+        output = Output(scores, prompts=self.prompts, sample_index=samples)
+        return self.transform_output(output).logits
 
 
 def expect_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return tokens (B, L) and their mask (B, L).
-
-    Raises:
-        ValueError: if the batch has none.
-    """
+    """Return tokens (B, L) and their mask (B, L); a ValueError if the batch has none."""
     if batch.input_ids is None or batch.attention_mask is None:
         raise ValueError(
             "the batch has no tokens: a generative model takes tasks of task_type 'instruction'; "
@@ -67,11 +65,7 @@ def expect_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def prompt_lengths(batch: Batch) -> Tensor:
-    """Return (B,) number of tokens before the last answer of each sample.
-
-    Args:
-        batch: with tokens, a mask and labels (B, L), or with classes, which have no answer.
-    """
+    """Return (B,) number of tokens before the last answer of each sample; classes have none."""
     _, mask = expect_tokens(batch)
     lengths = mask.sum(1)
     if not batch.is_generative:
@@ -100,15 +94,9 @@ def generate_with_strategy(
     max_new_tokens: int,
     transform_output: OutputTransform | None = None,
 ) -> list[str]:
-    """Return B greedily generated answers, without end tokens.
+    """Return B greedily generated answers of at most ``max_new_tokens``, without end tokens.
 
-    Args:
-        model: an ``ImageTextToText``.
-        questions: B questions, (L_b,) tokens each.
-        image_inputs: arguments of the forward pass, see ``ImageInputs.forward_kwargs``.
-        prompts: of the samples.
-        max_new_tokens: largest number of tokens of an answer.
-        transform_output: changes the (B, V) scores of every next token, or None.
+    Other arguments are those of ``candidate_log_probs``.
     """
     # Whatever is not set here comes from the model's own settings: Qwen's penalize repetition.
     settings = GenerationConfig(
@@ -118,9 +106,9 @@ def generate_with_strategy(
         return_dict_in_generate=False,
     )  # fmt: skip
     tokens, mask = left_pad(model.with_placeholders(questions, prompts), model.pad_token_id)
-    processors = LogitsProcessorList(
-        [] if transform_output is None else [StrategyLogitsProcessor(transform_output, prompts)]
-    )
+    processors = LogitsProcessorList()
+    if transform_output is not None:
+        processors.append(StrategyLogitsProcessor(transform_output, prompts))
     with model.entering(prompts, tokens, mask):
         sequences = model.lm.generate(
             input_ids=tokens, attention_mask=mask.long(), **image_inputs,
@@ -130,3 +118,151 @@ def generate_with_strategy(
     new = sequences[:, tokens.shape[1] :]
     texts: list[str] = model.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+_GROUP_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """Questions after a forward pass.
+
+    Attributes:
+        cache: keys and values.
+        mask: (B, L) real tokens.
+        next_position: (B,) position of the next token.
+        log_probs: (B, V) log probability of the next token.
+        axes: of a position; 1, or 3 in models that count time, height and width.
+    """
+
+    cache: Any
+    mask: Tensor
+    next_position: Tensor
+    log_probs: Tensor
+    axes: int
+
+
+def candidate_log_probs(
+    model: GenerativeModel,
+    questions: Sequence[Tensor],
+    image_inputs: dict[str, Any],
+    prompts: Prompts,
+    candidates: Sequence[Tensor],
+    transform_output: OutputTransform | None = None,
+) -> Tensor:
+    """Return (B, C) log probability of each candidate answer to each question, with its end.
+
+    A question goes through the model once; its keys and values serve all candidates, in groups of
+    at most one gibibyte.
+
+    Args:
+        model: an ``ImageTextToText``.
+        questions: B questions, (L_b,) tokens each.
+        image_inputs: arguments of the forward pass, see ``ImageInputs.forward_kwargs``.
+        prompts: of the samples.
+        candidates: C answers, (K_c,) tokens each.
+        transform_output: changes (S, V) scores, or None.
+    """
+    prefix = _encode_prefix(model, questions, image_inputs, prompts, transform_output)
+    groups = list(_groups(prefix, candidates))
+    found = []
+    for group in groups:
+        cache = prefix.cache if group is groups[-1] else copy.deepcopy(prefix.cache)
+        found.append(_score_group(model, prefix, cache, prompts, group, transform_output))
+    return torch.cat(found, 1)
+
+
+def _cache_name(model: GenerativeModel) -> str:
+    # transformers 5 renames this argument, and the output of the same name, and warns of the old.
+    arguments = inspect.signature(model.lm.model.forward).parameters
+    return "cache" if "cache" in arguments else "past_key_values"
+
+
+def _encode_prefix(
+    model: GenerativeModel, questions: Sequence[Tensor], image_inputs: dict[str, Any],
+    prompts: Prompts, transform_output: OutputTransform | None,
+) -> _Prefix:  # fmt: skip
+    tokens, mask = left_pad(model.with_placeholders(questions, prompts), model.pad_token_id)
+    positions, next_position = _positions(model, tokens, mask, image_inputs)
+    with model.entering(prompts, tokens, mask):
+        out = model.lm.model(
+            input_ids=tokens, attention_mask=mask.long(), position_ids=positions, use_cache=True,
+            **image_inputs, **model.image_inputs.token_type_ids(tokens),
+        )  # fmt: skip
+    samples = torch.arange(len(tokens), device=tokens.device)
+    log_probs = _log_probs(model, out.last_hidden_state[:, -1], samples, prompts, transform_output)
+    axes = 1 if positions.ndim == 2 else len(positions)
+    return _Prefix(getattr(out, _cache_name(model)), mask, next_position, log_probs, axes)
+
+
+def _positions(
+    model: GenerativeModel, tokens: Tensor, mask: Tensor, image_inputs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Return (B, L) or (3, B, L) positions, and (B,) the next position of each sample."""
+    lengths = mask.sum(1)
+    rope_index = getattr(model.lm.model, "get_rope_index", None)
+    if rope_index is None:
+        return (mask.long().cumsum(1) - 1).clamp(min=0), lengths
+    grid = image_inputs.get("image_grid_thw")
+    types = model.image_inputs.token_type_ids(tokens)
+    positions, shift = rope_index(tokens, image_grid_thw=grid, attention_mask=mask.long(), **types)
+    return positions, lengths + shift[:, 0]
+
+
+def _groups(prefix: _Prefix, candidates: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """Split the candidates into groups whose keys, values and scores are small enough."""
+    cached = sum(t.nbytes for layer in prefix.cache.layers for t in (layer.keys, layer.values))
+    longest = max(len(candidate) for candidate in candidates)
+    scores = 4 * prefix.log_probs.numel() * longest
+    size = max(1, _GROUP_BYTES // max(1, cached + scores))
+    for start in range(0, len(candidates), size):
+        yield candidates[start : start + size]
+
+
+def _score_group(
+    model: GenerativeModel, prefix: _Prefix, cache: Any, prompts: Prompts,
+    candidates: Sequence[Tensor], transform_output: OutputTransform | None,
+) -> Tensor:  # fmt: skip
+    """Return (B, C) for some candidates; the cache is used up."""
+    count, samples = len(candidates), len(prefix.mask)
+    first_tokens = torch.stack([candidate[0] for candidate in candidates])
+    total = prefix.log_probs[:, first_tokens]
+    lengths = torch.tensor([len(candidate) for candidate in candidates], device=total.device)
+    answers = pad_sequence(list(candidates), True, model.pad_token_id)
+    if answers.shape[1] == 1:
+        return total
+    # The last token of an answer is scored but is no input.
+    inputs = answers[:, :-1].repeat(samples, 1)
+    index = torch.arange(inputs.shape[1], device=inputs.device)
+    is_real = (index + 1 < lengths[:, None]).repeat(samples, 1)
+    positions = prefix.next_position.repeat_interleave(count)[:, None] + index
+    if prefix.axes > 1:
+        positions = positions.expand(prefix.axes, -1, -1)
+    cache.batch_repeat_interleave(count)
+    model.gates.update({n: g.repeat_interleave(count, 0) for n, g in prompts.gates.items()})
+    out = model.lm.model(
+        input_ids=inputs,
+        attention_mask=torch.cat([prefix.mask.repeat_interleave(count, 0), is_real], 1).long(),
+        position_ids=positions,
+        use_cache=True,
+        **{_cache_name(model): cache},
+    )
+    pairs, steps = torch.nonzero(is_real, as_tuple=True)
+    targets = answers[pairs % count, steps + 1]
+    hidden = out.last_hidden_state[pairs, steps]
+    log_probs = _log_probs(model, hidden, pairs // count, prompts, transform_output, targets)
+    sums = total.new_zeros(samples * count).index_add(0, pairs, log_probs)
+    return total + sums.view(samples, count)
+
+
+def _log_probs(
+    model: GenerativeModel, hidden: Tensor, samples: Tensor, prompts: Prompts,
+    transform_output: OutputTransform | None, targets: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Return (S, V) log probabilities of next tokens, or (S,) those of the targets."""
+    logits: Tensor = model.lm.get_output_embeddings()(hidden).float()
+    if transform_output is not None:
+        logits = transform_output(Output(logits, prompts=prompts, sample_index=samples)).logits
+    if targets is None:
+        return torch.log_softmax(logits, -1)
+    return torch.gather(logits, 1, targets[:, None])[:, 0] - torch.logsumexp(logits, -1)

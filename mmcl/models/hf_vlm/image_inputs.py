@@ -1,18 +1,87 @@
-"""Image inputs of a generative VLM: from uint8 squares to arguments of its forward pass."""
+"""Images of a generative VLM: from pixels to uint8 squares, and to inputs of its forward pass."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mmcl.core import Batch
+from mmcl.core import Batch, Conversation, ProcessedSample
 from mmcl.models.hf_vlm.architectures import Architecture
+from mmcl.models.hf_vlm.chat_template import ChatTokenizer
+
+ImageAspectRatio = Literal["pad", "crop", "stretch"]
+
+
+@dataclass(frozen=True)
+class LlavaTransform:
+    """Resize an image to one square size in uint8 and tokenize a conversation.
+
+    Training and evaluation do the same: published codes that pad in one and crop in the other lose
+    accuracy by that alone.
+
+    Attributes:
+        chat_tokenizer: of the model.
+        size: side of the square image.
+        image_aspect_ratio: "pad" to a square with ``fill`` (LLaVA-1.5), "crop" the center, or
+            "stretch".
+        fill: color of the padding, 0 to 255.
+    """
+
+    chat_tokenizer: ChatTokenizer
+    size: int
+    image_aspect_ratio: ImageAspectRatio = "pad"
+    fill: tuple[int, int, int] = (122, 116, 104)
+
+    def __post_init__(self) -> None:
+        """Check ``image_aspect_ratio``."""
+        if self.image_aspect_ratio not in ("pad", "crop", "stretch"):
+            raise ValueError(
+                f"image_aspect_ratio is {self.image_aspect_ratio!r}, expected 'pad', 'crop' or "
+                "'stretch'"
+            )
+
+    def __call__(
+        self, pixels: Tensor | None, text: str | Conversation | None, seed: int
+    ) -> ProcessedSample:
+        """Return the processed sample; see ``mmcl.core.Transform``."""
+        if not isinstance(text, Conversation):
+            raise TypeError(
+                f"a generative model takes conversations and got {type(text).__name__}: use it on "
+                "tasks of task_type 'instruction', or OpenCLIP for classes and captions"
+            )
+        image = None if pixels is None else self._square(pixels)
+        tokens, labels = self.chat_tokenizer.tokenize(text, image is not None)
+        return ProcessedSample(image, tokens, labels)
+
+    def _square(self, pixels: Tensor) -> Tensor:
+        height, width = pixels.shape[1:]
+        if height != width and self.image_aspect_ratio == "pad":
+            pixels = self._padded(pixels)
+        elif height != width and self.image_aspect_ratio == "crop":
+            short = min(height, width)
+            top, left = (height - short) // 2, (width - short) // 2
+            pixels = pixels[:, top : top + short, left : left + short]
+        if pixels.shape[1:] == (self.size, self.size):
+            return pixels.contiguous()
+        return functional.interpolate(
+            pixels[None], (self.size, self.size), mode="bicubic", antialias=True
+        )[0]
+
+    def _padded(self, pixels: Tensor) -> Tensor:
+        height, width = pixels.shape[1:]
+        side = max(height, width)
+        canvas = torch.tensor(self.fill, dtype=torch.uint8).view(3, 1, 1).repeat(1, side, side)
+        top, left = (side - height) // 2, (side - width) // 2
+        canvas[:, top : top + height, left : left + width] = pixels
+        return canvas
 
 
 class ImageInputs:
@@ -44,7 +113,7 @@ class ImageInputs:
         self.mean = [255.0 * value for value in self._processor.image_mean]
         self.std = [255.0 * value for value in self._processor.image_std]
         self.image_token_id = int(lm.config.image_token_id)
-        self._stats: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._stats: dict[torch.device, Tensor] = {}
         arguments = inspect.signature(lm.model.forward).parameters
         self._takes_token_types = "mm_token_type_ids" in arguments
         self._takes_encoder_outputs = "mm_encoder_outputs" in arguments
@@ -83,11 +152,7 @@ class ImageInputs:
         return {k: v.to(dtype) if v.is_floating_point() else v for k, v in moved.items()}
 
     def features(self, lm: Any, batch: Batch) -> Tensor:
-        """Return the projector inputs (M, N, D) of M images.
-
-        Raises:
-            ValueError: if there are no images.
-        """
+        """Return the projector inputs (M, N, D) of M images; a ValueError if there are none."""
         inputs = self.forward_kwargs(lm, batch)
         if batch.images is None or not inputs:
             raise ValueError("the batch has neither images nor features: give one of them")
@@ -110,9 +175,6 @@ class ImageInputs:
 
     def expect_feature_input(self, model_type: str) -> None:
         """Check that stored features can replace images.
-
-        Args:
-            model_type: for the error.
 
         Raises:
             ValueError: if more than a projector follows the vision tower.
@@ -138,14 +200,11 @@ class ImageInputs:
             pooler_output=projected if self.architecture.is_stacked else list(projected)
         )
 
-    def _mean_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation (3, 1, 1) on a device."""
+    def _mean_std(self, device: torch.device) -> Tensor:
+        """Return mean and standard deviation (2, 3, 1, 1) on a device."""
         if device not in self._stats:
-            mean, std = (
-                torch.tensor(s, device=device).view(3, 1, 1) for s in (self.mean, self.std)
-            )
-            self._stats[device] = (mean, std)
-        return self._stats[device]
+            self._stats[device] = torch.tensor([self.mean, self.std], device=device)
+        return self._stats[device].view(2, 3, 1, 1)
 
 
 def _image_size(config: Any, architecture: Architecture, size: int | None) -> int:

@@ -1,11 +1,12 @@
-"""Loading of generative VLMs of transformers by name or folder, with dtype and quantization."""
+"""Loading and saving of generative VLMs of transformers, and their chat tokenizers."""
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers.utils import is_bitsandbytes_available, logging
 from mmcl.core import Conversation, Turn
 from mmcl.models.hf_vlm.architectures import ARCHITECTURES, Architecture, architecture_of
 from mmcl.models.hf_vlm.chat_template import ChatTokenizer, parse_chat_template, vicuna
-from mmcl.models.hf_vlm.expert_gates import GateReplayContext
+from mmcl.models.hf_vlm.prompts_and_gates import GateReplayContext
 from mmcl.models.open_clip.loading import one_line, quiet_hub_access
 
 TINY_LLAVA = Path(__file__).parent.parent / "tiny_llava"
@@ -52,13 +53,7 @@ def load_vlm(
 ) -> LoadedVLM:
     """Load a model and its processor.
 
-    Args:
-        model: "tiny-llava" (ships with mmcl), a local folder as transformers writes them, or a
-            name on the hub such as "llava-hf/llava-1.5-7b-hf".
-        pretrained: False takes the configuration and random weights from ``seed``.
-        seed: of random weights.
-        dtype: see ``weight_options``.
-        quantization: see ``weight_options``.
+    Arguments are those of ``ImageTextToText``.
 
     Raises:
         FileNotFoundError: if a local folder or its config.json does not exist.
@@ -86,11 +81,7 @@ def load_vlm(
 
 
 def _local_or_hub(model: str) -> str:
-    """Return the local folder or hub name of a model.
-
-    Raises:
-        FileNotFoundError: if it is neither.
-    """
+    """Return the local folder or hub name of a model; a FileNotFoundError if it is neither."""
     if model == "tiny-llava":
         return str(TINY_LLAVA)
     path = Path(model).expanduser()
@@ -153,13 +144,7 @@ def _random_weights(source: str, options: dict[str, Any], seed: int) -> nn.Modul
 def make_chat_tokenizer(
     loaded: LoadedVLM, size: int, conv_template: ConvTemplate, max_length: int
 ) -> ChatTokenizer:
-    """Return the chat tokenizer of a model.
-
-    Args:
-        loaded: model and processor.
-        size: side of its images.
-        conv_template: "model" takes the processor's chat template, "vicuna_v1" LLaVA-1.5's.
-        max_length: largest number of tokens of a sample.
+    """Return the chat tokenizer of a model for images of a size; arguments of ``ImageTextToText``.
 
     Raises:
         ValueError: if the tokenizer is a slow one, the template cannot be parsed, or an image takes
@@ -204,12 +189,8 @@ def eos_token_ids(loaded: LoadedVLM) -> list[int]:
 
 
 def _expect_image_fits(chat_tokenizer: ChatTokenizer) -> None:
-    """Check that an image with one word fits into ``max_length``.
-
-    Raises:
-        ValueError: if it does not.
-    """
-    turns = (Turn("human", "?"), Turn("assistant", "!"))
+    """Check that an image with one word fits into ``max_length``."""
+    turns = (Turn("user", "?"), Turn("assistant", "!"))
     unlimited = replace(chat_tokenizer, max_length=sys.maxsize)
     needed = len(unlimited.tokenize(Conversation(turns, ("!",)), has_image=True)[0])
     if needed > chat_tokenizer.max_length:
@@ -220,11 +201,7 @@ def _expect_image_fits(chat_tokenizer: ChatTokenizer) -> None:
 
 
 def _image_placeholders(loaded: LoadedVLM, image_token: str, size: int) -> str:
-    """Return the text by which the processor replaces the image token of one image of this size.
-
-    Raises:
-        ValueError: if the text gives other tokens than the processor does.
-    """
+    """Return the text by which the processor replaces the image token of one image of this size."""
     blank = torch.zeros(3, size, size, dtype=torch.uint8)
     options = dict(architecture_of(loaded.lm).image_options)
     processed = loaded.processor(
@@ -251,11 +228,7 @@ def weight_options(
     Quantized weights go straight to the GPU of this process (LOCAL_RANK). A trainer's ``.to`` of
     that device leaves them unchanged; transformers refuses to cast them.
 
-    Args:
-        dtype: of the weights that are not quantized: "float32", "bfloat16" or "float16"; None =
-            "float32", or "bfloat16" beside quantized weights.
-        quantization: "8bit" or "4bit" by bitsandbytes, None = not quantized.
-        pretrained: whether weights are loaded.
+    Arguments are those of ``ImageTextToText``.
 
     Raises:
         ValueError: if dtype or quantization is unknown, or random weights would be quantized.
@@ -294,9 +267,7 @@ def _quantization_config(quantization: Quantization, compute_dtype: torch.dtype)
     # Only the language model is quantized: a trainable projector cannot be, and a vision tower is
     # small. The head is listed too, because a list of our own replaces that of transformers.
     known = (Architecture(), *ARCHITECTURES.values())
-    names = {
-        name for architecture in known for name in (architecture.projector, architecture.tower)
-    }
+    names = {name for one in known for name in (one.projector, one.tower)}
     skipped = ["lm_head", *sorted(f"model.{name}" for name in names)]
     if quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
@@ -307,13 +278,43 @@ def _quantization_config(quantization: Quantization, compute_dtype: torch.dtype)
 
 
 def enable_gradient_checkpointing(lm: Any, gates: MutableMapping[str, Tensor]) -> None:
-    """Enable gradient checkpointing, which computes layers twice to save memory.
-
-    Args:
-        lm: model of transformers.
-        gates: of expert layers; the second pass reads those of the first.
-    """
+    """Enable gradient checkpointing; the second pass reads the first one's gates of experts."""
     # transformers 5 renames this method and warns of the old name.
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     enable = next(getattr(lm, name) for name in names if hasattr(lm, name))
     enable({"use_reentrant": False, "context_fn": GateReplayContext(gates)})
+
+
+def plain_model(lm: Any, state: Mapping[str, Tensor]) -> Any:
+    """Build a model like ``lm`` without adapters around given weights, which are not copied.
+
+    The state has all weights, under their names without adapters.
+
+    Raises:
+        RuntimeError: if a weight is missing or unknown.
+    """
+    # On the meta device no random weights are made, which would be replaced at once.
+    with torch.device("meta"):
+        plain = type(lm)(copy.deepcopy(lm.config))
+    plain.load_state_dict(dict(state), strict=True, assign=True)
+    plain.tie_weights()
+    buffers = dict(lm.named_buffers())
+    for name, buffer in list(plain.named_buffers()):
+        if buffer.is_meta:
+            owner, _, last = name.rpartition(".")
+            plain.get_submodule(owner)._buffers[last] = buffers[name].clone()
+    plain.generation_config = copy.deepcopy(lm.generation_config)
+    return plain.eval()
+
+
+def plain_weight_names(lm: Any) -> set[str]:
+    """Return the names of all weights of a model without adapters."""
+    with torch.device("meta"):
+        return set(type(lm)(copy.deepcopy(lm.config)).state_dict())
+
+
+def save_pretrained(lm: Any, processor: Any, folder: Path) -> None:
+    """Write configuration, weights and processor."""
+    with without_progress_bars():
+        lm.save_pretrained(folder)
+        processor.save_pretrained(folder)

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from mmcl.core import IGNORE_INDEX, NO_PROMPTS, Batch, Modality, Output, Prompts, Transform
-from mmcl.core.model import eval_mode
-from mmcl.core.transformer_blocks import module_stacks
+from mmcl.core.model import eval_mode, module_stacks
 from mmcl.models.fingerprint import Fingerprint, frozen_base_parameters
-from mmcl.models.hf_vlm.architectures import architecture_of
-from mmcl.models.hf_vlm.candidate_scoring import argmax_candidate, candidate_log_probs
-from mmcl.models.hf_vlm.expert_gates import ExpertGates
+from mmcl.models.hf_vlm.architectures import (
+    ModuleGroup,
+    TargetModules,
+    architecture_of,
+    find_linears,
+    parameter_locations,
+    parameters_of,
+    touch_parameters,
+)
 from mmcl.models.hf_vlm.generation import (
     OutputTransform,
+    candidate_log_probs,
     expect_tokens,
     generate_with_strategy,
     prompt_lengths,
 )
-from mmcl.models.hf_vlm.image_inputs import ImageInputs
+from mmcl.models.hf_vlm.image_inputs import ImageAspectRatio, ImageInputs, LlavaTransform
 from mmcl.models.hf_vlm.loading import (
     ConvTemplate,
     DType,
@@ -35,17 +43,68 @@ from mmcl.models.hf_vlm.loading import (
     load_vlm,
     make_chat_tokenizer,
 )
-from mmcl.models.hf_vlm.module_groups import (
-    ModuleGroup,
-    TargetModules,
-    find_linears,
-    parameter_locations,
-    parameters_of,
-    touch_parameters,
-)
-from mmcl.models.hf_vlm.routing_encoder import embed_with_encoder, pool_images
-from mmcl.models.hf_vlm.soft_prompts import SoftPromptInserter
-from mmcl.models.hf_vlm.transform import ImageAspectRatio, LlavaTransform
+from mmcl.models.hf_vlm.prompts_and_gates import ExpertGates, SoftPromptInserter
+
+
+@torch.no_grad()
+def embed_with_encoder(routing_encoder: Any, batch: Batch, modality: Modality) -> Tensor:
+    """Return (B, E) unit embeddings of images or questions by the routing encoder.
+
+    The encoder is a dual one such as ``OpenCLIP``; images are squares of any size, and "text" is
+    the last question of each sample, from its reference.
+
+    Raises:
+        ValueError: if samples have stored features instead of images, or no references.
+    """
+    if modality == "text":
+        return _embed_questions(routing_encoder, batch)
+    if batch.features is not None:
+        raise ValueError(
+            "routing_encoder needs images and these samples have stored features instead: route "
+            "without FeatureReplay, or leave routing_encoder out"
+        )
+    if batch.images is None or not len(batch.images):
+        device = batch.labels.device
+        return torch.zeros(len(batch), int(routing_encoder.embed_dim), device=device)
+    images = _resized(batch.images, routing_encoder.size)
+    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    return pool_images(routing_encoder.embed(Batch(images, labels, labels), "image"), batch)
+
+
+def pool_images(images: Tensor, batch: Batch) -> Tensor:
+    """Pool the embeddings (M, E) of images to unit embeddings (B, E) of their samples.
+
+    A sample without images has the zero vector, one with several the mean of theirs.
+    """
+    if batch.image_owner is not None:
+        sums = images.new_zeros(len(batch), images.shape[1])
+        images = sums.index_add(0, batch.image_owner, images)
+    return functional.normalize(images, dim=-1)
+
+
+def _embed_questions(routing_encoder: Any, batch: Batch) -> Tensor:
+    if len(batch.references) != len(batch):
+        raise ValueError(
+            f"the batch has {len(batch.references)} references for {len(batch)} samples: a routing "
+            "encoder embeds the questions in batch.references, so give one per sample"
+        )
+    transform = routing_encoder.transform(False)
+    texts = [transform(None, reference.question, 0).input_ids for reference in batch.references]
+    tokens = pad_sequence(texts, batch_first=True).to(batch.labels.device)
+    questions = replace(
+        batch, images=None, image_owner=None, features=None, input_ids=tokens,
+        attention_mask=tokens != 0, labels=batch.task_ids,
+    )  # fmt: skip
+    embedded: Tensor = routing_encoder.embed(questions, "text")
+    return embedded
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
+    if images.shape[-1] == size:
+        return images
+    # torch resizes uint8 on the CPU only.
+    resized = functional.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
+    return resized.round_().clamp_(0, 255).to(torch.uint8)
 
 
 class ImageTextToText(nn.Module):
@@ -105,9 +164,8 @@ class ImageTextToText(nn.Module):
         self.architecture = architecture_of(self.lm)
         self.image_aspect_ratio: ImageAspectRatio = image_aspect_ratio
         self.image_inputs = ImageInputs(self.lm, self.processor, self.architecture, size)
-        self.chat_tokenizer = make_chat_tokenizer(
-            loaded, self.image_inputs.size, conv_template, max_length
-        )
+        size = self.image_inputs.size
+        self.chat_tokenizer = make_chat_tokenizer(loaded, size, conv_template, max_length)
         self.end_token_ids = eos_token_ids(loaded)
         tokenizer = self.processor.tokenizer
         pad = tokenizer.pad_token_id
@@ -127,11 +185,7 @@ class ImageTextToText(nn.Module):
         self._projector = parameter_locations(self.lm, self.tower("projector"))
 
     def forward(self, batch: Batch, prompts: Prompts = NO_PROMPTS) -> Output:
-        """Return the token scores of a batch of conversations.
-
-        Returns:
-            ``logits`` (S, V) of the positions in the loss only, with their
-            ``sample_index`` and ``target_ids``.
+        """Return the token scores (S, V) of the positions in the loss, with their targets.
 
         Raises:
             ValueError: if the batch has no tokens, or class labels.
@@ -147,16 +201,10 @@ class ImageTextToText(nn.Module):
         inputs = self.soft_prompts.insert_placeholders(tokens, prompt_length)
         # Right padding under causal attention changes no real position, so there is no mask.
         with self.entering(prompts, inputs, None):
-            out = self.lm.model(
-                input_ids=inputs,
-                use_cache=False,
-                **images,
-                **self.image_inputs.token_type_ids(inputs),
-            )
+            types = self.image_inputs.token_type_ids(inputs)
+            out = self.lm.model(input_ids=inputs, use_cache=False, **images, **types)
         samples, index = torch.nonzero(labels[:, 1:] != IGNORE_INDEX, as_tuple=True)
-        shifted = index
-        if prompt_length:
-            shifted = index + prompt_length * (index >= self.soft_prompts.offset)
+        shifted = index + prompt_length * (index >= self.soft_prompts.offset)
         hidden = out.last_hidden_state.flatten(0, 1)
         in_loss = hidden.index_select(0, samples * inputs.shape[1] + shifted)
         logits = self.lm.get_output_embeddings()(in_loss)
@@ -201,7 +249,8 @@ class ImageTextToText(nn.Module):
                 )
             tokens = [self._tokens_of(text).to(batch.labels.device) for text in candidates]
             scores = candidate_log_probs(self, questions, images, prompts, tokens, transform_output)
-        return argmax_candidate(scores, candidates)
+        # Of equal ones the first.
+        return [candidates[index] for index in scores.argmax(1).tolist()]
 
     @torch.no_grad()
     def embed(self, batch: Batch, modality: Modality) -> Tensor:
@@ -287,24 +336,15 @@ class ImageTextToText(nn.Module):
 
     def with_placeholders(self, texts: Sequence[Tensor], prompts: Prompts) -> list[Tensor]:
         """Return token sequences with placeholders for the prompts after the begin token."""
-        prompt_length = self.soft_prompts.length(prompts)
-        if not prompt_length:
-            return list(texts)
-        return [
-            self.soft_prompts.insert_placeholders(text[None], prompt_length)[0] for text in texts
-        ]
+        length = self.soft_prompts.length(prompts)
+        return [self.soft_prompts.insert_placeholders(text[None], length)[0] for text in texts]
 
     @contextmanager
     def entering(self, prompts: Prompts, tokens: Tensor, mask: Tensor | None) -> Iterator[None]:
         """Apply prompts and gates in the forward passes of this context.
 
         Prompts replace the embeddings of their placeholders. Expert layers read the gates, which
-        stay until the next pass.
-
-        Args:
-            prompts: of the samples.
-            tokens: (B, L) with placeholders for the prompts.
-            mask: (B, L) bool, or None where samples are not padded on the left.
+        stay until the next pass. Tokens and mask as in ``SoftPromptInserter.inject_prompts``.
         """
         self.gates.clear()
         self.gates.update(prompts.gates)

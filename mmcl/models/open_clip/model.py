@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -10,28 +12,137 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmcl.core import NO_PROMPTS, Batch, Modality, Output, Prompts, Transform
-from mmcl.core.output import PromptPosition
+from mmcl.core import (
+    IGNORE_INDEX,
+    NO_PROMPTS,
+    Batch,
+    Conversation,
+    Modality,
+    Output,
+    ProcessedSample,
+    Prompts,
+    Transform,
+)
+from mmcl.core.distributed import all_gather_with_grad
+from mmcl.core.model import PromptPosition
+from mmcl.core.seeding import generator, hash_priorities
 from mmcl.models.fingerprint import fingerprint_of
 from mmcl.models.open_clip.loading import image_settings, load_clip
-from mmcl.models.open_clip.losses import class_loss, clip_loss
 from mmcl.models.open_clip.towers import image_embedding, text_embedding, token_dims, trim_padding
-from mmcl.models.open_clip.transform import ClipTransform
+
+
+@dataclass(frozen=True)
+class ClipTransform:
+    """Resize an image to the model's size in uint8 and tokenize a text.
+
+    Resizing is torch's antialiased bicubic one on uint8. Training takes a random crop
+    (open_clip's default: area ``random_crop_scale`` of the image, aspect 3/4 to 4/3);
+    evaluation takes the center crop.
+
+    Attributes:
+        size: side of the square image.
+        tokenizer: text -> (1, L) int64, or None for models without captions.
+        random_crop_scale: smallest area fraction of a training crop, 0 to 1; None = center crop.
+        horizontal_flip: mirror half of the training images.
+    """
+
+    size: int
+    tokenizer: Callable[[str], Tensor] | None = None
+    random_crop_scale: float | None = None
+    horizontal_flip: bool = False
+
+    def __call__(
+        self, pixels: Tensor | None, text: str | Conversation | None, seed: int
+    ) -> ProcessedSample:
+        """Return the processed sample; see ``mmcl.core.Transform``."""
+        if isinstance(text, Conversation):
+            raise TypeError(
+                "a CLIP takes classes and captions and got a conversation: a stream of task_type "
+                "'instruction' needs a generative model, such as mmcl.models.ImageTextToText"
+            )
+        image = None if pixels is None else self._image(pixels, seed)
+        tokens = None
+        if text is not None and self.tokenizer is not None:
+            tokens = self.tokenizer(text)[0]
+            tokens = tokens[: int((tokens != 0).sum())]
+        return ProcessedSample(image, tokens)
+
+    def _image(self, pixels: Tensor, seed: int) -> Tensor:
+        height, width = pixels.shape[1:]
+        if self.random_crop_scale is None:
+            short = min(height, width)
+            top, left = (height - short) // 2, (width - short) // 2
+            return self._resize(pixels[:, top : top + short, left : left + short])
+        area, aspect, down, right, mirror = torch.rand(5, generator=generator(seed)).tolist()
+        fraction = self.random_crop_scale + (1 - self.random_crop_scale) * area
+        ratio = math.exp((2 * aspect - 1) * math.log(4 / 3))
+        tall = min(height, max(1, round(math.sqrt(fraction * height * width / ratio))))
+        wide = min(width, max(1, round(math.sqrt(fraction * height * width * ratio))))
+        top, left = int(down * (height - tall + 1)), int(right * (width - wide + 1))
+        image = self._resize(pixels[:, top : top + tall, left : left + wide])
+        return image.flip(2) if self.horizontal_flip and mirror < 0.5 else image
+
+    def _resize(self, pixels: Tensor) -> Tensor:
+        if pixels.shape[1:] == (self.size, self.size):
+            return pixels.contiguous()
+        return functional.interpolate(
+            pixels[None], (self.size, self.size), mode="bicubic", antialias=True
+        )[0]
+
+
+def clip_loss(
+    image: Tensor, text: Tensor, tokens: Tensor, scale: Tensor, in_loss: Tensor | None = None
+) -> Tensor:
+    """Symmetric InfoNCE of pairs (Radford et al. 2021, arXiv:2103.00020), mean over samples.
+
+    Negatives come from all ranks. Samples with the same text are positives of each other and share
+    the target evenly; otherwise a batch with repeated captions would punish correct matches.
+
+    Args:
+        image: (B, D) unit image embeddings.
+        text: (B, D) unit text embeddings.
+        tokens: (B, L) int64 texts, padded with 0; equal tokens are equal texts.
+        scale: () logit scale.
+        in_loss: (B,) bool, the samples that take part, also as negatives; None = all.
+
+    Returns:
+        Scalar, 0 if no sample takes part. The mean over ranks, weighted by their numbers of such
+        samples, is the global loss.
+    """
+    if in_loss is not None:
+        image, text, tokens = image[in_loss], text[in_loss], tokens[in_loss]
+    all_image, _ = all_gather_with_grad(image)
+    all_text, _ = all_gather_with_grad(text)
+    hashes = _text_hashes(tokens)
+    all_hashes, _ = all_gather_with_grad(hashes)
+    same = (hashes[:, None] == all_hashes[None]).all(-1).to(image.dtype)
+    target = same / same.sum(1, keepdim=True)
+    by_image = functional.cross_entropy(scale * image @ all_text.T, target, reduction="sum")
+    by_text = functional.cross_entropy(scale * text @ all_image.T, target, reduction="sum")
+    return (by_image + by_text) / (2 * max(1, len(image)))
+
+
+def _text_hashes(tokens: Tensor) -> Tensor:
+    # Ranks trim texts to different lengths, so the hash must not depend on padding.
+    position = torch.arange(1, tokens.shape[1] + 1, device=tokens.device) << 32
+    return (hash_priorities(0, 0, tokens + position) * (tokens != 0)).sum(1, keepdim=True)
+
+
+def class_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Cross entropy over class scores, mean over samples in the loss, 0 if there are none.
+
+    Args:
+        logits: (B, C) class scores; -inf leaves a class out of the softmax.
+        labels: (B,) int64 class indices, -100 = not in the loss.
+        smoothing: fraction of the target that is spread over all classes, 0 to 1.
+    """
+    total = functional.cross_entropy(
+        logits, labels, ignore_index=IGNORE_INDEX, label_smoothing=smoothing, reduction="sum"
+    )
+    return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
+
 
 _MAX_SCALE = 100.0
-
-
-class _Identity:
-    """Cache key that is equal only for the same object, and keeps that object alive."""
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
 
 
 class OpenCLIP(nn.Module):
@@ -87,7 +198,7 @@ class OpenCLIP(nn.Module):
         self.register_buffer("_class_task", torch.zeros(0, dtype=torch.int64), persistent=False)
         self._classes: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
         self._text_cache: dict[tuple[str, str], Tensor] = {}
-        self._class_cache: tuple[Any, Tensor] | None = None
+        self._class_cache: tuple[Any, list[nn.Parameter], Tensor] | None = None
         self._forwards_with_grad = 0
 
     @property
@@ -137,9 +248,8 @@ class OpenCLIP(nn.Module):
         self._forwards_with_grad += torch.is_grad_enabled()
         image = self._image(batch, prompts)
         if batch.input_ids is not None:
-            text = self._unit(
-                text_embedding(self.clip, trim_padding(batch.input_ids), prompts.tokens)
-            )
+            tokens = trim_padding(batch.input_ids)
+            text = self._unit(text_embedding(self.clip, tokens, prompts.tokens))
         elif any(tower == "text" for tower, _ in prompts.tokens):
             return self._with_text_prompts(image, prompts)
         else:
@@ -159,9 +269,8 @@ class OpenCLIP(nn.Module):
         logits = output.logits
         if self.logit_scope == "task" and len(self._class_task) == logits.shape[1]:
             # Samples of another source have no task (-1) and are compared with all classes.
-            foreign = (self._class_task[None] != batch.task_ids[:, None]) & (
-                batch.task_ids[:, None] >= 0
-            )
+            own = batch.task_ids[:, None]
+            foreign = (self._class_task[None] != own) & (own >= 0)
             logits = logits.masked_fill(foreign, float("-inf"))
         return class_loss(logits, batch.labels, self.label_smoothing)
 
@@ -258,15 +367,15 @@ class OpenCLIP(nn.Module):
         if is_trainable and torch.is_grad_enabled():
             return self._embed_classes({})
         # A fused optimizer changes weights without raising their version, so trainable weights are
-        # embedded again after every forward pass with gradients. The key holds the weights, or
+        # embedded again after every forward pass with gradients. The cache holds the weights, or
         # others could be allocated at the same address.
-        weights = [(_Identity(p), p.data_ptr(), p._version) for p in parameters]
-        key = (self._forwards_with_grad if is_trainable else 0, weights)
-        if self._class_cache is None or self._class_cache[0] != key:
+        weights = [(p.data_ptr(), p._version) for p in parameters]
+        key, cache = (self._forwards_with_grad if is_trainable else 0, weights), self._class_cache
+        if cache is None or cache[0] != key or list(map(id, cache[1])) != list(map(id, parameters)):
             # Tensors made in inference mode could not be used by a later training step.
             with torch.inference_mode(False), torch.no_grad():
-                self._class_cache = (key, self._embed_classes({}))
-        return self._class_cache[1]
+                self._class_cache = cache = (key, parameters, self._embed_classes({}))
+        return cache[2]
 
     def _embed_classes(self, prompts: dict[PromptPosition, Tensor]) -> Tensor:
         names, templates = self._classes

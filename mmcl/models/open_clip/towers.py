@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmcl.core.output import PromptPosition
+from mmcl.core.model import PromptPosition
 
 
 def image_embedding(clip: Any, images: Tensor, prompts: Mapping[PromptPosition, Tensor]) -> Tensor:
@@ -32,15 +32,13 @@ def image_embedding(clip: Any, images: Tensor, prompts: Mapping[PromptPosition, 
     own = {layer: tokens for (tower, layer), tokens in prompts.items() if tower == "image"}
     if not own:
         return torch.as_tensor(clip.encode_image(images))
-    visual = _require_vit(clip.visual, "image", "_embeds", "_pool", "transformer")
-    _check_layers("image", own, len(visual.transformer.resblocks))
-    tokens, prompt_length = visual._embeds(images), 0
-    for layer, block in enumerate(visual.transformer.resblocks):
-        if layer in own:
-            added = own[layer].to(tokens.dtype)
-            tokens = torch.cat([tokens[:, :1], added, tokens[:, 1 + prompt_length :]], dim=1)
-            prompt_length = added.shape[1]
-        tokens = block(tokens)
+    visual = clip.visual
+    if not all(hasattr(visual, name) for name in ("_embeds", "_pool", "transformer")):
+        raise TypeError(
+            "image prompts need an open_clip VisionTransformer, and this model has a "
+            f"{type(visual).__name__}: choose a ViT model or a strategy without prompts"
+        )
+    tokens, prompt_length = _run_blocks(visual, visual._embeds(images), own, "image")
     tokens = torch.cat([tokens[:, :1], tokens[:, 1 + prompt_length :]], dim=1)
     pooled = visual._pool(tokens)[0]
     return torch.as_tensor(pooled if visual.proj is None else pooled @ visual.proj)
@@ -69,24 +67,37 @@ def text_embedding(clip: Any, tokens: Tensor, prompts: Mapping[PromptPosition, T
                 f"this is a {type(text).__name__}: use modality='image'"
             )
         return torch.as_tensor(clip.encode_text(_padded_to_context(tokens, text)))
-    _check_layers("text", own, len(text.transformer.resblocks))
-    hidden = text.token_embedding(tokens) + text.positional_embedding[: tokens.shape[1]]
-    prompt_length = 0
+    embedded = text.token_embedding(tokens) + text.positional_embedding[: tokens.shape[1]]
+    hidden, prompt_length = _run_blocks(text, embedded, own, "text", text.attn_mask)
     ends = tokens.argmax(dim=-1)
-    for layer, block in enumerate(text.transformer.resblocks):
-        if layer in own:
-            added = own[layer].to(hidden.dtype)
-            hidden = torch.cat([hidden[:, :1], added, hidden[:, 1 + prompt_length :]], dim=1)
-            prompt_length = added.shape[1]
-        hidden = block(hidden, attn_mask=_causal_mask(hidden.shape[1], text.attn_mask))
     samples = torch.arange(hidden.shape[0], device=hidden.device)
     pooled = text.ln_final(hidden[samples, ends + prompt_length])
     projection = text.text_projection
     if projection is None:
         return torch.as_tensor(pooled)
-    return torch.as_tensor(
-        projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
-    )
+    is_linear = isinstance(projection, nn.Linear)
+    return torch.as_tensor(projection(pooled) if is_linear else pooled @ projection)
+
+
+def _run_blocks(
+    tower: Any, tokens: Tensor, own: Mapping[int, Tensor], name: str, mask: Tensor | None = None
+) -> tuple[Tensor, int]:
+    """Return the tokens after all blocks, prompts behind the first one, and the prompts' length."""
+    blocks, prompt_length = tower.transformer.resblocks, 0
+    wrong = [layer for layer in own if not 0 <= layer < len(blocks)]
+    if wrong:
+        raise ValueError(
+            f"{name} prompts enter layer {wrong}, but the tower has layers 0 to {len(blocks) - 1}: "
+            "choose among these"
+        )
+    for layer, block in enumerate(blocks):
+        if layer in own:
+            added = own[layer].to(tokens.dtype)
+            tokens = torch.cat([tokens[:, :1], added, tokens[:, 1 + prompt_length :]], dim=1)
+            prompt_length = added.shape[1]
+        masks = {} if mask is None else {"attn_mask": _causal_mask(tokens.shape[1], mask)}
+        tokens = block(tokens, **masks)
+    return tokens, prompt_length
 
 
 def trim_padding(tokens: Tensor) -> Tensor:
@@ -123,22 +134,3 @@ def _padded_to_context(tokens: Tensor, text: Any) -> Tensor:
     missing = context - tokens.shape[1]
     padding = int(getattr(text, "pad_id", 0))
     return torch.nn.functional.pad(tokens, (0, missing), value=padding) if missing > 0 else tokens
-
-
-def _require_vit(visual: Any, tower: str, *members: str) -> Any:
-    missing = [name for name in members if not hasattr(visual, name)]
-    if missing:
-        raise TypeError(
-            f"{tower} prompts need an open_clip VisionTransformer, and this model has a "
-            f"{type(visual).__name__}: choose a ViT model or a strategy without prompts"
-        )
-    return visual
-
-
-def _check_layers(tower: str, own: Mapping[int, Tensor], layers: int) -> None:
-    wrong = [layer for layer in own if not 0 <= layer < layers]
-    if wrong:
-        raise ValueError(
-            f"{tower} prompts enter layer {wrong}, but the tower has layers 0 to {layers - 1}: "
-            "choose among these"
-        )

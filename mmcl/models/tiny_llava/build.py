@@ -17,11 +17,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mmcl.models.hf_vlm.loading import TINY_LLAVA, LoadedVLM
+from mmcl.models.hf_vlm.architectures import ModuleGroup
+from mmcl.models.hf_vlm.image_inputs import ImageAspectRatio
+from mmcl.models.hf_vlm.loading import TINY_LLAVA, LoadedVLM, save_pretrained
 from mmcl.models.hf_vlm.model import ImageTextToText
-from mmcl.models.hf_vlm.module_groups import ModuleGroup
-from mmcl.models.hf_vlm.saving import save_pretrained
-from mmcl.models.hf_vlm.transform import ImageAspectRatio
 from mmcl.models.tiny_llava.vision_towers import Tower, vision_tower
 
 CHAT = (

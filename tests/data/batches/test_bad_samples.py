@@ -5,11 +5,11 @@ import torch
 from mmcl.core import ReplayPlan
 from mmcl.core.seeding import hash_seed
 from mmcl.data import open_stream, train_loader
-from mmcl.data.batches.train_dataset import BatchRequest
+from mmcl.data.batches.train_loader import BatchRequest
 from tests.data.small_stream import CutAndNoise, labelled, picture, write_stream
 
 
-def recall_of(*pairs, share=0.3, keep="reference"):
+def replay_of(*pairs, share=0.3, keep="reference"):
     tasks, samples = zip(*pairs, strict=True)
     return ReplayPlan(torch.tensor(tasks), torch.tensor(samples), share, keep)
 
@@ -19,7 +19,7 @@ def load(prepared, task=2, replay_plan=None, **options):
     return train_loader(prepared, task, CutAndNoise(), replay_plan=replay_plan, **options)
 
 
-OLD = recall_of((0, 8), (0, 3), (1, 2))
+OLD = replay_of((0, 8), (0, 3), (1, 2))
 BAD = [
     ("x0", [("x0.png", b"\x89PNG broken"), ("x0.cls", b"4")], "its image is not JPEG, PNG or"),
     ("x1", [("x1.jpg", picture(1, "JPEG")[:-10]), ("x1.cls", b"4")], "its JPEG is broken"),

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mmcl.core.seeding import hash_seed
-from mmcl.data.batches.permutation import (
+from mmcl.data.batches.batch_plan import (
     SORTED,
     FeistelPermutation,
     HashPermutation,

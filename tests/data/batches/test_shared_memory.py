@@ -1,5 +1,7 @@
 """Batches come out of workers as they were made, and stay so."""
 
+import multiprocessing
+
 import pytest
 import torch
 from torch.utils.data import Sampler
@@ -9,12 +11,12 @@ from mmcl.data.batches.shared_memory import (
     SharedBatch,
     SharedBuffers,
     SharedMemoryDataLoader,
-    workers_are_forked,
+    make_dataloader,
 )
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not workers_are_forked(), reason="needs forked workers"),
+    pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="needs forked workers"),
 ]
 
 
@@ -78,8 +80,6 @@ def test_images_are_copied_out_of_their_buffer():
 
 
 def test_without_memory_for_buffers_torch_transfers_the_batches(monkeypatch):
-    from mmcl.data.batches import train_loader
-
     def refuse(count):
         raise OSError(12, "Cannot allocate memory")
 
@@ -89,5 +89,5 @@ def test_without_memory_for_buffers_torch_transfers_the_batches(monkeypatch):
         def __getitems__(self, request):
             return self.make(request)
 
-    batches = list(train_loader.make_dataloader(Rows(), IntArray(5), 1, seed=0, stay=False))
+    batches = list(make_dataloader(Rows(), IntArray(5), 1, seed=0, stay=False))
     assert [int(batch.images.max()) for batch in batches] == [0, 1, 2, 3, 4]

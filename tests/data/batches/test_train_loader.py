@@ -10,12 +10,12 @@ from mmcl.data.batches.train_loader import ResumableBatchSampler
 from tests.data.small_stream import CutAndNoise, labelled, same, write_stream, write_tar
 
 
-def recall_of(*pairs, share=0.3, keep="reference"):
+def replay_of(*pairs, share=0.3, keep="reference"):
     tasks, samples = zip(*pairs, strict=True)
     return ReplayPlan(torch.tensor(tasks), torch.tensor(samples), share, keep)
 
 
-OLD = recall_of((0, 3), (0, 9), (1, 2))
+OLD = replay_of((0, 3), (0, 9), (1, 2))
 
 
 class Place:
@@ -75,7 +75,7 @@ def test_every_new_sample_comes_once_in_every_epoch_with_recall_on(prepared):
 def test_labels_are_columns_of_the_learned_order_for_old_and_new_samples(tmp_path):
     write_stream(tmp_path)
     stream = open_stream(TaskStream.read(tmp_path / "small.yaml", order=[2, 0, 1]))
-    (batch,) = load(stream, 1, recall_of((0, 0), (0, 1), share=0.2), global_batch_size=12)
+    (batch,) = load(stream, 1, replay_of((0, 0), (0, 1), share=0.2), global_batch_size=12)
     expected = [0, 1] if batch.sample_ids[-2:].tolist() == [0, 1] else [1, 0]
     assert batch.labels[-2:].tolist() == expected
     assert set(batch.labels[:-2].tolist()) == {2, 3}
@@ -195,7 +195,7 @@ def test_iterating_draws_nothing_from_the_global_generator(prepared):
 
 def test_joint_training_visits_old_and_new_once(prepared):
     everything = [(task, sample) for task, size in ((0, 10), (1, 7)) for sample in range(size)]
-    loader = load(prepared, replay_plan=recall_of(*everything, share=None))
+    loader = load(prepared, replay_plan=replay_of(*everything, share=None))
     assert len(loader) == 5
     seen = [
         (int(task), int(sample))
@@ -230,7 +230,7 @@ def test_captions_are_padded_to_the_longest_of_the_batch(tmp_path):
 def test_replayed_captions_leave_samples_with_classes_without_text(tmp_path):
     stream = write_stream(tmp_path)
     stream.tasks = (replace(stream[0], task_type="captioning"), *stream.tasks[1:])
-    (batch,) = load(open_stream(stream), 1, recall_of((0, 1), share=0.1), global_batch_size=8)
+    (batch,) = load(open_stream(stream), 1, replay_of((0, 1), share=0.1), global_batch_size=8)
     assert batch.attention_mask.any(1).tolist() == [False] * 7 + [True]
     assert batch.labels[-1] == IGNORE_INDEX
 
@@ -252,20 +252,20 @@ def test_counts_below_one_are_refused(prepared, name):
 
 
 def test_a_finished_task_is_not_read_when_nothing_is_kept(prepared):
-    with pytest.raises(RuntimeError, match=r"finished tasks \[0\] but keep is 'none'"):
-        load(prepared, replay_plan=recall_of((0, 1), keep="none"))
+    with pytest.raises(RuntimeError, match=r"finished tasks \[0\] but its storage is 'none'"):
+        load(prepared, replay_plan=replay_of((0, 1), keep="none"))
 
 
 def test_copies_need_their_readers(prepared):
-    with pytest.raises(ValueError, match=r"pass recall_readers=\{task: ReplayCopyReader"):
-        load(prepared, replay_plan=recall_of((0, 1), keep="copy"))
+    with pytest.raises(ValueError, match=r"pass replay_readers=\{task: ReplayCopyReader"):
+        load(prepared, replay_plan=replay_of((0, 1), keep="copy"))
 
 
 def test_only_finished_tasks_and_existing_samples_can_be_replayed(prepared):
-    with pytest.raises(ValueError, match=r"recall names tasks \[2\] while task 2 is trained"):
-        load(prepared, replay_plan=recall_of((2, 1)))
+    with pytest.raises(ValueError, match=r"replay_plan names tasks \[2\] while task 2 is trained"):
+        load(prepared, replay_plan=replay_of((2, 1)))
     with pytest.raises(ValueError, match="1 samples of task 0 that are not there, sample 10"):
-        load(prepared, replay_plan=recall_of((0, 9), (0, 10)))
+        load(prepared, replay_plan=replay_of((0, 9), (0, 10)))
 
 
 def test_a_sampler_has_its_length_before_it_is_iterated(prepared):

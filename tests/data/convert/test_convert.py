@@ -14,19 +14,18 @@ import pytest
 import yaml
 
 from mmcl.core import TaskStream
-from mmcl.data.convert.convert import convert
-from mmcl.data.convert.open_input import open_source
-from mmcl.data.convert.options import ConvertOptions
+from mmcl.data.convert.convert import convert, open_input
+from mmcl.data.convert.record import ConvertOptions
 from mmcl.data.shards.open_stream import open_stream
 from tests.data.convert.llava_files import jpeg, put, train_set
-from tests.data.writing.shard_files import read_samples
+from tests.data.shards.shard_files import read_samples
 
 
 def made(source, out, name="mine", test=None, task_type=None, images=None, folders=False, **more):
     """Convert in one process; return the card's content."""
     calls = {key: more.pop(key) for key in ("append", "card", "progress") if key in more}
     opened = [
-        one and open_source(one, task_type, images, tasks_are_folders=folders)
+        one and open_input(one, task_type, images, tasks_are_folders=folders)
         for one in (source, test)
     ]
     path, _ = convert(*opened, out, ConvertOptions(name, **more), **calls)
@@ -310,8 +309,8 @@ def test_processes_write_the_same_bytes_as_one_and_a_kill_loses_nothing(tmp_path
         import os, signal, sys
         from pathlib import Path
         from mmcl.data.convert import convert as making
-        from mmcl.data.convert.options import ConvertOptions
-        from mmcl.data.convert.open_input import open_source
+        from mmcl.data.convert.record import ConvertOptions
+        from mmcl.data.convert.convert import open_input
 
         def told(what, done, total):
             if sys.argv[1] == "kill" and what == "writing shards" and done > 900:
@@ -320,7 +319,7 @@ def test_processes_write_the_same_bytes_as_one_and_a_kill_loses_nothing(tmp_path
         if __name__ == "__main__":
             folder = Path({str(tmp_path)!r})
             options = ConvertOptions("mine", shard_samples=300, test_fraction=0.3, num_workers=2)
-            source = open_source(folder / "t.csv")
+            source = open_input(folder / "t.csv")
             making._MIN_SAMPLES_PER_WORKER = 1
             making.convert(source, None, folder / "two", options, progress=told)
         """

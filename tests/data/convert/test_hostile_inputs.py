@@ -8,9 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mmcl.data.convert.convert import convert
-from mmcl.data.convert.open_input import open_source
-from mmcl.data.convert.options import ConvertOptions
+from mmcl.data.convert.convert import convert, open_input
+from mmcl.data.convert.record import ConvertOptions
 from tests.data.convert.llava_files import asked, jpeg, put
 from tests.data.convert.test_convert import class_folders, contents, made, pictures, read
 
@@ -37,7 +36,7 @@ def test_all_errors_are_told_before_anything_is_written_and_may_be_left_out(tmp_
     assert re.search(r"sample 1 \(id 'a/1.jpg'\): its \w+ 'a/1.jpg' has 0 bytes", text)
     assert text.endswith("and 3 more")
     options = ConvertOptions("mine", max_bad_fraction=0.4)
-    _, result = convert(open_source(tmp_path / "set"), None, tmp_path / "out", options)
+    _, result = convert(open_input(tmp_path / "set"), None, tmp_path / "out", options)
     assert (result.num_bad, len(result.left_out)) == (13, 13)
     assert sum(entry["size"] + entry["test_size"] for entry in result.entries) == 21
     listed = (tmp_path / "out" / "mine.left_out.txt").read_text().splitlines()

@@ -10,14 +10,13 @@ import yaml
 from mmcl.core import ProcessedSample, TaskStream
 from mmcl.data.batches.collate import make_example
 from mmcl.data.convert.convert import convert
-from mmcl.data.convert.in_place import InPlace
 from mmcl.data.convert.llava_input import ImageFolders, open_instructions
-from mmcl.data.convert.options import ConvertOptions
-from mmcl.data.convert.record import SkippedRecord
+from mmcl.data.convert.record import ConvertOptions, SkippedRecord
+from mmcl.data.convert.task_files import InPlace
 from mmcl.data.decode import decode_image
-from mmcl.data.errors import BadSample
 from mmcl.data.shards.llava_json import open_references, read_sample
 from mmcl.data.shards.open_stream import open_stream
+from mmcl.data.stored_sample import BadSample
 from tests.data.convert.llava_files import asked, jpeg, put, quizzed, samples_of, train_set
 
 
@@ -88,7 +87,7 @@ def test_a_run_sees_the_dialogue_and_the_pixels_of_the_source(tmp_path):
         place = int(sample.key.rpartition("-")[2])
         assert pixels.equal(decode_image(jpeg(place)))
         assert [(turn.role, turn.text) for turn in dialogue.turns] == [
-            ("human", "<image>\nWhat is this?"), ("assistant", f"thing {place}"),
+            ("user", "<image>\nWhat is this?"), ("assistant", f"thing {place}"),
         ]  # fmt: skip
 
 

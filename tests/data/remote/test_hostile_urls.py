@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-import mmcl.data.remote.fsspec_store
+import mmcl.data.remote.download
 from mmcl.core import TaskStream
 from mmcl.data import open_stream
-from mmcl.data.errors import BadShard
 from mmcl.data.remote.fetch import RetryPolicy
 from mmcl.data.remote.location import resolve_url
+from mmcl.data.stored_sample import BadShard
 from tests.data.small_stream import labelled, write_stream, write_tar
 from tests.toys.http_server import serving
 
@@ -62,7 +62,7 @@ def test_no_shard_of_a_card_is_a_command_and_each_is_named(tmp_path, sprung, nam
     card = tmp_path / "small.yaml"
     card.write_text(card.read_text().replace("a-train.tar", f"'{name}'"))
     with pytest.raises(ValueError, match="task 'task-a': shard ") as caught:
-        open_stream(TaskStream.read(card), cache=tmp_path / "cache")
+        open_stream(TaskStream.read(card), cache_dir=tmp_path / "cache")
     assert name in str(caught.value)
 
 
@@ -87,7 +87,7 @@ def test_what_follows_an_address_is_part_of_it(
         raise BadShard(f"was asked for as {address}")
         yield
 
-    monkeypatch.setattr(mmcl.data.remote.fsspec_store, "_read_file", closed)
+    monkeypatch.setattr(mmcl.data.remote.download, "_read_file", closed)
     monkeypatch.setenv("no_proxy", "*")
     with pytest.raises(BadShard, match="could not be fetched|was asked for as hf://d/x.* ?x?"):
         resolve_url(start + tail, tmp_path / "cache", patience=ONCE).path()

@@ -14,9 +14,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry, known_implementations
 
 import mmcl.data.remote.cache
-import mmcl.data.remote.fsspec_store
+import mmcl.data.remote.download
+from mmcl.data.remote.download import FILE_SYSTEMS
 from mmcl.data.remote.fetch import RetryPolicy
-from mmcl.data.remote.fsspec_store import FILE_SYSTEMS
 from mmcl.data.remote.location import LocalFile, default_cache, resolve_url
 from tests.toys.http_server import cut, lie, replaced, serving, stall, status, without_length
 
@@ -333,7 +333,7 @@ def test_what_is_not_in_a_cloud_or_not_ours_is_told_at_once(tmp_path, cloud, pat
 def test_a_shard_replaced_in_its_cloud_while_it_is_read_is_read_again(
     tmp_path, cloud, patience, monkeypatch
 ):
-    monkeypatch.setattr(mmcl.data.remote.fsspec_store, "_BLOCK", 1000)
+    monkeypatch.setattr(mmcl.data.remote.download, "_BLOCK", 1000)
     real, new = Store._open, b"n" * len(CONTENT)
 
     def replacing(self, path, mode="rb", **settings):

@@ -48,7 +48,7 @@ def epoch(prepared, number=0, **options):
 
 def test_nothing_is_fetched_before_it_is_read(far, tmp_path):
     site, card = far
-    prepared = open_stream(TaskStream.read(card), cache=tmp_path / "cache")
+    prepared = open_stream(TaskStream.read(card), cache_dir=tmp_path / "cache")
     assert prepared.stream[0].size == SHARDS * EACH
     assert site.asked == []
 
@@ -58,7 +58,7 @@ def test_an_epoch_fetches_each_shard_once_though_the_cache_holds_few(far, tmp_pa
     site, card = far
     size = max(map(len, site.contents.values()))
     limit = size * (2 * window + 2)
-    prepared = open_stream(TaskStream.read(card), cache=tmp_path / "cache", cache_limit=limit)
+    prepared = open_stream(TaskStream.read(card), cache_dir=tmp_path / "cache", cache_limit=limit)
     keys = [key for batch in epoch(prepared, window=window) for key in batch.keys]
     assert len(set(keys)) == SHARDS * EACH
     wait_for_threads()
@@ -69,8 +69,8 @@ def test_an_epoch_fetches_each_shard_once_though_the_cache_holds_few(far, tmp_pa
 
 def test_ranks_and_a_second_start_see_the_same_batches(far, tmp_path):
     _, card = far
-    whole = epoch(open_stream(TaskStream.read(card), cache=tmp_path / "one"), 3, window=2)
-    prepared = open_stream(TaskStream.read(card), cache=tmp_path / "two")
+    whole = epoch(open_stream(TaskStream.read(card), cache_dir=tmp_path / "one"), 3, window=2)
+    prepared = open_stream(TaskStream.read(card), cache_dir=tmp_path / "two")
     ranks = [epoch(prepared, 3, window=2, rank=rank, world=2) for rank in range(2)]
     for batch, first, second in zip(whole, *ranks, strict=True):
         assert batch.keys[0::2] == first.keys
@@ -82,7 +82,7 @@ def test_a_shard_of_another_count_than_the_card_says_ends_the_run_by_name(far, t
     site, card = far
     path = write_tar(tmp_path / "x.tar", labelled(EACH - 1, name="other"))
     site.put("/train-2.tar", path.read_bytes())
-    prepared = open_stream(TaskStream.read(card), cache=tmp_path / "cache")
+    prepared = open_stream(TaskStream.read(card), cache_dir=tmp_path / "cache")
     with pytest.raises(RuntimeError, match=r"train-2.tar holds 4 samples and the card says 5"):
         epoch(prepared)
 

@@ -8,10 +8,8 @@ import torch
 from mmcl.core import ProcessedSample, Task
 from mmcl.data import eval_loader, open_stream
 from mmcl.data.batches.collate import make_example
-from mmcl.data.conversation_json import read_dialogue
-from mmcl.data.errors import BadSample
-from mmcl.data.protocols import Sample
-from mmcl.data.shards.reader import MAX_TEXT_BYTES
+from mmcl.data.shards.llava_json import read_dialogue
+from mmcl.data.stored_sample import MAX_TEXT_BYTES, BadSample, Sample
 from tests.data.small_stream import (
     CutAndNoise,
     dialogue,
@@ -80,7 +78,9 @@ def test_a_text_that_shows_nothing_is_empty(text):
     "text", ["a\0b", "👩\u200d🚀", "שלום\u200f", "\ue000", "。", "\x1b[2Jx", "5"]
 )
 def test_a_text_that_shows_something_is_one(text):
-    assert row(CAPTIONS, txt=text.encode()).processed.tokens.tolist() == list(text.strip().encode())
+    assert row(CAPTIONS, txt=text.encode()).processed.input_ids.tolist() == list(
+        text.strip().encode()
+    )
     assert read_dialogue(dialogue(text, text)).turns[1].text == text
 
 

@@ -15,11 +15,10 @@ import pytest
 
 import mmcl.data.shards.tar
 from mmcl.data import eval_loader, open_stream, train_loader
-from mmcl.data.errors import BadSample, BadShard
 from mmcl.data.remote.location import LocalFile, resolve_url
-from mmcl.data.shards.reader import MAX_TEXT_BYTES
 from mmcl.data.shards.tar import MAX_EXTENDED_BYTES
 from mmcl.data.shards.tar_shard import TarShard
+from mmcl.data.stored_sample import MAX_TEXT_BYTES, BadSample, BadShard
 from tests.data.small_stream import CutAndNoise, labelled, picture, write_stream, write_tar
 
 
@@ -67,7 +66,7 @@ def test_a_pipe_url_is_refused_and_not_run(tmp_path, url):
     (tmp_path / "small.yaml").write_text(card)
     stream = type(stream).read(tmp_path / "small.yaml")
     with pytest.raises(ValueError, match=r"task 'task-a': shard .*allow_pipes=True"):
-        open_stream(stream, cache=tmp_path / "cache")
+        open_stream(stream, cache_dir=tmp_path / "cache")
     assert not (tmp_path / "sprung").exists()
 
 
@@ -76,12 +75,12 @@ def test_a_pipe_url_runs_where_its_user_allows_it(tmp_path):
     task = stream.tasks[0]
     object.__setattr__(task, "train", (f"pipe:cat {tmp_path / 'a-train.tar'}",))
     with pytest.raises(ValueError, match="allow_pipes=True if you trust it"):
-        open_stream(stream, cache=tmp_path / "cache")
-    prepared = open_stream(stream, cache=tmp_path / "cache", allow_pipes=True)
+        open_stream(stream, cache_dir=tmp_path / "cache")
+    prepared = open_stream(stream, cache_dir=tmp_path / "cache", allow_pipes=True)
     assert prepared.reader(0, "train").read(3).key == "atrain003"
     object.__setattr__(task, "train", ("pipe:cat /does/not/exist",))
     with pytest.raises(ValueError, match="could not be fetched"):
-        open_stream(stream, cache=tmp_path / "cache", allow_pipes=True)
+        open_stream(stream, cache_dir=tmp_path / "cache", allow_pipes=True)
     assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 1
 
 

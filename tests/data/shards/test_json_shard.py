@@ -12,16 +12,16 @@ import torch
 from mmcl.core import Batch, ProcessedSample, Task
 from mmcl.data.batches.collate import collate, make_example
 from mmcl.data.convert.convert import convert
-from mmcl.data.convert.in_place import InPlace
 from mmcl.data.convert.llava_input import open_instructions
-from mmcl.data.convert.options import ConvertOptions
-from mmcl.data.errors import BadSample, BadShard
+from mmcl.data.convert.record import ConvertOptions
+from mmcl.data.convert.task_files import InPlace
 from mmcl.data.remote.location import LocalFile, sha256_of
 from mmcl.data.shards.json_shard import JsonShard
 from mmcl.data.shards.reader import Reader
 from mmcl.data.shards.tar_shard import TarShard
+from mmcl.data.stored_sample import BadSample, BadShard
 from tests.data.convert.llava_files import asked, jpeg, put, train_set
-from tests.data.writing.shard_files import read_samples
+from tests.data.shards.shard_files import read_samples
 
 OPTIONS = ConvertOptions("vqa", test_fraction=0.2)
 
@@ -59,7 +59,7 @@ def picture_and_tokens(pixels, dialogue, seed):
     """Transform like that of a model: pixels, and the bytes of the turns."""
     text = " ".join(turn.text for turn in dialogue.turns)
     tokens = torch.tensor(list(text.encode()))
-    return ProcessedSample(pixels, tokens=tokens, labels=tokens.clone())
+    return ProcessedSample(pixels, input_ids=tokens, labels=tokens.clone())
 
 
 def batch_of(samples):
@@ -231,10 +231,10 @@ def changed(**values):
         (changed(records="pictures/sub/0.jpg"), "names a file that cannot be used"),
         (changed(samples=7), "says 7 samples and has 8"),
         (changed(sha256="0" * 64), "was made for other samples"),
-        (changed(places="train.json"), "names train.json, which cannot be read"),
-        (changed(places="far.npy"), "far.npy, which is not an increasing list"),
-        (changed(places="float.npy"), "float.npy, which is not an increasing list"),
-        (changed(places="pickle.npy"), "pickle.npy, which cannot be read"),
+        (changed(indices="train.json"), "names train.json, which cannot be read"),
+        (changed(indices="far.npy"), "far.npy, which is not an increasing list"),
+        (changed(indices="float.npy"), "float.npy, which is not an increasing list"),
+        (changed(indices="pickle.npy"), "pickle.npy, which cannot be read"),
     ],
 )
 def test_a_pointer_that_is_none_says_why(tmp_path, change, message):

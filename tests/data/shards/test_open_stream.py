@@ -10,11 +10,11 @@ from webdataset.writer import TarWriter
 
 from mmcl.core.seeding import hash_priorities
 from mmcl.data import open_stream
-from mmcl.data.errors import ErrorList
 from mmcl.data.remote.location import LocalFile
 from mmcl.data.shards.open_stream import add_repeated_keys
 from mmcl.data.shards.reader import Reader
 from mmcl.data.shards.tar_shard import TarShard
+from mmcl.data.stored_sample import ErrorList
 from tests.data.small_stream import labelled, picture, write_stream, write_tar
 
 
@@ -171,20 +171,20 @@ def test_hashes_are_checked_when_asked(tmp_path):
 @pytest.mark.parametrize(("limit", "sizes"), [(6, [6, 6, 5]), (0.3, [3, 2, 2]), (9.0, [9, 7, 5])])
 def test_a_limit_takes_a_seeded_choice_in_recorded_order(tmp_path, limit, sizes):
     stream = write_stream(tmp_path)
-    whole, prepared = open_stream(stream), open_stream(stream, limit=limit, seed=4)
+    whole, prepared = open_stream(stream), open_stream(stream, max_samples=limit, seed=4)
     assert [task.size for task in prepared.stream] == sizes
     reader, all_of_it = prepared.reader(0, "train"), whole.reader(0, "train")
     keys = [reader.read(number).key for number in range(len(reader))]
     assert keys == sorted(keys)
     assert set(keys) <= {all_of_it.read(number).key for number in range(10)}
-    again = open_stream(stream, limit=limit, seed=4).reader(0, "train")
+    again = open_stream(stream, max_samples=limit, seed=4).reader(0, "train")
     assert [again.read(number).key for number in range(len(again))] == keys
 
 
 def test_the_limit_keeps_the_smallest_hashes(tmp_path):
     import zlib
 
-    reader = open_stream(write_stream(tmp_path), limit=4, seed=9).reader(0, "train")
+    reader = open_stream(write_stream(tmp_path), max_samples=4, seed=9).reader(0, "train")
     ranks = hash_priorities(9, zlib.crc32(b"train/task-a"), torch.arange(10)).tolist()
     expected = sorted(sorted(range(10), key=ranks.__getitem__)[:4])
     assert [int(reader.read(number).key[-3:]) for number in range(4)] == expected
@@ -192,8 +192,8 @@ def test_the_limit_keeps_the_smallest_hashes(tmp_path):
 
 @pytest.mark.parametrize("limit", [0, -3, 0.0, 1.5, True, -0.1])
 def test_a_limit_that_means_nothing_is_refused(tmp_path, limit):
-    with pytest.raises(ValueError, match=r"limit is .*, expected a whole number of samples"):
-        open_stream(write_stream(tmp_path), limit=limit)
+    with pytest.raises(ValueError, match=r"max_samples is .*, expected a whole number of samples"):
+        open_stream(write_stream(tmp_path), max_samples=limit)
 
 
 def test_progress_counts_parts(tmp_path):

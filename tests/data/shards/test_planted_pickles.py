@@ -12,11 +12,11 @@ import yaml
 
 from mmcl.core import ReplayPlan
 from mmcl.data import ReplayCopyReader, open_stream, save_replay_copies
-from mmcl.data.errors import BadShard
 from mmcl.data.remote.location import LocalFile, sha256_of
 from mmcl.data.shards.json_index import open_json_index
 from mmcl.data.shards.json_shard import JsonShard
 from mmcl.data.shards.tar_shard import TarShard
+from mmcl.data.stored_sample import BadShard
 from mmcl.evaluation.cost import Ledger
 from mmcl.lightning.run_dir import RunDirectory
 from mmcl.memory import MmapStore
@@ -115,11 +115,11 @@ def test_inside_of_the_index_of_loose_files(tmp_path, sprung):
         assert again.text_bytes.tolist() == expected.text_bytes.tolist()
 
 
-def test_in_place_of_the_places_of_loose_files(tmp_path, planted):
-    path = loose(tmp_path, places="places.npy")
-    (tmp_path / "places.npy").write_bytes(planted)
+def test_in_place_of_the_indices_of_loose_files(tmp_path, planted):
+    path = loose(tmp_path, indices="indices.npy")
+    (tmp_path / "indices.npy").write_bytes(planted)
     with pytest.raises(
-        BadShard, match=r"names places\.npy, which (cannot be read|is not an increasing)"
+        BadShard, match=r"names indices\.npy, which (cannot be read|is not an increasing)"
     ):
         len(JsonShard(path, "x", None))
 

@@ -3,9 +3,8 @@ import pickle
 import numpy as np
 import pytest
 
-from mmcl.data.errors import BadShard
-from mmcl.data.protocols import Sample
 from mmcl.data.shards.reader import Reader
+from mmcl.data.stored_sample import BadShard, Sample
 
 
 class Listed:

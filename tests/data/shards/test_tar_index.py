@@ -11,8 +11,9 @@ import mmcl.data.shards.tar_index
 import mmcl.data.shards.tar_shard
 from mmcl.data import open_stream
 from mmcl.data.remote.location import LocalFile
-from mmcl.data.shards.tar_index import MAX_EXTENSIONS, hash_of_key, read_index
+from mmcl.data.shards.tar_index import MAX_EXTENSIONS, read_index
 from mmcl.data.shards.tar_shard import TarShard
+from mmcl.data.stored_sample import hash_bytes
 from tests.data.small_stream import labelled, write_stream, write_tar
 
 
@@ -73,7 +74,7 @@ def test_a_sample_of_image_and_text_takes_22_bytes(tmp_path):
 
 def test_key_hashes_are_those_of_the_keys_and_come_from_the_file(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "x.tar", labelled(7))
-    expected = [hash_of_key(f"s{n:03d}".encode()) for n in range(7)]
+    expected = [hash_bytes(f"s{n:03d}".encode()) for n in range(7)]
     assert shard_of(path).key_hashes().tolist() == expected
     monkeypatch.setattr(mmcl.data.shards.tar_shard, "scan", never)
     assert shard_of(path).key_hashes().tolist() == expected
@@ -84,7 +85,7 @@ def test_key_hashes_whose_file_is_gone_are_rebuilt(tmp_path):
     shard = shard_of(path)
     assert len(shard.index) == 3
     (tmp_path / "x.tar.index").unlink()
-    assert shard.key_hashes().tolist() == [hash_of_key(f"s{n:03d}".encode()) for n in range(3)]
+    assert shard.key_hashes().tolist() == [hash_bytes(f"s{n:03d}".encode()) for n in range(3)]
     assert (tmp_path / "x.tar.index").is_file()
 
 
@@ -150,7 +151,7 @@ def test_an_index_replaced_by_garbage_is_rebuilt(tmp_path, garbage):
         index.mkdir()
     else:
         index.write_bytes(garbage)
-    prepared = open_stream(stream, cache=tmp_path / "cache")
+    prepared = open_stream(stream, cache_dir=tmp_path / "cache")
     assert prepared.reader(0, "train").read(3).key == "atrain003"
 
 
@@ -219,11 +220,11 @@ def test_the_index_of_a_read_only_folder_is_in_the_cache(tmp_path, monkeypatch):
         write(path, data)
 
     monkeypatch.setattr(mmcl.data.shards.tar_index, "write_atomic", only_cache)
-    open_stream(stream, cache=tmp_path / "cache")
+    open_stream(stream, cache_dir=tmp_path / "cache")
     assert not list(tmp_path.glob("*.index"))
     assert len(list((tmp_path / "cache" / "indexes").glob("*a-train.tar.index"))) == 1
     monkeypatch.setattr(mmcl.data.shards.tar_shard, "scan", never)
-    assert open_stream(stream, cache=tmp_path / "cache").stream[0].size == 4
+    assert open_stream(stream, cache_dir=tmp_path / "cache").stream[0].size == 4
 
 
 def test_on_a_full_disk_the_index_is_kept_in_memory_with_its_hashes(tmp_path, monkeypatch):
@@ -233,7 +234,7 @@ def test_on_a_full_disk_the_index_is_kept_in_memory_with_its_hashes(tmp_path, mo
         raise OSError(28, "no space left")
 
     monkeypatch.setattr(mmcl.data.shards.tar_index, "write_atomic", full)
-    assert open_stream(stream, cache=tmp_path / "cache").stream[0].size == 4
+    assert open_stream(stream, cache_dir=tmp_path / "cache").stream[0].size == 4
     shard = shard_of(tmp_path / "a-train.tar")
     assert len(shard.key_hashes()) == 4
     monkeypatch.setattr(mmcl.data.shards.tar_shard, "scan", never)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import mmcl.data.shards.tar_shard
-from mmcl.data.errors import BadSample, BadShard
 from mmcl.data.remote.location import LocalFile
 from mmcl.data.shards.tar_shard import TarShard, open_at_once
+from mmcl.data.stored_sample import BadSample, BadShard
 from tests.data.small_stream import labelled, picture, write_tar
 
 
@@ -143,11 +143,11 @@ def test_a_remote_shard_that_changed_since_it_was_indexed_is_an_error_once(far, 
 
 def test_a_remote_shard_is_compared_once_per_fetch(far, monkeypatch):
     compared = []
-    edges_of = mmcl.data.shards.tar_shard.edges_of
+    head_tail_hash = mmcl.data.shards.tar_shard.head_tail_hash
     monkeypatch.setattr(
         mmcl.data.shards.tar_shard,
-        "edges_of",
-        lambda *given: compared.append(1) or edges_of(*given),
+        "head_tail_hash",
+        lambda *given: compared.append(1) or head_tail_hash(*given),
     )
     assert len(distant(far)) == 5
     shard = distant(far)

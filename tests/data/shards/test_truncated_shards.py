@@ -5,9 +5,9 @@ import tarfile
 import pytest
 
 from mmcl.data import open_stream
-from mmcl.data.errors import BadShard
 from mmcl.data.remote.location import LocalFile
 from mmcl.data.shards.tar_shard import TarShard
+from mmcl.data.stored_sample import BadShard
 from tests.data.small_stream import labelled, picture, write_stream, write_tar
 
 

@@ -4,12 +4,9 @@ import numpy as np
 import pytest
 
 from mmcl.data.shards.open_stream import find_repeats
-from mmcl.data.validate.duplicates import (
-    TrainFingerprints,
-    hash_of,
-    joined,
-    sample_fingerprint,
-)
+from mmcl.data.stored_sample import hash_bytes
+from mmcl.data.validate.aggregate import TrainFingerprints, joined
+from mmcl.data.validate.shard_check import sample_fingerprint
 
 
 def prints_of(pairs):
@@ -70,6 +67,6 @@ def test_hashes_are_known_ones():
     # blake2b of "abc" with 8 bytes, from the reference of RFC 7693 as other programs print it.
     import hashlib
 
-    assert hash_of(b"abc") == int(hashlib.blake2b(b"abc", digest_size=8).hexdigest(), 16)
+    assert hash_bytes(b"abc") == int(hashlib.blake2b(b"abc", digest_size=8).hexdigest(), 16)
     halves = hashlib.blake2b(b"abc", digest_size=16).hexdigest()
     assert sample_fingerprint(b"abc", b"") == (int(halves[:16], 16), int(halves[16:], 16), 0)

@@ -12,7 +12,7 @@ from tests.data.small_stream import coloured, labelled, write_answer_stream, wri
 
 def drawn(stream, task=0, part="train", count=6, **options):
     return draw_samples(
-        stream, stream.evaluated_task(task), part, count, cache=stream.folder, **options
+        stream, stream.evaluated_task(task), part, count, cache_dir=stream.folder, **options
     )
 
 
@@ -39,7 +39,7 @@ def test_what_cannot_be_read_is_passed_over(tmp_path):
 def test_turns_come_without_the_mark_of_the_picture(tmp_path):
     stream = write_answer_stream(tmp_path, a_train=coloured(4, 0, name="atrain"))
     (sample,) = drawn(stream, count=1)
-    assert sample.turns[0] == ("human", "What colour is it?")
+    assert sample.turns[0] == ("user", "What colour is it?")
     assert sample.turns[1][0] == "assistant"
     assert (sample.size, sample.column) == ((16, 16), IGNORE_INDEX)
 

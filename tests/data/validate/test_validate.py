@@ -65,7 +65,7 @@ def again(data):
 
 
 def check(folder, **options):
-    return check_stream(folder / "small.yaml", cache=folder / "cache", workers=0, **options)
+    return check_stream(folder / "small.yaml", cache_dir=folder / "cache", num_workers=0, **options)
 
 
 def test_a_good_stream_has_no_fault_and_is_counted_right(tmp_path):
@@ -306,13 +306,13 @@ def test_samples_that_come_twice_and_classes_that_are_absent_are_remarks(tmp_pat
         "task 'task-c' has no test sample of 1 of its 2 classes: 'c4'",
     )
     assert "no shard has a hash on the card" in found.warnings[2]
-    assert check(tmp_path, limit=1).warnings == found.warnings[2:]
+    assert check(tmp_path, max_samples=1).warnings == found.warnings[2:]
 
 
 @pytest.mark.parametrize(("limit", "looked"), [(4, [4, 4, 4]), (0.5, [5, 4, 2]), (99, [10, 7, 5])])
 def test_a_limit_looks_into_some_samples_and_counts_them_all(tmp_path, limit, looked):
     write_stream(tmp_path)
-    found = check(tmp_path, limit=limit)
+    found = check(tmp_path, max_samples=limit)
     assert [task.train.decoded for task in found.tasks] == looked
     assert [task.train.samples for task in found.tasks] == [10, 7, 5]
     assert [sum(task.train.labels) for task in found.tasks] == looked
@@ -340,10 +340,10 @@ def test_progress_counts_shards_and_bad_options_are_sentences(tmp_path):
     told = []
     check(tmp_path, progress=lambda done, total: told.append((done, total)))
     assert told == [(done, 6) for done in range(1, 7)]
-    with pytest.raises(ValueError, match="limit is 0"):
-        check(tmp_path, limit=0)
-    with pytest.raises(ValueError, match="workers is -1"):
-        check_stream(tmp_path / "small.yaml", workers=-1)
+    with pytest.raises(ValueError, match="max_samples is 0"):
+        check(tmp_path, max_samples=0)
+    with pytest.raises(ValueError, match="num_workers is -1"):
+        check_stream(tmp_path / "small.yaml", num_workers=-1)
 
 
 @pytest.mark.slow
@@ -357,7 +357,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
     )  # fmt: skip
     alone = check(tmp_path)
     assert len(alone.errors) == 3
-    both = check_stream(tmp_path / "small.yaml", cache=tmp_path / "cache", workers=2)
+    both = check_stream(tmp_path / "small.yaml", cache_dir=tmp_path / "cache", num_workers=2)
     assert both.plain() == alone.plain()
 
 
@@ -368,8 +368,10 @@ def test_a_killed_process_is_reported_with_what_to_do(tmp_path, monkeypatch):
 
     monkeypatch.setattr(validate.WorkerPool, "map", lost)
     write_stream(tmp_path)
-    with pytest.raises(RuntimeError, match="that validated a shard was killed.*fewer workers"):
-        check_stream(tmp_path / "small.yaml", cache=tmp_path, workers=2)
+    with pytest.raises(
+        RuntimeError, match="that validated a shard was killed.*smaller num_workers"
+    ):
+        check_stream(tmp_path / "small.yaml", cache_dir=tmp_path, num_workers=2)
 
 
 def test_loose_files_are_checked_where_they_lie(tmp_path):
@@ -386,7 +388,7 @@ def test_loose_files_are_checked_where_they_lie(tmp_path):
         stated = {
             "format": "mmcl-loose/1", "records": "all.json", "images": "pictures", "keys": part,
             "samples": samples, "sha256": hashlib.sha256(content).hexdigest(),
-            "bytes": len(content), "places": f"{part}.npy",
+            "bytes": len(content), "indices": f"{part}.npy",
         }  # fmt: skip
         (tmp_path / f"{part}.loose.json").write_text(json.dumps(stated))
     task = {"name": "asked", "train": "train.loose.json", "test": "test.loose.json", "size": 4}
@@ -420,14 +422,14 @@ def test_a_shard_in_pieces_is_found_to_be_what_it_is_as_a_whole(tmp_path, limit,
         c_test=replaced(labelled(5, (4, 5), name="ctest"), shared),
     )  # fmt: skip
     rewrite(tmp_path, lambda card: card["tasks"][0].update(size=27))
-    whole = check(tmp_path, limit=limit)
+    whole = check(tmp_path, max_samples=limit)
     assert len(whole.errors) >= 2
     one_by_one = lambda works, workers: ((work, check_shard(work)) for work in works)  # noqa: E731
     monkeypatch.setattr(validate, "_results", one_by_one)
     monkeypatch.setattr(validate, "_CHUNK_BYTES", 7000)
     told = []
     found = check_stream(
-        tmp_path / "small.yaml", cache=tmp_path, workers=2, limit=limit,
+        tmp_path / "small.yaml", cache_dir=tmp_path, num_workers=2, max_samples=limit,
         progress=lambda done, total: told.append((done, total)),
     )  # fmt: skip
     assert found.plain() == whole.plain()

@@ -9,8 +9,13 @@ import pytest
 import torch
 
 from mmcl.evaluation import find_scorer
-from mmcl.evaluation.scorers.bleu import corpus_bleu, sentence_bleu
-from mmcl.evaluation.scorers.cider import Cider, common_length, rouge_l
+from mmcl.evaluation.scorers.captions import (
+    Cider,
+    common_length,
+    corpus_bleu,
+    rouge_l,
+    sentence_bleu,
+)
 
 VOCABULARY = ("a", "the", "red", "dog", "cat", "runs", "on", "in", "park", "bus", "street")
 

@@ -1,0 +1,173 @@
+"""Commands on the directory of a run: ``mmcl evaluate``, ``report``, ``compare`` and ``export``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from mmcl.cli.parser import CommandParser, UsageError, refuse_renamed_options
+from mmcl.cli.train import with_progress
+from mmcl.evaluation import AccuracyMatrix
+from mmcl.evaluation.run_files import CONFIG, EVALUATION, MATRIX, read_lenient
+from mmcl.export import FORMATS, default_format
+from mmcl.lightning.cli import ContinualCLI
+from mmcl.lightning.continual_run import ContinualRun
+from mmcl.report import compare, matrix_csv, matrix_latex, matrix_table, write_report
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """Evaluate task checkpoints of a run on any task; writes evaluation/, not the run's matrix."""
+    parser = _run_parser("mmcl evaluate", evaluate.__doc__)
+    parser.add_argument(
+        "--after_task",
+        metavar="N",
+        help="checkpoints: 0 = before training, 3 = after the third task; 0-5; 1,4 (all)",
+    )
+    parser.add_argument(
+        "--tasks", metavar="N", help="tasks from 0, then eval-only tasks; 0-5; 1,4 (all)"
+    )
+    refuse_renamed_options(argv, {"--rows": "--after_task", "--columns": "--tasks"})
+    given, rest = parser.parse_known_args(argv)
+    run = _configured_run(given.run, rest, program="mmcl evaluate")
+    run.data.prepare_data()
+    after_tasks = numbers(given.after_task, _finished_tasks(run) + 1, "after_task")
+    tasks = numbers(given.tasks, len(run.data.stream.all_tasks), "tasks")
+    matrix = run.evaluate(after_tasks, tasks)
+    if run.is_first:
+        output = run.folder.path / EVALUATION
+        lenient = read_lenient(matrix, output)
+        print(matrix_table(matrix, lenient=lenient, width=Console().width))
+        print(f"predictions: {output}")
+    return 0
+
+
+def report(argv: Sequence[str]) -> int:
+    """Write report.html of a run, finished or not, and print its accuracy matrix."""
+    parser = _run_parser("mmcl report", report.__doc__)
+    parser.add_argument(
+        "--as",
+        dest="form",
+        choices=("text", "csv", "latex"),
+        default="text",
+        help="format of the printed matrix (%(default)s)",
+    )
+    given = parser.parse_args(argv)
+    folder = run_folder(given.run)
+    matrix = AccuracyMatrix.read(folder / MATRIX)
+    page = write_report(folder)
+    if given.form == "text":
+        print(matrix_table(matrix, lenient=read_lenient(matrix, folder)))
+        print(f"report: {page}")
+    else:
+        print({"csv": matrix_csv, "latex": matrix_latex}[given.form](matrix))
+    return 0
+
+
+def compare_runs(argv: Sequence[str]) -> int:
+    """Compare runs of one stream: mean and deviation over seeds, as a table, a page and a plot."""
+    parser = CommandParser(prog="mmcl compare", description=compare_runs.__doc__)
+    parser.add_argument("runs", nargs="+", help="run directories, or names under runs/")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/comparison"),
+        help="folder of the results (%(default)s)",
+    )
+    given = parser.parse_args(argv)
+    found = compare([run_folder(name) for name in given.runs])
+    found.write(given.out)
+    print(found.text())
+    print(f"plot and page: {given.out}")
+    return 0
+
+
+def export(argv: Sequence[str]) -> int:
+    """Write the model of a run, after its last task or an earlier one, for another library."""
+    parser = _run_parser("mmcl export", export.__doc__)
+    parser.add_argument(
+        "target", type=Path, help="new folder, or for open_clip a new .safetensors file"
+    )
+    parser.add_argument(
+        "--as", dest="form", choices=tuple(FORMATS),
+        help="open_clip: one file; transformers: folder of the full model, adapters merged; peft: "
+        "folder of the adapter alone (what fits the model)",
+    )  # fmt: skip
+    parser.add_argument("--after_task", type=int, metavar="N", help="number of trained tasks (all)")
+    parser.add_argument("--half", action="store_true", help="save in float16")
+    refuse_renamed_options(argv, {"--after": "--after_task"})
+    given, rest = parser.parse_known_args(argv)
+    if given.target.exists():
+        raise UsageError(f"{given.target} exists: give a new name, or remove this one")
+    run = _configured_run(given.run, rest, program="mmcl export")
+    done, wanted = _finished_tasks(run), given.after_task
+    if wanted is not None and not 0 <= wanted <= done:
+        raise UsageError(
+            f"--after_task is {wanted}, and the run has trained {done} tasks: give 0 to {done}"
+        )
+    module = run.load_after(wanted)
+    module.eval()
+    form = given.form or default_format(module)
+    if form == "open_clip" and given.target.suffix != ".safetensors":
+        raise UsageError(
+            f"{given.target} does not end in .safetensors, by which open_clip knows such files: "
+            "rename it"
+        )
+    print(FORMATS[form](module, given.target, half=given.half))
+    return 0
+
+
+def _run_parser(program: str, description: str | None) -> CommandParser:
+    parser = CommandParser(prog=program, description=description)
+    parser.add_argument("run", help="run directory, or a run's name under runs/")
+    return parser
+
+
+def run_folder(name: str, runs: str = "runs") -> Path:
+    """Find a run directory by its path or its name under ``runs``.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+    """
+    for folder in (Path(name), Path(runs) / name):
+        if (folder / CONFIG).is_file():
+            return folder
+    raise FileNotFoundError(
+        f"there is no run {name}: give a run directory (it has a config.yaml), "
+        f"or its name under {runs}/"
+    )
+
+
+def _configured_run(name: str, changes: Sequence[str], program: str) -> ContinualRun:
+    """Build a run from the configuration in its directory, with settings of the command line."""
+    folder = run_folder(name)
+    cli = ContinualCLI(["--config", str(folder / CONFIG), *changes], program=program)
+    data = with_progress(cli.make_data())
+    return ContinualRun(cli.make_module, cli.make_trainer, data, folder, seed=cli.seed)
+
+
+def _finished_tasks(run: ContinualRun) -> int:
+    state = run.folder.state()
+    return 0 if state is None else state.finished_tasks
+
+
+def numbers(text: str | None, count: int, name: str) -> list[int]:
+    """Parse numbers below ``count`` such as "3", "0-5" or "1,4-6"; None = all.
+
+    Raises:
+        ValueError: if the text has another form or a number is too large.
+    """
+    if text is None:
+        return list(range(count))
+    found: list[int] = []
+    for piece in text.split(","):
+        first, dash, last = piece.strip().partition("-")
+        are_digits = first.isdigit() and (not dash or last.isdigit())
+        if not are_digits or int(last or first) < int(first):
+            raise ValueError(f"--{name} is {text!r}: give numbers such as 3, 0-5 or 1,4")
+        found += range(int(first), int(last or first) + 1)
+    wrong = [number for number in found if number >= count]
+    if wrong:
+        raise ValueError(f"--{name} has {wrong}: give 0 to {count - 1}")
+    return sorted(set(found))

@@ -1,1 +1,0 @@
-"""Writers of a stream: shards and card."""
