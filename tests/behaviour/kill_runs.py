@@ -70,6 +70,8 @@ def command(words, output=None, kill=None, before=()):
     torch.set_num_threads(1)
     # A process of a fork server would start a server of its own for its loader's workers.
     multiprocessing.set_start_method("fork", force=True)
+    # A shell lets what it starts in the background ignore this signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # The page is a function of the files that the tests compare, and takes longer than the run.
     train.write_report = lambda folder: folder / "report.html"
     if kill is not None:
