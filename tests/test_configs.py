@@ -1,6 +1,7 @@
 """Every configuration parses, builds with the tiny model, and says what it is for."""
 
 import warnings
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,11 @@ def words(file):
     return ["--config", str(file), *(TINY if is_clip and given["model"] != "tiny" else [])]
 
 
+@cache
+def parsed(file):
+    return ContinualCLI(words(file))
+
+
 def flat(value, prefix=""):
     if isinstance(value, list):
         value = dict(enumerate(value))
@@ -48,7 +54,7 @@ every_file = pytest.mark.parametrize("file", FILES, ids=title)
 def test_a_configuration_builds_module_data_and_trainer(file):
     if file.stem == "deepspeed":
         pytest.importorskip("deepspeed")
-    cli = ContinualCLI(words(file))
+    cli = parsed(file)
     module, data = cli.make_module(), cli.make_data()
     assert isinstance(module, ContinualModule)
     assert isinstance(data, ContinualDataModule)
@@ -63,7 +69,7 @@ def test_a_configuration_builds_module_data_and_trainer(file):
 
 @every_file
 def test_what_a_configuration_says_is_what_is_used(file):
-    used = flat(ContinualCLI(words(file)).plain())
+    used = flat(parsed(file).plain())
     stated = flat(yaml.safe_load(file.read_text()))
     different = {
         key for key, value in stated.items() if value is not None and used.get(key) != value
@@ -89,8 +95,8 @@ def test_a_configuration_has_at_most_60_lines(file):
 
 @pytest.mark.parametrize("file", OVERLAYS, ids=title)
 def test_an_overlay_changes_what_it_names_and_nothing_else(file):
-    plain = flat(ContinualCLI(["--config", str(QUICKSTART)]).plain())
-    laid = flat(ContinualCLI(words(file)).plain())
+    plain = flat(parsed(QUICKSTART).plain())
+    laid = flat(parsed(file).plain())
     changed = {key for key in laid if laid[key] != plain.get(key)}
     assert changed
     named = set(flat(yaml.safe_load(file.read_text())))

@@ -83,7 +83,8 @@ def test_a_type_checker_sees_the_public_names(tmp_path):
         "EWC(weight=1.0)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", str(user)], capture_output=True, text=True, cwd=HERE,
+        [sys.executable, "-m", "mypy", "--strict", str(user)],
+        capture_output=True, text=True, cwd=HERE,
     )  # fmt: skip
     assert '"mmcl.models.open_clip.model.OpenCLIP"' in done.stdout
     assert '"mmcl.strategies.ewc.EWC"' in done.stdout

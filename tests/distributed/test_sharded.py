@@ -59,10 +59,10 @@ def test_two_processes_with_shares_learn_as_one_with_all(tmp_path, strategy, kin
 
 @pytest.mark.parametrize("strategy", ["EWC", "ExperienceReplay"])
 def test_a_run_in_shards_that_is_killed_resumes_to_the_same_weights(tmp_path, strategy):
-    runs = SmallRuns(tmp_path, (20, 17), **LAYERS)
+    runs = SmallRuns(tmp_path, (12, 9), **LAYERS)
     finish(runs, "alone", strategy, SHARDS)
     checkpoints = runs.path("killed") / "checkpoints"
-    for moment in (("step", 5), ("ended", 1), ("step", 5)):
+    for moment in (("step", 3), ("ended", 1), ("step", 5)):
         assert start(runs, "killed", strategy, SHARDS, kill=moment)[0] == KILLED
         if moment[0] == "step":
             state = json.loads((runs.path("killed") / "run.json").read_text())

@@ -157,7 +157,7 @@ def test_answers_of_uneven_lengths_are_averaged_over_the_tokens_of_both_ranks(tm
 
 
 def test_features_on_disk_are_written_once_and_outlive_a_kill_of_both_ranks(tmp_path):
-    runs = SmallRuns(tmp_path, kind="instruction")
+    runs = SmallRuns(tmp_path, sizes=(20, 17), kind="instruction")
     assert on_ranks(runs.words("alone", "FeatureReplay"), tmp_path / "seen") == [0, 0]
     words = runs.words("killed", "FeatureReplay")
     for moment in (("ended", 1), ("write", 2), ("step", 7), ("ended", 1)):
@@ -183,7 +183,7 @@ def test_parts_of_a_batch_are_accumulated_on_both_ranks(tmp_path, strategy):
 
 @pytest.mark.parametrize("strategy", ["ExperienceReplay", "DarkReplay", "EWC"])
 def test_a_run_of_two_that_is_killed_resumes_to_the_same_end(tmp_path, strategy):
-    runs = SmallRuns(tmp_path)
+    runs = SmallRuns(tmp_path, sizes=(20, 17))
     assert on_ranks(runs.words("alone", strategy), tmp_path / "seen") == [0, 0]
     words = runs.words("killed", strategy)
     for moment in (("step", 4), ("write", 2), ("ended", 1), ("step", 5), ("score", 2)):
@@ -193,7 +193,7 @@ def test_a_run_of_two_that_is_killed_resumes_to_the_same_end(tmp_path, strategy)
 
 
 def test_a_run_may_resume_with_another_number_of_devices(tmp_path):
-    runs = SmallRuns(tmp_path)
+    runs = SmallRuns(tmp_path, sizes=(20, 17))
     words = runs.words("run", "ExperienceReplay", **PLAIN)
     assert on_ranks(words, tmp_path / "two", kill=("step", 9))[0] == KILLED
     assert on_ranks(words, tmp_path / "one", world=1) == [0]
@@ -210,7 +210,7 @@ def test_fewer_test_samples_than_processes_are_refused_by_both(tmp_path):
 
 
 def test_lightnings_own_launch_does_what_the_forked_ranks_do(tmp_path):
-    runs = SmallRuns(tmp_path)
+    runs = SmallRuns(tmp_path, sizes=(12,))
     assert on_ranks(runs.words("forked", "DarkReplay"), tmp_path / "seen") == [0, 0]
     options = ["--trainer.devices=2", "--trainer.strategy=ddp"]
     launched = subprocess.run(

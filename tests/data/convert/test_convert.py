@@ -4,19 +4,18 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
 
+import mmcl.data.convert.convert as convert_module
 from mmcl.core import TaskStream
 from mmcl.data.convert.convert import convert, open_input
 from mmcl.data.convert.record import ConvertOptions
 from mmcl.data.shards.open_stream import open_stream
+from tests.behaviour.kill_runs import KILLED, in_process
 from tests.data.convert.llava_files import jpeg, put, train_set
 from tests.data.shards.shard_files import read_samples
 
@@ -298,37 +297,24 @@ def test_pictures_are_not_changed_by_a_byte(tmp_path):
     ]  # fmt: skip
 
 
+def convert_with_two_workers(folder, is_killed):
+    """Convert a table in worker processes, and die while the shards are written if told so."""
+
+    def progress(what, done, total):
+        if is_killed and what == "writing shards" and done > 900:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    convert_module._MIN_SAMPLES_PER_WORKER = 1
+    options = ConvertOptions("mine", shard_samples=300, test_fraction=0.3, num_workers=2)
+    convert(open_input(folder / "t.csv"), None, folder / "two", options, progress=progress)
+
+
 @pytest.mark.slow
 def test_processes_write_the_same_bytes_as_one_and_a_kill_loses_nothing(tmp_path):
     pictures(tmp_path, 4)
     rows = [f"{number % 4}.jpg,text {number}" for number in range(4500)]
     put(tmp_path / "t.csv", "path,text\n" + "\n".join(rows))
     made(tmp_path / "t.csv", tmp_path / "one", shard_samples=300, test_fraction=0.3)
-    program = textwrap.dedent(
-        f"""
-        import os, signal, sys
-        from pathlib import Path
-        from mmcl.data.convert import convert as making
-        from mmcl.data.convert.record import ConvertOptions
-        from mmcl.data.convert.convert import open_input
-
-        def told(what, done, total):
-            if sys.argv[1] == "kill" and what == "writing shards" and done > 900:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        if __name__ == "__main__":
-            folder = Path({str(tmp_path)!r})
-            options = ConvertOptions("mine", shard_samples=300, test_fraction=0.3, num_workers=2)
-            source = open_input(folder / "t.csv")
-            making._MIN_SAMPLES_PER_WORKER = 1
-            making.convert(source, None, folder / "two", options, progress=told)
-        """
-    )
-    script = put(tmp_path / "go.py", program)
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    calls = [
-        subprocess.run([sys.executable, str(script), word], env=environment).returncode
-        for word in ("kill", "finish")
-    ]
-    assert calls == [-signal.SIGKILL, 0]
+    assert in_process(convert_with_two_workers, tmp_path, True) == KILLED
+    assert in_process(convert_with_two_workers, tmp_path, False) == 0
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
