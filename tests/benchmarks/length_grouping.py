@@ -18,7 +18,7 @@ from mmcl.core import IGNORE_INDEX, Batch, begin_task
 from mmcl.core.step import step
 from mmcl.data.batches.batch_plan import EpochPlan, Mixture
 from mmcl.strategies import LoRA
-from tests.benchmarks.http_proxy import Relay
+from tests.benchmarks.interleaved_loops import Relay
 from tests.benchmarks.llava_problem import PICTURE, ROWS, TASKS, small_llava
 from tests.benchmarks.llava_step import optimizer
 

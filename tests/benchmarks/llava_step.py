@@ -16,7 +16,7 @@ from mmcl.core.step import step
 from mmcl.models.hf_vlm.generation import candidate_log_probs
 from mmcl.strategies import LoRA, MoELoRA
 from tests.benchmarks.captions import Losses
-from tests.benchmarks.http_proxy import Relay
+from tests.benchmarks.interleaved_loops import Relay
 from tests.benchmarks.llava_problem import (
     RATE,
     TASKS,

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.step [--rounds 3] [--steps 600] [--clip_steps 12]
 
 Nothing here fails for being slow; it prints a table. Three loops train the same model on the same
-batches in one process, taking turns of a few steps (``relay.py``), on one thread, without garbage
+batches in one process, taking turns of a few steps (``interleaved_loops.py``), on one thread, without garbage
 collection, and set-up is not timed:
 
 - sequence: ``ContinualRun`` learning the second task of a stream, with the default Trainer of the
@@ -35,7 +35,7 @@ from tests.benchmarks.captions import (
     our_optimizer,
     small_clip,
 )
-from tests.benchmarks.http_proxy import Relay
+from tests.benchmarks.interleaved_loops import Relay
 from tests.benchmarks.problems import METHODS, MODELS, batches, by_hand, strategy, tasks
 from tests.benchmarks.training_loops import Bare, Plain, Sequence, continual, largest_difference
 
