@@ -3,8 +3,8 @@
     python -m tests.benchmarks.step [--rounds 3] [--steps 600] [--clip_steps 12]
 
 Nothing here fails for being slow; it prints a table. Three loops train the same model on the same
-batches in one process, taking turns of a few steps (``interleaved_loops.py``), on one thread, without garbage
-collection, and set-up is not timed:
+batches in one process, taking turns of a few steps (``interleaved_loops.py``), on one thread,
+without garbage collection, and set-up is not timed:
 
 - sequence: ``ContinualRun`` learning the second task of a stream, with the default Trainer of the
   command, alarm on, no logger, no terminal; no checkpoint falls into the steps.
