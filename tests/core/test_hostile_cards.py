@@ -5,7 +5,7 @@ import pytest
 from mmcl.core import TaskStream
 from mmcl.core.card import MAX_ERRORS, MAX_SHARDS, expand
 from mmcl.core.card.card_reader import MAX_MERGED, MAX_VALUES, parse_yaml
-from mmcl.core.card.schema import MAX_QUOTED, repr_short, sanitize
+from mmcl.core.card.schema import MAX_QUOTED, escape_unprintable, repr_short
 
 CARD = """\
 name: birds
@@ -242,5 +242,5 @@ def test_a_short_value_is_quoted_whole():
 
 
 def test_nothing_in_a_sanitized_text_steers_a_terminal():
-    assert sanitize("a\x1b[2J\nb\ud800") == r"a\x1b[2J\nb\ud800"
-    assert sanitize("größe ok") == "größe ok"
+    assert escape_unprintable("a\x1b[2J\nb\ud800") == r"a\x1b[2J\nb\ud800"
+    assert escape_unprintable("größe ok") == "größe ok"

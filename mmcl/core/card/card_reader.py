@@ -15,9 +15,9 @@ from mmcl.core.card.schema import (
     CardErrors,
     SourceEntry,
     TaskEntry,
+    escape_unprintable,
     nearest,
     repr_short,
-    sanitize,
 )
 
 MAX_CARD_BYTES = 64 << 20
@@ -78,7 +78,7 @@ def validate_card(path: Path, scorers: Sequence[str] = ()) -> tuple[Card, list[s
     try:
         raw = parse_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not YAML: {sanitize(str(error))}") from None
+        raise ValueError(f"{path} is not YAML: {escape_unprintable(str(error))}") from None
     errors = CardErrors(scorers)
     card = _check_entries(Card.model_validate(raw, context=errors), errors)
     more = len(errors.found) - MAX_ERRORS

@@ -108,7 +108,7 @@ def repr_short(value: Any, limit: int = MAX_QUOTED) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-def sanitize(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """Return a text on one line: control characters, line breaks, lone surrogates are escaped."""
     if text.isprintable():
         return text

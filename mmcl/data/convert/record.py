@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from mmcl.core.card.schema import sanitize
+from mmcl.core.card.schema import escape_unprintable
 from mmcl.data.shards.reader import expect_max_samples
 from mmcl.data.stored_sample import IntArray
 
@@ -121,7 +121,7 @@ class SkippedRecord:
     def __str__(self) -> str:
         # Ids and paths come from the file: nothing in them may steer a terminal or fill it.
         line = f"{self.file}, sample {self.position} (id '{self.name[:60]}'): {self.reason[:300]}"
-        return sanitize(line)
+        return escape_unprintable(line)
 
 
 class Chunk(Protocol):

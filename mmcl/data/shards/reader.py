@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from mmcl.core import Task
-from mmcl.core.card.schema import sanitize
+from mmcl.core.card.schema import escape_unprintable
 from mmcl.core.seeding import hash_priorities
 from mmcl.data.shards.json_shard import JsonShard
 from mmcl.data.shards.tar_shard import TarShard
@@ -157,7 +157,7 @@ class Reader:
     def name_of(self, number: int) -> tuple[str, str]:
         """Return the key of a sample for messages, and the name of its shard."""
         shard, index = self._find(number)
-        return sanitize(shard.key(index)), shard.name
+        return escape_unprintable(shard.key(index)), shard.name
 
     def contains(self, numbers: IntArray) -> npt.NDArray[np.bool_]:
         """Return (R,) bool: whether each of the (R,) sample numbers can be read."""

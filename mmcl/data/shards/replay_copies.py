@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from mmcl.core import ReplayPlan, TaskStream, write_atomic
-from mmcl.core.card.schema import sanitize
+from mmcl.core.card.schema import escape_unprintable
 from mmcl.data.remote.location import LocalFile, is_remote, sha256_of
 from mmcl.data.shards.open_stream import OpenStream
 from mmcl.data.shards.reader import SampleReader
@@ -84,7 +84,7 @@ class ReplayCopyReader:
 
     def describe(self, number: int) -> str:
         """Describe a sample in a message: ``<key> in <shard>``."""
-        return f"{sanitize(self.key(number))} in {self._copies.name}"
+        return f"{escape_unprintable(self.key(number))} in {self._copies.name}"
 
     def contains(self, numbers: IntArray) -> np.ndarray:
         """Return (R,) bool: whether each of the (R,) sample numbers was copied."""
