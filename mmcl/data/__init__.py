@@ -1,13 +1,13 @@
 """Data loading: stream card and shards in, batches out.
 
 ``open_stream`` opens the shards of a stream and checks them, ``train_loader`` gives the batches of
-a task with replayed samples and mixed-in sources, ``eval_loader`` and ``task_pass_loader`` visit
-each sample once and in order, and ``check_stream`` validates a stream without training. A batch is
-a function of (seed, task, epoch, step), so a run resumes exactly with any number of processes.
+a task with replayed samples and mixed-in sources, ``eval_loader`` visits each sample once and in
+order, and ``check_stream`` validates a stream without training. A batch is a function of (seed,
+task, epoch, step), so a run resumes exactly with any number of processes.
 """
 
 from mmcl.data.batches.collate import ImageCaptionCollate, ImageLabelCollate
-from mmcl.data.batches.eval_loader import EvalLoader, eval_loader, task_pass_loader
+from mmcl.data.batches.eval_loader import EvalLoader, eval_loader
 from mmcl.data.batches.train_loader import train_loader
 from mmcl.data.decode import MAX_PIXELS, decode_image
 from mmcl.data.shards.open_stream import OpenStream, open_stream
@@ -32,7 +32,6 @@ __all__ = [
     "check_stream",
     "decode_image",
     "save_replay_copies",
-    "task_pass_loader",
     "open_stream",
     "prune_replay_copies",
     "eval_loader",

@@ -17,7 +17,6 @@ from mmcl.data import (
     eval_loader,
     open_stream,
     save_replay_copies,
-    task_pass_loader,
     train_loader,
 )
 from mmcl.data.batches.train_loader import WINDOW
@@ -199,9 +198,8 @@ class ContinualDataModule(pl.LightningDataModule):
         Args:
             few: number of samples, None = all.
         """
-        return task_pass_loader(
-            self.prepared, self.task_index, **self._evaluation_options(), few=few
-        )
+        options = self._evaluation_options()
+        return eval_loader(self.prepared, self.task_index, **options, split="train", few=few)
 
     def test_loaders(self, columns: Sequence[int]) -> list[Any]:
         """Return this rank's test loader of each requested matrix column.

@@ -181,7 +181,7 @@ def build(
     sizes = {"train": train_per_class, "test": test_per_class}
     for split, size in sizes.items():
         if size < 1:
-            raise ValueError(f"{split}_per_class is {size}: give 1 or more pictures per class")
+            raise ValueError(f"{split}_per_class is {size}: give 1 or more images per class")
     emoji_font = EmojiFont(font or find_font())
     classes = _choose_classes(emoji_font, per_group)
     cells = _plan_cells(classes, sizes, seed)

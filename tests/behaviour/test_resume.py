@@ -22,10 +22,13 @@ CLOSED_FORM = {"NCM", "RanPAC"}
 def test_a_run_killed_again_and_again_ends_as_one_that_was_left_alone(tmp_path, strategy):
     runs = SmallRuns(tmp_path, sizes=(20, 17))
     runs.finish("alone", strategy)
+    outputs = []
     for moment in MOMENTS_WITHOUT_STEPS if strategy in CLOSED_FORM else MOMENTS:
         status, output = runs.start("killed", strategy, kill=moment)
         assert status == KILLED, (moment, output)
-    runs.finish("killed", strategy)
+        outputs.append(output)
+    outputs.append(runs.finish("killed", strategy))
+    assert any("resuming" in output for output in outputs)
     assert runs.differences("killed", "alone") == []
 
 

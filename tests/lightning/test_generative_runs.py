@@ -26,10 +26,13 @@ def runs(tmp_path):
 def test_a_run_killed_again_and_again_ends_as_one_that_was_left_alone(tmp_path, strategy):
     runs = SmallRuns(tmp_path, sizes=(20, 17), kind="instruction")
     runs.finish("alone", strategy)
+    outputs = []
     for moment in MOMENTS:
         status, output = runs.start("killed", strategy, kill=moment)
         assert status == KILLED, (moment, output)
-    runs.finish("killed", strategy)
+        outputs.append(output)
+    outputs.append(runs.finish("killed", strategy))
+    assert any("resuming" in output for output in outputs)
     assert runs.differences("killed", "alone") == []
     files = [file.name for file in (runs.path("alone") / "answers").rglob("*.jsonl")]
     assert len(files) == 2 + 2 * 2  # a row before training, and one after each task

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -117,7 +116,9 @@ def eval_loader(
     world: int = 1, workers: int = 0, max_pixels: int = MAX_PIXELS, split: Split = "test",
     few: int | None = None,
 ) -> EvalLoader:  # fmt: skip
-    """Return the loader of a split of a task, in order; the test split unless another is named.
+    """Return the loader of a split of a task, in order: the test split for a cell of the matrix.
+
+    The training split is what a strategy's hooks pass over at the end of a task.
 
     Args:
         prepared: the stream.
@@ -130,6 +131,9 @@ def eval_loader(
         max_pixels: larger images are bad samples.
         split: train or test.
         few: samples to visit at most, a uniform subset of the split; None = all.
+
+    Raises:
+        ValueError: if ``batch`` is below 1.
     """
     if batch < 1:
         raise ValueError(f"batch is {batch}, expected at least 1")
@@ -142,17 +146,3 @@ def eval_loader(
     sampler = _DistributedSequentialSampler(numbers, batch, rank, world)
     loader = make_dataloader(dataset, sampler, workers, seed=0, stay=False)
     return EvalLoader(loader, f"the {split} split of '{task.name}'")
-
-
-def task_pass_loader(
-    prepared: OpenStream, task: int, transform: Transform, **options: Any
-) -> EvalLoader:
-    """Return a loader of the training split of a task, in order, for the hooks of a strategy.
-
-    Args:
-        prepared: the stream.
-        task: index of the task.
-        transform: the model's transform without augmentation.
-        options: those of `eval_loader`, ``batch`` among them.
-    """
-    return eval_loader(prepared, task, transform, split="train", **options)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mmcl.data import eval_loader, open_stream, task_pass_loader
+from mmcl.data import eval_loader, open_stream
 from tests.data.small_stream import CutAndNoise, labelled, picture, same, write_stream
 
 
@@ -23,9 +23,9 @@ def test_a_test_pass_gives_the_samples_in_order_with_their_numbers(prepared):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_pass_can_be_repeated_and_does_not_depend_on_workers(prepared, workers):
-    loader = task_pass_loader(prepared, 1, CutAndNoise(), batch=5, workers=workers)
+    loader = eval_loader(prepared, 1, CutAndNoise(), split="train", batch=5, workers=workers)
     first, second = list(loader), list(loader)
-    alone = list(task_pass_loader(prepared, 1, CutAndNoise(), batch=5))
+    alone = list(eval_loader(prepared, 1, CutAndNoise(), split="train", batch=5))
     assert len(loader) == len(first) == 5
     assert all(same(*pair) for pair in zip(first, second, strict=True))
     assert all(same(*pair) for pair in zip(first, alone, strict=True))
@@ -34,7 +34,9 @@ def test_a_pass_can_be_repeated_and_does_not_depend_on_workers(prepared, workers
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_ranks_share_a_pass_by_stride_with_equally_many_batches(prepared, world):
     ranks = [
-        list(task_pass_loader(prepared, 1, CutAndNoise(), batch=3, rank=rank, world=world))
+        list(
+            eval_loader(prepared, 1, CutAndNoise(), split="train", batch=3, rank=rank, world=world)
+        )
         for rank in range(world)
     ]
     assert len({len(batches) for batches in ranks}) == 1
@@ -81,4 +83,4 @@ def test_a_split_without_a_readable_sample_is_an_error(tmp_path):
 
 def test_a_batch_below_one_is_refused(prepared):
     with pytest.raises(ValueError, match="batch is 0, expected at least 1"):
-        task_pass_loader(prepared, 0, CutAndNoise(), batch=0)
+        eval_loader(prepared, 0, CutAndNoise(), split="train", batch=0)
