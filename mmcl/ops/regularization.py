@@ -1,4 +1,4 @@
-"""Regularization: distillation, Fisher penalty, gradient projection, interpolation of weights."""
+"""Regularization by distillation (KL of scores) and by the Fisher penalty on weights."""
 
 from __future__ import annotations
 
@@ -136,83 +136,3 @@ class _QuadraticPenalty(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         return (None, None, *torch._foreach_mul(ctx.gradient, upstream[0]))
-
-
-def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Return the inner product of two vectors, each a list of tensors of the same shapes.
-
-    Returns:
-        Scalar float64; each tensor's product is computed in float32 or wider, then summed.
-
-    Raises:
-        ValueError: if the lists are empty or differ in length.
-    """
-    if not left or len(left) != len(right):
-        raise ValueError(
-            f"left has {len(left)} tensors and right has {len(right)}: "
-            "give one gradient for each parameter on both sides"
-        )
-    products = []
-    for mine, theirs in zip(left, right, strict=True):
-        wide = torch.promote_types(torch.promote_types(mine.dtype, theirs.dtype), torch.float32)
-        product = torch.dot(mine.flatten().to(wide), theirs.flatten().to(wide))
-        products.append(product.to(left[0].device, torch.float64))
-    return torch.stack(products).sum()
-
-
-def agem_projection(
-    gradients: Sequence[Tensor], reference: Sequence[Tensor]
-) -> tuple[list[Tensor], bool]:
-    """Return the A-GEM projection of a gradient: without the component against the reference.
-
-    g - (g.r / r.r) r if g.r < 0, else g: the nearest gradient that does not increase the reference
-    loss. A-GEM, Chaudhry et al. 2019, arXiv:1812.00420, equation 11; their g_ref is r. The vectors
-    are never concatenated.
-
-    Args:
-        gradients: g, one tensor for each parameter, at least one.
-        reference: r, tensors of the same shapes.
-
-    Returns:
-        The projected gradient (the given tensors themselves if there was no conflict), and whether
-        it was changed.
-    """
-    along = dot(gradients, reference)
-    length = dot(reference, reference)
-    if not bool((along < 0) & (length > 0)):
-        return list(gradients), False
-    scale, pairs = along / length, zip(gradients, reference, strict=True)
-    return [g - scale.to(device=r.device, dtype=r.dtype) * r for g, r in pairs], True
-
-
-def interpolate(
-    start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float
-) -> dict[str, Tensor]:
-    """Return the linear interpolation between two sets of weights.
-
-    ``(1 - alpha) * start + alpha * end``; WiSE-FT, Wortsman et al. 2021, arXiv:2109.01903. Exact
-    at both ends: 0 gives ``start`` and 1 gives ``end``, bit for bit.
-
-    Args:
-        start: name -> weights at ``alpha`` 0.
-        end: name -> weights at ``alpha`` 1.
-        alpha: 0 to 1.
-
-    Returns:
-        name -> tensor, for the floating-point names that both have; integers are left out.
-
-    Raises:
-        ValueError: if a name has different shapes.
-    """
-    between = {}
-    for name, old in start.items():
-        if name not in end or not old.is_floating_point():
-            continue
-        new = end[name]
-        if old.shape != new.shape:
-            raise ValueError(
-                f"'{name}' has shape {tuple(old.shape)} in start and {tuple(new.shape)} in end: "
-                "leave a weight that grows out of the interpolation"
-            )
-        between[name] = (1 - alpha) * old + alpha * new.to(old.dtype)
-    return between

@@ -27,7 +27,7 @@ from mmcl.memory.distributed_fill import (
     rank_stride,
     replayed_batch,
 )
-from mmcl.ops.regularization import agem_projection
+from mmcl.ops.gradient_projection import agem_projection
 
 
 class AGEM(Strategy):

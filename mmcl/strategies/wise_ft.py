@@ -15,7 +15,7 @@ import torch
 
 from mmcl.core import VLM, Batch, Strategy, Task, trainable_parameters
 from mmcl.memory.snapshot import Snapshot
-from mmcl.ops.regularization import interpolate
+from mmcl.ops.weight_interpolation import interpolate
 
 
 class WiseFT(Strategy):

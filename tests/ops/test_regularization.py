@@ -3,16 +3,15 @@ import math
 import pytest
 import torch
 
+from mmcl.ops.gradient_projection import agem_projection, dot
 from mmcl.ops.regularization import (
     accumulate_fisher,
-    agem_projection,
     contrastive_kd_loss,
     decayed,
-    dot,
-    interpolate,
     kd_loss,
     quadratic_penalty,
 )
+from mmcl.ops.weight_interpolation import interpolate
 
 
 @pytest.fixture(autouse=True)
