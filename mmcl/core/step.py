@@ -99,7 +99,8 @@ def step(model: VLM, strategy: Strategy, batch: Batch) -> StepOutput:
 
 
 def begin_task(model: VLM, strategy: Strategy, task: Task) -> None:
-    """Begin a task: run the strategy's ``begin_task``, then set its ``current_task``."""
+    """Begin a task: run ``before_task`` and ``begin_task``, then set ``current_task``."""
+    strategy.before_task(model, task)
     strategy.begin_task(model, task)
     strategy.current_task = task
 

@@ -66,17 +66,38 @@ class Strategy(nn.Module):
     new values into trainable parameters. All state is a parameter, a buffer, or plain values and
     tensors in ``get_extra_state``, so it is part of every checkpoint.
 
-    Hooks run in this order: ``attach`` and ``set_memory_dir`` once; for each task ``begin_task``,
-    ``preview``, ``replay_plan``; for each step ``extend_batch``, ``prompts``, (the model),
-    ``transform_output``, ``objective``, ``penalty``, (backward), ``project_gradients``, (the
-    optimizer), ``after_step``; then ``end_task``. At test only ``prompts`` and ``transform_output``
-    run, and ``merged_adapters`` around generation.
+    Hooks run in this order: ``attach`` and ``set_memory_dir`` once; for each task ``before_task``,
+    ``begin_task``, ``preview``, ``replay_plan``; for each step ``extend_batch``, ``prompts``, (the
+    model), ``transform_output``, ``objective``, ``penalty``, (backward), ``project_gradients``,
+    (the optimizer), ``after_step``; then ``end_task``. At test only ``prompts`` and
+    ``transform_output`` run, and ``merged_adapters`` around generation.
+
+    A hook that runs the model once more (Fisher, teacher, selection scores) calls
+    ``forward(model, self.root, batch)``: so that pass has the prompts, gates and output transforms
+    of all members of a chain, as the training step has.
 
     Attributes:
         current_task: the task in training, None before the first; set by ``mmcl.core.begin_task``.
+        reads_weights: whether ``begin_task`` or ``end_task`` copies or measures the weights; a
+            chain runs it after the other members, which may add or rewrite weights.
+        rewrites_weights: whether ``end_task`` writes new values into weights; a chain runs it
+            before the other members' ``end_task``.
     """
 
     current_task: Task | None = None
+    reads_weights = False
+    rewrites_weights = False
+
+    @property
+    def root(self) -> Strategy:
+        """Outermost chain that this strategy is a member of; the strategy itself without one."""
+        found: Strategy = self.__dict__.get("_root", self)
+        return found
+
+    def set_root(self, root: Strategy) -> None:
+        """Set ``root``; a chain calls it before ``attach``."""
+        # Past nn.Module, for which the chain would be a submodule of its own member.
+        self.__dict__["_root"] = root
 
     def attach(self, model: VLM) -> None:
         """Freeze or rewire the model and check its abilities; once, before any optimizer exists.
@@ -90,6 +111,12 @@ class Strategy(nn.Module):
 
         A run passes its ``memory/``. The folder may not exist yet: a strategy that writes to it
         makes it.
+        """
+
+    def before_task(self, model: VLM, task: Task) -> None:
+        """See model and strategies as the last task left them, before any member begins the task.
+
+        Like ``begin_task``, it is called again for every task when a checkpoint is loaded.
         """
 
     def begin_task(self, model: VLM, task: Task) -> None:
