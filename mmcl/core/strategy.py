@@ -16,6 +16,8 @@ from mmcl.core.model import NO_PROMPTS, VLM, Output, Prompts
 from mmcl.core.task import Task
 
 Storage = Literal["reference", "copy", "none"]
+TASK_PROGRESS = "task_progress"
+"""Key of the task number, and whether the task has ended (0 or 1), in a strategy's state."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Strategy(nn.Module):
 
     Attributes:
         current_task: the task in training, None before the first; set by ``mmcl.core.begin_task``.
+            Its number is part of the state of the outermost strategy, as ``task_progress``.
+        is_task_ended: whether ``current_task`` has ended; set by ``mmcl.core.end_task``.
         reads_weights: whether ``begin_task`` or ``end_task`` copies or measures the weights; a
             chain runs it after the other members, which may add or rewrite weights.
         rewrites_weights: whether ``end_task`` writes new values into weights; a chain runs it
@@ -85,6 +89,7 @@ class Strategy(nn.Module):
     """
 
     current_task: Task | None = None
+    is_task_ended = False
     reads_weights = False
     rewrites_weights = False
 
@@ -219,6 +224,24 @@ class Strategy(nn.Module):
     def overrides(self, hook: str) -> bool:
         """Whether this strategy overrides a hook, given by its name."""
         return getattr(type(self), hook) is not getattr(Strategy, hook)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.current_task is not None and self.root is self:
+            progress = [self.current_task.index, int(self.is_task_ended)]
+            destination[prefix + TASK_PROGRESS] = torch.tensor(progress)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        progress = state_dict.pop(prefix + TASK_PROGRESS, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if progress is None:
+            return
+        index, is_ended = progress.tolist()
+        for part in self.modules():
+            if isinstance(part, Strategy):
+                part.is_task_ended = bool(is_ended)
+                if part.current_task is None or part.current_task.index != index:
+                    part.current_task = Task(index, f"task {index}")
 
     def state_bytes(self) -> int:
         """Return the bytes that this strategy adds to a checkpoint."""

@@ -163,8 +163,8 @@ class LwF(Strategy):
         if stored and len(stored) != len(self._members):
             raise RuntimeError(
                 f"the checkpoint's LwF has a teacher of {len(stored)} members and this chain "
-                f"copied {len(self._members)}: attach the same chain and begin every task up to the "
-                "checkpoint's before loading it"
+                f"copied {len(self._members)}: attach the same chain and begin every task up to "
+                "the checkpoint's before loading it"
             )
         for member, own in zip(self._members, stored, strict=False):
             member.load_state_dict(own)
