@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -61,7 +61,7 @@ class StrategyCallback(pl.Callback):
 
         Raises:
             RuntimeError: if the Trainer has trained a task before.
-            ValueError: if ``fit`` was given the checkpoint of a task that has ended.
+            ValueError: later, if ``fit`` was given the checkpoint of a task that has ended.
         """
         if stage != "fit":
             return
@@ -71,7 +71,10 @@ class StrategyCallback(pl.Callback):
                 "for every task"
             )
         model, strategy = model_of(pl_module), strategy_of(pl_module)
-        begin_task(model, strategy, self._next_task(trainer, model, strategy))
+        is_new = strategy.current_task is None
+        begin_task(model, strategy, self._next_task(trainer, strategy))
+        if getattr(trainer, "datamodule", None) is None:
+            _before_load(pl_module, partial(_begin_tasks_of_checkpoint, model, strategy, is_new))
         update_trainable = getattr(pl_module, "update_trainable", None)
         if callable(update_trainable):
             update_trainable()
@@ -85,6 +88,7 @@ class StrategyCallback(pl.Callback):
         """Restore automatic optimization, for the next task may have trainable parameters."""
         if self._is_closed_form:
             pl_module.automatic_optimization, self._is_closed_form = True, False
+        vars(pl_module).pop("on_load_checkpoint", None)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -133,40 +137,15 @@ class StrategyCallback(pl.Callback):
         """Load the state of the monitor."""
         self.alarm.load(state_dict["alarm"])
 
-    def _next_task(self, trainer: pl.Trainer, model: Any, strategy: Strategy) -> Task:
-        start_task: Any = getattr(getattr(trainer, "datamodule", None), "start_task", None)
-        if self.task is None and start_task is not None:
-            found: Task = start_task(trainer)
-            return found
-        last, is_ended = strategy.current_task, strategy.is_task_ended
-        if trainer.ckpt_path is not None and start_task is None:
-            return self.task or self._task_of_checkpoint(Path(trainer.ckpt_path), model, strategy)
+    def _next_task(self, trainer: pl.Trainer, strategy: Strategy) -> Task:
         if self.task is not None:
             return self.task
-        index = 0 if last is None else last.index + is_ended
-        return Task(index, f"task {index}")
-
-    def _task_of_checkpoint(self, file: Path, model: Any, strategy: Strategy) -> Task:
-        """Return the task of a mid-task checkpoint; those before it are begun if the module is new.
-
-        Raises:
-            ValueError: if the task of the checkpoint has ended.
-        """
+        start_task: Any = getattr(getattr(trainer, "datamodule", None), "start_task", None)
+        if start_task is not None:
+            found: Task = start_task(trainer)
+            return found
         last = strategy.current_task
-        if not file.is_file():  # a sharded checkpoint is a folder
-            return Task(0, "task 0") if last is None else last
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-        found = [value for key, value in state.items() if key.endswith(f".{TASK_PROGRESS}")]
-        index, is_ended = found[0].tolist() if found else (0 if last is None else last.index, 0)
-        if is_ended:
-            raise ValueError(
-                f"{file} was written when task {index} had ended, and ckpt_path goes on with a "
-                "task: for the next one load it by mmcl.begin_tasks(module.model, module.strategy, "
-                "state) and module.load_state_dict(state), state = torch.load(file)['state_dict'], "
-                "and give fit no ckpt_path"
-            )
-        if last is None:
-            begin_tasks(model, strategy, state)
+        index = 0 if last is None else last.index + strategy.is_task_ended
         return Task(index, f"task {index}")
 
     def _pass(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterable[Batch]:
@@ -208,6 +187,52 @@ class StrategyCallback(pl.Callback):
             found, "end_task sees samples as the training loader's collate_fn makes them: if that "
             "or the dataset augments, they are augmented",
         )  # fmt: skip
+
+
+def _before_load(pl_module: Any, prepare: Callable[[Mapping[str, Any]], None]) -> None:
+    """Let ``prepare`` see a checkpoint before the module's weights are loaded from it.
+
+    Lightning calls a callback's hook after that, and the module's own before.
+    """
+    own = pl_module.on_load_checkpoint
+
+    def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+        prepare(checkpoint)
+        own(checkpoint)
+
+    vars(pl_module)["on_load_checkpoint"] = on_load_checkpoint
+
+
+def _begin_tasks_of_checkpoint(
+    model: Any, strategy: Strategy, is_new: bool, checkpoint: Mapping[str, Any]
+) -> None:
+    """Begin the tasks up to that of a mid-task checkpoint, so that what they added exists.
+
+    Raises:
+        ValueError: if the checkpoint's task has ended, or is another than the one that was begun.
+    """
+    state = checkpoint.get("state_dict", {})
+    found = [value for key, value in state.items() if key.endswith(f".{TASK_PROGRESS}")]
+    if not found or strategy.current_task is None:
+        return
+    index, is_ended = found[0].tolist()
+    if is_ended:
+        raise ValueError(
+            f"the checkpoint of ckpt_path was written when task {index} had ended, and ckpt_path "
+            "continues a task: for the next one call mmcl.begin_tasks(module.model, "
+            "module.strategy, state) and module.load_state_dict(state), state being the "
+            "checkpoint's 'state_dict', and leave ckpt_path out"
+        )
+    if is_new:
+        task = strategy.current_task
+        begin_tasks(model, strategy, state)
+        if task.index == index:
+            strategy.current_task = task  # with the name that was given
+    elif strategy.current_task.index != index:
+        raise ValueError(
+            f"the checkpoint of ckpt_path is of task {index} and this module is in task "
+            f"{strategy.current_task.index}: load it into a new module"
+        )
 
 
 def _without_augmentation(loader: Any, model: Any) -> Callable[[list[Any]], Batch] | None:

@@ -52,9 +52,9 @@ def pass_sample_ids(batch: Batch, seen: int) -> Tensor:
     """Return the sample ids of a batch of an exact pass, else positions in the pass.
 
     (B,) int64 on the CPU, unique inside the task and over ranks; ``seen`` counts this rank's
-    samples before the batch.
+    samples before the batch. Ids of -1 are unknown.
     """
-    if batch.sample_ids is not None:
+    if batch.sample_ids is not None and bool((batch.sample_ids >= 0).all()):
         return batch.sample_ids.cpu()
     rank, world = rank_and_world()
     return (seen + torch.arange(len(batch))) * world + rank
