@@ -10,7 +10,14 @@ from rich.console import Console
 from mmcl.cli.parser import CommandParser, UsageError, refuse_renamed_options
 from mmcl.cli.train import with_progress
 from mmcl.evaluation import AccuracyMatrix
-from mmcl.evaluation.run_files import CONFIG, EVALUATION, MATRIX, read_lenient
+from mmcl.evaluation.run_files import (
+    CLASSES,
+    CONFIG,
+    CONFUSION,
+    EVALUATION,
+    MATRIX,
+    read_lenient,
+)
 from mmcl.export import FORMATS, default_format
 from mmcl.lightning.cli import ContinualCLI
 from mmcl.lightning.continual_run import ContinualRun
@@ -53,13 +60,22 @@ def report(argv: Sequence[str]) -> int:
         default="text",
         help="format of the printed matrix (%(default)s)",
     )
+    parser.add_argument(
+        "--after_task",
+        type=int,
+        metavar="N",
+        help="number of learned tasks for the classes and their confusion matrix (all)",
+    )
     given = parser.parse_args(argv)
     folder = run_folder(given.run)
     matrix = AccuracyMatrix.read(folder / MATRIX)
-    page = write_report(folder)
+    page = write_report(folder, given.after_task)
     if given.form == "text":
         print(matrix_table(matrix, lenient=read_lenient(matrix, folder)))
         print(f"report: {page}")
+        tables = [str(folder / name) for name in (CLASSES, CONFUSION) if (folder / name).is_file()]
+        if tables:
+            print(f"per class: {', '.join(tables)}")
     else:
         print({"csv": matrix_csv, "latex": matrix_latex}[given.form](matrix))
     return 0

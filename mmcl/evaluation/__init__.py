@@ -1,5 +1,11 @@
 """Evaluation: accuracy matrix, metrics, predictions and their scorers, training cost, summary."""
 
+from mmcl.evaluation.class_metrics import (
+    ClassMetrics,
+    ConfusionMatrix,
+    compute_class_metrics,
+    confusion_matrix,
+)
 from mmcl.evaluation.continual_metrics import MAIN, MetricValue, compute_all_metrics
 from mmcl.evaluation.cost import Ledger, TaskCost
 from mmcl.evaluation.evaluators import evaluate
@@ -17,8 +23,9 @@ from mmcl.evaluation.run_files import RunFiles, RunSummary
 from mmcl.evaluation.scorers import Scorer, ScoreResult, find_scorer
 
 __all__ = [
-    "MAIN", "AccuracyMatrix", "Column", "Ledger", "MetricValue", "Prediction", "Retrieval",
-    "RunFiles", "RunSummary", "ScoreResult", "Scorer", "TaskCost", "accuracy",
-    "compute_all_metrics", "evaluate", "find_scorer", "predictions_path", "read_predictions",
-    "recall_at_k", "rescore", "write_predictions",
+    "MAIN", "AccuracyMatrix", "ClassMetrics", "Column", "ConfusionMatrix", "Ledger", "MetricValue",
+    "Prediction", "Retrieval", "RunFiles", "RunSummary", "ScoreResult", "Scorer", "TaskCost",
+    "accuracy", "compute_all_metrics", "compute_class_metrics", "confusion_matrix", "evaluate",
+    "find_scorer", "predictions_path", "read_predictions", "recall_at_k", "rescore",
+    "write_predictions",
 ]  # fmt: skip

@@ -12,9 +12,10 @@ from typing import TypeVar
 from mmcl.core.atomic_write import write_atomic
 from mmcl.core.card import Scenario
 from mmcl.evaluation import strict_json
+from mmcl.evaluation.class_metrics import read_confusions
 from mmcl.evaluation.continual_metrics import MetricValue
 from mmcl.evaluation.cost import Ledger
-from mmcl.evaluation.matrix import AccuracyMatrix
+from mmcl.evaluation.matrix import AccuracyMatrix, Cell
 from mmcl.evaluation.predictions import Prediction, predictions_path, read_predictions
 from mmcl.evaluation.strict_json import Amount
 
@@ -24,6 +25,8 @@ LENIENT = "lenient.json"
 SUMMARY = "summary.json"
 LEDGER = "ledger.json"
 REPORT = "report.html"
+CLASSES = "classes.csv"
+CONFUSION = "confusion.csv"
 FIGURES = "figures"
 SAMPLES = "figures/samples.json"
 EVALUATION = "evaluation"
@@ -173,6 +176,8 @@ class RunFiles:
         ledger: from ledger.json.
         config: text of config.yaml.
         samples: from figures/samples.json and answers/.
+        confusions: from answers/, of measured cells of the stream's classification tasks: (target,
+            predicted class) -> test samples.
         notes: what could not be read, a sentence each.
     """
 
@@ -183,6 +188,7 @@ class RunFiles:
     ledger: Ledger | None = None
     config: str | None = None
     samples: list[SamplePredictions] = field(default_factory=list)
+    confusions: dict[Cell, Counter[tuple[str, str]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -202,6 +208,7 @@ class RunFiles:
         run.ledger = run._read(LEDGER, Ledger.read)
         run.config = run._read(CONFIG, _read_config)
         run.samples = run._read(SAMPLES, run._read_samples) or []
+        run._read_confusions()
         return run
 
     def _read(self, name: str, read: Callable[[Path], Read]) -> Read | None:
@@ -211,8 +218,23 @@ class RunFiles:
         try:
             return read(path)
         except (ValueError, OSError) as error:
-            self.notes.append(f"left out: {error}")
+            note = f"left out: {error}"
+            if note not in self.notes:
+                self.notes.append(note)
             return None
+
+    def _read_confusions(self) -> None:
+        if self.matrix is None:
+            return
+        unmeasured = set(self.matrix.missing())
+        for column, task in enumerate(self.matrix.columns[: self.matrix.tasks]):
+            for row in range(len(self.matrix.rows)):
+                if task.task_type != "classification" or (row, column) in unmeasured:
+                    continue
+                path = predictions_path(self.folder, row, column).relative_to(self.folder)
+                counts = self._read(str(path), read_confusions)
+                if counts is not None:
+                    self.confusions[row, column] = counts
 
     def _read_samples(self, path: Path) -> list[SamplePredictions]:
         raw = strict_json.read(path)

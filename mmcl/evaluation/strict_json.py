@@ -66,7 +66,7 @@ def parse(text: str, source: str) -> object:
         ValueError: if it is not JSON, is nested too deep, or holds NaN or an infinity.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return _DECODER.decode(text)
     except RecursionError:
         raise ValueError(f"{source} is nested too deep to be read: write it again") from None
     except ValueError as error:
@@ -128,6 +128,10 @@ def _renamed(raw: Mapping[str, object], known: Collection[str]) -> dict[str, str
 
 def _refuse_constant(name: str) -> object:
     raise ValueError(f"{name} is not a finite number")
+
+
+# json.loads makes a decoder for every call with options: most of the time of a short line.
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _object(kind: Any, raw: object, optional: Collection[str] = ()) -> Any:

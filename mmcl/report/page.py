@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmcl.core.atomic_write import write_atomic
+from mmcl.evaluation.class_metrics import (
+    ClassMetrics,
+    ConfusionMatrix,
+    compute_class_metrics,
+    confusion_matrix,
+)
 from mmcl.evaluation.continual_metrics import (
     MAIN,
     MetricValue,
+    Undefined,
     average_accuracy,
     compute_all_metrics,
     compute_lenient_metrics,
     forgetting,
 )
 from mmcl.evaluation.predictions import RIGHT_FROM, Prediction
-from mmcl.evaluation.run_files import FIGURES, REPORT, RunFiles, SamplePredictions
+from mmcl.evaluation.run_files import (
+    CLASSES,
+    CONFUSION,
+    FIGURES,
+    REPORT,
+    RunFiles,
+    SamplePredictions,
+)
 from mmcl.report import plots
 from mmcl.report.formatting import format_metric, percent
 from mmcl.report.html import inline_svg, render_template
-from mmcl.report.tables import UNMEASURED
+from mmcl.report.tables import UNMEASURED, classes_csv, confusion_csv
 
 # Captions have several right answers, VQA those of ten annotators.
 _MAX_RIGHT = 5
+# More classes are grouped in the plot and cut in the table, so that the page stays small.
+_MAX_CLASSES = 60
+# confusion.csv has a cell for every pair.
+_MAX_CSV_CLASSES = 1000
 
 _CAPTIONS = {
     "matrix": (
@@ -48,6 +67,10 @@ _CAPTIONS = {
         "Answers after the last task: right in the requested form, and right only in another form "
         "(a sentence instead of a word, words instead of a letter).",
     ),
+    "confusion": (
+        "Confusion matrix",
+        "Test samples of each class (row) by predicted class (column), in percent of the row.",
+    ),
     "cost": (
         "Time and memory",
         "Training time, and what the strategy stores after each task.",
@@ -55,33 +78,87 @@ _CAPTIONS = {
 }
 
 
-def write_report(folder: Path) -> Path:
+@dataclass(frozen=True)
+class _Classes:
+    """Metrics of the classes after a number of tasks, and their confusion matrix or why none."""
+
+    after: int
+    metrics: list[ClassMetrics]
+    confusion: ConfusionMatrix | None
+    note: str = ""
+
+
+def write_report(folder: Path, after_task: int | None = None) -> Path:
     """Write the report page ``report.html`` and the plots in ``figures/`` of a run.
 
     Reads the files of ``mmcl.evaluation.run_files``. A missing file leaves its section out; one
-    that cannot be read is named on the page.
+    that cannot be read is named on the page. A run with classification tasks gets ``classes.csv``
+    and, up to 1,000 classes, ``confusion.csv``.
 
     Args:
         folder: run directory, finished or not.
+        after_task: number of learned tasks after which classes are shown, None = all measured.
 
     Returns:
         path of the page.
 
     Raises:
         FileNotFoundError: if there is no such directory.
+        ValueError: if ``after_task`` is not a measured row with a classification task learned.
     """
     run = RunFiles.read(folder)
-    drawn = _draw(run)
+    classes = _class_results(run, after_task)
+    _write_classes(run, classes)
+    drawn = _draw(run, classes)
     for name, svg in drawn.items():
         write_atomic(folder / FIGURES / f"{name}.svg", svg)
     if run.matrix is not None:
         write_atomic(folder / FIGURES / "matrix.png", plots.heat_map(run.matrix, "png"))
     page = folder / REPORT
-    write_atomic(page, render_template("template.html.j2", _values(run, drawn)))
+    write_atomic(page, render_template("template.html.j2", _values(run, drawn, classes)))
     return page
 
 
-def _draw(run: RunFiles) -> dict[str, bytes]:
+def _class_results(run: RunFiles, after_task: int | None) -> _Classes | None:
+    """Compute the metrics of the classes, None if no classification task is learned."""
+    matrix = run.matrix
+    after = after_task
+    if after is None:
+        after = matrix.last_complete_row if matrix is not None else None
+    learned = matrix.columns[: max(after or 0, 0)] if matrix is not None else ()
+    has_classes = any(column.task_type == "classification" for column in learned)
+    measured = (matrix.last_row or 0) if matrix is not None else 0
+    if after_task is not None and not (1 <= after_task <= measured and has_classes):
+        raise ValueError(
+            f"after_task is {after_task}, and {measured} tasks are measured: give 1 to {measured}, "
+            f"with a classification task among the first {after_task}"
+        )
+    if matrix is None or after is None or not has_classes:
+        return None
+    metrics = compute_class_metrics(matrix, run.confusions, after)
+    try:
+        return _Classes(after, metrics, confusion_matrix(matrix, run.confusions, after))
+    except Undefined as gap:
+        return _Classes(after, metrics, None, f"There is no confusion matrix: {gap}.")
+
+
+def _write_classes(run: RunFiles, classes: _Classes | None) -> None:
+    """Write classes.csv and confusion.csv; one that cannot be made now is removed."""
+    files = dict.fromkeys((CLASSES, CONFUSION), "")
+    if classes is not None and run.matrix is not None:
+        if classes.metrics:
+            files[CLASSES] = classes_csv(classes.metrics)
+        confusion = classes.confusion
+        if confusion is not None and len(confusion.classes) <= _MAX_CSV_CLASSES:
+            files[CONFUSION] = confusion_csv(confusion, run.matrix.rows[classes.after])
+    for name, text in files.items():
+        if text:
+            write_atomic(run.folder / name, text.encode("utf-8", "replace"))
+        else:
+            (run.folder / name).unlink(missing_ok=True)
+
+
+def _draw(run: RunFiles, classes: _Classes | None) -> dict[str, bytes]:
     matrix, ledger = run.matrix, run.ledger
     drawn: dict[str, bytes] = {}
     if matrix is not None:
@@ -94,12 +171,14 @@ def _draw(run: RunFiles) -> dict[str, bytes]:
                 drawn["form"] = plots.lenient_bars(matrix, run.lenient, after)
         if after > 1:
             drawn["forgetting"] = plots.forgetting_bars(matrix, after)
+    if classes is not None and classes.confusion is not None:
+        drawn["confusion"] = plots.confusion_map(classes.confusion.group(_MAX_CLASSES))
     if ledger is not None and len(ledger):
         drawn["cost"] = plots.cost_bars(ledger)
     return drawn
 
 
-def _values(run: RunFiles, drawn: dict[str, bytes]) -> dict[str, Any]:
+def _values(run: RunFiles, drawn: dict[str, bytes], classes: _Classes | None) -> dict[str, Any]:
     summary, matrix = run.summary, run.matrix
     metrics = _metrics(run)
     warnings = [*(summary.warnings if summary else ()), *run.notes]
@@ -118,6 +197,7 @@ def _values(run: RunFiles, drawn: dict[str, bytes]) -> dict[str, Any]:
         },
         "scores": sorted({column.score for column in matrix.columns}) if matrix else [],
         "forms": _forms(run),
+        "classes": _class_values(run, classes),
         "after": (matrix.last_complete_row or 0) if matrix else 0,
         "costs": list(run.ledger) if run.ledger else [],
         "total": run.ledger.total() if run.ledger else None,
@@ -156,6 +236,43 @@ def _forms(run: RunFiles) -> list[tuple[str, str, str, str]]:
     if lost.value is not None:
         rows.append(_form("forgetting", forgetting(matrix, after).value, lost.value, "forgetting"))
     return rows
+
+
+def _class_values(run: RunFiles, classes: _Classes | None) -> dict[str, Any] | None:
+    """Values of the section of classes: the table, at most 60 lines, and what to know about it."""
+    if classes is None or run.matrix is None:
+        return None
+    matrix, metrics, confusion = run.matrix, classes.metrics, classes.confusion
+    shown, notes = metrics, [classes.note] if classes.note else []
+    if len(metrics) > _MAX_CLASSES:
+        shown = sorted(metrics, key=_loss)[:_MAX_CLASSES]
+        notes.append(
+            f"{_MAX_CLASSES} of {len(metrics):,} classes are shown, those that lost most; "
+            f"all are in {CLASSES}."
+        )
+    if confusion is not None and len(confusion.classes) > _MAX_CSV_CLASSES:
+        notes.append(f"{CONFUSION} is left out: it is written for up to {_MAX_CSV_CLASSES:,}.")
+    others = [
+        column.name
+        for column in matrix.columns[: classes.after]
+        if column.task_type != "classification"
+    ]
+    if others:
+        notes.append(f"Tasks without classes are left out: {', '.join(others)}.")
+    return {
+        "after": classes.after,
+        "task": matrix.rows[classes.after],
+        "notes": notes,
+        "is_grouped": confusion is not None and len(confusion.classes) > _MAX_CLASSES,
+        "has_frames": confusion is not None and bool(confusion.group(_MAX_CLASSES).blocks),
+        "shown": shown,
+    }
+
+
+def _loss(of: ClassMetrics) -> tuple[bool, float, float]:
+    """Sort key: most forgotten first, undefined last, then least accurate first."""
+    lost, final = of.forgetting.value, of.final.value
+    return lost is None, -(lost or 0.0), 1.0 if final is None else final
 
 
 def _form(

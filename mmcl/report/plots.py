@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
+from matplotlib.patches import PathPatch, Rectangle
+from matplotlib.path import Path
 
+from mmcl.evaluation.class_metrics import ConfusionMatrix
 from mmcl.evaluation.continual_metrics import (
     Metric,
     average_accuracy,
@@ -44,6 +46,8 @@ from mmcl.report.plot_style import (
 _DIRECT_LABELS = 10
 _WIDE = 14
 _HALF_PAGE = 5.8
+_LEVELS = 20
+_NUMBERED_CLASSES = 20
 _PERCENT_TICKS = range(0, 101, 20)
 _PERCENT_NAMES = ("0", "20", "40", "60", "80", "100 %")
 
@@ -145,6 +149,62 @@ def forgetting_bars(matrix: AccuracyMatrix, after: int | None = None) -> bytes:
     axes.axvline(0, color=LINE, linewidth=1)
     axes.set_xlabel("below its best score, percent points", color=MUTED)
     return render(figure, "forgetting")
+
+
+def confusion_map(confusion: ConfusionMatrix) -> bytes:
+    """Draw a confusion matrix, each row in percent of its samples, in 20 shades.
+
+    Frames hold the classes that were first learned in one task. Few classes have the percent in
+    the cell, rounded; a row without test samples stays empty.
+    """
+    count = len(confusion.classes)
+    is_numbered = count <= _NUMBERED_CLASSES
+    cell = min(0.46, max(7.2 / count, 0.125))
+    figure, axes = canvas(2.2 + cell * count, 1.3 + cell * count)
+    shades: dict[int, list[tuple[int, int]]] = {}
+    totals = [0] * count
+    for (row, _), samples in confusion.counts.items():
+        totals[row] += samples
+    for (row, column), samples in sorted(confusion.counts.items()):
+        share = samples / totals[row]
+        shades.setdefault(round(share * (_LEVELS - 1)), []).append((row, column))
+        if is_numbered:
+            color = PAPER if share > 0.6 else INK
+            place = (column + 0.5, row + 0.52)
+            text = axes.text(*place, f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
+            text.set_color(color)
+    for shade, cells in sorted(shades.items()):
+        # One path per shade: thousands of rectangles would make the page large.
+        squares = [_square(row, column) for row, column in cells]
+        alpha = 0.08 + 0.92 * shade / (_LEVELS - 1)
+        path = Path.make_compound_path(*squares)
+        axes.add_patch(PathPatch(path, facecolor=ACCENT, alpha=alpha, linewidth=0))
+    for start, end in confusion.blocks:
+        corner, side = (start, start), end - start
+        frame = Rectangle(corner, side, side, fill=False, edgecolor=INK, linewidth=1.0)
+        frame.set(clip_on=False, zorder=3)
+        axes.add_patch(frame)
+    axes.set_xlim(0, count)
+    axes.set_ylim(count, 0)
+    axes.set_aspect("equal")
+    axes.xaxis.tick_top()
+    middles = [index + 0.5 for index in range(count)]
+    names = [shorten(name, 22) for name in confusion.classes]
+    size = 8.5 if cell > 0.2 else 6.5
+    slant = {"rotation": 60, "ha": "left", "rotation_mode": "anchor", "fontsize": size}
+    name_ticks(axes.xaxis, middles, names, **slant)
+    name_ticks(axes.yaxis, middles, names, fontsize=size)
+    axes.tick_params(length=0, pad=3)
+    axes.spines[:].set_color(LINE)
+    axes.set_ylabel("right class", color=MUTED)
+    axes.set_xlabel("predicted class", color=MUTED)
+    return render(figure, "confusion")
+
+
+def _square(row: int, column: int) -> Path:
+    left, top, right, bottom = column + 0.03, row + 0.03, column + 0.97, row + 0.97
+    corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
+    return Path(corners, closed=True)
 
 
 def cost_bars(ledger: Ledger) -> bytes:

@@ -10,6 +10,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mmcl.evaluation.class_metrics import ClassMetrics, ConfusionMatrix
 from mmcl.evaluation.continual_metrics import (
     MAIN,
     MetricValue,
@@ -99,6 +100,39 @@ def matrix_latex(matrix: AccuracyMatrix) -> str:
         for row, name in enumerate(matrix.rows)
     ]
     return latex_table(["After", *map(latex, matrix.names)], rows)
+
+
+def classes_csv(classes: Sequence[ClassMetrics]) -> str:
+    """Write the metrics of every class as CSV, undefined ones empty with the reasons last.
+
+    Scores are fractions with all digits. Tasks of a class are separated by semicolons, and so are
+    reasons.
+    """
+    if not classes:
+        raise ValueError("there are no classes to write: give those of a classification task")
+    rows: list[list[str | float | None]] = []
+    for each in classes:
+        metrics = (*each.accuracies, each.learning, each.final, each.forgetting)
+        most = each.confused_with[0] if each.confused_with else (None, None)
+        values = [metric.value for metric in metrics]
+        reasons = "; ".join(each.reasons) or None
+        rows.append([each.name, "; ".join(each.tasks), each.samples, *values, *most, reasons])
+    titles = [metric.name for metric in classes[0].accuracies]
+    titles += ["accuracy after learning", "final accuracy", "forgetting"]
+    titles += ["most confused with", "confused samples", "undefined because"]
+    return csv_text(["class", "tasks", "test samples", *titles], rows)
+
+
+def confusion_csv(confusion: ConfusionMatrix, after: str) -> str:
+    """Write a confusion matrix as CSV: a line per class, its test samples by predicted class.
+
+    Args:
+        confusion: K classes, K x K cells are written.
+        after: name of the last task learned, for the first cell.
+    """
+    named = zip(confusion.classes, confusion.rows, strict=True)
+    head = [f"target, predicted after {after}", *confusion.classes]
+    return csv_text(head, [[name, *counts] for name, counts in named])
 
 
 def csv_text(head: Sequence[str], rows: Iterable[Sequence[str | float | None]]) -> str:

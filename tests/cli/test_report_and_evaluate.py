@@ -1,5 +1,6 @@
 """Commands on finished runs: evaluate, report, compare, export."""
 
+import csv
 import json
 
 import pytest
@@ -71,6 +72,7 @@ def test_report_writes_the_page_again_and_prints_the_table(learned):
     assert (status, err) == (0, "")
     assert "task-a" in out
     assert "report: runs/small_run/report.html" in out
+    assert "per class: runs/small_run/classes.csv, runs/small_run/confusion.csv" in out
     assert "<html" in page.read_text()
 
 
@@ -79,6 +81,26 @@ def test_report_gives_csv_and_latex(learned):
     csv = learned.give("report", BEFORE, "--as", "csv")[1]
     assert csv.splitlines()[0].endswith("task-a,task-b,task-c")
     assert r"\begin{tabular}" in learned.give("report", BEFORE, "--as", "latex")[1]
+
+
+def test_report_shows_classes_after_an_earlier_task(learned):
+    status, _, err = learned.give("report", BEFORE, "--after_task", "2")
+    assert (status, err) == (0, "")
+    head, *rows = csv.reader((learned.results / "confusion.csv").read_text().splitlines())
+    assert head[0] == "target, predicted after task-b"
+    matrix = AccuracyMatrix.read(learned.results / "matrix.json")
+    right = sum(int(row[number]) for number, row in enumerate(rows, 1))
+    wanted = sum(matrix.get(2, task) * matrix.columns[task].size for task in (0, 1))
+    assert right == round(wanted)
+    assert sum(int(count) for row in rows for count in row[1:]) == sum(
+        column.size for column in matrix.columns[:2]
+    )
+
+
+def test_report_refuses_classes_after_a_task_that_is_not_there(learned):
+    status, _, err = learned.give("report", BEFORE, "--after_task", "4")
+    assert status == 1
+    assert "after_task is 4, and 3 tasks are measured" in err
 
 
 def test_report_on_a_run_that_was_only_begun_says_so(desk):
