@@ -58,12 +58,15 @@ _DEFINED_IN = {
 }  # fmt: skip
 
 
+_FOLDERS = ("core", "data", "evaluation", "lightning", "models", "strategies")
+
+
 def __getattr__(name: str) -> Any:
     for module, names in _DEFINED_IN.items():
         if name in names:
             return getattr(importlib.import_module(module), name)
-    if name == "strategies":
-        return importlib.import_module("mmcl.strategies")
+    if name in _FOLDERS:
+        return importlib.import_module(f"mmcl.{name}")
     raise AttributeError(f"module 'mmcl' has no {name!r}: it has {', '.join(__all__)}")
 
 

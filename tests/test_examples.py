@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LAST_LINES = {
     "bare_loop": r"accuracy of each task: [01]\.\d\d [01]\.\d\d",
-    "lightning_module": r"memory: \{.*\}",
+    "hf_trainer": r"accuracy of each task: [01]\.\d\d [01]\.\d\d",
+    "lightning_module": r"\{'average accuracy': [01]\.\d+, .*\}",
     "llava_lora_replay": r"replay buffer: \{.*: 8\}",
     "own_data": r"tasks: .+ and .+; .+ and .+",
     "own_model": r"loss terms: task \d+\.\d{3}, ewc \d+\.\d{3}",
@@ -26,10 +27,10 @@ LAST_LINES = {
 }
 
 
-def test_every_example_is_known_and_has_fewer_than_60_lines():
+def test_every_example_is_known_and_has_fewer_than_100_lines():
     assert [file.stem for file in EXAMPLES] == sorted(LAST_LINES)
     for file in EXAMPLES:
-        assert len(file.read_text().splitlines()) < 60, file.name
+        assert len(file.read_text().splitlines()) < 100, file.name
 
 
 def run_as_script(file, folder, output):

@@ -255,7 +255,7 @@ class Stop(pl.Callback):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [1, 2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("after", [1, 2, 3, 4, 5, 6, 7, 8])
 def test_a_fit_killed_at_any_step_resumes_in_a_new_module(tmp_path, after):
     module = a_module()
     for task in range(2):
@@ -348,3 +348,42 @@ def test_two_processes_of_the_bare_loop_learn_as_one(tmp_path):
     assert one[1].tolist() == strategy.members[0].memory.sample_ids.tolist()
     both = call_on_ranks(scored, tmp_path / "scores")
     assert both[0] == both[1] == pytest.approx(scored(0, 1))
+
+
+class Inputs:
+    """Inputs of transformers' Trainer: batches under their name."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        return ({"batch": batch} for batch in self.loader)
+
+
+@pytest.mark.slow
+def test_transformers_trainer_learns_as_the_bare_loop_does(tmp_path):
+    transformers = pytest.importorskip("transformers")
+
+    class Replaying(transformers.Trainer):
+        def get_train_dataloader(self):
+            return Inputs(self.train_dataset)
+
+    model, strategy = StandIn(), a_chain()
+    strategy.attach(model)
+    settings = transformers.TrainingArguments(
+        str(tmp_path), num_train_epochs=2, learning_rate=0.05, optim="sgd", max_grad_norm=0,
+        lr_scheduler_type="constant", save_strategy="no", report_to="none", disable_tqdm=True,
+        use_cpu=True,
+    )  # fmt: skip
+    for index in range(3):
+        loader = mmcl.replay_loader(DATA[index], strategy, 8, earlier=DATA[:index])
+        module, task = mmcl.StepModule(model, strategy), mmcl.Task(index, f"task {index}")
+        callback = mmcl.HFTrainerCallback(module, task, loader.task_pass())
+        Replaying(module, settings, train_dataset=loader, callbacks=[callback]).train()
+    own, other = by_hand(3, epochs=2)
+    equal(model.state_dict(), own.state_dict())
+    assert strategy.is_task_ended
+    assert torch.equal(strategy.members[0].memory.sample_ids, other.members[0].memory.sample_ids)

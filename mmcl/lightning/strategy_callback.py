@@ -46,6 +46,8 @@ class StrategyCallback(pl.Callback):
             ``replay_loader``.
     """
 
+    ends_without_steps = True
+
     def __init__(
         self,
         task: Task | None = None,
@@ -85,7 +87,13 @@ class StrategyCallback(pl.Callback):
             pl_module.automatic_optimization = False
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Restore automatic optimization, for the next task may have trainable parameters."""
+        """End the task if Lightning did not, and restore what was set for this fit.
+
+        A fit that resumes from a checkpoint of its last step has no step left, so Lightning skips
+        ``on_train_end``.
+        """
+        if stage == "fit" and self.ends_without_steps and not vars(trainer).get("_has_ended_task"):
+            self.on_train_end(trainer, pl_module)
         if self._is_closed_form:
             pl_module.automatic_optimization, self._is_closed_form = True, False
         vars(pl_module).pop("on_load_checkpoint", None)

@@ -61,6 +61,7 @@ class TaskCallback(StrategyCallback):
     """
 
     task: Task
+    ends_without_steps = False  # a run never saves the last step of a task
 
     # Lightning skips a hook that is None; an empty one costs a profiler context per step.
     on_before_zero_grad = on_before_backward = on_after_backward = None  # type: ignore[assignment]
