@@ -16,9 +16,10 @@ from mmcl.core.atomic_write import write_atomic
 from mmcl.core.card import read_card
 from mmcl.data.convert.image_folder_input import open_folder
 from mmcl.data.convert.llava_input import open_instructions
+from mmcl.data.convert.parquet_input import open_parquet, parquet_files
 from mmcl.data.convert.record import ConvertOptions, InputData, ProgressFn, SkippedRecord
 from mmcl.data.convert.scan import ScanResult, scan_input
-from mmcl.data.convert.table_input import open_parquet, open_table, parquet_files
+from mmcl.data.convert.table_input import open_table
 from mmcl.data.convert.task_files import InPlace, plan_task, unique_names, write_in_place
 from mmcl.data.convert.task_split import TaskSplits, assign_tasks
 from mmcl.data.parallel import WorkerPool

@@ -1,11 +1,10 @@
-"""Input from tables: csv and tsv read line by line, parquet one row group at a time."""
+"""Input from tables: their columns and rows, and csv and tsv, which are read line by line."""
 
 from __future__ import annotations
 
 import csv
 import json
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from mmcl.data.shards.image_folder import (
     open_image_folder,
 )
 from mmcl.data.shards.llava_json import read_sample
-from mmcl.data.stored_sample import MAX_TEXT_BYTES, BadSample, IntArray, one_line
+from mmcl.data.stored_sample import MAX_TEXT_BYTES, BadSample, IntArray
 
 _NAMES = {
     "path": ("path", "image", "img", "file_name", "filename", "file"),
@@ -40,7 +39,6 @@ _NEEDS = {
 _CHUNK_RECORDS = 1000
 _MAX_LINE = 4 << 20
 _MARK = b"\xef\xbb\xbf"
-_SPLIT = re.compile(r"(train|test)([-_.].*)?", re.IGNORECASE)
 _LAYOUTS = "path,text (captions), path,label (classes) or path,question,answer (questions)"
 
 
@@ -167,7 +165,7 @@ def row_name(row: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _TableRows:
+class TableRows:
     """Rows of a table that are read together: ``count`` of them, or those at ``chosen`` indices."""
 
     path: Path
@@ -189,11 +187,11 @@ class _TableRows:
         return range(self.count) if self.chosen is None else set(self.chosen.tolist())
 
 
-Rows = TypeVar("Rows", bound=_TableRows)
+Rows = TypeVar("Rows", bound=TableRows)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CsvChunk(_TableRows):
+class CsvChunk(TableRows):
     """About a thousand rows, from one byte offset of the file."""
 
     size: int
@@ -304,135 +302,3 @@ def _rows(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[list[str
             ) from None
         if row:
             yield row, end
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParquetChunk(_TableRows):
-    """One row group of one file."""
-
-    group: int
-    classes: tuple[str, ...]
-    split: str
-
-    def read(self) -> Iterator[Record | InvalidRecord]:
-        """Yield the rows.
-
-        Raises:
-            RuntimeError: if the file changed or cannot be read any more.
-        """
-        parquet, wanted = _library(), self.wanted()
-        first = 0
-        names = {name: use for use, name in self.columns.names.items()}
-        try:
-            with parquet.ParquetFile(self.path) as file:
-                batches = file.iter_batches(
-                    batch_size=64, row_groups=[self.group], columns=list(names), use_threads=False
-                )
-                for batch in batches:
-                    for index in [n for n in range(batch.num_rows) if first + n in wanted]:
-                        cells = {name: batch.column(name)[index].as_py() for name in names}
-                        yield self._record({names[name]: cell for name, cell in cells.items()})
-                    first += batch.num_rows
-        # pyarrow's errors are ValueError, OSError, KeyError and others.
-        except Exception as error:
-            raise RuntimeError(f"{self.path} cannot be read any more ({one_line(error)})") from None
-        if first != self.count:
-            raise RuntimeError(f"{self.path} changed while it was read: start again")
-
-    def _record(self, row: dict[str, Any]) -> Record | InvalidRecord:
-        label = row.get("label")
-        if isinstance(label, int) and not isinstance(label, bool) and self.classes:
-            row["label"] = self.classes[label] if 0 <= label < len(self.classes) else None
-        if self.split and not row.get("split"):
-            row["split"] = self.split
-        try:
-            return record_of(row, self.columns.task_type, self.images)
-        except BadSample as error:
-            return InvalidRecord(row_name(row), str(error))
-
-
-def open_parquet(path: Path, task_type: str | None = None, images: Path | None = None) -> InputData:
-    """Open a parquet file, or all ``.parquet`` files of a folder.
-
-    Files named ``train...`` and ``test...`` are these splits. Class names are taken from the
-    metadata that the hub's library writes, if they are there.
-
-    Args:
-        path: of the file or folder.
-        task_type: see `find_columns`.
-        images: folder from which image paths start; None = that of the file.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ImportError: if pyarrow is not installed.
-        ValueError: if columns are missing, or a file is not parquet.
-    """
-    files = parquet_files(path) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        raise FileNotFoundError(f"there is no file {path}: correct the path")
-    chunks: list[Chunk] = []
-    columns: Columns | None = None
-    classes: tuple[str, ...] = ()
-    for file in files:
-        own, classes, counts = _read_schema(file, task_type)
-        if columns is not None and own != columns:
-            raise ValueError(f"{file} has other columns than {files[0]}: convert them one by one")
-        columns = own
-        named = _SPLIT.fullmatch(file.stem)
-        split = named[1].lower() if named and len(files) > 1 else ""
-        folder = open_image_folder(images or file.parent)
-        chunks += [
-            ParquetChunk(
-                path=file,
-                count=count,
-                columns=columns,
-                images=folder,
-                group=group,
-                classes=classes,
-                split=split,
-            )  # fmt: skip
-            for group, count in enumerate(counts)
-            if count
-        ]
-    if columns is None or not chunks:
-        raise ValueError(f"{path} has no rows")
-    return InputData(columns.task_type, str(path), chunks, classes)
-
-
-def parquet_files(folder: Path) -> list[Path]:
-    """Return the parquet files of a folder, or of its ``data`` folder as on the hub."""
-    return sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
-
-
-def _read_schema(path: Path, task_type: str | None) -> tuple[Columns, tuple[str, ...], list[int]]:
-    """Return the columns, the class names and the number of rows of every row group."""
-    parquet = _library()
-    try:
-        with parquet.ParquetFile(path) as file:
-            schema, about = file.schema_arrow, file.metadata
-            counts = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
-            names, notes = list(schema.names), dict(schema.metadata or {})
-    except Exception as error:
-        raise ValueError(f"{path} is no parquet file ({one_line(error)})") from None
-    columns = find_columns(names, task_type, str(path))
-    return columns, _class_names(notes, columns.names.get("label", "")), counts
-
-
-def _class_names(notes: Mapping[bytes, bytes], column: str) -> tuple[str, ...]:
-    """Return the class names that the hub's library stored for a column of numbers, or ()."""
-    try:
-        noted = json.loads(notes[b"huggingface"])["info"]["features"][column]["names"]
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return ()
-    is_good = isinstance(noted, list) and all(isinstance(name, str) and name for name in noted)
-    return tuple(noted) if is_good and len(set(noted)) == len(noted) else ()
-
-
-def _library() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ImportError(
-            "parquet files are read by pyarrow, which is not installed: pip install mmcl[parquet]"
-        ) from None
-    return pyarrow.parquet
