@@ -21,7 +21,7 @@ from mmcl.data.convert.record import ConvertOptions, InputData, ProgressFn, Skip
 from mmcl.data.convert.scan import ScanResult, scan_input
 from mmcl.data.convert.table_input import open_table
 from mmcl.data.convert.task_files import InPlace, plan_task, unique_names, write_in_place
-from mmcl.data.convert.task_split import TaskSplits, assign_tasks
+from mmcl.data.convert.task_split import TaskSplits, assign_tasks, sort_tasks
 from mmcl.data.parallel import WorkerPool
 from mmcl.data.remote.file_lock import file_lock
 from mmcl.data.shards.reader import subset_size
@@ -43,8 +43,9 @@ _MIN_SAMPLES_PER_WORKER = 10_000
 _TEMPLATE = "a photo of a {}."
 _NOT_IN_SHARDS = (
     "num_workers", "max_bad_fraction", "license", "scorer", "max_new_tokens", "scenario",
+    "first_task_classes", "class_order_seed", "task_order",
 )  # fmt: skip
-"""Options that do not change the bytes of a shard."""
+"""Options that do not change the bytes of a shard, or only by its task and classes."""
 
 
 def is_instructions(path: Path) -> bool:
@@ -57,7 +58,8 @@ def open_input(
     task_type: str | None = None,
     images: Path | None = None,
     *,
-    tasks_are_folders: bool = False,
+    task_column: str | None = None,
+    task_level: int | None = None,
     answer_field: str = "answer",
     references: Path | None = None,
 ) -> InputData:
@@ -67,7 +69,8 @@ def open_input(
         path: a folder, or a file whose extension says what it is.
         task_type: of the tasks; None = what the input allows.
         images: folder from which image paths start; None = that of the input.
-        tasks_are_folders: of an image folder: there is a folder for each task.
+        task_column: of a table: column that states the task; of JSON: key of each record.
+        task_level: of an image folder: level whose folders are the tasks, see `open_folder`.
         answer_field: of JSON: key of the right answer in records with ``text``.
         references: of JSON: file with all reference answers.
 
@@ -77,10 +80,16 @@ def open_input(
     """
     if not path.exists():
         raise FileNotFoundError(f"there is nothing at {path}: correct SOURCE")
-    if tasks_are_folders and (not path.is_dir() or parquet_files(path)):
+    is_folder = path.is_dir() and not parquet_files(path)
+    if task_level is not None and not is_folder:
         raise ValueError(
-            f"--tasks_are_folders is for image folders, and {path} is none: give tables a column "
-            "task"
+            f"--tasks_are_folders and --task_level are for image folders, and {path} is none: give "
+            "tables a column task, or say with --task_column which column or key it is"
+        )
+    if task_column is not None and is_folder:
+        raise ValueError(
+            f"--task_column is for tables and JSON, and {path} is an image folder: give "
+            "--task_level if its folders are the tasks"
         )
     if references is not None and not is_instructions(path):
         raise ValueError(
@@ -88,15 +97,15 @@ def open_input(
             "column answer"
         )
     if path.suffix.lower() in _TABLES and path.is_file():
-        return open_table(path, task_type, images)
-    if path.suffix.lower() == ".parquet" or (path.is_dir() and parquet_files(path)):
-        return open_parquet(path, task_type, images)
-    if path.is_dir():
+        return open_table(path, task_type, images, task_column)
+    if is_folder:
         _expect_task_type(path, task_type, "classification", "a folder of classes")
-        return open_folder(path, tasks_are_folders)
+        return open_folder(path, task_level)
+    if path.suffix.lower() == ".parquet" or path.is_dir():
+        return open_parquet(path, task_type, images, task_column)
     if is_instructions(path):
         _expect_task_type(path, task_type, "instruction", "an instruction file")
-        return open_instructions(path, images, answer_field, references)
+        return open_instructions(path, images, answer_field, references, task_column)
     raise ValueError(
         f"{path} is no folder and ends in {path.suffix or 'nothing'!r}: expected .csv, .tsv, "
         ".parquet, .json or .jsonl"
@@ -125,6 +134,7 @@ class ConvertedTasks:
         left_out_file: that lists ``left_out``, written if there are any.
         num_leaked: test samples whose image is, byte for byte, also a training image; only where
             a test input was given.
+        notes: on how the tasks were made, a sentence each.
     """
 
     entries: Sequence[dict[str, Any]]
@@ -135,6 +145,7 @@ class ConvertedTasks:
     num_bad: int
     left_out_file: Path
     num_leaked: int
+    notes: Sequence[str] = ()
 
 
 def convert(
@@ -212,8 +223,10 @@ def convert_tasks(
             entries, hashes, counts = _write_shards(
                 folder, name, tasks, recipe, options, progress, workers
             )
-    for entry in entries:
+    for entry, positions in zip(entries, _class_positions(tasks, options), strict=True):
         entry["task_type"] = train.task_type
+        if positions:
+            entry["description"] = positions
         if train.task_type == "instruction":
             entry["scorer"] = options.scorer
         if options.max_new_tokens is not None:
@@ -228,8 +241,39 @@ def convert_tasks(
     num_leaked = sum(map(int, leaked)) if test else 0
     num_bad = sum(scan.num_bad for scan in scans)
     return ConvertedTasks(
-        entries, classes, hashes, counts, left_out, num_bad, left_out_file, num_leaked
-    )
+        entries, classes, hashes, counts, left_out, num_bad, left_out_file, num_leaked,
+        _notes(tasks, train, options),
+    )  # fmt: skip
+
+
+def _class_positions(tasks: Sequence[TaskSplits], options: ConvertOptions) -> list[str]:
+    """Return for each task which part of the seeded class order it is, "" without a seed."""
+    if options.class_order_seed is None:
+        return [""] * len(tasks)
+    ends = np.cumsum([len(task.classes) for task in tasks]).tolist()
+    order = f"numpy.random.RandomState({options.class_order_seed}).permutation({ends[-1]})"
+    return [
+        f"classes {end - len(task.classes)} to {end - 1} of {order}"
+        for task, end in zip(tasks, ends, strict=True)
+    ]
+
+
+def _notes(tasks: Sequence[TaskSplits], train: InputData, options: ConvertOptions) -> list[str]:
+    """Return what a user may not expect of the tasks, or has to report of them."""
+    notes = []
+    if options.class_order_seed is not None:
+        seed = options.class_order_seed
+        notes.append(f"classes are in the order of seed {seed}, drawn as in iCaRL, PyCIL and PILOT")
+    wanted, last = options.classes_per_task, len(tasks[-1].classes)
+    if wanted is not None and last < wanted:
+        notes.append(
+            f"the last task has {last} of {wanted} classes: "
+            f"{sum(len(task.classes) for task in tasks)} classes do not fill all tasks"
+        )
+    if train.task_column and not options.task_order:
+        kind = sort_tasks([task.name for task in tasks], train.task_column)[1]
+        notes.append(f"tasks are in the order of '{train.task_column}', compared as {kind}")
+    return notes
 
 
 def _scan(
@@ -375,7 +419,8 @@ def _put_on_card(
 ) -> None:
     if append and options.license:
         for entry in converted.entries:
-            entry["description"] = f"license: {options.license}"
+            about = entry.get("description")
+            entry["description"] = f"{about}; " * bool(about) + f"license: {options.license}"
     if not content:
         named = [name for entry in converted.entries for name in entry.get("classes", ())]
         is_class_incremental = bool(named) and len(set(named)) == len(named)

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,15 @@ _SPLIT = re.compile(r"(train|test)([-_.].*)?", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetChunk(TableRows):
-    """One row group of one file."""
+    """One row group of one file, behind ``rows_before`` other rows of it.
+
+    ``classes`` and ``tasks`` name the numbers in the columns of labels and of tasks, () = as is.
+    """
 
     group: int
+    rows_before: int
     classes: tuple[str, ...]
+    tasks: tuple[str, ...]
     split: str
 
     def read(self) -> Iterator[Record | InvalidRecord]:
@@ -33,16 +39,21 @@ class ParquetChunk(TableRows):
         """
         parquet, wanted = _library(), self.wanted()
         first = 0
-        names = {name: use for use, name in self.columns.names.items()}
+        names = self.columns.names
         try:
             with parquet.ParquetFile(self.path) as file:
                 batches = file.iter_batches(
-                    batch_size=64, row_groups=[self.group], columns=list(names), use_threads=False
+                    batch_size=64,
+                    row_groups=[self.group],
+                    columns=list(dict.fromkeys(names.values())),
+                    use_threads=False,
                 )
                 for batch in batches:
                     for index in [n for n in range(batch.num_rows) if first + n in wanted]:
-                        cells = {name: batch.column(name)[index].as_py() for name in names}
-                        yield self._record({names[name]: cell for name, cell in cells.items()})
+                        yield self._record(
+                            {use: batch.column(name)[index].as_py() for use, name in names.items()},
+                            self.rows_before + first + index + 1,
+                        )
                     first += batch.num_rows
         # pyarrow's errors are ValueError, OSError, KeyError and others.
         except Exception as error:
@@ -50,19 +61,26 @@ class ParquetChunk(TableRows):
         if first != self.count:
             raise RuntimeError(f"{self.path} changed while it was read: start again")
 
-    def _record(self, row: dict[str, Any]) -> Record | InvalidRecord:
-        label = row.get("label")
-        if isinstance(label, int) and not isinstance(label, bool) and self.classes:
-            row["label"] = self.classes[label] if 0 <= label < len(self.classes) else None
+    def _record(self, row: dict[str, Any], number: int) -> Record | InvalidRecord:
+        for use, names in (("label", self.classes), ("task", self.tasks)):
+            value = row.get(use)
+            if isinstance(value, int) and not isinstance(value, bool) and names:
+                row[use] = names[value] if 0 <= value < len(names) else None
         if self.split and not row.get("split"):
             row["split"] = self.split
         try:
-            return record_of(row, self.columns.task_type, self.images)
+            place = f"row {number} of {self.path.name}"
+            return record_of(row, self.columns, self.images, place)
         except BadSample as error:
             return InvalidRecord(row_name(row), str(error))
 
 
-def open_parquet(path: Path, task_type: str | None = None, images: Path | None = None) -> InputData:
+def open_parquet(
+    path: Path,
+    task_type: str | None = None,
+    images: Path | None = None,
+    task_column: str | None = None,
+) -> InputData:
     """Open a parquet file, or all ``.parquet`` files of a folder.
 
     Files named ``train...`` and ``test...`` are these splits. Class names are taken from the
@@ -72,6 +90,7 @@ def open_parquet(path: Path, task_type: str | None = None, images: Path | None =
         path: of the file or folder.
         task_type: see `find_columns`.
         images: folder from which image paths start; None = that of the file.
+        task_column: see `find_columns`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -85,7 +104,7 @@ def open_parquet(path: Path, task_type: str | None = None, images: Path | None =
     columns: Columns | None = None
     classes: tuple[str, ...] = ()
     for file in files:
-        own, classes, counts = _read_schema(file, task_type)
+        own, classes, tasks, counts = _read_schema(file, task_type, task_column)
         if columns is not None and own != columns:
             raise ValueError(f"{file} has other columns than {files[0]}: convert them one by one")
         columns = own
@@ -99,15 +118,19 @@ def open_parquet(path: Path, task_type: str | None = None, images: Path | None =
                 columns=columns,
                 images=folder,
                 group=group,
+                rows_before=rows_before,
                 classes=classes,
+                tasks=tasks,
                 split=split,
             )  # fmt: skip
-            for group, count in enumerate(counts)
+            for group, (count, rows_before) in enumerate(
+                zip(counts, accumulate(counts, initial=0), strict=False)
+            )
             if count
         ]
     if columns is None or not chunks:
         raise ValueError(f"{path} has no rows")
-    return InputData(columns.task_type, str(path), chunks, classes)
+    return InputData(columns.task_type, str(path), chunks, classes, task_column=task_column or "")
 
 
 def parquet_files(folder: Path) -> list[Path]:
@@ -115,8 +138,10 @@ def parquet_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
 
 
-def _read_schema(path: Path, task_type: str | None) -> tuple[Columns, tuple[str, ...], list[int]]:
-    """Return the columns, the class names and the number of rows of every row group."""
+def _read_schema(
+    path: Path, task_type: str | None, task_column: str | None
+) -> tuple[Columns, tuple[str, ...], tuple[str, ...], list[int]]:
+    """Return the columns, names of classes and tasks, and the number of rows of every row group."""
     parquet = _library()
     try:
         with parquet.ParquetFile(path) as file:
@@ -125,8 +150,9 @@ def _read_schema(path: Path, task_type: str | None) -> tuple[Columns, tuple[str,
             names, notes = list(schema.names), dict(schema.metadata or {})
     except Exception as error:
         raise ValueError(f"{path} is no parquet file ({one_line(error)})") from None
-    columns = find_columns(names, task_type, str(path))
-    return columns, _class_names(notes, columns.names.get("label", "")), counts
+    columns = find_columns(names, task_type, str(path), task_column)
+    classes = _class_names(notes, columns.names.get("label", ""))
+    return columns, classes, _class_names(notes, columns.names.get("task", "")), counts
 
 
 def _class_names(notes: Mapping[bytes, bytes], column: str) -> tuple[str, ...]:

@@ -10,7 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from mmcl.data.convert.record import SPLITS, Chunk, InputData, InvalidRecord, Record
+from mmcl.data.convert.record import (
+    SPLITS,
+    Chunk,
+    InputData,
+    InvalidRecord,
+    Record,
+    task_name,
+)
 from mmcl.data.shards.image_folder import (
     MAX_IMAGE_FILE_BYTES,
     ImageFolder,
@@ -55,7 +62,9 @@ class Columns:
     names: Mapping[str, str]
 
 
-def find_columns(found: Sequence[str], task_type: str | None, where: str) -> Columns:
+def find_columns(
+    found: Sequence[str], task_type: str | None, where: str, task_column: str | None = None
+) -> Columns:
     """Choose the columns of a table by their names, ignoring case.
 
     Args:
@@ -63,6 +72,7 @@ def find_columns(found: Sequence[str], task_type: str | None, where: str) -> Col
         task_type: "captioning", "retrieval", "classification", "instruction"; None takes what the
             columns allow.
         where: path for messages.
+        task_column: column that states the task; None = ``task``, if there is one.
 
     Raises:
         ValueError: if columns are missing, or more than one task type is possible.
@@ -74,6 +84,13 @@ def find_columns(found: Sequence[str], task_type: str | None, where: str) -> Col
         if any(name in plain for name in accepted)
     }
     listed = ", ".join(name[:40] if name.isprintable() else repr(name[:40]) for name in found[:20])
+    if task_column is not None:
+        if task_column.strip().lower() not in plain:
+            raise ValueError(
+                f"{where} has no column {task_column!r}, it has {listed}: give one of these as "
+                "--task_column"
+            )
+        names["task"] = plain[task_column.strip().lower()]
     if task_type is None:
         possible = [
             name
@@ -98,16 +115,17 @@ def find_columns(found: Sequence[str], task_type: str | None, where: str) -> Col
     return Columns(task_type, {use: name for use, name in names.items() if use in used})
 
 
-def record_of(row: Mapping[str, Any], task_type: str, images: ImageFolder) -> Record:
+def record_of(row: Mapping[str, Any], columns: Columns, images: ImageFolder, where: str) -> Record:
     """Convert a row of a table, field -> value, to a record.
 
     A value is a text, a number or None; the image may also be bytes, or a mapping with ``bytes``
-    and ``path`` as in data sets on the hub.
+    and ``path`` as in data sets on the hub. ``where`` is the line or row, for messages.
 
     Raises:
         BadSample: if a value or the image is missing.
     """
     members: dict[str, bytes] = {}
+    task_type = columns.task_type
     image = row.get("path")
     if task_type != "instruction" or image not in (None, ""):
         extension, data = _image(image, images)
@@ -118,7 +136,7 @@ def record_of(row: Mapping[str, Any], task_type: str, images: ImageFolder) -> Re
         members["json"] = read_sample({**texts, "image": "x" if members else None}).data
     elif task_type != "classification":
         members["txt"] = _text(row, "text").encode()
-    task = _text(row, "task") if "task" in row else ""
+    task = task_name(row["task"], columns.names["task"], where) if "task" in row else ""
     split = _text(row, "split").lower() if "split" in row else ""
     if split not in SPLITS:
         raise BadSample(f"its split is {split[:40]!r}, expected train or test")
@@ -192,10 +210,11 @@ Rows = TypeVar("Rows", bound=TableRows)
 
 @dataclass(frozen=True, kw_only=True)
 class CsvChunk(TableRows):
-    """About a thousand rows, from one byte offset of the file."""
+    """About a thousand rows, from one byte offset of the file, behind so many of its lines."""
 
     size: int
     start: int
+    lines: int
     header: tuple[str, ...]
     delimiter: str
 
@@ -210,30 +229,36 @@ class CsvChunk(TableRows):
             if os.fstat(file.fileno()).st_size != self.size:
                 raise RuntimeError(f"{self.path} changed while it was read: start again")
             file.seek(self.start)
-            rows = _rows(file, self.path, self.delimiter)
+            rows = _rows(file, self.path, self.delimiter, self.lines)
             for index in range(self.count):
-                row, _ = next(rows)
+                row, _, (line, _) = next(rows)
                 if index in wanted:
-                    yield self._record(row)
+                    yield self._record(row, line)
 
-    def _record(self, row: list[str]) -> Record | InvalidRecord:
+    def _record(self, row: list[str], line: int) -> Record | InvalidRecord:
         stated = dict(zip(self.header, row, strict=False))
         values = {use: stated.get(name, "") for use, name in self.columns.names.items()}
         try:
             if len(row) != len(self.header):
                 raise BadSample(f"its row has {len(row)} cells, the header has {len(self.header)}")
-            return record_of(values, self.columns.task_type, self.images)
+            return record_of(values, self.columns, self.images, f"line {line}")
         except BadSample as error:
             return InvalidRecord(row_name(values), str(error))
 
 
-def open_table(path: Path, task_type: str | None = None, images: Path | None = None) -> InputData:
+def open_table(
+    path: Path,
+    task_type: str | None = None,
+    images: Path | None = None,
+    task_column: str | None = None,
+) -> InputData:
     """Open a csv or tsv file.
 
     Args:
         path: UTF-8, with a header, cells separated by comma, semicolon or tab.
         task_type: see `find_columns`.
         images: folder from which image paths start; None = that of the table.
+        task_column: see `find_columns`.
 
     Raises:
         FileNotFoundError: if the file or the folder is missing.
@@ -251,12 +276,12 @@ def open_table(path: Path, task_type: str | None = None, images: Path | None = N
         delimiter = max("\t,;", key=head.count) if any(sign in head for sign in "\t,;") else ","
         file.seek(start)
         rows = _rows(file, path, delimiter)
-        header, start = next(rows, ([], start))
-        columns = find_columns(header, task_type, str(path))
-        starts, count = [start], 0
-        for count, (_, end) in enumerate(rows, start=1):
+        header, start, (_, lines) = next(rows, ([], start, (1, 1)))
+        columns = find_columns(header, task_type, str(path), task_column)
+        starts, count = [(start, lines)], 0
+        for count, (_, end, (_, lines)) in enumerate(rows, start=1):
             if count % _CHUNK_RECORDS == 0:
-                starts.append(end)
+                starts.append((end, lines))
     if not count:
         raise ValueError(f"{path} has a header and no rows")
     counts = [min(_CHUNK_RECORDS, count - first) for first in range(0, count, _CHUNK_RECORDS)]
@@ -268,17 +293,25 @@ def open_table(path: Path, task_type: str | None = None, images: Path | None = N
             images=folder,
             size=size,
             start=start,
+            lines=lines,
             header=tuple(header),
             delimiter=delimiter,
         )  # fmt: skip
-        for start, own in zip(starts, counts, strict=False)
+        for (start, lines), own in zip(starts, counts, strict=False)
     ]
-    return InputData(columns.task_type, str(path), chunks, interleaved=True)
+    return InputData(
+        columns.task_type, str(path), chunks, task_column=task_column or "", interleaved=True
+    )
 
 
-def _rows(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[list[str], int]]:
-    """Yield every row that is not blank and its end offset, from the current file position."""
-    end, number = file.tell(), 0
+def _rows(
+    file: BinaryIO, path: Path, delimiter: str, lines_before: int = 0
+) -> Iterator[tuple[list[str], int, tuple[int, int]]]:
+    """Yield every row that is not blank, its end offset, and its first and its last line.
+
+    Reads from the current file position, which has ``lines_before`` lines before it.
+    """
+    end, number = file.tell(), lines_before
 
     def lines() -> Iterator[str]:
         nonlocal end, number
@@ -291,6 +324,7 @@ def _rows(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[list[str
 
     reader = csv.reader(lines(), delimiter=delimiter)
     while True:
+        first = number + 1
         try:
             row = next(reader)
         except StopIteration:
@@ -301,4 +335,4 @@ def _rows(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[list[str
                 f"({error}): perhaps a quote was opened and not closed above it"
             ) from None
         if row:
-            yield row, end
+            yield row, end, (first, number)
