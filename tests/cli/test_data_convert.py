@@ -114,7 +114,11 @@ def test_images_in_both_given_splits_are_counted(desk):
         (["pics", "--out", "o", "--task_level", "2"], 1, "expected pics/<class>/<task>/image.jpg"),
         (["pics", "--out", "o", "--task_level", "3"], 2, "invalid choice: 3"),
         (["pics", "--out", "o", "--task_column", "a"], 1, "image folder: give --task_level if"),
-        (["u.csv", "--out", "o", "--task_column", "a"], 1, "u.csv has no column 'a', it has path"),
+        (
+            ["u.csv", "--out", "o", "--task_column", "a"],
+            1,
+            "u.csv has no column 'a' for --task_column",
+        ),
         (["c.csv", "--out", "o", "--class_order_seed", "1993"], 1, "give classes_per_task as well"),
         (
             ["c.csv", "--out", "o", "--classes_per_task", "1", "--first_task_classes", "1"],

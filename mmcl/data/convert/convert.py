@@ -21,7 +21,7 @@ from mmcl.data.convert.record import ConvertOptions, InputData, ProgressFn, Skip
 from mmcl.data.convert.scan import ScanResult, scan_input
 from mmcl.data.convert.table_input import open_table
 from mmcl.data.convert.task_files import InPlace, plan_task, unique_names, write_in_place
-from mmcl.data.convert.task_split import TaskSplits, assign_tasks, sort_tasks
+from mmcl.data.convert.task_split import TaskSplits, assign_tasks, class_positions, task_notes
 from mmcl.data.parallel import WorkerPool
 from mmcl.data.remote.file_lock import file_lock
 from mmcl.data.shards.reader import subset_size
@@ -81,16 +81,7 @@ def open_input(
     if not path.exists():
         raise FileNotFoundError(f"there is nothing at {path}: correct SOURCE")
     is_folder = path.is_dir() and not parquet_files(path)
-    if task_level is not None and not is_folder:
-        raise ValueError(
-            f"--tasks_are_folders and --task_level are for image folders, and {path} is none: give "
-            "tables a column task, or say with --task_column which column or key it is"
-        )
-    if task_column is not None and is_folder:
-        raise ValueError(
-            f"--task_column is for tables and JSON, and {path} is an image folder: give "
-            "--task_level if its folders are the tasks"
-        )
+    _expect_task_place(path, is_folder, task_column, task_level)
     if references is not None and not is_instructions(path):
         raise ValueError(
             f"--references is for LLaVA-style JSON, and {path} is none: put the answers into a "
@@ -110,6 +101,21 @@ def open_input(
         f"{path} is no folder and ends in {path.suffix or 'nothing'!r}: expected .csv, .tsv, "
         ".parquet, .json or .jsonl"
     )
+
+
+def _expect_task_place(
+    path: Path, is_folder: bool, task_column: str | None, task_level: int | None
+) -> None:
+    if task_level is not None and not is_folder:
+        raise ValueError(
+            f"--tasks_are_folders and --task_level are for image folders, and {path} is none: give "
+            "tables a column task, or say with --task_column which column or key it is"
+        )
+    if task_column is not None and is_folder:
+        raise ValueError(
+            f"--task_column is for tables and JSON, and {path} is an image folder: give "
+            "--task_level if its folders are the tasks"
+        )
 
 
 def _expect_task_type(path: Path, task_type: str | None, own: str, what: str) -> None:
@@ -223,10 +229,8 @@ def convert_tasks(
             entries, hashes, counts = _write_shards(
                 folder, name, tasks, recipe, options, progress, workers
             )
-    for entry, positions in zip(entries, _class_positions(tasks, options), strict=True):
-        entry["task_type"] = train.task_type
-        if positions:
-            entry["description"] = positions
+    for entry, positions in zip(entries, class_positions(tasks, options), strict=True):
+        entry.update(positions, task_type=train.task_type)
         if train.task_type == "instruction":
             entry["scorer"] = options.scorer
         if options.max_new_tokens is not None:
@@ -242,38 +246,8 @@ def convert_tasks(
     num_bad = sum(scan.num_bad for scan in scans)
     return ConvertedTasks(
         entries, classes, hashes, counts, left_out, num_bad, left_out_file, num_leaked,
-        _notes(tasks, train, options),
+        task_notes(tasks, options),
     )  # fmt: skip
-
-
-def _class_positions(tasks: Sequence[TaskSplits], options: ConvertOptions) -> list[str]:
-    """Return for each task which part of the seeded class order it is, "" without a seed."""
-    if options.class_order_seed is None:
-        return [""] * len(tasks)
-    ends = np.cumsum([len(task.classes) for task in tasks]).tolist()
-    order = f"numpy.random.RandomState({options.class_order_seed}).permutation({ends[-1]})"
-    return [
-        f"classes {end - len(task.classes)} to {end - 1} of {order}"
-        for task, end in zip(tasks, ends, strict=True)
-    ]
-
-
-def _notes(tasks: Sequence[TaskSplits], train: InputData, options: ConvertOptions) -> list[str]:
-    """Return what a user may not expect of the tasks, or has to report of them."""
-    notes = []
-    if options.class_order_seed is not None:
-        seed = options.class_order_seed
-        notes.append(f"classes are in the order of seed {seed}, drawn as in iCaRL, PyCIL and PILOT")
-    wanted, last = options.classes_per_task, len(tasks[-1].classes)
-    if wanted is not None and last < wanted:
-        notes.append(
-            f"the last task has {last} of {wanted} classes: "
-            f"{sum(len(task.classes) for task in tasks)} classes do not fill all tasks"
-        )
-    if train.task_column and not options.task_order:
-        kind = sort_tasks([task.name for task in tasks], train.task_column)[1]
-        notes.append(f"tasks are in the order of '{train.task_column}', compared as {kind}")
-    return notes
 
 
 def _scan(

@@ -111,23 +111,15 @@ def open_parquet(
         named = _SPLIT.fullmatch(file.stem)
         split = named[1].lower() if named and len(files) > 1 else ""
         folder = open_image_folder(images or file.parent)
+        before = accumulate(counts, initial=0)
         chunks += [
             ParquetChunk(
-                path=file,
-                count=count,
-                columns=columns,
-                images=folder,
-                group=group,
-                rows_before=rows_before,
-                classes=classes,
-                tasks=tasks,
-                split=split,
-            )  # fmt: skip
-            for group, (count, rows_before) in enumerate(
-                zip(counts, accumulate(counts, initial=0), strict=False)
+                path=file, count=count, columns=columns, images=folder, group=group,
+                rows_before=rows_before, classes=classes, tasks=tasks, split=split,
             )
+            for group, (count, rows_before) in enumerate(zip(counts, before, strict=False))
             if count
-        ]
+        ]  # fmt: skip
     if columns is None or not chunks:
         raise ValueError(f"{path} has no rows")
     return InputData(columns.task_type, str(path), chunks, classes, task_column=task_column or "")

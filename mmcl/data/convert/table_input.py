@@ -87,8 +87,7 @@ def find_columns(
     if task_column is not None:
         if task_column.strip().lower() not in plain:
             raise ValueError(
-                f"{where} has no column {task_column!r}, it has {listed}: give one of these as "
-                "--task_column"
+                f"{where} has no column {task_column!r} for --task_column, it has {listed}"
             )
         names["task"] = plain[task_column.strip().lower()]
     if task_type is None:
@@ -287,18 +286,11 @@ def open_table(
     counts = [min(_CHUNK_RECORDS, count - first) for first in range(0, count, _CHUNK_RECORDS)]
     chunks: list[Chunk] = [
         CsvChunk(
-            path=path,
-            count=own,
-            columns=columns,
-            images=folder,
-            size=size,
-            start=start,
-            lines=lines,
-            header=tuple(header),
-            delimiter=delimiter,
-        )  # fmt: skip
+            path=path, count=own, columns=columns, images=folder, size=size, start=start,
+            lines=lines, header=tuple(header), delimiter=delimiter,
+        )
         for (start, lines), own in zip(starts, counts, strict=False)
-    ]
+    ]  # fmt: skip
     return InputData(
         columns.task_type, str(path), chunks, task_column=task_column or "", interleaved=True
     )

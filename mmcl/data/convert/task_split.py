@@ -22,7 +22,7 @@ _TEST = SPLITS.index("test")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,4})?", re.ASCII | re.IGNORECASE)
 _DATE = re.compile(r"(\d{4})(?:[-/.](\d{1,2})(?:[-/.](\d{1,2})(?:[T ](\S.*))?)?)?", re.ASCII)
 _UNCERTAIN_DATE = re.compile(
-    r"(\d{1,2}[-/.])?\d{1,2}[-/.](\d{4}|\d{2})\b.*|(.*\W)?(jan(uary)?|feb(ruary)?|mar(ch)?|apr(il)?|"
+    r"\d{1,2}[-/.](\d{1,2}[-/.](\d{4}|\d{2})|\d{4})\b.*|(.*\W)?(jan(uary)?|feb(ruary)?|mar(ch)?|apr(il)?|"
     r"may|june?|july?|aug(ust)?|sept?(ember)?|oct(ober)?|nov(ember)?|dec(ember)?)(\W.*)?",
     re.ASCII | re.IGNORECASE,
 )
@@ -199,6 +199,37 @@ def _date(text: str) -> datetime | None:
     return at if at.tzinfo else at.replace(tzinfo=timezone.utc)
 
 
+def class_positions(tasks: Sequence[TaskSplits], options: ConvertOptions) -> list[dict[str, str]]:
+    """Return for each task a description that says which part of the seeded class order it is."""
+    if options.class_order_seed is None:
+        return [{} for _ in tasks]
+    ends = np.cumsum([len(task.classes) for task in tasks]).tolist()
+    order = f"numpy.random.RandomState({options.class_order_seed}).permutation({ends[-1]})"
+    return [
+        {"description": f"classes {end - len(task.classes)} to {end - 1} of {order}"}
+        for task, end in zip(tasks, ends, strict=True)
+    ]
+
+
+def task_notes(tasks: Sequence[TaskSplits], options: ConvertOptions) -> list[str]:
+    """Return what a user may not expect of the tasks, or has to report of them."""
+    notes = []
+    if options.class_order_seed is not None:
+        seed = options.class_order_seed
+        notes.append(f"classes are in the order of seed {seed}, drawn as in iCaRL, PyCIL and PILOT")
+    wanted, last = options.classes_per_task, len(tasks[-1].classes)
+    if wanted is not None and last < wanted:
+        notes.append(
+            f"the last task has {last} of {wanted} classes: "
+            f"{sum(len(task.classes) for task in tasks)} classes do not fill all tasks"
+        )
+    column = tasks[0].train.scan.source.task_column
+    if column and not options.task_order:
+        kind = sort_tasks([task.name for task in tasks], column)[1]
+        notes.append(f"tasks are in the order of '{column}', compared as {kind}")
+    return notes
+
+
 def grouped_holdout(
     content: npt.NDArray[np.uint64], group: IntArray, fraction: float, seed: int
 ) -> Bits:
@@ -288,6 +319,12 @@ def _tasks_of(
         if not classes:
             raise ValueError(
                 "--classes_per_task splits classes into tasks, and there are no classes"
+            )
+        if options.task or options.task_order:
+            option = "--task" if options.task else "--task_order"
+            raise ValueError(
+                f"{option} is for tasks of names, and --classes_per_task numbers them: leave out "
+                "one of the two"
             )
         ids = list(classes.values())
         groups = class_groups(len(ids), options.classes_per_task, options.first_task_classes)

@@ -131,6 +131,15 @@ def test_an_option_that_cannot_be_obeyed_is_refused(option, sentence):
         ConvertOptions("mine", **option)
 
 
+@pytest.mark.parametrize(
+    ("option", "name"), [({"task": "a"}, "--task "), ({"task_order": ("a", "b")}, "--task_order ")]
+)
+def test_names_for_tasks_of_classes_are_refused(tmp_path, option, name):
+    class_folders(tmp_path / "set", {"a": 4, "b": 4})
+    with pytest.raises(ValueError, match=f"{name}is for tasks of names, and --classes_per_task"):
+        made(tmp_path / "set", tmp_path / "out", classes_per_task=1, **option)
+
+
 YEARS = ["2015", "2014", "0999", "2014", "2015", "0999"] * 2
 
 
@@ -280,7 +289,7 @@ def test_a_missing_task_of_parquet_and_json_is_named_by_its_row(tmp_path):
 def test_a_table_without_the_column_lists_those_that_it_has(tmp_path):
     put(tmp_path / "t.csv", "path,text,year\n0.jpg,x,1\n")
     with pytest.raises(
-        ValueError, match="has no column 'years', it has path, text, year: give one"
+        ValueError, match="no column 'years' for --task_column, it has path, text, year"
     ):
         made(tmp_path / "t.csv", tmp_path / "out", "years")
 
