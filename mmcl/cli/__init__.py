@@ -1,4 +1,4 @@
-"""Command line: ``mmcl <command>``, which is the same as ``python train.py <command>``."""
+"""Command line: ``mmcl``, ``python -m mmcl`` and ``python train.py``, each with ``<command>``."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from mmcl.data.convert.record import ConvertOptions, InputData
 from mmcl.data.convert.task_files import InPlace
 from mmcl.evaluation.scorers import find_scorer
 from mmcl.report.formatting import sanitize
+from mmcl.streams.registry import CLASS_SPLIT, add_class_split
 
 Made = TypeVar("Made")
 
@@ -31,7 +32,9 @@ SOURCE is one of
              {question_id, image, text, answer}
 
   mmcl data convert flowers/ --out data/flowers --classes_per_task 10
-  mmcl data convert captions.csv --images images --out data/captions
+  mmcl data convert cifar100/ --out data/cifar100 --class_order_seed 1993 \\
+      --first_task_classes 50 --classes_per_task 10          # B50-Inc10, as in PILOT
+  mmcl data convert captions.csv --images images --out data/captions --task_column year
   mmcl data convert llava.json --images images --out data/llava --in_place
   mmcl data convert more.json --images images --test test.json --references coco.json \\
       --scorer caption --out data/llava --name more --append
@@ -67,14 +70,19 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add, add_group = parser.add_argument, parser.add_mutually_exclusive_group
     add("source", type=Path, metavar="SOURCE", help="folder, csv, tsv, parquet or JSON")
     add("--out", type=Path, required=True, help="folder of shards and card")
     add("--images", type=Path, help="folder from which image paths start (that of SOURCE)")
     add("--test", type=Path, help="source of the test samples")
     add("--test_images", type=Path, help="folder of the images of --test (as --images)")
-    add("--tasks_are_folders", action="store_true",
-        help="SOURCE has the layout <task>/<class>/image.jpg")  # fmt: skip
+    levels = add_group()
+    levels.add_argument("--tasks_are_folders", action="store_const", const=1, dest="task_level",
+        help="SOURCE has the layout <task>/<class>/image.jpg, as --task_level 1")  # fmt: skip
+    levels.add_argument("--task_level", type=int, choices=(1, 2),
+        help="folders: level that names the task; 2: <class>/<task>/image.jpg")  # fmt: skip
+    add("--task_column", metavar="NAME",
+        help="tables: column that states the task; JSON: key of each record")  # fmt: skip
     add("--in_place", action="store_true",
         help="write no shards: the card refers to the JSON and its images")  # fmt: skip
     add("--answer_field", default="answer",
@@ -95,7 +103,9 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         help="type of the tasks (derived from the columns)")  # fmt: skip
     add("--test_fraction", type=float, default=default.test_fraction,
         help="without a test split: fraction of the samples to hold out (%(default)s)")  # fmt: skip
-    add("--classes_per_task", type=int, help="split the classes into tasks of this many")
+    add_class_split(parser)
+    add("--task_order", nargs="+", default=(), metavar="TASK",
+        help="all tasks in their order (--task_column, --task_level: by value)")  # fmt: skip
     add("--scenario", choices=("class", "domain", "task"),
         help="class: new classes per task; domain: same; task: task known at test")  # fmt: skip
     add("--scorer", default=default.scorer, help="scorer of answers (%(default)s)")
@@ -143,11 +153,12 @@ def _expect_consistent(given: argparse.Namespace) -> None:
 def _options(given: argparse.Namespace) -> ConvertOptions:
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", given.source.resolve().stem).strip("-_")[:64]
     own = (
-        "task", "scenario", "classes_per_task", "test_fraction", "shard_samples", "license",
-        "scorer", "max_new_tokens",
+        *CLASS_SPLIT, "task", "scenario", "test_fraction", "shard_samples", "license", "scorer",
+        "max_new_tokens",
     )  # fmt: skip
     return ConvertOptions(
         name=given.name or stem or "mine",
+        task_order=tuple(given.task_order),
         **{name: getattr(given, name) for name in own},
         **shared_options(given),
     )
@@ -156,8 +167,8 @@ def _options(given: argparse.Namespace) -> ConvertOptions:
 def _inputs(given: argparse.Namespace) -> tuple[InputData, InputData | None]:
     """Open SOURCE, and --test or None."""
     opened = partial(
-        open_input, task_type=given.task_type, tasks_are_folders=given.tasks_are_folders,
-        answer_field=given.answer_field,
+        open_input, task_type=given.task_type, task_column=given.task_column,
+        task_level=given.task_level, answer_field=given.answer_field,
     )  # fmt: skip
     if given.test is None:
         return opened(given.source, images=given.images, references=given.references), None
@@ -187,6 +198,8 @@ def report(card: Path, converted: Sequence[ConvertedTasks]) -> None:
                 f"{sanitize(entry['name']):16} {entry['size']:,} training and "
                 f"{entry['test_size']:,} test samples{classes}{scorer}"
             )
+        for note in one.notes:
+            print(note)
         if one.num_leaked:
             print(f"{one.num_leaked:,} test samples have an image that is also a training image")
         if one.num_bad:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from mmcl.strategies import discover
+from mmcl.streams.registry import CLASS_SPLIT
 
 _CONFIG_OPTIONS = ("--config", "-c")
 _UNINFORMATIVE = re.compile(
@@ -45,6 +46,9 @@ RENAMED_KEYS: dict[str, tuple[str, ...]] = {
     "width": ("projection_dim", "hidden_size"), "window": ("shuffle_window",),
     "workers": ("num_workers",),
 }  # fmt: skip
+
+_SET_BY_CONVERSION = (*CLASS_SPLIT, "class_order", "init_cls", "increment")
+"""What other toolkits set for a run, PILOT's names among them."""
 
 
 class ConfigError(ValueError):
@@ -99,7 +103,12 @@ def _suggestion(name: str, known: Collection[str]) -> str:
     """Name the setting that replaced this one, or the nearest, or those of the same group."""
     if new := renamed_key(name, known):
         return f"it is called '{new}' now"
-    group = name.rpartition(".")[0]
+    group, _, key = name.rpartition(".")
+    if key in _SET_BY_CONVERSION:
+        return (
+            "classes are split into tasks when a stream is made, see mmcl data convert "
+            "--classes_per_task, --first_task_classes and --class_order_seed"
+        )
     siblings = [other for other in known if other.rpartition(".")[0] == group]
     nearest = get_close_matches(name, siblings, n=1, cutoff=0.7)
     nearest = nearest or get_close_matches(name, known, n=1, cutoff=0.75)

@@ -45,7 +45,8 @@ class ContinualDataModule(pl.LightningDataModule):
             None = no limit.
         eval_batch_size: batch size of evaluation on one device.
         num_workers: processes that read and decode, 0 = none.
-        task_order: task indices in training order, a subset is allowed; None = as on the card.
+        task_order: task indices in training order, a subset is allowed; None = as on the card. The
+            order of classes is set when a stream is made: mmcl data convert --class_order_seed.
         max_samples: 200 = at most 200 samples of every split of a task, 0.02 = that fraction.
         max_bad_fraction: fraction of a task's samples that may be unreadable before the run ends.
         allow_pipes: let a card run ``pipe:`` commands to open shards.

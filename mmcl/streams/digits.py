@@ -15,6 +15,7 @@ import PIL
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
+from mmcl.data.convert.task_split import class_groups, class_order
 from mmcl.data.shards.stream_writer import Progress, Sample, ShardPlan, card_task
 from mmcl.streams.stream_files import Card, png_bytes, write_stream
 
@@ -90,35 +91,58 @@ SPLIT = (
     "The data do not say who wrote a scan, so a writer may be in both parts."
 )
 TEST_FRACTION = 0.25
+_SPLIT = (("classes_per_task", 2), ("first_task_classes", None), ("class_order_seed", None))
+"""Options of `build` and their defaults."""
 RECIPE = 1  # counts up whenever the same seed would give other bytes
 
 
-def build(folder: Path, seed: int = 0, progress: Progress | None = None) -> Path:
+def build(
+    folder: Path,
+    seed: int = 0,
+    progress: Progress | None = None,
+    *,
+    classes_per_task: int = 2,
+    first_task_classes: int | None = None,
+    class_order_seed: int | None = None,
+) -> Path:
     """Build `digits`: five tasks of two classes, the scans as they are (8 x 8 grey PNG).
 
     Args:
         folder: output folder of shards and card.
         seed: of the split.
         progress: called with (samples done, samples in total).
+        classes_per_task: new classes of each task; the last may have fewer.
+        first_task_classes: classes of the first task; None = as many as in the others.
+        class_order_seed: seed of the order of the classes, see `class_order`; None = ascending.
 
     Returns:
         The path of ``digits.yaml``.
+
+    Raises:
+        ValueError: as `class_groups` says.
     """
+    order = list(range(len(CLASSES)))
+    if class_order_seed is not None:
+        order = class_order(len(CLASSES), class_order_seed)
+    given = (classes_per_task, first_task_classes, class_order_seed)
+    settings = {k: v for (k, default), v in zip(_SPLIT, given, strict=True) if v != default}
+    about = ", ".join(f"{key} {value}" for key, value in settings.items())
     tasks = []
     plans: list[ShardPlan] = []
-    for first in range(0, len(CLASSES), 2):
-        pair = CLASSES[first : first + 2]
-        name = "-".join(pair)
-        shards = _plan_splits(name, "digits", seed, {first, first + 1}, lambda scan, _: scan)
+    for group in class_groups(len(CLASSES), classes_per_task, first_task_classes):
+        labels = [order[position] for position in group]
+        names = [CLASSES[label] for label in labels]
+        name = "-".join(names)
+        shards = _plan_splits(name, "digits", seed, set(labels), lambda scan, _: scan)
         plans += shards
-        tasks.append(card_task(name, shards[:1], shards[1:], classes=list(pair)))
+        tasks.append(card_task(name, shards[:1], shards[1:], classes=names))
     card = {
         "name": "digits",
         "scenario": "class",
-        "description": f"Handwritten digits, two new classes in every task. {SPLIT}",
+        "description": f"Handwritten digits, {about or 'two new classes in every task'}. {SPLIT}",
         "tasks": tasks,
     }
-    return _write(folder, card, plans, seed, progress)
+    return _write(folder, card, plans, {"seed": seed, **settings}, progress)
 
 
 def build_domains(folder: Path, seed: int = 0, progress: Progress | None = None) -> Path:
@@ -151,7 +175,7 @@ def build_domains(folder: Path, seed: int = 0, progress: Progress | None = None)
         ),
         "tasks": tasks,
     }
-    return _write(folder, card, plans, seed, progress)
+    return _write(folder, card, plans, {"seed": seed}, progress)
 
 
 def split_indices(labels: Sequence[int], seed: int) -> dict[str, list[int]]:
@@ -204,9 +228,13 @@ def _samples(chosen: Sequence[int], key_prefix: str, seed: int, draw: Look) -> I
 
 
 def _write(
-    folder: Path, card: Card, plans: Sequence[ShardPlan], seed: int, progress: Progress | None
+    folder: Path,
+    card: Card,
+    plans: Sequence[ShardPlan],
+    settings: Mapping[str, int | None],
+    progress: Progress | None,
 ) -> Path:
-    """Write the shards of the plans, then the card that names them."""
+    """Write the shards of the plans, then the card that names them; ``settings`` has the seed."""
     card = {
         **card,
         "license": LICENSE,
@@ -216,5 +244,8 @@ def _write(
         "task_type": "classification",
         "stage": "cft",
     }
-    recipe = {"number": RECIPE, "seed": seed, "numpy": np.__version__, "pillow": PIL.__version__}
-    return write_stream(card["name"], folder, [(card, plans)], recipe, progress)[0]
+    recipe = {"number": RECIPE, **settings, "numpy": np.__version__, "pillow": PIL.__version__}
+    words = " ".join(f"--{key} {value}" for key, value in settings.items())
+    made_by = f"mmcl data build {card['name']} {words}"
+    cards = [(card, plans)]
+    return write_stream(card["name"], folder, cards, recipe, progress, made_by=made_by)[0]

@@ -130,6 +130,20 @@ def card_path(stream: str, root: Path) -> Path:
     return root / known.folder.name / card
 
 
+CLASS_SPLIT = ("classes_per_task", "first_task_classes", "class_order_seed")
+"""Options that split classes into tasks when a stream is made."""
+
+
+def add_class_split(parser: argparse.ArgumentParser) -> None:
+    """Add the options that split classes into tasks, all None by default."""
+    parser.add_argument("--classes_per_task", type=int, metavar="N",
+        help="split the classes into tasks of this many (B0-Inc10: 10)")  # fmt: skip
+    parser.add_argument("--first_task_classes", type=int, metavar="N",
+        help="classes of the first task (B50-Inc10: 50; as --classes_per_task)")  # fmt: skip
+    parser.add_argument("--class_order_seed", type=int, metavar="SEED",
+        help="seed of the class order; iCaRL, PyCIL and PILOT: 1993 (natural order)")  # fmt: skip
+
+
 def build_from_command_line(name: str, argv: Sequence[str] | None = None) -> None:
     """Build one stream from the command line.
 
@@ -138,13 +152,20 @@ def build_from_command_line(name: str, argv: Sequence[str] | None = None) -> Non
         argv: command-line options; None takes those of the process.
     """
     stream = STREAMS[name]
-    parser = argparse.ArgumentParser(description=stream.summary)
+    program = None if argv is None else f"mmcl data build {name}"
+    parser = argparse.ArgumentParser(program, description=stream.summary)
     parser.add_argument("--out", type=Path, default=stream.folder, help="folder (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn (%(default)s)")
     if name == "emoji":
         parser.add_argument("--font", type=Path, help="color-emoji font; found by itself")
+    if name == "digits":
+        add_class_split(parser)
     options = vars(parser.parse_args(argv))
     out = options.pop("out")
+    # The folder of a stream's name is what `data.stream: digits` reads, whatever was built there.
+    if out == stream.folder and any(options.get(key) is not None for key in CLASS_SPLIT):
+        parser.error(f"{out} is the folder of data.stream {name} as it is: give another --out")
+    options = {key: value for key, value in options.items() if value is not None}
     with Progress() as bar:
         line = bar.add_task(f"building {name}")
         try:

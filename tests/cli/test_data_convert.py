@@ -18,6 +18,37 @@ def test_a_folder_of_classes_becomes_a_stream(desk):
     assert (len(stream), stream.scenario, stream.license) == (2, "class", "CC0")
 
 
+def test_a_large_first_task_and_a_remainder_are_reported(desk):
+    class_folders(desk.folder / "flowers", {name: 4 for name in "abcdefg"})
+    words = ("--classes_per_task", 2, "--first_task_classes", 4, "--class_order_seed", 1993)
+    status, out, err = desk.give("data", "convert", "flowers", "--out", "out", *words)
+    assert (status, err) == (0, "")
+    names = [line.split()[0] for line in out.splitlines() if line.startswith("classes-")]
+    assert names == ["classes-0-3", "classes-4-5", "classes-6-6"]
+    assert "classes are in the order of seed 1993, drawn as in iCaRL, PyCIL and PILOT\n" in out
+    assert "the last task has 1 of 2 classes: 7 classes do not fill all tasks\n" in out
+    card = TaskStream.read(desk.folder / "out" / "flowers.yaml")
+    assert [len(task.classes) for task in card] == [4, 2, 1]
+    status, _, err = desk.run("--data.stream", "out/flowers.yaml")
+    assert (status, err) == (0, "")
+
+
+def test_a_column_of_a_table_becomes_tasks_in_a_given_order(desk):
+    pictures(desk.folder, 8)
+    rows = [f"{n}.jpg,x,{('new, York', 'old')[n % 2]}" for n in range(8)]
+    rows = [row.replace("new, York", '"new, York"') for row in rows]
+    put(desk.folder / "t.csv", "path,text,place\n" + "\n".join(rows))
+    words = ("data", "convert", "t.csv", "--out", "out", "--task_column", "place")
+    status, out, err = desk.give(*words, "--task_order", "old", "new, York")
+    assert (status, err) == (0, "")
+    stream = TaskStream.read(desk.folder / "out" / "t.yaml")
+    assert [task.name for task in stream] == ["old", "new, York"]
+    assert "compared as" not in out
+    status, out, _ = desk.give(*words, "--name", "again")
+    assert status == 0
+    assert "tasks are in the order of 'place', compared as texts\n" in out
+
+
 def test_a_run_learns_a_converted_stream(desk):
     class_folders(desk.folder / "flowers", {"a": 6, "b": 6, "c": 6, "d": 6})
     desk.give("data", "convert", "flowers", "--out", "out", "--classes_per_task", 2)
@@ -79,6 +110,21 @@ def test_images_in_both_given_splits_are_counted(desk):
             1,
             "--task_type is captioning, and pics is a folder",
         ),
+        (["u.csv", "--out", "o", "--task_level", "2"], 1, "or say with --task_column which column"),
+        (["pics", "--out", "o", "--task_level", "2"], 1, "expected pics/<class>/<task>/image.jpg"),
+        (["pics", "--out", "o", "--task_level", "3"], 2, "invalid choice: 3"),
+        (["pics", "--out", "o", "--task_column", "a"], 1, "image folder: give --task_level if"),
+        (
+            ["u.csv", "--out", "o", "--task_column", "a"],
+            1,
+            "u.csv has no column 'a' for --task_column",
+        ),
+        (["c.csv", "--out", "o", "--class_order_seed", "1993"], 1, "give classes_per_task as well"),
+        (
+            ["c.csv", "--out", "o", "--classes_per_task", "1", "--first_task_classes", "1"],
+            1,
+            "--first_task_classes is 1, and there are 1 classes: leave some to the next task",
+        ),
         (["t.csv", "--out", "o", "--card", "c.yaml"], 2, "give --append as well"),
         (["u.csv", "--out", "o", "--append"], 1, "there is no card in o to append to"),
         (["t.csv", "--out", "o", "--test_fraction", "1"], 1, "test_fraction is 1.0, expected a"),
@@ -111,7 +157,7 @@ def test_a_mistake_is_reported_in_one_sentence(desk, words, status, sentence):
 def test_help_has_examples_and_every_action_is_listed(desk):
     status, out, _ = desk.give("data", "convert", "--help")
     assert status == 0
-    assert out.count("  mmcl data convert ") == 4
+    assert out.count("  mmcl data convert ") == 5
     status, out, _ = desk.give("data", "--help")
     assert status == 0
     assert all(name in out for name in ("convert", "validate", "preview", "list", "build"))

@@ -1,6 +1,8 @@
 """Lists and builders, and Lightning's own commands."""
 
 import re
+import runpy
+import sys
 
 import pytest
 
@@ -67,6 +69,24 @@ def test_data_build_makes_a_stream_that_a_run_can_take(desk):
     assert "digits, class-incremental, 5 tasks" in out
 
 
+def test_digits_in_another_class_order_need_a_folder_of_their_own(desk):
+    words = ("data", "build", "digits", "--class_order_seed", "1993")
+    status, _, err = desk.give(*words)
+    assert status == 2
+    assert "mmcl data build digits: error: data/digits is the folder of data.stream digits" in err
+    assert not (desk.folder / "data").exists()
+    assert desk.give(*words, "--out", "data/other")[0] == 0
+    assert (desk.folder / "data" / "other" / "digits.yaml").is_file()
+
+
+@pytest.mark.parametrize("key", ["class_order_seed", "init_cls"])
+def test_a_class_order_for_a_run_is_refused_with_the_command_that_sets_it(desk, key):
+    status, _, err = desk.run(f"--data.{key}", "1993")
+    assert status == 2
+    assert "classes are split into tasks when a stream is made, see mmcl data convert" in err
+    assert err.count("\n") == 1
+
+
 def test_data_build_of_an_unknown_stream_lists_the_known(desk):
     status, _, err = desk.give("data", "build", "digit")
     assert status == 1
@@ -127,6 +147,38 @@ def test_every_command_has_help(desk, command):
     status, out, _ = desk.give(command, "--help")
     assert status == 0
     assert "usage" in out.lower()
+
+
+def run_as_module(monkeypatch, *words):
+    """Run ``python -m mmcl`` in this process; return its exit status."""
+    monkeypatch.setattr(sys, "argv", ["mmcl", *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("mmcl", run_name="__main__", alter_sys=True)
+    return ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--help"], "mmcl [command]"),
+        (["data", "convert", "--help"], "mmcl data convert"),
+        (["data", "build", "digits", "--help"], "mmcl data build digits"),
+        (["compare", "--help"], "mmcl compare"),
+        (["check", "--help"], "mmcl check"),
+    ],
+)
+def test_python_m_mmcl_is_the_command_mmcl(desk, monkeypatch, words, name):
+    assert run_as_module(monkeypatch, *words) == 0
+    shown = desk.capsys.readouterr().out
+    assert shown.startswith(f"usage: {name} ")
+    assert shown == desk.give(*words)[1]
+
+
+def test_python_m_mmcl_has_the_exit_status_of_the_command(desk, monkeypatch):
+    assert run_as_module(monkeypatch, "nothing") == 2
+    assert "there is no command 'nothing'" in desk.capsys.readouterr().err
+    assert run_as_module(monkeypatch, "--config", str(desk.config)) == 0
+    assert (desk.results / "matrix.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,30 @@ def test_a_quarter_of_every_class_is_test_and_another_seed_takes_another_quarter
     assert split_indices(labels, seed=1)["test"] != split["test"]
 
 
+def test_classes_in_a_seeded_order_are_the_same_scans_in_other_tasks(digits, tmp_path):
+    card = build(tmp_path, class_order_seed=1993, first_task_classes=4, classes_per_task=4)
+    stream = TaskStream.read(card)
+    order = [CLASSES[n] for n in np.random.RandomState(1993).permutation(10)]
+    assert [list(task.classes) for task in stream] == [order[:4], order[4:8], order[8:]]
+    assert stream.classes_seen(2) == tuple(order)
+    usual = TaskStream.read(digits)
+    for part in ("train", "test"):
+        scans = {}
+        for task in usual:
+            scans |= read_samples(usual.shard(getattr(task, part)[0]))
+        found = {}
+        for task in stream:
+            own = read_samples(stream.shard(getattr(task, part)[0]))
+            # The columns of a run count classes in the order in which they are learned.
+            for sample in own.values():
+                label = int(sample["cls"])
+                assert task.label_to_class[label] == order.index(CLASSES[label])
+            found |= own
+        assert found == scans
+    with pytest.raises(ValueError, match="first_task_classes is 10, and there are 10 classes"):
+        build(tmp_path, first_task_classes=10)
+
+
 def test_a_second_build_gives_the_same_bytes(digits, tmp_path):
     build(tmp_path)
     for path in digits.parent.iterdir():

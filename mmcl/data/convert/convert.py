@@ -16,11 +16,12 @@ from mmcl.core.atomic_write import write_atomic
 from mmcl.core.card import read_card
 from mmcl.data.convert.image_folder_input import open_folder
 from mmcl.data.convert.llava_input import open_instructions
+from mmcl.data.convert.parquet_input import open_parquet, parquet_files
 from mmcl.data.convert.record import ConvertOptions, InputData, ProgressFn, SkippedRecord
 from mmcl.data.convert.scan import ScanResult, scan_input
-from mmcl.data.convert.table_input import open_parquet, open_table, parquet_files
+from mmcl.data.convert.table_input import open_table
 from mmcl.data.convert.task_files import InPlace, plan_task, unique_names, write_in_place
-from mmcl.data.convert.task_split import TaskSplits, assign_tasks
+from mmcl.data.convert.task_split import TaskSplits, assign_tasks, class_positions, task_notes
 from mmcl.data.parallel import WorkerPool
 from mmcl.data.remote.file_lock import file_lock
 from mmcl.data.shards.reader import subset_size
@@ -42,8 +43,9 @@ _MIN_SAMPLES_PER_WORKER = 10_000
 _TEMPLATE = "a photo of a {}."
 _NOT_IN_SHARDS = (
     "num_workers", "max_bad_fraction", "license", "scorer", "max_new_tokens", "scenario",
+    "first_task_classes", "class_order_seed", "task_order",
 )  # fmt: skip
-"""Options that do not change the bytes of a shard."""
+"""Options that do not change the bytes of a shard, or only by its task and classes."""
 
 
 def is_instructions(path: Path) -> bool:
@@ -56,7 +58,8 @@ def open_input(
     task_type: str | None = None,
     images: Path | None = None,
     *,
-    tasks_are_folders: bool = False,
+    task_column: str | None = None,
+    task_level: int | None = None,
     answer_field: str = "answer",
     references: Path | None = None,
 ) -> InputData:
@@ -66,7 +69,8 @@ def open_input(
         path: a folder, or a file whose extension says what it is.
         task_type: of the tasks; None = what the input allows.
         images: folder from which image paths start; None = that of the input.
-        tasks_are_folders: of an image folder: there is a folder for each task.
+        task_column: of a table: column that states the task; of JSON: key of each record.
+        task_level: of an image folder: level whose folders are the tasks, see `open_folder`.
         answer_field: of JSON: key of the right answer in records with ``text``.
         references: of JSON: file with all reference answers.
 
@@ -76,30 +80,42 @@ def open_input(
     """
     if not path.exists():
         raise FileNotFoundError(f"there is nothing at {path}: correct SOURCE")
-    if tasks_are_folders and (not path.is_dir() or parquet_files(path)):
-        raise ValueError(
-            f"--tasks_are_folders is for image folders, and {path} is none: give tables a column "
-            "task"
-        )
+    is_folder = path.is_dir() and not parquet_files(path)
+    _expect_task_place(path, is_folder, task_column, task_level)
     if references is not None and not is_instructions(path):
         raise ValueError(
             f"--references is for LLaVA-style JSON, and {path} is none: put the answers into a "
             "column answer"
         )
     if path.suffix.lower() in _TABLES and path.is_file():
-        return open_table(path, task_type, images)
-    if path.suffix.lower() == ".parquet" or (path.is_dir() and parquet_files(path)):
-        return open_parquet(path, task_type, images)
-    if path.is_dir():
+        return open_table(path, task_type, images, task_column)
+    if is_folder:
         _expect_task_type(path, task_type, "classification", "a folder of classes")
-        return open_folder(path, tasks_are_folders)
+        return open_folder(path, task_level)
+    if path.suffix.lower() == ".parquet" or path.is_dir():
+        return open_parquet(path, task_type, images, task_column)
     if is_instructions(path):
         _expect_task_type(path, task_type, "instruction", "an instruction file")
-        return open_instructions(path, images, answer_field, references)
+        return open_instructions(path, images, answer_field, references, task_column)
     raise ValueError(
         f"{path} is no folder and ends in {path.suffix or 'nothing'!r}: expected .csv, .tsv, "
         ".parquet, .json or .jsonl"
     )
+
+
+def _expect_task_place(
+    path: Path, is_folder: bool, task_column: str | None, task_level: int | None
+) -> None:
+    if task_level is not None and not is_folder:
+        raise ValueError(
+            f"--tasks_are_folders and --task_level are for image folders, and {path} is none: give "
+            "tables a column task, or say with --task_column which column or key it is"
+        )
+    if task_column is not None and is_folder:
+        raise ValueError(
+            f"--task_column is for tables and JSON, and {path} is an image folder: give "
+            "--task_level if its folders are the tasks"
+        )
 
 
 def _expect_task_type(path: Path, task_type: str | None, own: str, what: str) -> None:
@@ -124,6 +140,7 @@ class ConvertedTasks:
         left_out_file: that lists ``left_out``, written if there are any.
         num_leaked: test samples whose image is, byte for byte, also a training image; only where
             a test input was given.
+        notes: on how the tasks were made, a sentence each.
     """
 
     entries: Sequence[dict[str, Any]]
@@ -134,6 +151,7 @@ class ConvertedTasks:
     num_bad: int
     left_out_file: Path
     num_leaked: int
+    notes: Sequence[str] = ()
 
 
 def convert(
@@ -211,8 +229,8 @@ def convert_tasks(
             entries, hashes, counts = _write_shards(
                 folder, name, tasks, recipe, options, progress, workers
             )
-    for entry in entries:
-        entry["task_type"] = train.task_type
+    for entry, positions in zip(entries, class_positions(tasks, options), strict=True):
+        entry.update(positions, task_type=train.task_type)
         if train.task_type == "instruction":
             entry["scorer"] = options.scorer
         if options.max_new_tokens is not None:
@@ -227,8 +245,9 @@ def convert_tasks(
     num_leaked = sum(map(int, leaked)) if test else 0
     num_bad = sum(scan.num_bad for scan in scans)
     return ConvertedTasks(
-        entries, classes, hashes, counts, left_out, num_bad, left_out_file, num_leaked
-    )
+        entries, classes, hashes, counts, left_out, num_bad, left_out_file, num_leaked,
+        task_notes(tasks, options),
+    )  # fmt: skip
 
 
 def _scan(
@@ -374,7 +393,8 @@ def _put_on_card(
 ) -> None:
     if append and options.license:
         for entry in converted.entries:
-            entry["description"] = f"license: {options.license}"
+            about = entry.get("description")
+            entry["description"] = f"{about}; " * bool(about) + f"license: {options.license}"
     if not content:
         named = [name for entry in converted.entries for name in entry.get("classes", ())]
         is_class_incremental = bool(named) and len(set(named)) == len(named)

@@ -58,11 +58,15 @@ def natural(name: str) -> tuple[object, ...]:
     return tuple((int(text), text) if index % 2 else text for index, text in enumerate(pieces))
 
 
-def open_folder(path: Path, tasks_are_folders: bool = False) -> InputData:
+def open_folder(path: Path, task_level: int | None = None) -> InputData:
     """Open an image folder: ``<class>/*``, or ``train/<class>/*`` and ``test/<class>/*``.
 
-    Hidden files and folders are skipped; so are files without an image extension. With
-    ``tasks_are_folders`` there is a folder for each task, which holds the class folders.
+    Hidden files and folders are skipped; so are files without an image extension. ``train/`` and
+    ``test/`` may also be below the folders of tasks.
+
+    Args:
+        path: of the folder.
+        task_level: 1 = ``<task>/<class>/*``, 2 = ``<class>/<task>/*``, None = one task.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -73,21 +77,35 @@ def open_folder(path: Path, tasks_are_folders: bool = False) -> InputData:
     chunks: list[Chunk] = []
     classes: set[str] = set()
     tasks: dict[str, None] = {}
-    for split, root in _split_folders(path):
-        for task, home in _folders(root) if tasks_are_folders else [("", root)]:
-            for own, inner in [(split, home)] if split else _split_folders(home):
-                for label, folder in _class_folders(inner, path, tasks_are_folders):
-                    classes.add(label)
-                    tasks[task] = None
-                    chunks += _chunks(folder, label, task, own)
+    for split, task, label, folder in _image_folders(path, task_level):
+        classes.add(label)
+        tasks[task] = None
+        chunks += _chunks(folder, label, task, split)
     return InputData(
         "classification",
         str(path),
         chunks,
         sorted(classes, key=natural),
         tuple(filter(None, tasks)),
+        task_column="folder" if task_level else "",
         interleaved=True,
     )
+
+
+def _image_folders(path: Path, task_level: int | None) -> Iterator[tuple[str, str, str, Path]]:
+    """Yield split, task, class and path of each folder of images; "" where none is stated."""
+    wanted = {None: "<class>", 1: "<task>/<class>", 2: "<class>/<task>"}[task_level]
+    for split, root in _split_folders(path):
+        if task_level == 2:
+            for label, home in _named_folders(root, path, wanted):
+                for task, inner in _named_folders(home, path, wanted):
+                    for own, folder in [(split, inner)] if split else _split_folders(inner):
+                        yield own, task, label, folder
+            continue
+        for task, home in _named_folders(root, path, wanted) if task_level else [("", root)]:
+            for own, inner in [(split, home)] if split else _split_folders(home):
+                for label, folder in _named_folders(inner, path, wanted):
+                    yield own, task, label, folder
 
 
 def _split_folders(path: Path) -> list[tuple[str, Path]]:
@@ -111,10 +129,10 @@ def _folders(path: Path) -> list[tuple[str, Path]]:
     return [(name, path / name) for name in sorted(names, key=natural)]
 
 
-def _class_folders(path: Path, top: Path, tasks_are_folders: bool) -> list[tuple[str, Path]]:
+def _named_folders(path: Path, top: Path, wanted: str) -> list[tuple[str, Path]]:
+    """Return name and path of the folders of classes or tasks; ``wanted`` is the layout."""
     found = _folders(path)
     if not found:
-        wanted = "<task>/<class>" if tasks_are_folders else "<class>"
         direct = sum(1 for name in os.listdir(path) if name.lower().endswith(_EXTENSIONS))
         raise ValueError(
             f"{path} has no class folders and {direct} images: expected {top}/{wanted}/image.jpg; "
@@ -136,7 +154,7 @@ def _chunks(folder: Path, label: str, task: str, split: str) -> list[Chunk]:
     if not names:
         raise ValueError(
             f"{folder} has no images (.jpg, .jpeg, .png, .webp): remove this folder, or, if it "
-            "holds class folders of a task, give --tasks_are_folders"
+            "holds the folders of classes or tasks, give --tasks_are_folders or --task_level 2"
         )
     return [
         FolderChunk(
@@ -144,7 +162,7 @@ def _chunks(folder: Path, label: str, task: str, split: str) -> list[Chunk]:
             b"\0".join(os.fsencode(name) for name in names[first : first + _CHUNK_RECORDS]),
             len(names[first : first + _CHUNK_RECORDS]),
             label,
-            _readable(task),
+            task,
             split,
         )
         for first in range(0, len(names), _CHUNK_RECORDS)

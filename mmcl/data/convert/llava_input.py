@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mmcl.data.convert.record import Chunk, InputData, InvalidRecord, Record
+from mmcl.data.convert.record import Chunk, InputData, InvalidRecord, Record, task_name
 from mmcl.data.shards.image_folder import ImageFolder, extension_of, open_image_folder, read_file
 from mmcl.data.shards.json_index import JsonRecords, find_records
 from mmcl.data.shards.llava_json import ReferenceFile, open_references, read_sample, record_id
@@ -48,13 +49,17 @@ class ImageFolders:
 
 @dataclass(frozen=True)
 class InstructionChunk:
-    """About a thousand records of an instruction file, and their numbers (n,) in it."""
+    """About a thousand records of an instruction file, and their numbers (n,) in it.
+
+    ``task_key`` is the key of the task that a record belongs to, "" if records state none.
+    """
 
     records: JsonRecords
     numbers: IntArray
     images: ImageFolder | ImageFolders
     answer_field: str
     references: ReferenceFile | None
+    task_key: str = ""
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -81,9 +86,14 @@ class InstructionChunk:
                 if sample.image is not None:
                     extension, data = self.images.read(sample.image)
                     members[extension] = data
-                yield Record(name, members)
+                yield Record(name, members, self._task(raw, number))
             except BadSample as error:
                 yield InvalidRecord(name, str(error))
+
+    def _task(self, raw: Mapping[str, Any], number: int) -> str:
+        if not self.task_key:
+            return ""
+        return task_name(raw.get(self.task_key), self.task_key, f"record {number + 1}")
 
 
 def open_instructions(
@@ -91,6 +101,7 @@ def open_instructions(
     images: Path | ImageFolders | None,
     answer_field: str = "answer",
     references: Path | None = None,
+    task_key: str | None = None,
 ) -> InputData:
     """Open a JSON list or JSON lines of instruction records.
 
@@ -99,6 +110,7 @@ def open_instructions(
         images: folder from which image paths start; None = that of the file.
         answer_field: key of the right answer in records with ``text``.
         references: file with all reference answers, see `open_references`.
+        task_key: key of the task that a record belongs to; None = records state none.
 
     Raises:
         FileNotFoundError: if a file or the folder is missing.
@@ -115,6 +127,8 @@ def open_instructions(
     for first in range(0, len(records), _CHUNK_RECORDS):
         own = slice(first, first + _CHUNK_RECORDS)
         chunks.append(
-            InstructionChunk(records.part(own), numbers[own], folder, answer_field, answers)
+            InstructionChunk(
+                records.part(own), numbers[own], folder, answer_field, answers, task_key or ""
+            )
         )
-    return InputData("instruction", str(path), chunks)
+    return InputData("instruction", str(path), chunks, task_column=task_key or "")

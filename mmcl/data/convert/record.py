@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from datetime import date, datetime, time
+from typing import Any, Protocol
 
 from mmcl.core.card.schema import escape_unprintable
 from mmcl.data.shards.reader import expect_max_samples
-from mmcl.data.stored_sample import IntArray
+from mmcl.data.stored_sample import BadSample, IntArray
 
 _SCENARIOS = ("class", "domain", "task")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -29,6 +30,10 @@ class ConvertOptions:
         scenario: "class", "domain" or "task"; None = "class" if every task has its own classes,
             else "domain".
         classes_per_task: split the classes, in their order, into tasks of this many; None = do not.
+        first_task_classes: classes of the first task; None = as many as in the others.
+        class_order_seed: seed of the order of the classes, see `class_order`; None = the input's.
+        task_order: names of all tasks in the order in which they are learned; () = by value where
+            a column states them, else as they are met.
         test_fraction: fraction of the samples that is held out if the input has no test split.
         seed: of the held-out draw and of ``max_samples``.
         max_samples: 200 = at most 200 samples of each input, 0.02 = that fraction; None = all.
@@ -45,6 +50,9 @@ class ConvertOptions:
     task: str = ""
     scenario: str | None = None
     classes_per_task: int | None = None
+    first_task_classes: int | None = None
+    class_order_seed: int | None = None
+    task_order: tuple[str, ...] = ()
     test_fraction: float = 0.1
     seed: int = 0
     max_samples: int | float | None = None
@@ -68,13 +76,27 @@ class ConvertOptions:
         if self.scenario not in (None, *_SCENARIOS):
             raise ValueError(f"scenario is {self.scenario!r}, expected {', '.join(_SCENARIOS)}")
         positive = (
-            "classes_per_task", "shard_samples", "shard_bytes", "num_workers", "max_new_tokens",
+            "classes_per_task", "first_task_classes", "shard_samples", "shard_bytes",
+            "num_workers", "max_new_tokens",
         )  # fmt: skip
         for name in positive:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected 1 or more")
         expect_max_samples(self.max_samples)
+        self._check_class_split()
+
+    def _check_class_split(self) -> None:
+        for name in ("first_task_classes", "class_order_seed"):
+            if getattr(self, name) is not None and self.classes_per_task is None:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)} and classes are not split into tasks: give "
+                    "classes_per_task as well"
+                )
+        if not 0 <= (self.class_order_seed or 0) < 1 << 32:
+            raise ValueError(
+                f"class_order_seed is {self.class_order_seed}, expected 0 to {(1 << 32) - 1}"
+            )
 
 
 @dataclass(frozen=True)
@@ -124,6 +146,40 @@ class SkippedRecord:
         return escape_unprintable(line)
 
 
+def task_name(value: Any, column: str, where: str = "") -> str:
+    """Return the name of the task that a value of a task column states.
+
+    A whole float is named as the integer (tables store years with gaps as floats), a date in ISO
+    8601, without its time if that is midnight.
+
+    Args:
+        value: text, number, date, or None.
+        column: of the value, for messages.
+        where: line or row of the value, for messages.
+
+    Raises:
+        BadSample: if it is missing, no such value, or not UTF-8.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, datetime) and value.tzinfo is None and value.time() == time():
+        value = value.date()
+    if isinstance(value, date):
+        value = value.isoformat()
+    is_missing = value is None or value != value  # NaN
+    if not is_missing and not isinstance(value, str | int | float):
+        raise BadSample(f"its {column} is a {type(value).__name__}, expected a text or a number")
+    text = "" if is_missing else str(value).strip()
+    if not text:
+        place = f" ({where})" if where else ""
+        raise BadSample(f"its {column} is empty{place}: every sample needs a task")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadSample(f"its {column} is not UTF-8: save the file as UTF-8") from None
+    return text
+
+
 class Chunk(Protocol):
     """A chunk of an input, about a thousand records; picklable."""
 
@@ -154,6 +210,8 @@ class InputData:
         chunks: all chunks.
         classes: in the order of their numbers, if that is known without reading.
         tasks: in their order, if that is known; others come in the order in which they are met.
+        task_column: column or key that was chosen to state the task, or "folder": tasks are
+            ordered by its values; "" = as above.
         interleaved: whether each shard is to hold samples of every class; False where taking
             single records out of a chunk is slow.
     """
@@ -163,4 +221,5 @@ class InputData:
     chunks: Sequence[Chunk]
     classes: Sequence[str] = ()
     tasks: Sequence[str] = ()
+    task_column: str = ""
     interleaved: bool = False

@@ -1,17 +1,23 @@
-"""Input from tables: csv and tsv read line by line, parquet one row group at a time."""
+"""Input from tables: their columns and rows, and csv and tsv, which are read line by line."""
 
 from __future__ import annotations
 
 import csv
 import json
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from mmcl.data.convert.record import SPLITS, Chunk, InputData, InvalidRecord, Record
+from mmcl.data.convert.record import (
+    SPLITS,
+    Chunk,
+    InputData,
+    InvalidRecord,
+    Record,
+    task_name,
+)
 from mmcl.data.shards.image_folder import (
     MAX_IMAGE_FILE_BYTES,
     ImageFolder,
@@ -19,7 +25,7 @@ from mmcl.data.shards.image_folder import (
     open_image_folder,
 )
 from mmcl.data.shards.llava_json import read_sample
-from mmcl.data.stored_sample import MAX_TEXT_BYTES, BadSample, IntArray, one_line
+from mmcl.data.stored_sample import MAX_TEXT_BYTES, BadSample, IntArray
 
 _NAMES = {
     "path": ("path", "image", "img", "file_name", "filename", "file"),
@@ -40,7 +46,6 @@ _NEEDS = {
 _CHUNK_RECORDS = 1000
 _MAX_LINE = 4 << 20
 _MARK = b"\xef\xbb\xbf"
-_SPLIT = re.compile(r"(train|test)([-_.].*)?", re.IGNORECASE)
 _LAYOUTS = "path,text (captions), path,label (classes) or path,question,answer (questions)"
 
 
@@ -57,7 +62,9 @@ class Columns:
     names: Mapping[str, str]
 
 
-def find_columns(found: Sequence[str], task_type: str | None, where: str) -> Columns:
+def find_columns(
+    found: Sequence[str], task_type: str | None, where: str, task_column: str | None = None
+) -> Columns:
     """Choose the columns of a table by their names, ignoring case.
 
     Args:
@@ -65,6 +72,7 @@ def find_columns(found: Sequence[str], task_type: str | None, where: str) -> Col
         task_type: "captioning", "retrieval", "classification", "instruction"; None takes what the
             columns allow.
         where: path for messages.
+        task_column: column that states the task; None = ``task``, if there is one.
 
     Raises:
         ValueError: if columns are missing, or more than one task type is possible.
@@ -76,6 +84,12 @@ def find_columns(found: Sequence[str], task_type: str | None, where: str) -> Col
         if any(name in plain for name in accepted)
     }
     listed = ", ".join(name[:40] if name.isprintable() else repr(name[:40]) for name in found[:20])
+    if task_column is not None:
+        if task_column.strip().lower() not in plain:
+            raise ValueError(
+                f"{where} has no column {task_column!r} for --task_column, it has {listed}"
+            )
+        names["task"] = plain[task_column.strip().lower()]
     if task_type is None:
         possible = [
             name
@@ -100,16 +114,17 @@ def find_columns(found: Sequence[str], task_type: str | None, where: str) -> Col
     return Columns(task_type, {use: name for use, name in names.items() if use in used})
 
 
-def record_of(row: Mapping[str, Any], task_type: str, images: ImageFolder) -> Record:
+def record_of(row: Mapping[str, Any], columns: Columns, images: ImageFolder, where: str) -> Record:
     """Convert a row of a table, field -> value, to a record.
 
     A value is a text, a number or None; the image may also be bytes, or a mapping with ``bytes``
-    and ``path`` as in data sets on the hub.
+    and ``path`` as in data sets on the hub. ``where`` is the line or row, for messages.
 
     Raises:
         BadSample: if a value or the image is missing.
     """
     members: dict[str, bytes] = {}
+    task_type = columns.task_type
     image = row.get("path")
     if task_type != "instruction" or image not in (None, ""):
         extension, data = _image(image, images)
@@ -120,7 +135,7 @@ def record_of(row: Mapping[str, Any], task_type: str, images: ImageFolder) -> Re
         members["json"] = read_sample({**texts, "image": "x" if members else None}).data
     elif task_type != "classification":
         members["txt"] = _text(row, "text").encode()
-    task = _text(row, "task") if "task" in row else ""
+    task = task_name(row["task"], columns.names["task"], where) if "task" in row else ""
     split = _text(row, "split").lower() if "split" in row else ""
     if split not in SPLITS:
         raise BadSample(f"its split is {split[:40]!r}, expected train or test")
@@ -167,7 +182,7 @@ def row_name(row: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _TableRows:
+class TableRows:
     """Rows of a table that are read together: ``count`` of them, or those at ``chosen`` indices."""
 
     path: Path
@@ -189,15 +204,16 @@ class _TableRows:
         return range(self.count) if self.chosen is None else set(self.chosen.tolist())
 
 
-Rows = TypeVar("Rows", bound=_TableRows)
+Rows = TypeVar("Rows", bound=TableRows)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CsvChunk(_TableRows):
-    """About a thousand rows, from one byte offset of the file."""
+class CsvChunk(TableRows):
+    """About a thousand rows, from one byte offset of the file, behind so many of its lines."""
 
     size: int
     start: int
+    lines: int
     header: tuple[str, ...]
     delimiter: str
 
@@ -212,30 +228,36 @@ class CsvChunk(_TableRows):
             if os.fstat(file.fileno()).st_size != self.size:
                 raise RuntimeError(f"{self.path} changed while it was read: start again")
             file.seek(self.start)
-            rows = _rows(file, self.path, self.delimiter)
+            rows = _rows(file, self.path, self.delimiter, self.lines)
             for index in range(self.count):
-                row, _ = next(rows)
+                row, _, (line, _) = next(rows)
                 if index in wanted:
-                    yield self._record(row)
+                    yield self._record(row, line)
 
-    def _record(self, row: list[str]) -> Record | InvalidRecord:
+    def _record(self, row: list[str], line: int) -> Record | InvalidRecord:
         stated = dict(zip(self.header, row, strict=False))
         values = {use: stated.get(name, "") for use, name in self.columns.names.items()}
         try:
             if len(row) != len(self.header):
                 raise BadSample(f"its row has {len(row)} cells, the header has {len(self.header)}")
-            return record_of(values, self.columns.task_type, self.images)
+            return record_of(values, self.columns, self.images, f"line {line}")
         except BadSample as error:
             return InvalidRecord(row_name(values), str(error))
 
 
-def open_table(path: Path, task_type: str | None = None, images: Path | None = None) -> InputData:
+def open_table(
+    path: Path,
+    task_type: str | None = None,
+    images: Path | None = None,
+    task_column: str | None = None,
+) -> InputData:
     """Open a csv or tsv file.
 
     Args:
         path: UTF-8, with a header, cells separated by comma, semicolon or tab.
         task_type: see `find_columns`.
         images: folder from which image paths start; None = that of the table.
+        task_column: see `find_columns`.
 
     Raises:
         FileNotFoundError: if the file or the folder is missing.
@@ -253,34 +275,35 @@ def open_table(path: Path, task_type: str | None = None, images: Path | None = N
         delimiter = max("\t,;", key=head.count) if any(sign in head for sign in "\t,;") else ","
         file.seek(start)
         rows = _rows(file, path, delimiter)
-        header, start = next(rows, ([], start))
-        columns = find_columns(header, task_type, str(path))
-        starts, count = [start], 0
-        for count, (_, end) in enumerate(rows, start=1):
+        header, start, (_, lines) = next(rows, ([], start, (1, 1)))
+        columns = find_columns(header, task_type, str(path), task_column)
+        starts, count = [(start, lines)], 0
+        for count, (_, end, (_, lines)) in enumerate(rows, start=1):
             if count % _CHUNK_RECORDS == 0:
-                starts.append(end)
+                starts.append((end, lines))
     if not count:
         raise ValueError(f"{path} has a header and no rows")
     counts = [min(_CHUNK_RECORDS, count - first) for first in range(0, count, _CHUNK_RECORDS)]
     chunks: list[Chunk] = [
         CsvChunk(
-            path=path,
-            count=own,
-            columns=columns,
-            images=folder,
-            size=size,
-            start=start,
-            header=tuple(header),
-            delimiter=delimiter,
-        )  # fmt: skip
-        for start, own in zip(starts, counts, strict=False)
-    ]
-    return InputData(columns.task_type, str(path), chunks, interleaved=True)
+            path=path, count=own, columns=columns, images=folder, size=size, start=start,
+            lines=lines, header=tuple(header), delimiter=delimiter,
+        )
+        for (start, lines), own in zip(starts, counts, strict=False)
+    ]  # fmt: skip
+    return InputData(
+        columns.task_type, str(path), chunks, task_column=task_column or "", interleaved=True
+    )
 
 
-def _rows(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[list[str], int]]:
-    """Yield every row that is not blank and its end offset, from the current file position."""
-    end, number = file.tell(), 0
+def _rows(
+    file: BinaryIO, path: Path, delimiter: str, lines_before: int = 0
+) -> Iterator[tuple[list[str], int, tuple[int, int]]]:
+    """Yield every row that is not blank, its end offset, and its first and its last line.
+
+    Reads from the current file position, which has ``lines_before`` lines before it.
+    """
+    end, number = file.tell(), lines_before
 
     def lines() -> Iterator[str]:
         nonlocal end, number
@@ -293,6 +316,7 @@ def _rows(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[list[str
 
     reader = csv.reader(lines(), delimiter=delimiter)
     while True:
+        first = number + 1
         try:
             row = next(reader)
         except StopIteration:
@@ -303,136 +327,4 @@ def _rows(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[list[str
                 f"({error}): perhaps a quote was opened and not closed above it"
             ) from None
         if row:
-            yield row, end
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParquetChunk(_TableRows):
-    """One row group of one file."""
-
-    group: int
-    classes: tuple[str, ...]
-    split: str
-
-    def read(self) -> Iterator[Record | InvalidRecord]:
-        """Yield the rows.
-
-        Raises:
-            RuntimeError: if the file changed or cannot be read any more.
-        """
-        parquet, wanted = _library(), self.wanted()
-        first = 0
-        names = {name: use for use, name in self.columns.names.items()}
-        try:
-            with parquet.ParquetFile(self.path) as file:
-                batches = file.iter_batches(
-                    batch_size=64, row_groups=[self.group], columns=list(names), use_threads=False
-                )
-                for batch in batches:
-                    for index in [n for n in range(batch.num_rows) if first + n in wanted]:
-                        cells = {name: batch.column(name)[index].as_py() for name in names}
-                        yield self._record({names[name]: cell for name, cell in cells.items()})
-                    first += batch.num_rows
-        # pyarrow's errors are ValueError, OSError, KeyError and others.
-        except Exception as error:
-            raise RuntimeError(f"{self.path} cannot be read any more ({one_line(error)})") from None
-        if first != self.count:
-            raise RuntimeError(f"{self.path} changed while it was read: start again")
-
-    def _record(self, row: dict[str, Any]) -> Record | InvalidRecord:
-        label = row.get("label")
-        if isinstance(label, int) and not isinstance(label, bool) and self.classes:
-            row["label"] = self.classes[label] if 0 <= label < len(self.classes) else None
-        if self.split and not row.get("split"):
-            row["split"] = self.split
-        try:
-            return record_of(row, self.columns.task_type, self.images)
-        except BadSample as error:
-            return InvalidRecord(row_name(row), str(error))
-
-
-def open_parquet(path: Path, task_type: str | None = None, images: Path | None = None) -> InputData:
-    """Open a parquet file, or all ``.parquet`` files of a folder.
-
-    Files named ``train...`` and ``test...`` are these splits. Class names are taken from the
-    metadata that the hub's library writes, if they are there.
-
-    Args:
-        path: of the file or folder.
-        task_type: see `find_columns`.
-        images: folder from which image paths start; None = that of the file.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ImportError: if pyarrow is not installed.
-        ValueError: if columns are missing, or a file is not parquet.
-    """
-    files = parquet_files(path) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        raise FileNotFoundError(f"there is no file {path}: correct the path")
-    chunks: list[Chunk] = []
-    columns: Columns | None = None
-    classes: tuple[str, ...] = ()
-    for file in files:
-        own, classes, counts = _read_schema(file, task_type)
-        if columns is not None and own != columns:
-            raise ValueError(f"{file} has other columns than {files[0]}: convert them one by one")
-        columns = own
-        named = _SPLIT.fullmatch(file.stem)
-        split = named[1].lower() if named and len(files) > 1 else ""
-        folder = open_image_folder(images or file.parent)
-        chunks += [
-            ParquetChunk(
-                path=file,
-                count=count,
-                columns=columns,
-                images=folder,
-                group=group,
-                classes=classes,
-                split=split,
-            )  # fmt: skip
-            for group, count in enumerate(counts)
-            if count
-        ]
-    if columns is None or not chunks:
-        raise ValueError(f"{path} has no rows")
-    return InputData(columns.task_type, str(path), chunks, classes)
-
-
-def parquet_files(folder: Path) -> list[Path]:
-    """Return the parquet files of a folder, or of its ``data`` folder as on the hub."""
-    return sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
-
-
-def _read_schema(path: Path, task_type: str | None) -> tuple[Columns, tuple[str, ...], list[int]]:
-    """Return the columns, the class names and the number of rows of every row group."""
-    parquet = _library()
-    try:
-        with parquet.ParquetFile(path) as file:
-            schema, about = file.schema_arrow, file.metadata
-            counts = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
-            names, notes = list(schema.names), dict(schema.metadata or {})
-    except Exception as error:
-        raise ValueError(f"{path} is no parquet file ({one_line(error)})") from None
-    columns = find_columns(names, task_type, str(path))
-    return columns, _class_names(notes, columns.names.get("label", "")), counts
-
-
-def _class_names(notes: Mapping[bytes, bytes], column: str) -> tuple[str, ...]:
-    """Return the class names that the hub's library stored for a column of numbers, or ()."""
-    try:
-        noted = json.loads(notes[b"huggingface"])["info"]["features"][column]["names"]
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return ()
-    is_good = isinstance(noted, list) and all(isinstance(name, str) and name for name in noted)
-    return tuple(noted) if is_good and len(set(noted)) == len(noted) else ()
-
-
-def _library() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ImportError(
-            "parquet files are read by pyarrow, which is not installed: pip install mmcl[parquet]"
-        ) from None
-    return pyarrow.parquet
+            yield row, end, (first, number)

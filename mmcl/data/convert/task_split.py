@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, time, timezone
+from decimal import Decimal
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +14,19 @@ import torch
 
 from mmcl.core.seeding import hash_seed, splitmix64
 from mmcl.data.convert.image_folder_input import natural
-from mmcl.data.convert.record import SPLITS, ConvertOptions
+from mmcl.data.convert.record import SPLITS, ConvertOptions, InputData
 from mmcl.data.convert.scan import ScanResult
 from mmcl.data.stored_sample import IntArray
 
 _TEST = SPLITS.index("test")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,4})?", re.ASCII | re.IGNORECASE)
+_DATE = re.compile(r"(\d{4})(?:[-/.](\d{1,2})(?:[-/.](\d{1,2})(?:[T ](\S.*))?)?)?", re.ASCII)
+_UNCERTAIN_DATE = re.compile(
+    r"\d{1,2}[-/.](\d{1,2}[-/.](\d{4}|\d{2})|\d{4})\b.*|(.*\W)?(jan(uary)?|feb(ruary)?|mar(ch)?|apr(il)?|"
+    r"may|june?|july?|aug(ust)?|sept?(ember)?|oct(ober)?|nov(ember)?|dec(ember)?)(\W.*)?",
+    re.ASCII | re.IGNORECASE,
+)
+"""Dates that would be sorted wrongly as texts: 3/4/2024, 4/2024, 4 March 2024."""
 Bits = npt.NDArray[np.bool_]
 
 
@@ -72,8 +83,8 @@ def assign_tasks(
         The tasks, and all classes in the order of their ids.
 
     Raises:
-        ValueError: if a task would have no training or no test samples, or tasks are stated in
-            two ways.
+        ValueError: if a task would have no training or no test samples, tasks are stated in two
+            ways, or their order cannot be obeyed.
     """
     classes: list[str] = []
     own: list[str] = []
@@ -83,6 +94,8 @@ def assign_tasks(
         own = sorted(met, key=natural)
         stated = [name for name in train.source.classes if name in set(own)]
         own = list(dict.fromkeys([*stated, *own]))
+        if options.class_order_seed is not None:
+            own = [own[index] for index in class_order(len(own), options.class_order_seed)]
         classes = list(dict.fromkeys([*known, *own]))
     names, tasks = _tasks_of(scans, options, {name: classes.index(name) for name in own})
     ids = {name: number for number, name in enumerate(classes)}
@@ -98,6 +111,123 @@ def assign_tasks(
         both = np.union1d(learned.labels, scored.labels) if classes else ()
         assigned.append(TaskSplits(name, tuple(classes[label] for label in both), learned, scored))
     return assigned, classes
+
+
+def class_order(count: int, seed: int) -> list[int]:
+    """Draw the class order of a seed: entry n is the class that is learned as number n.
+
+    ``numpy.random.seed(seed); numpy.random.permutation(count)`` as in iCaRL (Rebuffi et al. 2017,
+    arXiv:1611.07725), PyCIL and PILOT, whose seed is 1993; numpy's own state is not touched.
+    """
+    return [int(index) for index in np.random.RandomState(seed).permutation(count)]
+
+
+def class_groups(count: int, classes_per_task: int, first_task_classes: int | None) -> list[range]:
+    """Split positions 0 to ``count`` - 1 of the class order into tasks; the last may be smaller.
+
+    ``B50-Inc10`` of the literature is ``first_task_classes`` 50 (``init_cls`` in PILOT) and
+    ``classes_per_task`` 10 (``increment``); ``B0-Inc10`` is None and 10.
+
+    Raises:
+        ValueError: if a number of classes is less than 1, or the first task would take all.
+    """
+    given = {"classes_per_task": classes_per_task, "first_task_classes": first_task_classes}
+    for name, number in given.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} is {number}, expected 1 or more")
+    if (first_task_classes or 0) >= count:
+        raise ValueError(
+            f"--first_task_classes is {first_task_classes}, and there are {count} classes: leave "
+            "some to the next task, or leave the option out"
+        )
+    starts = [0, *range(first_task_classes or classes_per_task, count, classes_per_task)]
+    return [range(start, end) for start, end in zip(starts, [*starts[1:], count], strict=True)]
+
+
+def sort_tasks(names: Sequence[str], column: str) -> tuple[list[str], str]:
+    """Sort the values of a task column: numbers by value, dates by time, other texts naturally.
+
+    Dates are 2024, 2024-03, 2024-03-04 or this with a time, also with / or . between; a time
+    without a zone is UTC.
+
+    Args:
+        names: the distinct values.
+        column: of the values, for messages.
+
+    Returns:
+        The values in order, and as what they were compared: "numbers", "dates" or "texts".
+
+    Raises:
+        ValueError: if two values are the same number or time, or all are dates of another form.
+    """
+    for kind, key_of in (("numbers", _number), ("dates", _date)):
+        keys = [key_of(name) for name in names]
+        if None in keys:
+            continue
+        ranked = sorted(zip(keys, names, strict=True))
+        for (before, one), (after, other) in zip(ranked, ranked[1:], strict=False):
+            if before == after:
+                raise ValueError(
+                    f"'{column}' has {one!r} and {other!r}, which are equal as {kind}: write them "
+                    "alike, or give the order of all tasks as --task_order"
+                )
+        return [name for _, name in ranked], kind
+    if all(_UNCERTAIN_DATE.fullmatch(name) for name in names):
+        raise ValueError(
+            f"'{column}' has dates such as {names[0]!r}, whose order is not certain: write them as "
+            "2024-03-31, or give the order of all tasks as --task_order"
+        )
+    return sorted(names, key=natural), "texts"
+
+
+def _number(text: str) -> Decimal | None:
+    return Decimal(text) if _NUMBER.fullmatch(text) else None
+
+
+def _date(text: str) -> datetime | None:
+    found = _DATE.fullmatch(text)
+    if not found:
+        return None
+    year, month, day, clock = found.groups()
+    try:
+        day_start = datetime(int(year), int(month or 1), int(day or 1))
+        at = datetime.combine(
+            day_start, time.fromisoformat((clock or "00:00").replace("Z", "+00:00"))
+        )
+    except ValueError:
+        return None
+    return at if at.tzinfo else at.replace(tzinfo=timezone.utc)
+
+
+def class_positions(tasks: Sequence[TaskSplits], options: ConvertOptions) -> list[dict[str, str]]:
+    """Return for each task a description that says which part of the seeded class order it is."""
+    if options.class_order_seed is None:
+        return [{} for _ in tasks]
+    ends = np.cumsum([len(task.classes) for task in tasks]).tolist()
+    order = f"numpy.random.RandomState({options.class_order_seed}).permutation({ends[-1]})"
+    return [
+        {"description": f"classes {end - len(task.classes)} to {end - 1} of {order}"}
+        for task, end in zip(tasks, ends, strict=True)
+    ]
+
+
+def task_notes(tasks: Sequence[TaskSplits], options: ConvertOptions) -> list[str]:
+    """Return what a user may not expect of the tasks, or has to report of them."""
+    notes = []
+    if options.class_order_seed is not None:
+        seed = options.class_order_seed
+        notes.append(f"classes are in the order of seed {seed}, drawn as in iCaRL, PyCIL and PILOT")
+    wanted, last = options.classes_per_task, len(tasks[-1].classes)
+    if wanted is not None and last < wanted:
+        notes.append(
+            f"the last task has {last} of {wanted} classes: "
+            f"{sum(len(task.classes) for task in tasks)} classes do not fill all tasks"
+        )
+    column = tasks[0].train.scan.source.task_column
+    if column and not options.task_order:
+        kind = sort_tasks([task.name for task in tasks], column)[1]
+        notes.append(f"tasks are in the order of '{column}', compared as {kind}")
+    return notes
 
 
 def grouped_holdout(
@@ -171,28 +301,64 @@ def _tasks_of(
 
     ``classes`` are name -> class id of those that occur, in the order in which they are learned.
     """
+    where = scans[0].source.where
     stated = list(dict.fromkeys(
         scan.tasks[index] for scan in scans
         for index in sorted(np.unique(scan.task[scan.size > 0]).tolist())
     ))  # fmt: skip
+    if any(stated):
+        for option, value in (
+            ("--classes_per_task", options.classes_per_task), ("--task", options.task),
+        ):  # fmt: skip
+            if value:
+                raise ValueError(
+                    f"{where} states its tasks itself "
+                    f"({', '.join(map(repr, stated[:5]))}): leave out {option}"
+                )
     if options.classes_per_task is not None:
-        if any(stated):
-            raise ValueError(
-                f"{scans[0].source.where} states its tasks itself "
-                f"({', '.join(map(repr, stated[:5]))}): leave out --classes_per_task"
-            )
         if not classes:
             raise ValueError(
                 "--classes_per_task splits classes into tasks, and there are no classes"
             )
-        step, ids = options.classes_per_task, list(classes.values())
-        groups = [ids[first : first + step] for first in range(0, len(ids), step)]
-        names = [f"classes-{group[0]}-{group[-1]}" for group in groups]
-        table: Mapping[str, int] = {name: n // step for n, name in enumerate(classes)}
+        if options.task or options.task_order:
+            option = "--task" if options.task else "--task_order"
+            raise ValueError(
+                f"{option} is for tasks of names, and --classes_per_task numbers them: leave out "
+                "one of the two"
+            )
+        ids = list(classes.values())
+        groups = class_groups(len(ids), options.classes_per_task, options.first_task_classes)
+        names = [f"classes-{ids[group[0]]}-{ids[group[-1]]}" for group in groups]
+        own = list(classes)
+        table = {own[position]: n for n, group in enumerate(groups) for position in group}
         return names, [_looked_up(scan.label, scan.labels, table) for scan in scans]
+    stated = _ordered(stated, scans[0].source, options.task_order)
     table = {name: index for index, name in enumerate(stated)}
     names = [name or options.task or options.name for name in stated]
     return names, [_looked_up(scan.task, scan.tasks, table) for scan in scans]
+
+
+def _ordered(stated: list[str], source: InputData, wanted: Sequence[str]) -> list[str]:
+    """Return the stated tasks in the order in which they are learned.
+
+    Raises:
+        ValueError: if ``wanted`` is not an order of exactly these tasks, or as `sort_tasks` says.
+    """
+    if not wanted:
+        return sort_tasks(stated, source.task_column)[0] if source.task_column else stated
+    listed = ", ".join(map(repr, stated[:20])) + (", ..." if len(stated) > 20 else "")
+    if not any(stated):
+        raise ValueError(
+            f"--task_order orders tasks, and {source.where} is one task: say with --task_column, "
+            "or --task_level for folders, what states the task"
+        )
+    missing, twice = set(stated) - set(wanted), len(set(wanted)) < len(wanted)
+    unknown = [name for name in wanted if name not in stated]
+    if missing or unknown or twice:
+        what = f"lacks {min(missing)!r}" if missing else "names a task twice"
+        what = f"names {unknown[0]!r}" if unknown else what
+        raise ValueError(f"--task_order {what}: list each task of {source.where} once: {listed}")
+    return list(wanted)
 
 
 def _looked_up(

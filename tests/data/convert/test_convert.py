@@ -24,7 +24,7 @@ def made(source, out, name="mine", test=None, task_type=None, images=None, folde
     """Convert in one process; return the card's content."""
     calls = {key: more.pop(key) for key in ("append", "card", "progress") if key in more}
     opened = [
-        one and open_input(one, task_type, images, tasks_are_folders=folders)
+        one and open_input(one, task_type, images, task_level=1 if folders else None)
         for one in (source, test)
     ]
     path, _ = convert(*opened, out, ConvertOptions(name, **more), **calls)

@@ -1,9 +1,117 @@
-"""Hold-out, shard slices and interleaved classes, against loops and cases solved by hand."""
+"""Class order, tasks, hold-out and shard slices, against loops and cases solved by hand."""
+
+import random
 
 import numpy as np
 import pytest
 
-from mmcl.data.convert.task_split import grouped_holdout, interleave_classes, shard_slices
+from mmcl.data.convert.record import task_name
+from mmcl.data.convert.task_split import (
+    class_groups,
+    class_order,
+    grouped_holdout,
+    interleave_classes,
+    shard_slices,
+    sort_tasks,
+)
+from mmcl.data.stored_sample import BadSample
+
+# The order of CIFAR-100's classes in iCaRL, as FACIL lists it under cifar100_icarl.
+ICARL_CIFAR100 = [
+    68, 56, 78, 8, 23, 84, 90, 65, 74, 76, 40, 89, 3, 92, 55, 9, 26, 80, 43, 38, 58, 70, 77, 1,
+    85, 19, 17, 50, 28, 53, 13, 81, 45, 82, 6, 59, 83, 16, 15, 44, 91, 41, 72, 60, 79, 52, 20, 10,
+    31, 54, 37, 95, 14, 71, 96, 98, 97, 2, 64, 66, 42, 22, 35, 86, 24, 34, 87, 21, 99, 0, 88, 27,
+    18, 94, 11, 12, 47, 25, 30, 46, 62, 69, 36, 61, 7, 63, 75, 5, 32, 4, 51, 48, 73, 93, 39, 67,
+    29, 49, 57, 33,
+]  # fmt: skip
+
+
+def sizes_in_pilot(count, init_cls, increment):
+    """Classes of each task in PyCIL and PILOT: what is left goes to a last, smaller task."""
+    sizes, left = [init_cls], count - init_cls
+    while left:
+        sizes.append(min(increment, left))
+        left -= sizes[-1]
+    return sizes
+
+
+def test_the_class_order_of_seed_1993_is_the_published_one():
+    before = np.random.get_state()[1].copy()
+    assert class_order(100, 1993) == ICARL_CIFAR100
+    assert (np.random.get_state()[1] == before).all()
+    assert class_order(100, 0) != ICARL_CIFAR100
+
+
+@pytest.mark.parametrize("count", [2, 7, 10, 11, 100, 101])
+def test_classes_are_split_as_in_pilot(count):
+    for increment in (1, 2, 3, 10, 60):
+        for first in (None, 1, 5, 50):
+            if (first or 0) >= count or (first is None and increment >= count):
+                continue
+            groups = class_groups(count, increment, first)
+            sizes = sizes_in_pilot(count, first or increment, increment)
+            assert [len(group) for group in groups] == sizes
+            assert [position for group in groups for position in group] == list(range(count))
+
+
+def test_a_first_task_of_all_classes_is_refused():
+    assert class_groups(3, 5, None) == [range(3)]
+    with pytest.raises(ValueError, match="--first_task_classes is 3, and there are 3 classes"):
+        class_groups(3, 5, 3)
+    with pytest.raises(ValueError, match="first_task_classes is 0, expected 1 or more"):
+        class_groups(3, 5, 0)
+
+
+@pytest.mark.parametrize(
+    ("ordered", "kind"),
+    [
+        (["-3", "0", "0.25", "0.5", "9", "10", "1e3", "2014"], "numbers"),
+        (["1999", "2014-2", "2014-03-09", "2014-03-10T01:00", "2014-12", "2015/01/01"], "dates"),
+        (["2014-03-10 01:00:00+02:00", "2014-03-10T00:30Z", "2014-03-10 01:00"], "dates"),
+        (["de", "en", "fr9x", "fr10"], "texts"),
+        (["c2", "c10", "c10b"], "texts"),
+        (["9-17", "18-25", "26-35"], "texts"),
+        (["2014-02-30", "2014-03-01", "x"], "texts"),
+        (["one"], "texts"),
+    ],
+)
+def test_tasks_of_a_column_come_by_number_by_time_or_naturally(ordered, kind):
+    for seed in range(5):
+        shuffled = random.Random(seed).sample(ordered, len(ordered))
+        assert sort_tasks(shuffled, "when") == (ordered, kind)
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (["2014", "2014.0", "2015"], "'when' has '2014' and '2014.0', which are equal as numbers"),
+        (["2014-03-01", "2014", "2014-03"], "'2014-03' and '2014-03-01', which are equal as dates"),
+        (["3/4/2014", "12/31/2014"], "dates such as '3/4/2014', whose order is not certain"),
+        (["03/2014", "12/2013"], "order is not certain: write them as 2024-03-31"),
+        (["Mar 2014", "April 2013"], "order is not certain"),
+    ],
+)
+def test_an_order_that_is_not_certain_is_refused(names, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        sort_tasks(names, "when")
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [(" a b ", "a b"), (3, "3"), (2014.0, "2014"), (0.5, "0.5"), (True, "True"), (0, "0")],
+)
+def test_a_value_of_a_task_column_names_its_task(value, name):
+    assert task_name(value, "year") == name
+
+
+@pytest.mark.parametrize("value", [None, "", "  ", float("nan")])
+def test_a_missing_task_is_named_by_column_and_line(value):
+    with pytest.raises(BadSample, match=r"its year is empty \(line 7\): every sample needs a task"):
+        task_name(value, "year", "line 7")
+    with pytest.raises(BadSample, match="its year is a list, expected a text or a number"):
+        task_name([value], "year")
+    with pytest.raises(BadSample, match="its year is not UTF-8"):
+        task_name("\udc80", "year")
 
 
 def contents(*numbers):
