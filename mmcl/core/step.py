@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mmcl.core.batch import Batch
-from mmcl.core.model import VLM, Output, require
+from mmcl.core.model import VLM, Output, require, set_frozen_to_eval
 from mmcl.core.strategy import Strategy
 from mmcl.core.task import Task
 
@@ -84,6 +84,9 @@ def step(model: VLM, strategy: Strategy, batch: Batch) -> StepOutput:
             "callbacks=[StrategyCallback()] to the Trainer, in a bare loop call "
             "mmcl.core.begin_task(model, strategy, task) first"
         )
+    for module in strategy.frozen_modules:
+        if module.training:  # model.train() was called after begin_task
+            module.eval()
     batch = strategy.extend_batch(model, batch)
     output = forward(model, strategy, batch)
     loss = strategy.objective(model, batch, output)
@@ -99,9 +102,12 @@ def step(model: VLM, strategy: Strategy, batch: Batch) -> StepOutput:
 
 
 def begin_task(model: VLM, strategy: Strategy, task: Task) -> None:
-    """Begin a task: run the strategy's ``begin_task``, then set its ``current_task``."""
+    """Begin a task: run the strategy's ``begin_task``, then set its ``current_task``.
+
+    The model's frozen modules are put into evaluation mode, and stay there in every ``step``.
+    """
     strategy.begin_task(model, task)
-    strategy.current_task = task
+    strategy.current_task, strategy.frozen_modules = task, set_frozen_to_eval(model)
 
 
 def end_task(model: VLM, strategy: Strategy, task: Task, batches: Iterable[Batch]) -> None:

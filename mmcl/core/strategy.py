@@ -74,9 +74,12 @@ class Strategy(nn.Module):
 
     Attributes:
         current_task: the task in training, None before the first; set by ``mmcl.core.begin_task``.
+        frozen_modules: the model's frozen modules in this task, which every step keeps in
+            evaluation mode; set by ``mmcl.core.begin_task``.
     """
 
     current_task: Task | None = None
+    frozen_modules: tuple[nn.Module, ...] = ()
 
     def attach(self, model: VLM) -> None:
         """Freeze or rewire the model and check its abilities; once, before any optimizer exists.
@@ -163,6 +166,12 @@ class Strategy(nn.Module):
 
     def end_task(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
         """Update state from one exact pass over the task's training data.
+
+        In a Lightning run with precision "bf16-mixed" this hook runs under the same autocast as the
+        steps, so that encoders give the features that they give in training and at test; with
+        "16-mixed" it runs in float32, because nothing scales a loss here. Statistics and solves
+        belong in float64, which autocast leaves alone, or inside ``torch.autocast(device_type,
+        enabled=False)``. A bare loop chooses by its own context.
 
         Args:
             model: on its device, after the task's last step.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,7 +13,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mmcl.core import Batch, StepOutput, Strategy, Task, begin_task, end_task
+from mmcl.core.model import frozen_modules
 
+EVAL_MODE_WARNING = ".* in eval mode at the start of training"
+"""Lightning's warning of modules in evaluation mode, which frozen ones are on purpose."""
 _BUFFERED_STEPS = 64
 """Steps between two reads of the penalty values: each read waits for the device."""
 
@@ -43,6 +48,9 @@ class StrategyCallback(pl.Callback):
             if self._is_closed_form:
                 # A closed-form strategy has no graph: a backward pass would be an error.
                 pl_module.automatic_optimization = False
+            frozen = {m for part in frozen_modules(pl_module) for m in part.modules()}
+            if all(module.training or module in frozen for module in pl_module.modules()):
+                warnings.filterwarnings("ignore", EVAL_MODE_WARNING)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore automatic optimization, for the next task may have trainable parameters."""
@@ -76,7 +84,8 @@ class StrategyCallback(pl.Callback):
         if callable(gather):
             gather()  # ranks see different samples here, so none may wait for shards of another
         batches = OnDevice(self._pass(trainer), pl_module.device)
-        end_task(model_of(pl_module), strategy, strategy.current_task, batches)
+        with end_task_precision(trainer, pl_module.device.type):
+            end_task(model_of(pl_module), strategy, strategy.current_task, batches)
 
     def _next_task(self, trainer: pl.Trainer, strategy: Strategy) -> Task:
         if self.task is not None:
@@ -91,6 +100,19 @@ class StrategyCallback(pl.Callback):
     def _pass(self, trainer: pl.Trainer) -> Iterable[Batch]:
         task_pass: Any = getattr(getattr(trainer, "datamodule", None), "task_pass", None)
         return trainer.train_dataloader or () if task_pass is None else task_pass()
+
+
+@contextmanager
+def end_task_precision(trainer: pl.Trainer, device_type: str) -> Iterator[None]:
+    """Enter the autocast of precision "bf16-mixed" for ``end_task``; else change nothing.
+
+    Lightning calls ``on_train_end`` outside of autocast. "16-mixed" stays in float32, because
+    gradients of an unscaled loss, such as the Fisher information's, would underflow.
+    """
+    is_bf16 = trainer.precision == "bf16-mixed"
+    # Cached casts would be stale after a strategy wrote new weights.
+    with torch.autocast(device_type, torch.bfloat16, enabled=is_bf16, cache_enabled=False):
+        yield
 
 
 class OnDevice:
