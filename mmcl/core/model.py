@@ -102,7 +102,8 @@ class VLM(Protocol):
 
     Optional members, which some strategies need (they check with ``require``):
 
-    * ``embed(batch, modality)`` -> (B, D) embedding of each sample, without prompts or gradient.
+    * ``embed(batch, modality)`` -> (B, D) embedding of each sample, without prompts or gradient, as
+      in evaluation mode.
     * ``encode_image(batch)`` -> (B, N, D) output tokens of the frozen vision tower.
     * ``prompt_dims``: modality -> dim of the tokens of the tower that prompts enter.
     * ``freeze(*towers)`` turns off the gradients of whole towers.

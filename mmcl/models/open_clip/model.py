@@ -28,7 +28,13 @@ from mmcl.core.model import PromptPosition, eval_mode, set_frozen_to_eval
 from mmcl.core.seeding import generator, hash_priorities
 from mmcl.models.fingerprint import fingerprint_of, frozen_buffers
 from mmcl.models.open_clip.loading import image_settings, load_clip
-from mmcl.models.open_clip.towers import image_embedding, text_embedding, token_dims, trim_padding
+from mmcl.models.open_clip.towers import (
+    image_embedding,
+    similarity,
+    text_embedding,
+    token_dims,
+    trim_padding,
+)
 
 
 @dataclass(frozen=True)
@@ -88,25 +94,6 @@ class ClipTransform:
         return functional.interpolate(
             pixels[None], (self.size, self.size), mode="bicubic", antialias=True
         )[0]
-
-
-def similarity(scale: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return the scaled cosine similarity of unit embeddings, in float32 also under autocast.
-
-    In bfloat16 scores between 16 and 32 are multiples of 1/8, so that classes would tie.
-
-    Args:
-        scale: () factor.
-        left: (B, E) float32.
-        right: (C, E) float32, or (B, C, E) for each of B.
-
-    Returns:
-        (B, C).
-    """
-    with torch.autocast(left.device.type, enabled=False):
-        if right.ndim == 2:
-            return scale * left @ right.T
-        return scale * torch.einsum("be,bce->bc", left, right)
 
 
 def clip_loss(
@@ -392,7 +379,8 @@ class OpenCLIP(nn.Module):
                     "image prompts cannot enter stored features, which skip the image tower: use "
                     "prompts on the text tower, or raw replay"
                 )
-            return self._unit(batch.features.to(self._mean.dtype).mean(1))
+            wide = torch.promote_types(self._mean.dtype, torch.float32)
+            return self._unit(batch.features.to(wide).mean(1))
         if batch.image_owner is not None and len(batch.image_owner) != len(batch):
             raise ValueError(
                 f"the batch has {len(batch.image_owner)} images for {len(batch)} samples: a CLIP "
@@ -409,7 +397,10 @@ class OpenCLIP(nn.Module):
         # embedded again after every forward pass with gradients. The cache holds the weights, or
         # others could be allocated at the same address.
         weights = [(p.data_ptr(), p._version) for p in parameters]
-        key, cache = (self._forwards_with_grad if is_trainable else 0, weights), self._class_cache
+        device = self._class_tokens.device.type
+        precision = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        key = (self._forwards_with_grad if is_trainable else 0, precision, weights)
+        cache = self._class_cache
         if cache is None or cache[0] != key or list(map(id, cache[1])) != list(map(id, parameters)):
             # Tensors made in inference mode could not be used by a later training step.
             with torch.inference_mode(False), torch.no_grad():
