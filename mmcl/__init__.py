@@ -10,26 +10,51 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmcl import strategies as strategies
-    from mmcl.core import Batch, Chain, Strategy, Task, TaskStream, begin_task, end_task, step
-    from mmcl.data import ImageCaptionCollate, ImageLabelCollate
+    from mmcl.core import (
+        Batch,
+        Chain,
+        StepModule,
+        Strategy,
+        Task,
+        TaskStream,
+        begin_task,
+        begin_tasks,
+        end_task,
+        step,
+    )
+    from mmcl.data import (
+        ImageCaptionCollate,
+        ImageLabelCollate,
+        collate_captions,
+        collate_images,
+        replay_loader,
+    )
+    from mmcl.evaluation import AccuracyMatrix, evaluate
     from mmcl.lightning import ContinualDataModule, ContinualModule, StrategyCallback
-    from mmcl.models import ImageTextToText, OpenCLIP
+    from mmcl.models import HFTrainerCallback, ImageTextToText, OpenCLIP
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Batch", "Chain", "ContinualDataModule", "ContinualModule", "ImageCaptionCollate",
-    "ImageLabelCollate", "ImageTextToText", "OpenCLIP", "Strategy", "StrategyCallback", "Task",
-    "TaskStream", "__version__", "begin_task", "end_task", "step", "strategies",
+    "AccuracyMatrix", "Batch", "Chain", "ContinualDataModule", "ContinualModule",
+    "HFTrainerCallback", "ImageCaptionCollate", "ImageLabelCollate", "ImageTextToText", "OpenCLIP",
+    "StepModule", "Strategy", "StrategyCallback", "Task", "TaskStream", "__version__", "begin_task",
+    "begin_tasks", "collate_captions", "collate_images", "end_task", "evaluate", "replay_loader",
+    "step", "strategies",
 ]  # fmt: skip
 
 _DEFINED_IN = {
     "mmcl.core": (
-        "Batch", "Chain", "Strategy", "Task", "TaskStream", "begin_task", "end_task", "step",
+        "Batch", "Chain", "StepModule", "Strategy", "Task", "TaskStream", "begin_task",
+        "begin_tasks", "end_task", "step",
     ),
-    "mmcl.data": ("ImageCaptionCollate", "ImageLabelCollate"),
+    "mmcl.data": (
+        "ImageCaptionCollate", "ImageLabelCollate", "collate_captions", "collate_images",
+        "replay_loader",
+    ),
+    "mmcl.evaluation": ("AccuracyMatrix", "evaluate"),
     "mmcl.lightning": ("ContinualDataModule", "ContinualModule", "StrategyCallback"),
-    "mmcl.models": ("ImageTextToText", "OpenCLIP"),
+    "mmcl.models": ("HFTrainerCallback", "ImageTextToText", "OpenCLIP"),
 }  # fmt: skip
 
 

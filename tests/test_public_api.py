@@ -13,7 +13,9 @@ HERE = Path(__file__).parent.parent
 PUBLIC = [
     "OpenCLIP", "ImageTextToText", "Chain", "Strategy", "Batch", "Task", "TaskStream", "step",
     "begin_task", "end_task", "StrategyCallback", "ContinualModule", "ContinualDataModule",
-    "ImageLabelCollate", "ImageCaptionCollate", "strategies", "__version__",
+    "ImageLabelCollate", "ImageCaptionCollate", "strategies", "__version__", "begin_tasks",
+    "collate_images", "collate_captions", "replay_loader", "evaluate", "AccuracyMatrix",
+    "StepModule", "HFTrainerCallback",
 ]  # fmt: skip
 
 
@@ -36,7 +38,9 @@ def test_the_version_is_the_packages():
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(AttributeError, match="module 'mmcl' has no 'CLIP': it has Batch, Chain"):
+    with pytest.raises(
+        AttributeError, match="'mmcl' has no 'CLIP': it has AccuracyMatrix, Batch, Chain"
+    ):
         _ = mmcl.CLIP
 
 

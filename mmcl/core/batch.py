@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from mmcl.core.image_values import ImagesAre, as_uint8, stack_images
+
 IMAGE_TOKEN = "<image>"
 """Placeholder of the image in the text of a conversation, as in LLaVA's files."""
 
@@ -160,21 +162,31 @@ class Batch:
         labels: Tensor | Sequence[int] | None = None,
         *,
         task: int | Tensor = 0,
+        images_are: ImagesAre | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> Batch:
         """Batch of one image a sample, with a class label each if they are known.
 
         Args:
-            images: (B, 3, H, W) at the model's size, or B images (3, H, W): uint8, or floats from
-                0 to 1 as torchvision's ``ToTensor`` gives them, before any ``Normalize``.
+            images: (B, 3, H, W) at the model's size, or B images (3, H, W).
             labels: (B,) class indices; None = none, which is enough for inference.
             task: index of the task that all samples come from, or (B,) one each.
+            images_are: "uint8" = levels from 0 to 255; "unit" = floats from 0 to 1, as the
+                ``ToTensor`` of torchvision gives them; "normalized" = those after ``Normalize(mean,
+                std)``, which is undone here, since a model normalizes on its device. None = by type
+                and range.
+            mean: of the three channels, for "normalized".
+            std: of the three channels, for "normalized".
 
         Raises:
-            ValueError: if a shape differs, or the images are normalized.
+            ValueError: if a shape differs, or the images are not what ``images_are`` says, or it is
+                None and their range does not tell.
         """
-        pixels = as_uint8(images if isinstance(images, Tensor) else torch.stack(list(images)))
-        if pixels.dim() != 4 or pixels.shape[1] != 3:
-            raise ValueError(f"images has shape {tuple(pixels.shape)}, expected (B, 3, H, W)")
+        stacked = images if isinstance(images, Tensor) else stack_images(images)
+        if stacked.dim() != 4 or stacked.shape[1] != 3:
+            raise ValueError(f"images has shape {tuple(stacked.shape)}, expected (B, 3, H, W)")
+        pixels = as_uint8(stacked, images_are, mean, std)
         count, device = len(pixels), pixels.device
         given = IGNORE_INDEX if labels is None else labels
         return cls(pixels, _per_sample("labels", given, count, device),
@@ -188,6 +200,9 @@ class Batch:
         *,
         tokenizer: Callable[[Sequence[str]], Tensor],
         task: int | Tensor = 0,
+        images_are: ImagesAre | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> Batch:
         """Batch of one text a sample, such as captions, with or without the images they describe.
 
@@ -197,6 +212,9 @@ class Batch:
             tokenizer: B texts -> (B, L) token ids padded with 0, such as ``model.tokenizer`` or
                 what ``open_clip.get_tokenizer`` returns.
             task: index of the task that all samples come from, or (B,) one each.
+            images_are: as in ``from_images``, with ``mean`` and ``std``.
+            mean: of the three channels.
+            std: of the three channels.
 
         Raises:
             ValueError: if there are no texts, or not as many as images.
@@ -209,7 +227,7 @@ class Batch:
             task_ids = _per_sample("task", task, len(texts), input_ids.device)
             batch = cls(None, labels, task_ids)
         else:
-            batch = cls.from_images(images, task=task)
+            batch = cls.from_images(images, task=task, images_are=images_are, mean=mean, std=std)
         if len(batch) != len(input_ids):
             raise ValueError(f"there are {len(texts)} texts for {len(batch)} images: give one each")
         input_ids = input_ids.to(batch.labels.device)
@@ -289,28 +307,6 @@ class Batch:
         values = [(field.name, getattr(self, field.name)) for field in fields(self)]
         changed = {name: change(v) for name, v in values if isinstance(v, Tensor)}
         return replace(self, **changed)
-
-
-def as_uint8(images: Tensor) -> Tensor:
-    """Images as uint8: floats from 0 to 1 are scaled by 255 and rounded.
-
-    Args:
-        images: (..., H, W) uint8 or floating.
-
-    Raises:
-        ValueError: if floats lie outside of 0 to 1, or the type is another.
-    """
-    if images.dtype == torch.uint8:
-        return images
-    if not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype}: give uint8, or floats from 0 to 1")
-    low, high = float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 1):
-        raise ValueError(
-            f"images range from {low:.2f} to {high:.2f}, expected 0 to 1: leave Normalize out of "
-            "the transform, the model normalizes on its device"
-        )
-    return images.mul(255).round().to(torch.uint8)
 
 
 def _per_sample(

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from mmcl.core.batch import Batch
 from mmcl.core.model import NO_PROMPTS, VLM, Output, Prompts
-from mmcl.core.step import begin_task
 from mmcl.core.strategy import ReplayPlan, Strategy
 from mmcl.core.task import Task
 
 
 class Chain(Strategy):
     """Strategy that runs its members' hooks one after another, in list order.
+
+    Two hooks have an order of their own, so that copies and measures are taken of the final
+    weights: ``begin_task`` runs last for members with ``reads_weights``; ``end_task`` runs first
+    for those with ``rewrites_weights`` and last for the others with ``reads_weights``.
 
     Prompts are merged and penalties are summed. If two members provide the same thing (a prompt
     position, a penalty name, the objective, a plan of samples to mix in), a ValueError names both.
@@ -35,8 +38,20 @@ class Chain(Strategy):
         self.members = nn.ModuleList(strategies)
         self._list: list[Strategy] = list(strategies)
 
+    def set_root(self, root: Strategy) -> None:
+        """Set the outermost chain, for every member as well."""
+        super().set_root(root)
+        for member in self._list:
+            member.set_root(root)
+
+    def leaves(self) -> list[Strategy]:
+        """Return the members that are no chains, and those of the members that are."""
+        nested = [m.leaves() if isinstance(m, Chain) else [m] for m in self._list]
+        return [member for members in nested for member in members]
+
     def attach(self, model: VLM) -> None:
-        """Attach every member."""
+        """Attach every member, and give it this chain as its ``root``."""
+        self.set_root(self.root)
         for member in self._list:
             member.attach(model)
 
@@ -45,10 +60,18 @@ class Chain(Strategy):
         for index, member in enumerate(self._list):
             member.set_memory_dir(folder / f"member_{index}")
 
-    def begin_task(self, model: VLM, task: Task) -> None:
-        """Begin the task in every member."""
+    def before_task(self, model: VLM, task: Task) -> None:
+        """Let every member see model and strategies before any member begins the task."""
         for member in self._list:
-            begin_task(model, member, task)
+            member.before_task(model, task)
+
+    def begin_task(self, model: VLM, task: Task) -> None:
+        """Begin the task in every member, last in those that read the weights."""
+        for member in sorted(self.leaves(), key=lambda member: member.reads_weights):
+            member.begin_task(model, task)
+        for part in self.modules():
+            if isinstance(part, Strategy):
+                part.current_task = task
 
     def preview(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
         """Preview the task with every member that has this hook, each over all batches."""
@@ -127,8 +150,12 @@ class Chain(Strategy):
             member.after_step(model, batch, output)
 
     def end_task(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
-        """End the task in every member, each with its own exact pass."""
-        for member, own in zip(self._list, _copies(batches, len(self._list)), strict=True):
+        """End the task in every member, each with its own exact pass.
+
+        Members that rewrite the weights come first, others that read them last.
+        """
+        ordered = sorted(self.leaves(), key=lambda m: (not m.rewrites_weights, m.reads_weights))
+        for member, own in zip(ordered, _copies(batches, len(ordered)), strict=True):
             member.end_task(model, task, own)
 
     @contextmanager

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from mmcl.core.batch import Batch
 from mmcl.core.model import VLM, Output, require, set_frozen_to_eval
-from mmcl.core.strategy import Strategy
+from mmcl.core.strategy import TASK_PROGRESS, Strategy, device_of
 from mmcl.core.task import Task
 
 
@@ -76,8 +78,15 @@ def step(model: VLM, strategy: Strategy, batch: Batch) -> StepOutput:
 
     Raises:
         RuntimeError: if no task was begun: the strategy's other hooks would not run either.
+        TypeError: if ``batch`` is not a Batch.
         ValueError: if two loss terms have one name.
     """
+    if not isinstance(batch, Batch):
+        raise TypeError(
+            f"step was given a {type(batch).__name__}, expected a mmcl.Batch: make one with "
+            "mmcl.Batch.from_images(images, labels), or give the DataLoader "
+            "collate_fn=mmcl.collate_images"
+        )
     if strategy.current_task is None:
         raise RuntimeError(
             f"{type(strategy).__name__} was given a step before begin_task: in Lightning add "
@@ -87,6 +96,10 @@ def step(model: VLM, strategy: Strategy, batch: Batch) -> StepOutput:
     for module in strategy.frozen_modules:
         if module.training:  # model.train() was called after begin_task
             module.eval()
+    vars(strategy)["_has_stepped"] = True
+    if vars(strategy).get("_unreplayed") and batch.is_replay is not None:
+        # Looked at only until the first replayed sample: on a GPU it waits for the device.
+        vars(strategy)["_unreplayed"] *= not bool(batch.is_replay.any())
     batch = strategy.extend_batch(model, batch)
     output = forward(model, strategy, batch)
     loss = strategy.objective(model, batch, output)
@@ -101,17 +114,73 @@ def step(model: VLM, strategy: Strategy, batch: Batch) -> StepOutput:
     return StepOutput(loss, terms, batch, output)
 
 
+class StepModule(nn.Module):
+    """Model and strategy as one module whose call is a training step, for DDP and other wrappers.
+
+    ``DistributedDataParallel`` sums gradients of what runs inside of its module's call only; so
+    outside of Lightning wrap this one, and call it with a batch.
+
+    Args:
+        model: a VLM that is a torch module.
+        strategy: attached to the model.
+
+    Attributes:
+        last_step: result of the last call.
+    """
+
+    last_step: StepOutput | None = None
+
+    def __init__(self, model: nn.Module, strategy: Strategy) -> None:
+        super().__init__()
+        self.model, self.strategy = model, strategy
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return {"loss": ...} of a training step, see ``step``."""
+        self.last_step = step(cast(VLM, self.model), self.strategy, batch)
+        return {"loss": self.last_step.loss}
+
+
 def begin_task(model: VLM, strategy: Strategy, task: Task) -> None:
-    """Begin a task: run the strategy's ``begin_task``, then set its ``current_task``.
+    """Begin a task: run ``before_task`` and ``begin_task``, then set ``current_task``.
 
     The model's frozen modules are put into evaluation mode, and stay there in every ``step``.
     """
+    strategy.before_task(model, task)
     strategy.begin_task(model, task)
-    strategy.current_task, strategy.frozen_modules = task, set_frozen_to_eval(model)
+    strategy.current_task, strategy.is_task_ended = task, False
+    strategy.frozen_modules = set_frozen_to_eval(model)
+    plan = strategy.replay_plan()
+    vars(strategy).update(_unreplayed=0 if plan is None else len(plan), _has_stepped=False)
+
+
+def begin_tasks(model: VLM, strategy: Strategy, state: Mapping[str, Any]) -> int | None:
+    """Begin the tasks of a checkpoint in a new model and strategy, before its state is loaded.
+
+    Some strategies add parameters in every task; the state of a checkpoint fits once they exist.
+
+    Args:
+        model: new, as it was before its first task.
+        strategy: new, attached to the model.
+        state: state dict of the strategy, or of a module that holds it.
+
+    Returns:
+        The number of the checkpoint's task, None if no task had begun; its tasks are 0 to this one.
+    """
+    found = [value for key, value in state.items() if key.split(".")[-1] == TASK_PROGRESS]
+    if not found:
+        return None
+    last = int(found[0][0])
+    for index in range(last + 1):
+        begin_task(model, strategy, Task(index, f"task {index}"))
+    return last
 
 
 def end_task(model: VLM, strategy: Strategy, task: Task, batches: Iterable[Batch]) -> None:
     """End a task: run the strategy's ``end_task`` with one exact pass over the training data.
+
+    Samples of the pass that are marked ``is_replay`` are left out: they are not of this task. The
+    others are moved to the model's device. A strategy whose replay plan was not realized is warned
+    of by name.
 
     Args:
         model: model after the task's last step.
@@ -119,4 +188,38 @@ def end_task(model: VLM, strategy: Strategy, task: Task, batches: Iterable[Batch
         task: task that ends.
         batches: this rank's samples of the training data, see ``Strategy.end_task``.
     """
-    strategy.end_task(model, task, batches)
+    missed = vars(strategy).get("_unreplayed", 0)
+    if missed and vars(strategy)["_has_stepped"]:
+        warnings.warn(
+            f"{_replaying(strategy)} asked for {missed} stored samples and no batch of task "
+            f"'{task.name}' held a replayed one, so nothing was replayed: build the task's "
+            "loader with mmcl.replay_loader(datasets, strategy, batch_size)",
+            stacklevel=2,
+        )
+    new = NewSamples(batches, device_of(model))
+    # Without a length it can be read once only, and a chain shares it out.
+    strategy.end_task(model, task, new if hasattr(batches, "__len__") else iter(new))
+    strategy.is_task_ended = True
+
+
+class NewSamples:
+    """Iterable over batches on a device, without the samples that are marked as replayed."""
+
+    def __init__(self, batches: Iterable[Batch], device: torch.device) -> None:
+        self.batches, self.device = batches, device
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in (batch.to(self.device) for batch in self.batches):
+            if batch.is_replay is None or not bool(batch.is_replay.any()):
+                yield batch
+            elif not bool(batch.is_replay.all()):
+                yield batch.take(torch.nonzero(~batch.is_replay).flatten())
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]  # of those that have a length
+
+
+def _replaying(strategy: Strategy) -> str:
+    """Return the name of the member that has a replay plan."""
+    members: list[Strategy] = [m for m in strategy.modules() if isinstance(m, Strategy)]
+    return next(type(m).__name__ for m in reversed(members) if m.overrides("replay_plan"))

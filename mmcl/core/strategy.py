@@ -16,6 +16,8 @@ from mmcl.core.model import NO_PROMPTS, VLM, Output, Prompts
 from mmcl.core.task import Task
 
 Storage = Literal["reference", "copy", "none"]
+TASK_PROGRESS = "task_progress"
+"""Key of the task number, and whether the task has ended (0 or 1), in a strategy's state."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +68,44 @@ class Strategy(nn.Module):
     new values into trainable parameters. All state is a parameter, a buffer, or plain values and
     tensors in ``get_extra_state``, so it is part of every checkpoint.
 
-    Hooks run in this order: ``attach`` and ``set_memory_dir`` once; for each task ``begin_task``,
-    ``preview``, ``replay_plan``; for each step ``extend_batch``, ``prompts``, (the model),
-    ``transform_output``, ``objective``, ``penalty``, (backward), ``project_gradients``, (the
-    optimizer), ``after_step``; then ``end_task``. At test only ``prompts`` and ``transform_output``
-    run, and ``merged_adapters`` around generation.
+    Hooks run in this order: ``attach`` and ``set_memory_dir`` once; for each task ``before_task``,
+    ``begin_task``, ``preview``, ``replay_plan``; for each step ``extend_batch``, ``prompts``, (the
+    model), ``transform_output``, ``objective``, ``penalty``, (backward), ``project_gradients``,
+    (the optimizer), ``after_step``; then ``end_task``. At test only ``prompts`` and
+    ``transform_output`` run, and ``merged_adapters`` around generation.
+
+    A hook that runs the model once more (Fisher, teacher, selection scores) calls
+    ``forward(model, self.root, batch)``: so that pass has the prompts, gates and output transforms
+    of all members of a chain, as the training step has.
 
     Attributes:
         current_task: the task in training, None before the first; set by ``mmcl.core.begin_task``.
+            Its number is part of the state of the outermost strategy, as ``task_progress``.
         frozen_modules: the model's frozen modules in this task, which every step keeps in
             evaluation mode; set by ``mmcl.core.begin_task``.
+        is_task_ended: whether ``current_task`` has ended; set by ``mmcl.core.end_task``.
+        reads_weights: whether ``begin_task`` or ``end_task`` copies or measures the weights; a
+            chain runs it after the other members, which may add or rewrite weights.
+        rewrites_weights: whether ``end_task`` writes new values into weights; a chain runs it
+            before the other members' ``end_task``.
     """
 
     current_task: Task | None = None
     frozen_modules: tuple[nn.Module, ...] = ()
+    is_task_ended = False
+    reads_weights = False
+    rewrites_weights = False
+
+    @property
+    def root(self) -> Strategy:
+        """Outermost chain that this strategy is a member of; the strategy itself without one."""
+        found: Strategy = self.__dict__.get("_root", self)
+        return found
+
+    def set_root(self, root: Strategy) -> None:
+        """Set ``root``; a chain calls it before ``attach``."""
+        # Past nn.Module, for which the chain would be a submodule of its own member.
+        self.__dict__["_root"] = root
 
     def attach(self, model: VLM) -> None:
         """Freeze or rewire the model and check its abilities; once, before any optimizer exists.
@@ -93,6 +119,12 @@ class Strategy(nn.Module):
 
         A run passes its ``memory/``. The folder may not exist yet: a strategy that writes to it
         makes it.
+        """
+
+    def before_task(self, model: VLM, task: Task) -> None:
+        """See model and strategies as the last task left them, before any member begins the task.
+
+        Like ``begin_task``, it is called again for every task when a checkpoint is loaded.
         """
 
     def begin_task(self, model: VLM, task: Task) -> None:
@@ -201,6 +233,24 @@ class Strategy(nn.Module):
     def overrides(self, hook: str) -> bool:
         """Whether this strategy overrides a hook, given by its name."""
         return getattr(type(self), hook) is not getattr(Strategy, hook)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.current_task is not None and self.root is self:
+            progress = [self.current_task.index, int(self.is_task_ended)]
+            destination[prefix + TASK_PROGRESS] = torch.tensor(progress)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        progress = state_dict.pop(prefix + TASK_PROGRESS, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if progress is None:
+            return
+        index, is_ended = progress.tolist()
+        for part in self.modules():
+            if isinstance(part, Strategy):
+                part.is_task_ended = bool(is_ended)
+                if part.current_task is None or part.current_task.index != index:
+                    part.current_task = Task(index, f"task {index}")
 
     def state_bytes(self) -> int:
         """Return the bytes that this strategy adds to a checkpoint."""

@@ -6,8 +6,14 @@ order, and ``check_stream`` validates a stream without training. A batch is a fu
 task, epoch, step), so a run resumes exactly with any number of processes.
 """
 
-from mmcl.data.batches.collate import ImageCaptionCollate, ImageLabelCollate
+from mmcl.data.batches.collate import (
+    ImageCaptionCollate,
+    ImageLabelCollate,
+    collate_captions,
+    collate_images,
+)
 from mmcl.data.batches.eval_loader import EvalLoader, eval_loader
+from mmcl.data.batches.replay_loader import ReplayLoader, TaskPass, replay_loader
 from mmcl.data.batches.train_loader import train_loader
 from mmcl.data.decode import MAX_PIXELS, decode_image
 from mmcl.data.shards.open_stream import OpenStream, open_stream
@@ -21,6 +27,7 @@ __all__ = [
     "MAX_PIXELS",
     "BadSample",
     "ReplayCopyReader",
+    "ReplayLoader",
     "EvalLoader",
     "ImageCaptionCollate",
     "ImageLabelCollate",
@@ -29,11 +36,15 @@ __all__ = [
     "Sample",
     "SampleReader",
     "StreamFindings",
+    "TaskPass",
     "check_stream",
+    "collate_captions",
+    "collate_images",
     "decode_image",
     "save_replay_copies",
     "open_stream",
     "prune_replay_copies",
+    "replay_loader",
     "eval_loader",
     "train_loader",
 ]

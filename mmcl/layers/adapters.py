@@ -64,6 +64,18 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
             layer.unmerge()
 
 
+@contextmanager
+def keep_active_adapters(model: nn.Module) -> Iterator[None]:
+    """Context after which the same adapters are active as before, whatever was active inside."""
+    layers = find_layers(model, MultiLoRALinear).values()
+    before = [(layer, layer.mode, layer.active) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, mode, active in before:
+            set_active_adapters([layer], mode, active)
+
+
 def base_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the base layer under each adapter layer, by the adapter layer's full name."""
     return {

@@ -22,8 +22,8 @@ from mmcl.data import (
 from mmcl.data.batches.train_loader import WINDOW
 from mmcl.data.remote.cache import parse_size
 from mmcl.data.shards.replay_copies import released_tasks
+from mmcl.evaluation.evaluators import EvalSpec, make_eval_spec
 from mmcl.evaluation.scorers import SCORERS
-from mmcl.lightning.evaluators import EvalSpec, make_eval_spec
 from mmcl.lightning.strategy_callback import OnDevice
 from mmcl.streams.registry import card_path, find_stream
 

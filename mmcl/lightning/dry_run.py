@@ -168,12 +168,12 @@ class _TimedHooks(StrategyCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         start = time.monotonic()
-        super().on_train_end(trainer, pl_module)
+        self.run_end_task(trainer, pl_module)
         self.pass_seconds = time.monotonic() - start
         self.peak_memory_bytes = peak_memory(pl_module.device)
 
-    def _pass(self, trainer: pl.Trainer) -> Iterable[Batch]:
-        return _FirstBatches(super()._pass(trainer), self)
+    def _pass(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterable[Batch]:
+        return _FirstBatches(super()._pass(trainer, pl_module), self)
 
 
 class _FirstBatches:

@@ -15,11 +15,11 @@ from mmcl.core import Conversation, ProcessedSample, write_atomic
 from mmcl.data import BadSample
 from mmcl.data.batches.collate import make_example
 from mmcl.evaluation import AccuracyMatrix
+from mmcl.evaluation.evaluators import Evaluator, GenerationEvaluator
 from mmcl.evaluation.predictions import Prediction, predictions_path, write_predictions
 from mmcl.evaluation.run_files import LENIENT, align_lenient_matrix
 from mmcl.lightning.checkpoint_io import raise_on_all_ranks
 from mmcl.lightning.datamodule import ContinualDataModule, check_bad_fraction
-from mmcl.lightning.evaluators import Evaluator, GenerationEvaluator
 from mmcl.lightning.module import ContinualModule
 from mmcl.lightning.run_dir import RunDirectory
 

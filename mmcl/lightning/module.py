@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from mmcl.core import IGNORE_INDEX, Batch, StepOutput, Strategy, forward, generate, step
 from mmcl.core.distributed import all_reduce_sum, rank_and_world
+from mmcl.evaluation.evaluators import EvalSpec, Evaluator, GenerationEvaluator, make_evaluator
 from mmcl.lightning.checkpoint_io import check_shardable
-from mmcl.lightning.evaluators import EvalSpec, Evaluator, GenerationEvaluator, make_evaluator
 from mmcl.lightning.strategy_callback import StrategyCallback
 from mmcl.strategies.finetune import Finetune
 

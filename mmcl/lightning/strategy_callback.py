@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mmcl.core import Batch, StepOutput, Strategy, Task, begin_task, end_task
+from mmcl.core import Batch, StepOutput, Strategy, Task, begin_task, begin_tasks, end_task
+from mmcl.core.distributed import rank_and_world
 from mmcl.core.model import frozen_modules
+from mmcl.core.strategy import TASK_PROGRESS
+from mmcl.data import ImageCaptionCollate, ImageLabelCollate, TaskPass
 
 EVAL_MODE_WARNING = ".* in eval mode at the start of training"
 """Lightning's warning of modules in evaluation mode, which frozen ones are on purpose."""
@@ -26,31 +31,62 @@ class StrategyCallback(pl.Callback):
 
     Works in any LightningModule that has a ``model`` and an attached ``strategy``; its
     ``training_step`` returns ``{"loss": done.loss, "step": done}``, done = ``mmcl.core.step(...)``.
+    Every task takes a new Trainer with a new callback.
+
+    Tasks are numbered by themselves: the strategy's state holds the number, so the next ``fit``
+    goes on after a checkpoint was loaded into a new module. ``fit(ckpt_path=...)`` goes on with the
+    task of the checkpoint.
+
+    ``end_task`` is given the task's own samples, each once: those of ``task_loader``, else of the
+    training loader's dataset in order, without shuffle, ``drop_last`` and samples marked as
+    replayed. Parts of the strategy that had no effect are warned of by name.
 
     Args:
         task: the task of the next ``fit``; None = the next number after the last one.
+        task_loader: loader of the task's own samples in the dataset's order, each once and without
+            augmentation; on several devices, this rank's stride of them.
+        eval_collate_fn: collate function without augmentation for the pass over the training
+            loader's dataset; not needed by ``ImageLabelCollate``, ``ImageCaptionCollate`` and
+            ``replay_loader``.
     """
 
-    def __init__(self, task: Task | None = None) -> None:
-        self.task = task
+    def __init__(
+        self,
+        task: Task | None = None,
+        task_loader: Iterable[Batch] | None = None,
+        eval_collate_fn: Callable[[list[Any]], Batch] | None = None,
+    ) -> None:
+        self.task, self.task_loader, self.eval_collate_fn = task, task_loader, eval_collate_fn
+        self.alarm = InactivePenaltyMonitor()
         self._is_closed_form = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Begin the task, before the optimizer is built."""
-        if stage == "fit":
-            strategy = strategy_of(pl_module)
-            begin_task(model_of(pl_module), strategy, self._next_task(trainer, strategy))
-            update_trainable = getattr(pl_module, "update_trainable", None)
-            if callable(update_trainable):
-                update_trainable()
-            has_trainable = any(p.requires_grad for p in pl_module.parameters())
-            self._is_closed_form = pl_module.automatic_optimization and not has_trainable
-            if self._is_closed_form:
-                # A closed-form strategy has no graph: a backward pass would be an error.
-                pl_module.automatic_optimization = False
-            frozen = {m for part in frozen_modules(pl_module) for m in part.modules()}
-            if all(module.training or module in frozen for module in pl_module.modules()):
-                warnings.filterwarnings("ignore", EVAL_MODE_WARNING)
+        """Begin the task, before the optimizer is built.
+
+        Raises:
+            RuntimeError: if the Trainer has trained a task before.
+            ValueError: if ``fit`` was given the checkpoint of a task that has ended.
+        """
+        if stage != "fit":
+            return
+        if vars(trainer).get("_has_ended_task"):
+            raise RuntimeError(
+                "this Trainer has trained a task before and would count on: make a new pl.Trainer "
+                "for every task"
+            )
+        model, strategy = model_of(pl_module), strategy_of(pl_module)
+        begin_task(model, strategy, self._next_task(trainer, model, strategy))
+        update_trainable = getattr(pl_module, "update_trainable", None)
+        if callable(update_trainable):
+            update_trainable()
+        has_trainable = any(p.requires_grad for p in pl_module.parameters())
+        self._is_closed_form = pl_module.automatic_optimization and not has_trainable
+        if self._is_closed_form:
+            # A closed-form strategy has no graph: a backward pass would be an error.
+            pl_module.automatic_optimization = False
+        frozen = {m for part in frozen_modules(pl_module) for m in part.modules()}
+        if all(module.training or module in frozen for module in pl_module.modules()):
+            warnings.filterwarnings("ignore", EVAL_MODE_WARNING)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore automatic optimization, for the next task may have trainable parameters."""
@@ -71,9 +107,18 @@ class StrategyCallback(pl.Callback):
         if getattr(pl_module, "has_trainable", True) is False:
             return  # closed form: there are no steps, end_task does it all
         done = step_of(pl_module, outputs)
+        self.alarm.update(done.terms)
         strategy_of(pl_module).after_step(model_of(pl_module), done.batch, done.output)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End the task, and warn of parts of the strategy that had no effect in it."""
+        self.run_end_task(trainer, pl_module)
+        strategy = strategy_of(pl_module)
+        if strategy.current_task is not None:
+            for sentence in self.alarm.messages(strategy, strategy.current_task.name):
+                warnings.warn(sentence, stacklevel=2)
+
+    def run_end_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the task with the strategy's exact pass over its data, on the model's device."""
         strategy = strategy_of(pl_module)
         if strategy.current_task is None:
@@ -83,23 +128,123 @@ class StrategyCallback(pl.Callback):
         gather = getattr(pl_module, "unshard_weights", None)
         if callable(gather):
             gather()  # ranks see different samples here, so none may wait for shards of another
-        batches = OnDevice(self._pass(trainer), pl_module.device)
+        batches = self._pass(trainer, pl_module)
         with end_task_precision(trainer, pl_module.device.type):
             end_task(model_of(pl_module), strategy, strategy.current_task, batches)
+        vars(trainer)["_has_ended_task"] = True
 
-    def _next_task(self, trainer: pl.Trainer, strategy: Strategy) -> Task:
-        if self.task is not None:
-            return self.task
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the monitor of inactive penalties."""
+        return {"alarm": self.alarm.state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of the monitor."""
+        self.alarm.load(state_dict["alarm"])
+
+    def _next_task(self, trainer: pl.Trainer, model: Any, strategy: Strategy) -> Task:
         start_task: Any = getattr(getattr(trainer, "datamodule", None), "start_task", None)
-        if start_task is not None:
+        if self.task is None and start_task is not None:
             found: Task = start_task(trainer)
             return found
-        index = 0 if strategy.current_task is None else strategy.current_task.index + 1
+        last, is_ended = strategy.current_task, strategy.is_task_ended
+        if trainer.ckpt_path is not None and start_task is None:
+            return self.task or self._task_of_checkpoint(Path(trainer.ckpt_path), model, strategy)
+        if self.task is not None:
+            return self.task
+        index = 0 if last is None else last.index + is_ended
         return Task(index, f"task {index}")
 
-    def _pass(self, trainer: pl.Trainer) -> Iterable[Batch]:
+    def _task_of_checkpoint(self, file: Path, model: Any, strategy: Strategy) -> Task:
+        """Return the task of a mid-task checkpoint; those before it are begun if the module is new.
+
+        Raises:
+            ValueError: if the task of the checkpoint has ended.
+        """
+        last = strategy.current_task
+        if not file.is_file():  # a sharded checkpoint is a folder
+            return Task(0, "task 0") if last is None else last
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        found = [value for key, value in state.items() if key.endswith(f".{TASK_PROGRESS}")]
+        index, is_ended = found[0].tolist() if found else (0 if last is None else last.index, 0)
+        if is_ended:
+            raise ValueError(
+                f"{file} was written when task {index} had ended, and ckpt_path goes on with a "
+                "task: for the next one load it by mmcl.begin_tasks(module.model, module.strategy, "
+                "state) and module.load_state_dict(state), state = torch.load(file)['state_dict'], "
+                "and give fit no ckpt_path"
+            )
+        if last is None:
+            begin_tasks(model, strategy, state)
+        return Task(index, f"task {index}")
+
+    def _pass(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterable[Batch]:
+        """Return this rank's batches of the task's own samples."""
+        if self.task_loader is not None:
+            return self.task_loader
         task_pass: Any = getattr(getattr(trainer, "datamodule", None), "task_pass", None)
-        return trainer.train_dataloader or () if task_pass is None else task_pass()
+        loader: Any = trainer.train_dataloader
+        if task_pass is None:
+            task_pass = getattr(loader, "task_pass", None)
+        if task_pass is not None:
+            batches: Iterable[Batch] = task_pass()
+            return batches
+        return self._pass_over(loader, pl_module)
+
+    def _pass_over(self, loader: Any, pl_module: pl.LightningModule) -> Iterable[Batch]:
+        """Return a pass in order over the dataset of a DataLoader of the user's."""
+        dataset: Any = getattr(loader, "dataset", loader)
+        batch_size = getattr(loader, "batch_size", None)
+        if isinstance(dataset, list | tuple) and batch_size is None:
+            rank, world = rank_and_world()
+            return dataset[rank::world]  # of batches
+        is_map_style = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        if not is_map_style or batch_size is None:
+            return _Doubtful(
+                () if loader is None else loader,
+                "the training loader has no map-style dataset and batch_size, so end_task sees the "
+                "samples of one more epoch, in its order and augmented",
+            )
+        task = strategy_of(pl_module).current_task
+        collate = self.eval_collate_fn or _without_augmentation(loader, model_of(pl_module))
+        found = TaskPass(
+            dataset, collate or loader.collate_fn, batch_size,
+            task=0 if task is None else task.index, num_workers=loader.num_workers,
+        )  # fmt: skip
+        if collate is not None:
+            return found
+        return _Doubtful(
+            found, "end_task sees samples as the training loader's collate_fn makes them: if that "
+            "or the dataset augments, they are augmented",
+        )  # fmt: skip
+
+
+def _without_augmentation(loader: Any, model: Any) -> Callable[[list[Any]], Batch] | None:
+    """Return the collate function of a loader without augmentation, None if that is not known."""
+    collate = getattr(loader, "collate_fn", None)
+    if isinstance(collate, ImageLabelCollate | ImageCaptionCollate) and hasattr(model, "transform"):
+        return replace(collate, transform=model.transform(False))
+    return None
+
+
+class _Doubtful:
+    """Iterable over a pass that may not be exact: says so once, when it is read."""
+
+    _said: ClassVar[set[str]] = set()
+
+    def __init__(self, batches: Iterable[Batch], problem: str) -> None:
+        self.batches, self.problem = batches, problem
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.problem not in self._said:
+            self._said.add(self.problem)
+            warnings.warn(
+                f"{self.problem}: give StrategyCallback a task_loader, or eval_collate_fn",
+                stacklevel=2,
+            )
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]  # loaders have a length
 
 
 @contextmanager

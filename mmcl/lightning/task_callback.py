@@ -30,7 +30,7 @@ from mmcl.lightning.checkpoint_io import (
 from mmcl.lightning.datamodule import check_bad_fraction
 from mmcl.lightning.module import ContinualModule, lr_factor
 from mmcl.lightning.run_dir import RunDirectory, RunState
-from mmcl.lightning.strategy_callback import InactivePenaltyMonitor, StrategyCallback
+from mmcl.lightning.strategy_callback import StrategyCallback
 
 _REDRAW_SECONDS = 0.1
 
@@ -80,7 +80,6 @@ class TaskCallback(StrategyCallback):
         self.checkpoint_every_n_steps = checkpoint_every_n_steps
         self.max_bad_fraction = max_bad_fraction
         self.counts = TaskCounters()
-        self.alarm = InactivePenaltyMonitor()
         self.warnings: list[str] = []
         self.unsaved = 0
         self.parameters_before = 0
@@ -186,7 +185,7 @@ class TaskCallback(StrategyCallback):
         module = self.module
         if self._line is not None:
             self._line.close()
-        super().on_train_end(trainer, pl_module)
+        self.run_end_task(trainer, pl_module)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         with raise_on_all_ranks(trainer):
             if self.folder.writes:

@@ -2,7 +2,7 @@
 
 from mmcl.models.open_clip.model import OpenCLIP
 
-__all__ = ["ImageTextToText", "OpenCLIP", "TinyLlava"]
+__all__ = ["HFTrainerCallback", "ImageTextToText", "OpenCLIP", "TinyLlava"]
 
 
 def __getattr__(name: str) -> object:
@@ -11,6 +11,10 @@ def __getattr__(name: str) -> object:
         from mmcl.models.hf_vlm.model import ImageTextToText
 
         return ImageTextToText
+    if name == "HFTrainerCallback":
+        from mmcl.models.hf_vlm.trainer_callback import HFTrainerCallback
+
+        return HFTrainerCallback
     if name == "TinyLlava":
         from mmcl.models.tiny_llava.build import TinyLlava
 

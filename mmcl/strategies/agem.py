@@ -34,8 +34,7 @@ class AGEM(Strategy):
     """Averaged gradient episodic memory: gradients projected against that of a replay buffer.
 
     The gradient is that of the model's trainable parameters, taken as one vector. The reference
-    loss is the model's own on buffer samples, without the prompts or heads of other members of a
-    chain.
+    loss is the model's own on buffer samples, with the prompts and heads of all members of a chain.
 
     Args:
         buffer_size: samples held over all tasks, 0 = not bounded by samples.
@@ -109,7 +108,7 @@ class AGEM(Strategy):
         index = rank_stride(index) if len(index) >= world else index
         batch = replayed_batch(self.memory.get(index)).to(device)
         with torch.enable_grad():
-            loss = model.loss(forward(model, self, batch), batch)
+            loss = model.loss(forward(model, self.root, batch), batch)
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
         pairs = zip(parameters, found, strict=True)
         gradients = [torch.zeros_like(p) if g is None else g for p, g in pairs]

@@ -63,6 +63,7 @@ class CLMoE(Strategy):
     ``embed_dim``; without a routing encoder ``prompt_dims`` as well.
     """
 
+    rewrites_weights = True
     router: nn.Parameter
 
     def __init__(

@@ -61,6 +61,8 @@ class EWC(Strategy):
     **Asks of the model** nothing beyond the protocol; it must be a torch module.
     """
 
+    reads_weights = True
+
     def __init__(
         self,
         ewc_lambda: float = 1.0,
@@ -151,7 +153,7 @@ class EWC(Strategy):
             size = self.group if is_compared else 1
             for start in range(0, len(index), size):
                 group = _trimmed(batch.take(index[start : start + size]))
-                output = forward(model, self, group)
+                output = forward(model, self.root, group)
                 logits = output.logits
                 if not is_compared:
                     true = group.labels if output.target_ids is None else output.target_ids

@@ -59,7 +59,7 @@ class ExperienceReplay(Strategy):
     Selections other than the first two order the samples when a task ends, per class or, for
     samples without one, per task; a buffer that has to shrink keeps the same number from the start
     of each list, and nothing is read again. The text encoder of "inscl" should be frozen, as a
-    routing encoder is. "loss" and "uncertainty" run the model without other members' prompts.
+    routing encoder is.
 
     Args:
         buffer_size: samples held over all tasks, 0 = not bounded by samples.
@@ -233,7 +233,7 @@ class ExperienceReplay(Strategy):
         if self.selection == "information":
             return tags_of(batch)
         _expect_scores(batch, self.selection)
-        output = forward(model, self, batch)
+        output = forward(model, self.root, batch)
         index, count = output.sample_index, len(batch)
         if self.selection == "uncertainty":
             return sample_entropies(output.logits, index, count)

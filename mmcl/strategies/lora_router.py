@@ -109,7 +109,8 @@ class LoRARouter(Strategy):
     def prompts(self, model: VLM, batch: Batch) -> Prompts:
         """Return one-hot gates: one adapter for every sample."""
         layers = list(self.adapters.layers_of(model).values())
-        count = len(layers[0].adapters) if layers else 0
+        # A copy of this strategy that is a teacher knows fewer adapters than the model has.
+        count = min(len(layers[0].adapters), self._task + 1) if layers else 0
         if not count:
             return NO_PROMPTS
         if self.training and (batch.is_replay is None or not bool(batch.is_replay.any())):

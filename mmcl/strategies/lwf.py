@@ -9,6 +9,7 @@ answers by the whole distribution of every scored token, not of one word per sam
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any, Literal, cast
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mmcl.core import VLM, Batch, Output, Strategy, Task, trainable_parameters
+from mmcl.core import VLM, Batch, Chain, Output, Strategy, Task, forward, trainable_parameters
 from mmcl.core.model import eval_mode
-from mmcl.layers.adapters import adapters_disabled, base_layers
+from mmcl.layers.adapters import adapters_disabled, base_layers, keep_active_adapters
 from mmcl.memory.snapshot import Snapshot
 from mmcl.ops.regularization import contrastive_kd_loss, kd_loss
 
@@ -31,22 +32,26 @@ class LwF(Strategy):
     the new samples of the batch. Samples with captions are distilled over the (B, B) similarities
     of the batch, mean of both directions; there B is the samples of one process. Answers are
     distilled over the vocabulary, mean over the scored tokens of the new samples. The teacher is
-    the same model called with older weights: no second model is held.
+    the same model called with older weights: no second model is held. In a chain it answers as the
+    whole chain did in evaluation: with the prompts, gates and output transforms of that time.
 
     Args:
         alpha: weight of the distillation.
         temperature: T, softens both distributions.
         teacher: "previous" is the model at the end of the task before; "base" the model that the
-            first task began with, adapters disabled, from the first task on and over all classes.
-            In a chain LwF comes after the strategy that adapts the model.
+            first task began with, without adapters and prompts, from the first task on and over
+            all classes.
         distill_on: "new" are the task's own samples; "sources" those of the general or reference
             sets that the card mixes in, as in ZSCL (Zheng et al. 2023, arXiv:2303.06628).
 
-    **Remembers** one copy of the trainable weights, at their own precision, and one number. With
-    "base" only of weights outside of adapters: nothing where only adapters are trainable.
+    **Remembers** one copy of the trainable weights, at their own precision, one number, and the
+    state of those members of its chain that give prompts or transform outputs. With "base" only
+    weights outside of adapters: nothing where only adapters are trainable.
 
     **Asks of the model** to be a torch module (it is called a second time with the old weights).
     """
+
+    reads_weights = True
 
     def __init__(
         self,
@@ -69,6 +74,13 @@ class LwF(Strategy):
         self.is_base = teacher == "base"
         self.teacher = Snapshot()
         self.known = -1
+        # Not submodules: their weights are not trained, and their state is in the extra state.
+        self._members: list[Strategy] = []
+
+    def before_task(self, model: VLM, task: Task) -> None:
+        """Copy the members of the chain that give prompts or transform outputs, as they are."""
+        if not self.is_base and task.index:
+            self._copy_members(model)
 
     def begin_task(self, model: VLM, task: Task) -> None:
         """Store the weights that the teacher lacks: all of them, or those that are new.
@@ -88,8 +100,9 @@ class LwF(Strategy):
             self.teacher.take({n: p for n, p in weights if not n.startswith(own)})
             self.known = 0
         elif not self.is_base and not self.teacher.is_empty:
-            # Weights added for a task change no output yet: the teacher gets them as they are.
-            self.teacher.take({**trainable_parameters(model), **self.teacher.tensors})
+            # What the other members did for the task (new adapters, another decomposition of the
+            # same weights) changes no output yet, so this is still the previous model.
+            self.teacher.take(trainable_parameters(model))
 
     def penalty(self, model: VLM, batch: Batch, output: Output) -> Mapping[str, Tensor]:
         """Return the distillation loss as "lwf"; with "previous" nothing in the first task."""
@@ -124,6 +137,7 @@ class LwF(Strategy):
         """Store this model's weights as the next task's teacher, unless the base stays teacher."""
         if not self.is_base:
             self.teacher.take(trainable_parameters(model))
+            self._copy_members(model)
         self.known = max(self.known, max(task.class_ids, default=-1) + 1)
 
     def buffer_sizes(self) -> Mapping[str, int]:
@@ -131,12 +145,29 @@ class LwF(Strategy):
         return {} if self.is_base else {"teacher": len(self.teacher)}
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the number of classes known before the current task, -1 without a teacher."""
-        return {"known": self.known}
+        """Return the number of classes known before the current task, -1 without a teacher.
+
+        And the state of the teacher's members.
+        """
+        members = [dict(member.state_dict()) for member in self._members]
+        return {"known": self.known, **({"members": members} if members else {})}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Load the number of classes of a checkpoint."""
+        """Load the number of classes of a checkpoint, and the teacher's members.
+
+        Raises:
+            RuntimeError: if the checkpoint has other members than were copied.
+        """
         self.known = int(state["known"])
+        stored = state.get("members", [])
+        if stored and len(stored) != len(self._members):
+            raise RuntimeError(
+                f"the checkpoint's LwF has a teacher of {len(stored)} members and this chain "
+                f"copied {len(self._members)}: attach the same chain and begin every task up to "
+                "the checkpoint's before loading it"
+            )
+        for member, own in zip(self._members, stored, strict=False):
+            member.load_state_dict(own)
 
     def _is_distilled(self, batch: Batch) -> Tensor | None:
         """Return which samples are distilled, (B,) bool; None = all."""
@@ -146,9 +177,41 @@ class LwF(Strategy):
             return torch.zeros_like(batch.task_ids, dtype=torch.bool)
         return batch.source_ids > 0
 
+    def _copy_members(self, model: VLM) -> None:
+        members = self.root.leaves() if isinstance(self.root, Chain) else []
+        hooks = ("prompts", "transform_output")
+        used = [m for m in members if m is not self and any(m.overrides(hook) for hook in hooks)]
+        # A copy shares the model and the chain, should a member refer to them.
+        shared = [self.root, *cast(nn.Module, model).modules()]
+        self._members = [
+            copy.deepcopy(member, {id(one): one for one in shared}).eval() for member in used
+        ]
+
     def _teacher_logits(self, model: VLM, batch: Batch) -> Tensor:
         module = cast(nn.Module, model)
-        adapters = adapters_disabled(module) if self.is_base else nullcontext()
-        with torch.no_grad(), eval_mode(module), adapters:
-            output: Output = functional_call(module, self.teacher.tensors, (batch,))
+        with torch.no_grad(), eval_mode(module):
+            if self.is_base or not self._members:
+                with adapters_disabled(module) if self.is_base else nullcontext():
+                    output: Output = functional_call(module, self.teacher.tensors, (batch,))
+                return output.logits
+            teacher = _Forward(module, [member.to(batch.labels.device) for member in self._members])
+            old = {f"model.{name}": tensor for name, tensor in self.teacher.tensors.items()}
+            with keep_active_adapters(module):
+                output = functional_call(teacher, old, (batch,))
         return output.logits
+
+
+class _Forward(nn.Module):
+    """Module whose call is the forward pass of a model and members of a chain.
+
+    So ``functional_call`` replaces the weights for embeddings that the members ask for as well.
+    """
+
+    def __init__(self, model: nn.Module, members: list[Strategy]) -> None:
+        super().__init__()
+        self.model = model
+        self._chain = (Chain(members),)  # a tuple, so that it is no submodule
+
+    def forward(self, batch: Batch) -> Output:
+        """Forward pass with the members' prompts and output transforms."""
+        return forward(cast(VLM, self.model), self._chain[0], batch)

@@ -94,7 +94,7 @@ class MoELoRA(Strategy):
             for batch in batches if left else ():
                 first = batch.take(torch.arange(min(left, len(batch)), device=batch.labels.device))
                 with _router_sums(layers, first, sums):
-                    forward(model, self, first)
+                    forward(model, self.root, first)
                 left -= len(first)
                 if not left:
                     break
@@ -127,9 +127,11 @@ def _router_sums(layers: list[MoELoRALinear], batch: Batch, sums: Tensor) -> Ite
 
 def _adder(batch: Batch, total: Tensor) -> Callable[[MoELoRALinear, tuple[Any, ...]], None]:
     def add(layer: MoELoRALinear, given: tuple[Any, ...]) -> None:
-        x: Tensor = given[0]
-        if batch.attention_mask is not None and x.shape[:-1] == batch.attention_mask.shape:
-            x = x[batch.attention_mask]
+        x, mask = given[0], batch.attention_mask
+        if mask is not None and x.dim() == 3 and len(x) == len(mask):
+            # Prompts of another member stand after the first token; none of them is padding.
+            mask = nn.functional.pad(mask, (x.shape[1] - mask.shape[1], 0), value=True)
+            x = x[mask]
         weights = layer.routing(x).flatten(0, -2)
         total[:-1] += weights.sum(0, dtype=torch.float64)
         total[-1] += len(weights)

@@ -33,6 +33,8 @@ class WiseFT(Strategy):
     **Asks of the model** nothing beyond the protocol.
     """
 
+    reads_weights = rewrites_weights = True
+
     def __init__(
         self,
         alpha: float = 0.8,

@@ -120,8 +120,8 @@ def _moments():
 
     from mmcl.evaluation import AccuracyMatrix
     from mmcl.evaluation.cost import Ledger
+    from mmcl.evaluation.evaluators import Evaluator, GenerationEvaluator
     from mmcl.lightning.datamodule import ContinualDataModule
-    from mmcl.lightning.evaluators import Evaluator, GenerationEvaluator
     from mmcl.lightning.run_dir import RunDirectory
     from mmcl.lightning.strategy_callback import StrategyCallback
     from mmcl.lightning.task_callback import TaskCallback

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from mmcl.core import Output, Strategy, Task, TaskStream
+from mmcl.evaluation.evaluators import EvalSpec, Evaluator
 from mmcl.lightning.datamodule import ContinualDataModule
-from mmcl.lightning.evaluators import EvalSpec, Evaluator
 from tests.toys.toy_clip import StandIn, a_batch, a_task
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -23,7 +23,8 @@ from mmcl.core import (
     Transform,
     Turn,
 )
-from mmcl.core.batch import as_uint8
+from mmcl.core.image_values import ImagesAre, as_uint8, stack_images
+from mmcl.core.seeding import hash_seed
 from mmcl.data.decode import decode_image
 from mmcl.data.shards.llava_json import apply_template, has_visible_text, read_dialogue
 from mmcl.data.shards.tar_index import IMAGES
@@ -246,16 +247,21 @@ class ImageLabelCollate:
     transform: Transform
     task: int = 0
 
-    def __call__(self, pairs: Sequence[tuple[Any, int]]) -> Batch:
+    def __call__(self, pairs: Sequence[Any], seeds: Sequence[int] | None = None) -> Batch:
         """Batch of B pairs.
 
         Args:
             pairs: image, a PIL image or a tensor (3, H, W) of uint8 or of floats from 0 to 1, of
                 any size; and class index.
+            seeds: B seeds of augmentation; None = drawn from torch's generator.
         """
-        images = [self.transform(_pixels(image), None, _seed()).image for image, _ in pairs]
-        labels = [int(label) for _, label in pairs]
-        return Batch.from_images(cast("list[Tensor]", images), labels, task=self.task)
+        known = [_pair(item) for item in pairs]
+        seeds = [_seed() for _ in pairs] if seeds is None else seeds
+        images = [
+            cast(Tensor, self.transform(_pixels(image), None, seed).image)
+            for (image, _), seed in zip(known, seeds, strict=True)
+        ]
+        return Batch.from_images(images, [_label(label) for _, label in known], task=self.task)
 
 
 @dataclass(frozen=True)
@@ -272,16 +278,21 @@ class ImageCaptionCollate:
     transform: Transform
     task: int = 0
 
-    def __call__(self, pairs: Sequence[tuple[Any, str | Sequence[str]]]) -> Batch:
+    def __call__(self, pairs: Sequence[Any], seeds: Sequence[int] | None = None) -> Batch:
         """Batch of B pairs.
 
         Args:
             pairs: image as in ``ImageLabelCollate``; and its caption, or a list of captions.
+            seeds: B seeds of the draw and of augmentation; None = from torch's generator.
 
         Raises:
             ValueError: if a sample has no caption, or the model has no tokenizer.
         """
-        samples = [self.transform(_pixels(i), _one_of(text), _seed()) for i, text in pairs]
+        seeds = [_seed() for _ in pairs] if seeds is None else seeds
+        samples = [
+            self.transform(_pixels(image), _one_of(text, seed), seed)
+            for (image, text), seed in zip(map(_pair, pairs), seeds, strict=True)
+        ]
         if any(sample.input_ids is None for sample in samples):
             raise ValueError(
                 "the transform gives no token ids: use model.transform(...) of a model with a "
@@ -293,19 +304,108 @@ class ImageCaptionCollate:
         return replace(batch, input_ids=input_ids, attention_mask=mask)
 
 
+def collate_images(
+    pairs: Sequence[Any], *, task: int = 0, images_are: ImagesAre | None = None,
+    mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+) -> Batch:  # fmt: skip
+    """Collate (image, label) pairs of a dataset that has resized its images, as torchvision's can.
+
+    ``DataLoader(dataset, batch_size=32, collate_fn=mmcl.collate_images)`` yields ``Batch``;
+    ``functools.partial`` sets arguments. ``ImageLabelCollate`` applies the model's own transform.
+
+    Args:
+        pairs: B pairs (or mappings with "image" and "label"): an image, (3, H, W) uint8 or floating
+            or a PIL image, all of one size; and a class index.
+        task: index of the task that the samples come from.
+        images_are: as in ``Batch.from_images``, with ``mean`` and ``std``.
+        mean: of the three channels.
+        std: of the three channels.
+
+    Raises:
+        ValueError: if an item is no pair, sizes differ, or the images are not ``images_are``.
+    """
+    known = [_pair(item) for item in pairs]
+    images = stack_images([_tensor(image) for image, _ in known])
+    labels = [_label(label) for _, label in known]
+    return Batch.from_images(images, labels, task=task, images_are=images_are, mean=mean, std=std)
+
+
+def collate_captions(
+    pairs: Sequence[Any], *, tokenizer: Callable[[Sequence[str]], Tensor], task: int = 0,
+    images_are: ImagesAre | None = None, mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Batch:  # fmt: skip
+    """Collate (image, caption) pairs of a dataset that has resized its images.
+
+    Use it as ``functools.partial(mmcl.collate_captions, tokenizer=model.tokenizer)``. Of several
+    captions of an image one is drawn by torch's generator.
+
+    Args:
+        pairs: as in ``collate_images``, with a caption or a list of captions for the label.
+        tokenizer: B texts -> (B, L) token ids padded with 0.
+        task: index of the task that the samples come from.
+        images_are: as in ``Batch.from_images``, with ``mean`` and ``std``.
+        mean: of the three channels.
+        std: of the three channels.
+
+    Raises:
+        ValueError: if an item is no pair, a caption is missing, sizes differ, or the images are not
+            ``images_are``.
+    """
+    known = [_pair(item) for item in pairs]
+    images = stack_images([_tensor(image) for image, _ in known])
+    texts = [_one_of(text, _seed()) for _, text in known]
+    return Batch.from_texts(
+        texts, images, tokenizer=tokenizer, task=task, images_are=images_are, mean=mean, std=std
+    )
+
+
+def _pair(item: Any) -> tuple[Any, Any]:
+    """Return the image and the label or text of a dataset's item."""
+    if isinstance(item, Mapping) and "image" in item:
+        for name in ("label", "labels", "caption", "text"):
+            if name in item:
+                return item["image"], item[name]
+    if isinstance(item, tuple | list) and len(item) == 2:
+        return item[0], item[1]
+    has = f"keys {', '.join(map(str, item))}" if isinstance(item, Mapping) else "no two parts"
+    raise ValueError(
+        f"an item of the dataset is {type(item).__name__} with {has}, expected (image, label) or a "
+        "mapping with 'image' and 'label': write a collate_fn that returns mmcl.Batch.from_images"
+    )
+
+
+def _label(label: Any) -> int:
+    if isinstance(label, str) or not hasattr(label, "__int__"):
+        raise ValueError(
+            f"a label is {label!r}, expected a class index: map names to 0, 1, ... in the order of "
+            "model.set_classes"
+        )
+    return int(label)
+
+
+def _tensor(image: Any) -> Tensor:
+    return image if isinstance(image, Tensor) else _pixels(image)
+
+
 def _pixels(image: Any) -> Tensor:
     """Pixels (3, H, W) uint8 of a PIL image or a tensor."""
     if isinstance(image, Tensor):
         return as_uint8(image)
+    if not hasattr(image, "convert"):
+        raise ValueError(
+            f"an image is {type(image).__name__}, expected a PIL image or a tensor (3, H, W): give "
+            "the dataset a transform that makes one"
+        )
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
-def _one_of(texts: str | Sequence[str]) -> str:
+def _one_of(texts: str | Sequence[str], seed: int) -> str:
     if isinstance(texts, str):
         return texts
     if not texts:
         raise ValueError("a sample has an empty list of captions: give it one, or leave it out")
-    return texts[int(torch.randint(len(texts), ()))]
+    return texts[hash_seed(seed) % len(texts)]
 
 
 def _seed() -> int:

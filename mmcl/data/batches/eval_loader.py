@@ -90,7 +90,7 @@ class _EvalDataset(Dataset[Batch]):
         return _WorkerResult(collate(examples, room=room) if examples else None, tuple(errors))
 
 
-class _DistributedSequentialSampler(Sampler[IntArray]):
+class DistributedSequentialSampler(Sampler[IntArray]):
     """Sampler of one rank's stride of each global batch of an ordered pass."""
 
     def __init__(self, numbers: range | IntArray, batch: int, rank: int, world: int) -> None:
@@ -138,11 +138,17 @@ def eval_loader(
     if batch < 1:
         raise ValueError(f"batch is {batch}, expected at least 1")
     task, reader = prepared.stream.evaluated_task(column), prepared.reader(column, split)
-    numbers: range | IntArray = range(len(reader))
-    if few is not None and few < len(reader):
-        priorities = hash_priorities(0, column, torch.arange(len(reader)))
-        numbers = priorities.topk(few, largest=False).indices.sort().values.numpy()
+    numbers = few_of(len(reader), few, column)
     dataset = _EvalDataset(reader, task, transform, max_pixels)
-    sampler = _DistributedSequentialSampler(numbers, batch, rank, world)
+    sampler = DistributedSequentialSampler(numbers, batch, rank, world)
     loader = make_dataloader(dataset, sampler, workers, seed=0, stay=False)
     return EvalLoader(loader, f"the {split} split of '{task.name}'")
+
+
+def few_of(count: int, few: int | None, task: int) -> range | IntArray:
+    """Return 0 to ``count`` - 1, or at most ``few`` of them: a uniform subset, rising."""
+    if few is None or few >= count:
+        return range(count)
+    priorities = hash_priorities(0, task, torch.arange(count))
+    numbers: IntArray = priorities.topk(few, largest=False).indices.sort().values.numpy()
+    return numbers

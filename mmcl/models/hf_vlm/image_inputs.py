@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmcl.core import Batch, Conversation, ProcessedSample
+from mmcl.core.image_values import expect_levels
 from mmcl.core.model import eval_mode
 from mmcl.models.hf_vlm.architectures import Architecture
 from mmcl.models.hf_vlm.chat_template import ChatTokenizer
@@ -144,6 +145,7 @@ class ImageInputs:
             return {}
         dtype = _dtype(lm.model.get_submodule(self.architecture.tower).parameters())
         if self.architecture.pixel_axes:
+            expect_levels(images)
             mean, std = self._mean_std(images.device)
             pixels = images.float().sub_(mean).div_(std).to(dtype)
             return {"pixel_values": pixels if self.architecture.pixel_axes == 4 else pixels[None]}

@@ -24,6 +24,7 @@ from mmcl.core import (
     Transform,
 )
 from mmcl.core.distributed import all_gather_with_grad
+from mmcl.core.image_values import expect_levels
 from mmcl.core.model import PromptPosition, eval_mode, set_frozen_to_eval
 from mmcl.core.seeding import generator, hash_priorities
 from mmcl.models.fingerprint import fingerprint_of, frozen_buffers
@@ -143,9 +144,16 @@ def class_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor
         labels: (B,) int64 class indices, -100 = not in the loss.
         smoothing: fraction of the target that is spread over all classes, 0 to 1.
     """
-    total = functional.cross_entropy(
-        logits, labels, ignore_index=IGNORE_INDEX, label_smoothing=smoothing, reduction="sum"
-    )
+    try:
+        total = functional.cross_entropy(
+            logits, labels, ignore_index=IGNORE_INDEX, label_smoothing=smoothing, reduction="sum"
+        )
+    except IndexError as error:
+        raise ValueError(
+            f"labels go from {int(labels.min())} to {int(labels.max())} and the model has "
+            f"{logits.shape[1]} classes: call model.set_classes with the names of all classes so "
+            "far, and number labels in that order"
+        ) from error
     return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
 
 
@@ -369,6 +377,7 @@ class OpenCLIP(nn.Module):
     def _pixels(self, batch: Batch) -> Tensor:
         if batch.images is None:
             raise ValueError("the batch has neither images nor features: give one of them")
+        expect_levels(batch.images, self.size)
         pixels: Tensor = (batch.images.to(self._mean.dtype) - self._mean) / self._std
         return pixels
 

@@ -1,18 +1,21 @@
-"""Evaluators of one cell of the accuracy matrix: predictions on a task's test data, scored."""
+"""Evaluators of one cell of the accuracy matrix: predictions on a task's test data, scored.
+
+``evaluate`` does it for a loop of one's own.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmcl.core import Batch, Output, Strategy, Task, TaskStream, forward, generate
+from mmcl.core import Batch, Output, Strategy, Task, TaskStream, device_of, forward, generate
 from mmcl.core.distributed import all_gather_samples, all_gather_strings, rank_and_world
-from mmcl.core.model import VLM
+from mmcl.core.model import VLM, eval_mode
 from mmcl.core.seeding import hash_priorities
 from mmcl.evaluation.predictions import Prediction
 from mmcl.evaluation.retrieval import recall_at_k
@@ -249,3 +252,59 @@ def make_evaluator(column: EvalSpec) -> Evaluator:
     """Return the evaluator of a column: of answers, or of classes and embeddings."""
     is_generated = column.task.task_type == "instruction"
     return GenerationEvaluator(column) if is_generated else Evaluator(column)
+
+
+def evaluate(
+    model: VLM,
+    strategy: Strategy,
+    loader: Iterable[Batch],
+    *,
+    allowed: Sequence[int] | None = None,
+    knows_task: bool = False,
+    scorer: str = "exact",
+    max_new_tokens: int = Task.max_new_tokens,
+) -> float:
+    """Evaluate a model and its strategy on a loader: one cell of an ``AccuracyMatrix``.
+
+    Accuracy of samples with classes; mean recall@1 of both directions for images with captions; the
+    scorer's strict score of generated answers. Model and strategy are in evaluation mode meanwhile.
+    On several processes each takes its own samples, and all get the score over all of them.
+
+    Args:
+        model: on its device, with the classes that compete set.
+        strategy: attached to the model.
+        loader: test batches, each sample once, in any order.
+        allowed: class numbers that may be predicted (those of the task, in task-incremental
+            learning); None = all.
+        knows_task: let the strategy see ``task_ids`` (task-incremental); else they are masked.
+        scorer: of generated answers.
+        max_new_tokens: of generated answers.
+
+    Returns:
+        The score, 0 to 1.
+
+    Raises:
+        ValueError: if the loader is empty.
+    """
+    evaluator: Evaluator | None = None
+    device = device_of(model)
+    modes = eval_mode(cast(nn.Module, model)), eval_mode(strategy), torch.no_grad()
+    with modes[0], modes[1], modes[2]:
+        for batch in loader:
+            if evaluator is None:
+                task = Task(0, "evaluation")
+                if batch.is_generative:
+                    task = replace(
+                        task, task_type="instruction", scorer=scorer, max_new_tokens=max_new_tokens
+                    )
+                elif batch.input_ids is not None:
+                    task = replace(task, task_type="captioning")
+                ids = None if allowed is None else tuple(allowed)
+                evaluator = make_evaluator(EvalSpec(task, (), ids, knows_task))
+            evaluator.update(model, strategy, batch.to(device))
+    if evaluator is None:
+        raise ValueError("the loader gave no batch to evaluate: give the test data of a task")
+    evaluator.compute()
+    if evaluator.value is None:
+        raise ValueError("no sample has a score: give test data with labels, captions or answers")
+    return evaluator.value
