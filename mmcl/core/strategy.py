@@ -199,9 +199,10 @@ class Strategy(nn.Module):
     def end_task(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
         """Update state from one exact pass over the task's training data.
 
-        In a Lightning run with precision "bf16-mixed" this hook runs under the same autocast as the
-        steps, so that encoders give the features that they give in training and at test; with
-        "16-mixed" it runs in float32, because nothing scales a loss here. Statistics and solves
+        With Lightning's precision "bf16-mixed", or ``bf16`` of transformers' Trainer, this hook
+        runs under the same autocast as the steps, so that encoders give the features that they give
+        in training and at test; with float16 autocast there it runs in float32, because nothing
+        scales a loss here. Statistics and solves
         belong in float64, which autocast leaves alone, or inside ``torch.autocast(device_type,
         enabled=False)``. A bare loop chooses by its own context.
 

@@ -9,8 +9,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from mmcl.core import Strategy, begin_task, end_task, step
+from mmcl.core.step import StepModule
 from mmcl.lightning import StrategyCallback
 from mmcl.lightning.strategy_callback import end_task_precision
+from mmcl.models.hf_vlm.trainer_callback import HFTrainerCallback
 from mmcl.strategies import NCM
 from tests.toys.toy_clip import StandIn, a_task, task_batches
 
@@ -83,3 +85,12 @@ def test_class_means_are_of_the_features_that_are_compared_with_them():
 def test_float16_ends_in_float32_because_nothing_scales_a_loss_there():
     with end_task_precision(SimpleNamespace(precision="16-mixed"), "cpu"):
         assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_transformers_trainer_ends_a_task_in_its_own_precision(bf16):
+    module = StepModule(StandIn(), Recorder())
+    module.strategy.attach(module.model)
+    callback = HFTrainerCallback(module, a_task(), task_batches(0))
+    callback.on_train_end(SimpleNamespace(bf16=bf16), None, None)
+    assert module.strategy.ends[0] == (bf16, torch.bfloat16 if bf16 else torch.float32)
