@@ -124,6 +124,7 @@ def test_a_foreign_module_learns_two_tasks_as_the_bare_loop_does(name):
     torch.testing.assert_close(answers(module.model, module.strategy), answers(model, strategy))
 
 
+@pytest.mark.filterwarnings("ignore:.* in eval mode at the start")  # the callback hides it
 @pytest.mark.parametrize("name", sorted(KNOWN))
 def test_a_forgotten_callback_is_caught_on_the_first_step_by_name(name):
     module = Foreign(make(name), a_model(name)).train()

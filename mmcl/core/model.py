@@ -102,7 +102,8 @@ class VLM(Protocol):
 
     Optional members, which some strategies need (they check with ``require``):
 
-    * ``embed(batch, modality)`` -> (B, D) embedding of each sample, without prompts or gradient.
+    * ``embed(batch, modality)`` -> (B, D) embedding of each sample, without prompts or gradient, as
+      in evaluation mode.
     * ``encode_image(batch)`` -> (B, N, D) output tokens of the frozen vision tower.
     * ``prompt_dims``: modality -> dim of the tokens of the tower that prompts enter.
     * ``freeze(*towers)`` turns off the gradients of whole towers.
@@ -224,6 +225,36 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def frozen_modules(model: nn.Module, *, is_inside: bool = False) -> list[nn.Module]:
+    """Return the frozen modules of a model: the outermost ones without a trainable parameter.
+
+    A module without any parameters, such as dropout, counts only inside of a frozen one. Layers
+    with ``gradient_checkpointing`` do not count, but what they consist of does: transformers
+    checkpoints a layer only in training mode.
+
+    Args:
+        model: searched from the top down.
+        is_inside: whether it is part of a frozen module.
+    """
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    is_frozen = is_inside or (bool(flags) and not any(flags))
+    if is_frozen and not any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        return [model]
+    return [one for part in model.children() for one in frozen_modules(part, is_inside=is_frozen)]
+
+
+def set_frozen_to_eval(model: object) -> tuple[nn.Module, ...]:
+    """Put the frozen modules of a model into evaluation mode, and return them.
+
+    Else BatchNorm would move its running statistics and dropout would change the features of a
+    tower that is not trained. A model that is no torch module has none.
+    """
+    found = frozen_modules(model) if isinstance(model, nn.Module) else []
+    for module in found:
+        module.eval()
+    return tuple(found)
 
 
 def fsdp_blocks(model: Any) -> list[nn.Module]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcl.core.batch import Batch
-from mmcl.core.model import VLM, Output, require
+from mmcl.core.model import VLM, Output, require, set_frozen_to_eval
 from mmcl.core.strategy import TASK_PROGRESS, Strategy, device_of
 from mmcl.core.task import Task
 
@@ -93,6 +93,9 @@ def step(model: VLM, strategy: Strategy, batch: Batch) -> StepOutput:
             "callbacks=[StrategyCallback()] to the Trainer, in a bare loop call "
             "mmcl.core.begin_task(model, strategy, task) first"
         )
+    for module in strategy.frozen_modules:
+        if module.training:  # model.train() was called after begin_task
+            module.eval()
     vars(strategy)["_has_stepped"] = True
     if vars(strategy).get("_unreplayed") and batch.is_replay is not None:
         # Looked at only until the first replayed sample: on a GPU it waits for the device.
@@ -138,10 +141,14 @@ class StepModule(nn.Module):
 
 
 def begin_task(model: VLM, strategy: Strategy, task: Task) -> None:
-    """Begin a task: run ``before_task`` and ``begin_task``, then set ``current_task``."""
+    """Begin a task: run ``before_task`` and ``begin_task``, then set ``current_task``.
+
+    The model's frozen modules are put into evaluation mode, and stay there in every ``step``.
+    """
     strategy.before_task(model, task)
     strategy.begin_task(model, task)
     strategy.current_task, strategy.is_task_ended = task, False
+    strategy.frozen_modules = set_frozen_to_eval(model)
     plan = strategy.replay_plan()
     vars(strategy).update(_unreplayed=0 if plan is None else len(plan), _has_stepped=False)
 

@@ -81,6 +81,8 @@ class Strategy(nn.Module):
     Attributes:
         current_task: the task in training, None before the first; set by ``mmcl.core.begin_task``.
             Its number is part of the state of the outermost strategy, as ``task_progress``.
+        frozen_modules: the model's frozen modules in this task, which every step keeps in
+            evaluation mode; set by ``mmcl.core.begin_task``.
         is_task_ended: whether ``current_task`` has ended; set by ``mmcl.core.end_task``.
         reads_weights: whether ``begin_task`` or ``end_task`` copies or measures the weights; a
             chain runs it after the other members, which may add or rewrite weights.
@@ -89,6 +91,7 @@ class Strategy(nn.Module):
     """
 
     current_task: Task | None = None
+    frozen_modules: tuple[nn.Module, ...] = ()
     is_task_ended = False
     reads_weights = False
     rewrites_weights = False
@@ -195,6 +198,13 @@ class Strategy(nn.Module):
 
     def end_task(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
         """Update state from one exact pass over the task's training data.
+
+        With Lightning's precision "bf16-mixed", or ``bf16`` of transformers' Trainer, this hook
+        runs under the same autocast as the steps, so that encoders give the features that they give
+        in training and at test; with float16 autocast there it runs in float32, because nothing
+        scales a loss here. Statistics and solves
+        belong in float64, which autocast leaves alone, or inside ``torch.autocast(device_type,
+        enabled=False)``. A bare loop chooses by its own context.
 
         Args:
             model: on its device, after the task's last step.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcl.core import Batch, Output, Strategy, Task, TaskStream, device_of, forward, generate
-from mmcl.core.distributed import all_gather_samples, all_gather_strings
+from mmcl.core.distributed import all_gather_samples, all_gather_strings, rank_and_world
 from mmcl.core.model import VLM, eval_mode
 from mmcl.core.seeding import hash_priorities
 from mmcl.evaluation.predictions import Prediction
@@ -74,11 +74,12 @@ class Evaluator:
         self.predictions: dict[str, Tensor] = {}
         self.errors: list[str] = []
         self._batches: list[dict[str, Tensor]] = []
+        self._seen = 0
         self._device = torch.device("cpu")
 
     def reset(self, model: Any) -> None:
         """Reset the evaluator, and give the model the classes of this column."""
-        self._batches = []
+        self._batches, self._seen = [], 0
         if self.column.names and hasattr(model, "set_classes"):
             model.set_classes(self.column.names, self.column.task.templates)
 
@@ -97,8 +98,7 @@ class Evaluator:
             samples = _embeddings(output, batch)
         else:
             samples = _predictions(output.logits, batch.labels, self.column.allowed)
-        ids = batch.sample_ids
-        samples["sample"] = torch.arange(len(batch)) if ids is None else ids
+        samples["sample"] = self.sample_ids(batch)
         self._device = batch.labels.device
         self._batches.append({name: tensor.detach().cpu() for name, tensor in samples.items()})
 
@@ -107,6 +107,14 @@ class Evaluator:
         if self.column.knows_task:
             return batch
         return replace(batch, task_ids=torch.full_like(batch.task_ids, -1))
+
+    def sample_ids(self, batch: Batch) -> Tensor:
+        """Return the sample ids (B,) of a batch, else positions in the pass over all ranks."""
+        first, self._seen = self._seen, self._seen + len(batch)
+        if batch.sample_ids is not None:
+            return batch.sample_ids
+        rank, world = rank_and_world()
+        return torch.arange(first, self._seen) * world + rank
 
     def compute(self) -> None:
         """Gather the predictions of all ranks and compute the metric."""
@@ -176,7 +184,7 @@ class GenerationEvaluator(Evaluator):
 
     def reset(self, model: VLM) -> None:
         """Reset the evaluator."""
-        self._lines = []
+        self._lines, self._seen = [], 0
 
     def update(self, model: VLM, strategy: Strategy, batch: Batch) -> None:
         """Update with generated answers; a failing batch is retried sample by sample."""
@@ -185,7 +193,7 @@ class GenerationEvaluator(Evaluator):
             return
         self._device = batch.labels.device
         batch = self.mask_task_ids(batch)
-        ids = range(len(batch)) if batch.sample_ids is None else batch.sample_ids.tolist()
+        ids = self.sample_ids(batch).tolist()
         predictions = self._predictions(model, strategy, batch)
         for index, (sample_id, prediction) in enumerate(zip(ids, predictions, strict=True)):
             reference = batch.references[index]

@@ -222,7 +222,8 @@ class MultiLoRALinear(FrozenLinear):
             return torch.zeros_like(self.weight, dtype=adapter_dtype(self.weight))
         fused = adapters is None and self.mode == "fused"
         A, B = _as_one([self.adapter(number) for number in chosen], fused)
-        return self.scale * (B @ A)
+        with torch.autocast(A.device.type, enabled=False):
+            return self.scale * (B @ A)
 
     @property
     def can_merge(self) -> bool:

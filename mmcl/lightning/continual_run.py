@@ -38,6 +38,7 @@ from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.evaluate import evaluate_row
 from mmcl.lightning.module import ContinualModule, check_state
 from mmcl.lightning.run_dir import RunDirectory, RunState, check_stream_extends, task_fingerprint
+from mmcl.lightning.strategy_callback import EVAL_MODE_WARNING
 from mmcl.lightning.task_callback import TaskCallback
 
 SCORES = {"captioning": "recall@1", "retrieval": "recall@1"}
@@ -206,6 +207,7 @@ class ContinualRun:
             # Our loader resumes by itself; Lightning cannot know that.
             warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            warnings.filterwarnings("ignore", EVAL_MODE_WARNING)
             module.train()
             trainer.fit(module, datamodule=self.data, ckpt_path=last, weights_only=True)
         if trainer.interrupted:

@@ -343,7 +343,7 @@ def lr_factor(step: int, steps: int, warmup: int, schedule: Schedule) -> float:
         step: finished optimizer steps of this task, from 0.
         steps: optimizer steps of the whole task.
         warmup: steps of linear warm-up from 1/warmup to 1.
-        schedule: "constant", or "cosine" down to 0 at the last step.
+        schedule: "constant", or "cosine", which as in open_clip would be 0 one step after the last.
     """
     if step < warmup:
         return (step + 1) / warmup

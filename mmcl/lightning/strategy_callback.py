@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -15,9 +16,12 @@ from torch.optim import Optimizer
 
 from mmcl.core import Batch, StepOutput, Strategy, Task, begin_task, begin_tasks, end_task
 from mmcl.core.distributed import rank_and_world
+from mmcl.core.model import frozen_modules
 from mmcl.core.strategy import TASK_PROGRESS
 from mmcl.data import ImageCaptionCollate, ImageLabelCollate, TaskPass
 
+EVAL_MODE_WARNING = ".* in eval mode at the start of training"
+"""Lightning's warning of modules in evaluation mode, which frozen ones are on purpose."""
 _BUFFERED_STEPS = 64
 """Steps between two reads of the penalty values: each read waits for the device."""
 
@@ -85,6 +89,9 @@ class StrategyCallback(pl.Callback):
         if self._is_closed_form:
             # A closed-form strategy has no graph: a backward pass would be an error.
             pl_module.automatic_optimization = False
+        frozen = {m for part in frozen_modules(pl_module) for m in part.modules()}
+        if all(module.training or module in frozen for module in pl_module.modules()):
+            warnings.filterwarnings("ignore", EVAL_MODE_WARNING)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """End the task if Lightning did not, and restore what was set for this fit.
@@ -134,7 +141,8 @@ class StrategyCallback(pl.Callback):
         if callable(gather):
             gather()  # ranks see different samples here, so none may wait for shards of another
         batches = self._pass(trainer, pl_module)
-        end_task(model_of(pl_module), strategy, strategy.current_task, batches)
+        with end_task_precision(trainer, pl_module.device.type):
+            end_task(model_of(pl_module), strategy, strategy.current_task, batches)
         vars(trainer)["_has_ended_task"] = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -270,6 +278,19 @@ class _Doubtful:
 
     def __len__(self) -> int:
         return len(self.batches)  # type: ignore[arg-type]  # loaders have a length
+
+
+@contextmanager
+def end_task_precision(trainer: pl.Trainer, device_type: str) -> Iterator[None]:
+    """Enter the autocast of precision "bf16-mixed" for ``end_task``; else change nothing.
+
+    Lightning calls ``on_train_end`` outside of autocast. "16-mixed" stays in float32, because
+    gradients of an unscaled loss, such as the Fisher information's, would underflow.
+    """
+    is_bf16 = trainer.precision == "bf16-mixed"
+    # Cached casts would be stale after a strategy wrote new weights.
+    with torch.autocast(device_type, torch.bfloat16, enabled=is_bf16, cache_enabled=False):
+        yield
 
 
 class OnDevice:

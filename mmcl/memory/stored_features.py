@@ -23,6 +23,8 @@ def image_features(
 ) -> Tensor:
     """Return the image features (B, N, D) of a batch, zeros for a sample without an image.
 
+    They are float32 or wider, whatever the precision of the encoder.
+
     Samples have one image or none; ``encode`` gives (B, N, D) of samples with one each, and
     ``shape`` is N and D, if they are known.
 
@@ -38,14 +40,18 @@ def image_features(
             )
         return torch.zeros(count, *shape, device=device)
     if batch.image_owner is None:
-        return encode(batch)
+        return _widened(encode(batch))
     if int(batch.image_owner.bincount(minlength=count).max()) > 1:
         raise ValueError(
             "FeatureReplay was given samples with several images and stores one image per "
             "sample: use ExperienceReplay for such data"
         )
-    features = encode(batch.take(batch.image_owner))
+    features = _widened(encode(batch.take(batch.image_owner)))
     return features.new_zeros(count, *features.shape[1:]).index_copy(0, batch.image_owner, features)
+
+
+def _widened(features: Tensor) -> Tensor:
+    return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 _CENTROIDS = 256

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from mmcl.core.model import without_adapters
+from mmcl.core.model import frozen_modules, without_adapters
 
 
 def fingerprint_of(settings: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -41,6 +41,23 @@ def frozen_base_parameters(model: nn.Module, own: frozenset[str]) -> dict[str, T
         plain = without_adapters(name)
         if plain in own and not parameter.requires_grad:
             found[plain] = parameter
+    return dict(sorted(found.items()))
+
+
+def frozen_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the persistent buffers of frozen modules by their names without adapters.
+
+    Running statistics of a BatchNorm change features as weights do. Buffers that are not persistent
+    are computed from the configuration.
+    """
+    frozen = {id(part) for module in frozen_modules(model) for part in module.modules()}
+    found = {
+        without_adapters(f"{prefix}.{name}" if prefix else name): buffer
+        for prefix, module in model.named_modules()
+        if id(module) in frozen
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
     return dict(sorted(found.items()))
 
 

@@ -46,7 +46,8 @@ def fit_centroids(vectors: Tensor, subvectors: int, *, seed: int, rounds: int = 
         raise ValueError("there are 0 vectors to compute centroids from: give at least one")
     cut = vectors.detach().cpu().float().view(len(vectors), subvectors, -1).transpose(0, 1)
     draw = torch.Generator().manual_seed(seed)
-    return torch.stack([_k_means(one.contiguous(), draw, rounds) for one in cut])
+    with torch.autocast("cpu", enabled=False):
+        return torch.stack([_k_means(one.contiguous(), draw, rounds) for one in cut])
 
 
 def expect_subvectors(dim: int, subvectors: int) -> None:
@@ -71,10 +72,11 @@ def encode(vectors: Tensor, centroids: Tensor) -> Tensor:
     subvectors, _, dim = centroids.shape
     cut = vectors.detach().float().reshape(-1, subvectors, dim).transpose(0, 1)
     lengths, across = centroids.square().sum(-1)[:, None], centroids.transpose(1, 2)
-    codes = [
-        torch.baddbmm(lengths, piece, across, alpha=-2).argmin(-1).to(torch.uint8)
-        for piece in cut.split(_VECTORS_TOGETHER, dim=1)  # type: ignore[no-untyped-call]
-    ]
+    with torch.autocast(vectors.device.type, enabled=False):
+        codes = [
+            torch.baddbmm(lengths, piece, across, alpha=-2).argmin(-1).to(torch.uint8)
+            for piece in cut.split(_VECTORS_TOGETHER, dim=1)  # type: ignore[no-untyped-call]
+        ]
     return torch.cat(codes, 1).T.reshape(*vectors.shape[:-1], subvectors)
 
 

@@ -24,7 +24,8 @@ def kd_loss(teacher: Tensor, student: Tensor, temperature: float = 2.0) -> Tenso
         temperature: above 0; larger is softer.
 
     Returns:
-        Scalar, at least 0; 0 if both distributions are equal.
+        Scalar, at least 0; 0 if both distributions are equal. Half-precision scores are widened to
+        float32 first.
 
     Raises:
         ValueError: if the shapes differ or the temperature is not positive.
@@ -36,6 +37,8 @@ def kd_loss(teacher: Tensor, student: Tensor, temperature: float = 2.0) -> Tenso
         )
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}, expected more than 0: 2 is usual")
+    wide = torch.promote_types(student.dtype, torch.float32)
+    teacher, student = teacher.to(wide), student.to(wide)
     left_out = (teacher == -torch.inf) | (student == -torch.inf)
     # A large finite number instead of -inf: the gradient of 0 * inf would be nan.
     least = torch.finfo(student.dtype).min / 2

@@ -154,7 +154,8 @@ def match_keys(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]
         top_k: entries to select per sample, 1 to K.
 
     Returns:
-        index (B, top_k) int64, best first, and similarity (B, top_k) in [-1, 1].
+        index (B, top_k) int64, best first, and similarity (B, top_k) in [-1, 1]; in float32 or
+        wider, also under autocast, because half precision would rank other keys first.
 
     Raises:
         ValueError: if the dims differ or ``top_k`` exceeds the pool.
@@ -169,7 +170,10 @@ def match_keys(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]
             f"top_k must be 1 to {keys.shape[0]} (the pool size), got {top_k}: choose fewer "
             "entries per sample or make the pool larger"
         )
-    similarity = functional.normalize(query, dim=-1) @ functional.normalize(keys, dim=-1).T
+    wide = torch.promote_types(torch.promote_types(query.dtype, keys.dtype), torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        unit_query = functional.normalize(query.to(wide), dim=-1)
+        similarity = unit_query @ functional.normalize(keys.to(wide), dim=-1).T
     best = similarity.topk(top_k, dim=1)
     return best.indices, best.values
 

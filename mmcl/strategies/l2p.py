@@ -115,7 +115,7 @@ class L2P(Strategy):
         if "pool" not in self._parameters:
             raise RuntimeError("L2P has no pool yet: call strategy.attach(model) once, first")
         query = require(model, "embed", by=self).embed(batch, "image").detach()
-        match, similarity = match_keys(query.to(self.keys.dtype), self.keys, self.top_k)
+        match, similarity = match_keys(query.float(), self.keys, self.top_k)
         return Prompts(
             tokens={(self.modality, 0): gather_prompts(self.pool, match)},
             aux={f"{self._prefix}match": match, f"{self._prefix}similarity": similarity},

@@ -15,6 +15,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from mmcl.core import (
@@ -116,8 +117,15 @@ class ModalPrompt(Strategy):
         )
 
     def prototypes(self) -> Tensor:
-        """Return (T, E), the mean of each task's transformed prompts, with gradient."""
-        made = [f(tokens).mean(0) for f, tokens in zip(self.transforms, self.tokens, strict=True)]
+        """Return (T, E), the mean of each task's transformed prompts, with gradient.
+
+        In float32 also under autocast and for half-precision weights.
+        """
+        made = []
+        with torch.autocast(self.tokens[0].device.type, enabled=False):
+            for transform, tokens in zip(self.transforms, self.tokens, strict=True):
+                weights = {name: value.float() for name, value in transform.named_parameters()}
+                made.append(functional_call(transform, weights, (tokens.float(),)).mean(0))
         return torch.stack(made)
 
     def penalty(self, model: VLM, batch: Batch, output: Output) -> Mapping[str, Tensor]:

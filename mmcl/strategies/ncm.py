@@ -60,7 +60,9 @@ class NCM(Strategy):
         features = require(model, "embed", by=self).embed(batch, "image")
         scores = self.scale * cosine_scores(features, sums, counts)
         scores = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
-        return replace(output, logits=scores.to(output.logits.dtype))
+        # Not in half precision, which would make classes tie.
+        wide = torch.promote_types(output.logits.dtype, torch.float32)
+        return replace(output, logits=scores.to(wide))
 
     @torch.no_grad()
     def end_task(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from mmcl.core import VLM, Batch, Output, Strategy, Task, device_of, require, require_classes
 from mmcl.core.distributed import all_reduce_sum
 from mmcl.core.seeding import generator, hash_priorities
+from mmcl.memory.distributed_fill import pass_sample_ids
 from mmcl.memory.snapshot import Snapshot
 from mmcl.ops.prototypes import choose_ridge, one_hot, random_projection, solve_ridge
 
@@ -47,10 +48,11 @@ class RanPAC(Strategy):
     """Random projection and ridge regression classifier on a frozen encoder.
 
     Class scores become ``relu(f W) W_o``. Samples are split 80 to 20 by a hash of (seed, task,
-    sample id): the larger split fits each candidate ridge, the smaller one selects, and the
-    solution is taken over both. A class without samples scores -inf. The model's own scores stay
-    before the first task's end, for samples with captions, and where there are fewer scores than
-    known classes (an evaluation task with its own classes).
+    sample id), or position in the pass where batches have no ids: the larger split fits each
+    candidate ridge, the smaller one selects, and the solution is taken over both. A class without
+    samples scores -inf. The model's own scores stay before the first task's end, for samples with
+    captions, and where there are fewer scores than known classes (an evaluation task with its own
+    classes).
 
     Args:
         projection_dim: dim of the random projection, M; the paper takes 10,000.
@@ -92,7 +94,9 @@ class RanPAC(Strategy):
             return output
         scores = (self._project(model, batch) @ head).masked_fill(counts == 0, -torch.inf)
         scores = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
-        return replace(output, logits=scores.to(output.logits.dtype))
+        # Not in half precision, which would make classes tie.
+        wide = torch.promote_types(output.logits.dtype, torch.float32)
+        return replace(output, logits=scores.to(wide))
 
     @torch.no_grad()
     def end_task(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
@@ -130,9 +134,11 @@ class RanPAC(Strategy):
         sums |= {f"cross {split}": new((dim, classes)) for split in _SPLITS}
         sums["counts"] = torch.zeros(classes, dtype=torch.int64, device=device)
         sums["held"] = torch.zeros((), dtype=torch.int64, device=device)
+        seen = 0
         for batch in batches:
             projected, targets = self._project(model, batch), one_hot(batch.labels, classes)
-            in_loss, is_held = batch.labels >= 0, self._is_held(task, batch)
+            in_loss, is_held = batch.labels >= 0, self._is_held(task, batch, seen)
+            seen += len(batch)
             masks = (in_loss & ~is_held, in_loss & is_held)
             for split, is_in in zip(_SPLITS, masks, strict=True):
                 sums[f"gram {split}"].addmm_(projected[is_in].T, projected[is_in])
@@ -141,10 +147,9 @@ class RanPAC(Strategy):
             sums["held"] += (in_loss & is_held).sum()
         return {name: all_reduce_sum(value) for name, value in sums.items()}
 
-    def _is_held(self, task: Task, batch: Batch) -> Tensor:
-        if batch.sample_ids is None:
-            return torch.zeros_like(batch.task_ids, dtype=torch.bool)
-        return hash_priorities(self.seed, task.index, batch.sample_ids) % 5 == 0
+    def _is_held(self, task: Task, batch: Batch, seen: int) -> Tensor:
+        numbers = pass_sample_ids(batch, seen).to(batch.labels.device)
+        return hash_priorities(self.seed, task.index, numbers) % 5 == 0
 
     def _project(self, model: VLM, batch: Batch) -> Tensor:
         features = require(model, "embed", by=self).embed(batch, "image")

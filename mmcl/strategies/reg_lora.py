@@ -97,7 +97,8 @@ class RegLoRA(Strategy):
         known, marks = self.marks.tensors, {}
         for name, layer in self.adapters.layers_of(model).items():
             newest = layer.adapter(len(layer.adapters) - 1)
-            product = newest.lora_B @ newest.lora_A
+            with torch.autocast(newest.lora_A.device.type, enabled=False):
+                product = newest.lora_B @ newest.lora_A
             marks[name] = pack_bits(top_fraction_mask(product, self.top_fraction))
             if name in known:
                 marks[name] |= known[name]

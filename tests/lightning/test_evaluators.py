@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -94,3 +95,16 @@ def test_heads_of_the_stream_do_not_touch_a_probe():
 def test_a_column_without_a_readable_sample_says_so():
     with pytest.raises(ValueError, match="no test sample of 'task 1'"):
         scored(EvalSpec(a_task(1), ("a",)), Strategy(), [])
+
+
+def test_samples_without_ids_are_numbered_by_the_pass():
+    model, evaluator = StandIn(), Evaluator(data_of("class").column(1, 0))
+    batches = [a_batch(rows, seed=rows) for rows in (3, 5)]
+    truth = torch.cat([model(batch).logits.argmax(1) for batch in batches])
+    for _ in range(2):  # a second pass counts from 0 again
+        evaluator.reset(model)
+        for batch in batches:
+            evaluator.update(model, Strategy(), replace(batch, sample_ids=None))
+        evaluator.compute()
+        assert evaluator.predictions["sample"].tolist() == list(range(8))
+        assert torch.equal(evaluator.predictions["answer"], truth)

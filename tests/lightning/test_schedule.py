@@ -7,6 +7,11 @@ def test_the_rate_rises_over_the_warmup():
     assert [lr_factor(s, 10, 4, "constant") for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
+def test_the_cosine_would_be_zero_one_step_after_the_last():
+    assert lr_factor(3, 4, 0, "cosine") == pytest.approx(0.5 * (1 - 0.5**0.5))  # cos(3 pi / 4)
+    assert lr_factor(4, 4, 0, "cosine") == 0.0
+
+
 def test_the_cosine_starts_at_one_and_ends_near_zero():
     factors = [lr_factor(s, 100, 10, "cosine") for s in range(10, 100)]
     assert factors[0] == 1.0

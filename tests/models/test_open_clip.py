@@ -126,6 +126,15 @@ def test_class_embeddings_follow_a_changed_weight():
     assert not torch.allclose(model(images()).text, before)
 
 
+def test_class_texts_embedded_under_autocast_are_not_used_outside_of_it(clip):
+    clip.set_classes(NAMES, TEMPLATES)
+    with torch.no_grad():
+        plain = clip(images()).text
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not torch.equal(clip(images()).text, plain)
+        assert torch.equal(clip(images()).text, plain)
+
+
 def test_classes_set_in_evaluation_can_be_trained_on():
     model = OpenCLIP("tiny", freeze=["image"])
     with torch.inference_mode():

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -103,6 +105,18 @@ def test_the_projection_is_a_function_of_the_seed_and_not_in_the_checkpoint():
     assert torch.equal(
         forward(model, fresh, whole(0)).logits, forward(model, first, whole(0)).logits
     )
+
+
+def test_batches_without_sample_ids_are_split_by_position_in_the_pass():
+    def without_ids(index):
+        return [replace(batch, sample_ids=None) for batch in task_batches(index)]
+
+    ids = torch.cat([batch.sample_ids for batch in task_batches(0)])
+    assert torch.equal(ids, torch.arange(len(ids)))  # the toy's ids are positions
+    _, named = taught()
+    _, counted = taught(cut=without_ids)
+    assert int(counted.sums.get("held")) == int(named.sums.get("held")) > 0
+    assert torch.equal(counted.sums.get("head"), named.sums.get("head"))
 
 
 def test_the_models_own_scores_stay_before_any_task():

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmcl.core import Batch, Conversation, ProcessedSample
 from mmcl.core.image_values import expect_levels
+from mmcl.core.model import eval_mode
 from mmcl.models.hf_vlm.architectures import Architecture
 from mmcl.models.hf_vlm.chat_template import ChatTokenizer
 
@@ -154,7 +155,11 @@ class ImageInputs:
         return {k: v.to(dtype) if v.is_floating_point() else v for k, v in moved.items()}
 
     def features(self, lm: Any, batch: Batch) -> Tensor:
-        """Return the projector inputs (M, N, D) of M images; a ValueError if there are none."""
+        """Return the projector inputs (M, N, D) of M images, with the tower in evaluation mode.
+
+        Raises:
+            ValueError: if there are no images.
+        """
         inputs = self.forward_kwargs(lm, batch)
         if batch.images is None or not inputs:
             raise ValueError("the batch has neither images nor features: give one of them")
@@ -162,7 +167,8 @@ class ImageInputs:
         projector = lm.model.get_submodule(self.architecture.projector)
         hook = projector.register_forward_pre_hook(lambda module, args: captured.append(args[0]))
         try:
-            lm.model.get_image_features(**inputs)
+            with eval_mode(lm.model.get_submodule(self.architecture.tower)):
+                lm.model.get_image_features(**inputs)
         finally:
             hook.remove()
         return captured[0].reshape(len(batch.images), -1, captured[0].shape[-1])

@@ -14,8 +14,8 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from mmcl.core import IGNORE_INDEX, NO_PROMPTS, Batch, Modality, Output, Prompts, Transform
-from mmcl.core.model import eval_mode, module_stacks
-from mmcl.models.fingerprint import Fingerprint, frozen_base_parameters
+from mmcl.core.model import eval_mode, module_stacks, set_frozen_to_eval
+from mmcl.models.fingerprint import Fingerprint, frozen_base_parameters, frozen_buffers
 from mmcl.models.hf_vlm.architectures import (
     ModuleGroup,
     TargetModules,
@@ -179,10 +179,18 @@ class ImageTextToText(nn.Module):
             routing_encoder.requires_grad_(False)
         self._candidate_tokens: dict[str, Tensor] = {}
         self._base_names = frozenset(name for name, _ in self.named_parameters())
+        self._base_buffers = frozenset(name for name, _ in self.named_buffers())
         self._fingerprint = Fingerprint()
         # Located once: walking through a tower takes as long as a layer of a small model.
         self._tower = parameter_locations(self.lm, self.tower("image"))
         self._projector = parameter_locations(self.lm, self.tower("projector"))
+
+    def train(self, mode: bool = True) -> ImageTextToText:
+        """Set training or evaluation mode; what is frozen is always in evaluation mode."""
+        super().train(mode)
+        if mode:
+            set_frozen_to_eval(self)
+        return self
 
     def forward(self, batch: Batch, prompts: Prompts = NO_PROMPTS) -> Output:
         """Return the token scores (S, V) of the positions in the loss, with their targets.
@@ -254,13 +262,14 @@ class ImageTextToText(nn.Module):
 
     @torch.no_grad()
     def embed(self, batch: Batch, modality: Modality) -> Tensor:
-        """Return (B, E) unit embeddings of images or questions, without prompts.
+        """Return (B, E) unit embeddings of images or questions, without prompts, in eval mode.
 
         They come from the routing encoder if there is one, else they are means of the vision
         tower's features or of the word embeddings. A sample without an image has the zero vector.
         """
         if self.routing_encoder is not None:
-            return embed_with_encoder(self.routing_encoder, batch, modality)
+            with eval_mode(self.routing_encoder):
+                return embed_with_encoder(self.routing_encoder, batch, modality)
         if modality == "image":
             return self._mean_features(batch)
         words = self._word_embeddings()
@@ -304,10 +313,11 @@ class ImageTextToText(nn.Module):
         return find_linears(self, f"lm.model.{self.architecture.language}.", which)
 
     def freeze(self, *groups: ModuleGroup) -> None:
-        """Freeze module groups: "image", "projector" or "text"."""
+        """Freeze module groups, in evaluation mode: "image", "projector" or "text"."""
         for group in groups:
             for parameter in self.tower(group):
                 parameter.requires_grad_(False)
+        set_frozen_to_eval(self)
 
     def tower(self, group: ModuleGroup) -> Iterable[nn.Parameter]:
         """Return the parameters of one module group, see ``parameters_of``."""
@@ -323,8 +333,9 @@ class ImageTextToText(nn.Module):
         return [layer for stack in module_stacks(language) for layer in stack]
 
     def fingerprint(self) -> str:
-        """Return the sha256 of frozen weights, their types, sizes and the preprocessing."""
-        frozen = frozen_base_parameters(self, self._base_names)
+        """Return the sha256 of frozen weights and buffers, their types and the preprocessing."""
+        buffers = {n: b for n, b in frozen_buffers(self).items() if n in self._base_buffers}
+        frozen = {**frozen_base_parameters(self, self._base_names), **buffers}
         settings = f"{self.image_inputs.description} {self.image_aspect_ratio}"
         return self._fingerprint.of(settings, frozen.items())
 

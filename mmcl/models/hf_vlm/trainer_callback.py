@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, cast
 
+import torch
 from transformers import TrainerCallback
 
-from mmcl.core import VLM, Batch, StepModule, Task, begin_task, end_task
+from mmcl.core import VLM, Batch, StepModule, Task, begin_task, device_of, end_task
 
 
 class HFTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
@@ -51,9 +52,15 @@ class HFTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transformers 
         """Pass the finished step to the strategy."""
         self.on_substep_end()
 
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """End the task with the strategy's exact pass over its data."""
-        end_task(self._model, self.module.strategy, self.task, self.task_loader)
+    def on_train_end(self, args: Any, *others: Any, **kwargs: Any) -> None:
+        """End the task with the strategy's exact pass over its data, in bfloat16 if ``args.bf16``.
+
+        transformers calls this hook outside of autocast.
+        """
+        device = device_of(self._model).type
+        # Cached casts would be stale after a strategy wrote new weights.
+        with torch.autocast(device, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
+            end_task(self._model, self.module.strategy, self.task, self.task_loader)
 
     @property
     def _model(self) -> VLM:

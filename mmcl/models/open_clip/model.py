@@ -25,11 +25,17 @@ from mmcl.core import (
 )
 from mmcl.core.distributed import all_gather_with_grad
 from mmcl.core.image_values import expect_levels
-from mmcl.core.model import PromptPosition
+from mmcl.core.model import PromptPosition, eval_mode, set_frozen_to_eval
 from mmcl.core.seeding import generator, hash_priorities
-from mmcl.models.fingerprint import fingerprint_of
+from mmcl.models.fingerprint import fingerprint_of, frozen_buffers
 from mmcl.models.open_clip.loading import image_settings, load_clip
-from mmcl.models.open_clip.towers import image_embedding, text_embedding, token_dims, trim_padding
+from mmcl.models.open_clip.towers import (
+    image_embedding,
+    similarity,
+    text_embedding,
+    token_dims,
+    trim_padding,
+)
 
 
 @dataclass(frozen=True)
@@ -118,8 +124,9 @@ def clip_loss(
     all_hashes, _ = all_gather_with_grad(hashes)
     same = (hashes[:, None] == all_hashes[None]).all(-1).to(image.dtype)
     target = same / same.sum(1, keepdim=True)
-    by_image = functional.cross_entropy(scale * image @ all_text.T, target, reduction="sum")
-    by_text = functional.cross_entropy(scale * text @ all_image.T, target, reduction="sum")
+    scores = similarity(scale, image, all_text), similarity(scale, text, all_image)
+    by_image = functional.cross_entropy(scores[0], target, reduction="sum")
+    by_text = functional.cross_entropy(scores[1], target, reduction="sum")
     return (by_image + by_text) / (2 * max(1, len(image)))
 
 
@@ -209,6 +216,13 @@ class OpenCLIP(nn.Module):
         self._class_cache: tuple[Any, list[nn.Parameter], Tensor] | None = None
         self._forwards_with_grad = 0
 
+    def train(self, mode: bool = True) -> OpenCLIP:
+        """Set training or evaluation mode; what is frozen is always in evaluation mode."""
+        super().train(mode)
+        if mode:
+            set_frozen_to_eval(self)
+        return self
+
     @property
     def tokenizer(self) -> Callable[[list[str]], Tensor]:
         """Tokenizer of captions: B texts -> (B, L) int64 token ids, padded with 0.
@@ -262,7 +276,7 @@ class OpenCLIP(nn.Module):
             return self._with_text_prompts(image, prompts)
         else:
             text = self._class_embeddings()
-        return Output(self._scale() * image @ text.T, image, text, prompts)
+        return Output(similarity(self._scale(), image, text), image, text, prompts)
 
     def loss(self, output: Output, batch: Batch) -> Tensor:
         """Return cross entropy over class texts, or symmetric InfoNCE for samples with captions."""
@@ -288,31 +302,43 @@ class OpenCLIP(nn.Module):
         declared = getattr(self.clip.visual, "output_dim", None)
         if declared is None:  # timm towers have no output_dim
             blank = torch.zeros(1, 3, self.size, self.size, device=self._mean.device)
-            with torch.inference_mode():
+            with torch.inference_mode(), eval_mode(self.clip.visual):
                 return int(image_embedding(self.clip, blank, {}).shape[1])
         return int(declared)
 
     @torch.no_grad()
     def embed(self, batch: Batch, modality: Modality) -> Tensor:
-        """Return (B, E) unit embeddings of images or captions, without prompts."""
+        """Return (B, E) unit embeddings, without prompts and in evaluation mode.
+
+        Args:
+            batch: B images or captions.
+            modality: which of the two.
+        """
         if modality == "image":
-            return self._image(batch, NO_PROMPTS)
+            with eval_mode(self.clip.visual):
+                return self._image(batch, NO_PROMPTS)
         if batch.input_ids is None:
             raise ValueError("the batch has no captions to embed: use modality='image'")
-        return self._unit(text_embedding(self.clip, trim_padding(batch.input_ids), {}))
+        with eval_mode(self.clip):
+            return self._unit(text_embedding(self.clip, trim_padding(batch.input_ids), {}))
 
     @torch.no_grad()
     def encode_image(self, batch: Batch) -> Tensor:
-        """Return (B, 1, E) pooled output of the image tower, or the batch's stored features."""
+        """Return (B, 1, E) pooled output of the image tower, or the batch's stored features.
+
+        The tower is in evaluation mode.
+        """
         if batch.features is not None:
             return batch.features
-        return image_embedding(self.clip, self._pixels(batch), {})[:, None]
+        with eval_mode(self.clip.visual):
+            return image_embedding(self.clip, self._pixels(batch), {})[:, None]
 
     def freeze(self, *towers: Modality) -> None:
-        """Freeze whole towers; the logit scale belongs to neither."""
+        """Freeze whole towers, in evaluation mode; the logit scale belongs to neither."""
         for tower in towers:
             for parameter in self.tower(tower):
                 parameter.requires_grad_(False)
+        set_frozen_to_eval(self)
 
     def tower(self, modality: Modality) -> Iterable[nn.Parameter]:
         """Iterate over the parameters of one tower."""
@@ -326,10 +352,10 @@ class OpenCLIP(nn.Module):
         return not any(parameter.requires_grad for parameter in self.tower(modality))
 
     def fingerprint(self) -> str:
-        """Return the sha256 of frozen weights, their types and the preprocessing."""
+        """Return the sha256 of frozen weights and buffers, their types and the preprocessing."""
         tensors = [*self.clip.named_parameters(), ("mean", self._mean), ("std", self._std)]
         frozen = [(name, tensor) for name, tensor in tensors if not tensor.requires_grad]
-        return fingerprint_of(f"{self.size}", frozen)
+        return fingerprint_of(f"{self.size}", [*frozen, *frozen_buffers(self.clip).items()])
 
     def transform(self, train: bool) -> Transform:
         """Return the preprocessing of a sample, with augmentation in training."""
@@ -362,7 +388,8 @@ class OpenCLIP(nn.Module):
                     "image prompts cannot enter stored features, which skip the image tower: use "
                     "prompts on the text tower, or raw replay"
                 )
-            return self._unit(batch.features.to(self._mean.dtype).mean(1))
+            wide = torch.promote_types(self._mean.dtype, torch.float32)
+            return self._unit(batch.features.to(wide).mean(1))
         if batch.image_owner is not None and len(batch.image_owner) != len(batch):
             raise ValueError(
                 f"the batch has {len(batch.image_owner)} images for {len(batch)} samples: a CLIP "
@@ -379,7 +406,10 @@ class OpenCLIP(nn.Module):
         # embedded again after every forward pass with gradients. The cache holds the weights, or
         # others could be allocated at the same address.
         weights = [(p.data_ptr(), p._version) for p in parameters]
-        key, cache = (self._forwards_with_grad if is_trainable else 0, weights), self._class_cache
+        device = self._class_tokens.device.type
+        precision = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        key = (self._forwards_with_grad if is_trainable else 0, precision, weights)
+        cache = self._class_cache
         if cache is None or cache[0] != key or list(map(id, cache[1])) != list(map(id, parameters)):
             # Tensors made in inference mode could not be used by a later training step.
             with torch.inference_mode(False), torch.no_grad():
@@ -403,8 +433,7 @@ class OpenCLIP(nn.Module):
         repeated = {at: t.repeat_interleave(len(texts), 0) for at, t in own.items()}
         unit = self._unit(text_embedding(self.clip, texts.repeat(samples, 1), repeated))
         text = self._unit(unit.view(samples, len(names), len(templates), -1).mean(2))
-        logits = self._scale() * torch.einsum("be,bce->bc", image, text)
-        return Output(logits, image, None, prompts)
+        return Output(similarity(self._scale(), image, text), image, None, prompts)
 
     def _scale(self) -> Tensor:
         scale: Tensor = self.clip.logit_scale.exp().clamp(max=_MAX_SCALE)
@@ -412,4 +441,6 @@ class OpenCLIP(nn.Module):
 
     @staticmethod
     def _unit(embedding: Tensor) -> Tensor:
-        return functional.normalize(embedding, dim=-1)
+        # A half-precision embedding has its rounding; its unit vector gets no second one.
+        wide = torch.promote_types(embedding.dtype, torch.float32)
+        return functional.normalize(embedding.to(wide), dim=-1)

@@ -1,4 +1,4 @@
-"""Embeddings of the two towers of an open_clip model, with prompt tokens of a strategy.
+"""Embeddings of the towers of an open_clip model, with prompts of a strategy; their similarity.
 
 No module of open_clip is patched. Where prompts enter, its blocks are called one by one; otherwise
 its own forward pass is used.
@@ -77,6 +77,25 @@ def text_embedding(clip: Any, tokens: Tensor, prompts: Mapping[PromptPosition, T
         return torch.as_tensor(pooled)
     is_linear = isinstance(projection, nn.Linear)
     return torch.as_tensor(projection(pooled) if is_linear else pooled @ projection)
+
+
+def similarity(scale: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return the scaled cosine similarity of unit embeddings, in float32 also under autocast.
+
+    In bfloat16 scores between 16 and 32 are multiples of 1/8, so that classes would tie.
+
+    Args:
+        scale: () factor.
+        left: (B, E) float32.
+        right: (C, E) float32, or (B, C, E) for each of B.
+
+    Returns:
+        (B, C).
+    """
+    with torch.autocast(left.device.type, enabled=False):
+        if right.ndim == 2:
+            return scale * left @ right.T
+        return scale * torch.einsum("be,bce->bc", left, right)
 
 
 def _run_blocks(
