@@ -21,6 +21,7 @@ def code(page, index):
     blocks = re.findall(
         r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL
     )
+    blocks = [block for block in blocks if not block.startswith("--8<--")]
     text = blocks[index].replace('mmcl.OpenCLIP("ViT-B-16", pretrained="openai")', "StandIn()")
     quiet = (
         "max_epochs=1, accelerator='cpu', logger=False, enable_checkpointing=False, "

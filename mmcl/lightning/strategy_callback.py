@@ -34,8 +34,8 @@ class StrategyCallback(pl.Callback):
     Every task takes a new Trainer with a new callback.
 
     Tasks are numbered by themselves: the strategy's state holds the number, so the next ``fit``
-    goes on after a checkpoint was loaded into a new module. ``fit(ckpt_path=...)`` goes on with the
-    task of the checkpoint.
+    has the next number after a checkpoint was loaded into a new module. ``fit(ckpt_path=...)``
+    resumes the task of the checkpoint.
 
     ``end_task`` is given the task's own samples, each once: those of ``task_loader``, else of the
     training loader's dataset in order, without shuffle, ``drop_last`` and samples marked as
@@ -262,14 +262,14 @@ def _without_augmentation(loader: Any, model: Any) -> Callable[[list[Any]], Batc
 class _Doubtful:
     """Iterable over a pass that may not be exact: says so once, when it is read."""
 
-    _said: ClassVar[set[str]] = set()
+    _warned_of: ClassVar[set[str]] = set()
 
     def __init__(self, batches: Iterable[Batch], problem: str) -> None:
         self.batches, self.problem = batches, problem
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.problem not in self._said:
-            self._said.add(self.problem)
+        if self.problem not in self._warned_of:
+            self._warned_of.add(self.problem)
             warnings.warn(
                 f"{self.problem}: give StrategyCallback a task_loader, or eval_collate_fn",
                 stacklevel=2,

@@ -23,7 +23,7 @@ from mmcl.data.batches.train_loader import BatchRequest, ResumableBatchSampler
 from mmcl.data.stored_sample import IntArray
 
 _PREVIEWED = 1024
-"""Samples of a task that a strategy may see before its replay plan is asked for."""
+"""Samples of a task that a strategy may see before its replay plan is used."""
 Collate = Callable[[list[Any]], Any]
 
 
@@ -49,37 +49,31 @@ def replay_loader(
 ) -> ReplayLoader:
     """Return a training loader that mixes the samples of a strategy's replay plan into a task.
 
-    For a training loop of one's own, with or without Lightning, on one process or several. Every
-    global batch has the plan's exact ratio of replayed samples; every new sample comes once in an
-    epoch. An old sample is read from its own dataset again, so it is decoded and augmented afresh.
-    Each batch has ``task_ids``, ``sample_ids`` (positions in the task's dataset) and ``is_replay``.
+    Every global batch has the plan's exact ratio of replayed samples; every new sample comes once
+    in an epoch. An old sample is read from its own dataset again, so it is augmented afresh. A
+    batch has ``task_ids``, ``sample_ids`` (positions in a task's dataset) and ``is_replay``.
 
-    Which samples a batch holds, and the augmentation of each, is a function of (seed, task, epoch,
-    batch): torch's, numpy's and Python's generators are seeded before every item is read, and
-    restored after. Lightning stores the loader's position in its checkpoints.
+    Order and augmentation are functions of (seed, task, epoch, sample): torch's, numpy's and
+    Python's generators are seeded before every item is read, and restored after. Lightning stores
+    the loader's position in its checkpoints.
 
     Args:
         dataset: of the task in training; item i is always the same sample.
-        strategy: attached to the model. Its task must have begun when the loader is first used, and
-            ``replay_plan()`` is asked for then.
+        strategy: attached to the model; its task must have begun when the loader is first used.
         batch_size: samples of a batch on each process, replayed ones included.
         earlier: datasets of tasks 0, 1, ... before this one; needed for the tasks that are
             replayed. A class keeps its label in all of them.
         collate_fn: a list of items -> ``Batch``.
         eval_collate_fn: the same without augmentation, for the pass at the task's end; None =
             ``collate_fn``.
-        model: what the strategy is attached to; needed by a strategy whose plan depends on the new
-            samples (``ExperienceReplay(allocation="inscl")``), which is shown 1,024 of them.
+        model: needed by a strategy whose plan depends on the new samples, of which it is shown
+            1,024: ``ExperienceReplay(allocation="inscl")``.
         num_workers: processes that read items, 0 = this process.
         seed: of order and augmentation.
 
-    Returns:
-        Iterable with a length; ``set_epoch`` and ``state_dict`` as usual.
-
     Raises:
         ValueError: on first use, if the plan names a task that ``earlier`` lacks, or a sample that
-            its dataset lacks, or a process would get no samples.
-        RuntimeError: on first use, if no task has begun.
+            its dataset lacks, or a process would get no samples. RuntimeError if no task has begun.
     """
     if batch_size < 1 or not len(dataset):
         raise ValueError(
@@ -166,7 +160,7 @@ class ReplayLoader:
         )  # fmt: skip
 
     def _mixture_of_task(self) -> Mixture:
-        """Ask for the replay plan on the first call, and check it."""
+        """Get the replay plan on the first call, and check it."""
         if self._mixture is not None:
             return self._mixture
         task = self.strategy.current_task
