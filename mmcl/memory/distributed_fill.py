@@ -5,7 +5,7 @@ Sample i of rank r has index i * W + r in a global batch, and in a pass over a t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -171,6 +171,44 @@ def fill_buffer(
         held = _gathered(held, buffer.padded_columns, device)
         priorities = all_gather_samples(priorities[is_low].to(device)).cpu()
     buffer.insert_with_priority(held, priorities, task)
+
+
+def with_samples_of_all_ranks(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield batches with the samples of all ranks in place of this rank's own.
+
+    Labels, ids, images or features, and texts are sent; every rank gets all of them.
+
+    Args:
+        batches: this rank's; ranks may have different numbers of them, but all have one, which may
+            be without samples.
+        device: for communication between ranks.
+
+    Raises:
+        ValueError: if samples share or lack images, or some rank has no batch.
+    """
+    if rank_and_world()[1] == 1:
+        yield from batches
+        return
+    last: Batch | None = None
+    waiting = iter(batches)
+    while True:
+        batch = next(waiting, None)
+        is_first, last = last is None, last if batch is None else batch
+        ranks = all_gather_samples(torch.tensor([batch is not None], device=device))
+        if not ranks.any():
+            return
+        if last is None or (is_first and not ranks.all()):
+            raise ValueError(
+                "captions are compared over all ranks and some rank has none: use fewer devices, "
+                "or give the task at least one sample for each"
+            )
+        if last.image_owner is not None:
+            raise ValueError(
+                "samples that share or lack images cannot be compared over ranks: use one device"
+            )
+        own = last if batch is not None else last.take(last.task_ids.new_zeros(0))
+        columns = batch_columns(own, "images", "features", "sample_ids")
+        yield Batch(**{"images": None, **_gathered(columns, TOKEN_PADDING, device)}).to(device)
 
 
 def gather_buffer(buffer: TensorBuffer, device: torch.device) -> dict[str, Tensor]:
