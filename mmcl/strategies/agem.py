@@ -62,6 +62,7 @@ class AGEM(Strategy):
         limits = {"capacity": buffer_size, "capacity_bytes": buffer_bytes}
         self.memory = TensorBuffer(**limits, seed=seed, balanced=True, padded_columns=TOKEN_PADDING)
         self._steps = 0
+        self._has_trainable = True
 
     def project_gradients(self, model: VLM) -> None:
         """Remove from ``.grad`` the component that points against the buffer's gradient."""
@@ -84,10 +85,16 @@ class AGEM(Strategy):
     def end_task(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
         """Store samples of this task in the buffer, and evict some of older tasks."""
         fill_buffer(self.memory, batches, task.index, _columns_of, device_of(model))
+        self._has_trainable = bool(trainable_parameters(model))
 
     def buffer_sizes(self) -> Mapping[str, int]:
         """Return the number of samples in the buffer."""
         return {"memory": len(self.memory)}
+
+    def inactive_parts(self) -> tuple[str, ...]:
+        """Report an empty buffer, and a model without trainable parameters."""
+        found = "the model has no trainable parameters, so no gradient was projected"
+        return super().inactive_parts() + (() if self._has_trainable else (found,))
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the number of steps, which seeds the draws."""
@@ -109,15 +116,20 @@ class AGEM(Strategy):
         batch = replayed_batch(self.memory.get(index)).to(device)
         with torch.enable_grad():
             loss = model.loss(forward(model, self.root, batch), batch)
+            if world > 1:
+                # Before the gradient is taken: that of gathered captions sums all ranks' losses.
+                counted = _samples_in_loss(batch)
+                loss = loss * (counted / max(1, global_count(counted, device)))
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
         pairs = zip(parameters, found, strict=True)
         gradients = [torch.zeros_like(p) if g is None else g for p, g in pairs]
-        if world == 1:
-            return gradients
-        # The loss is a mean over samples, of answers over scored tokens.
-        counted = int((batch.labels != IGNORE_INDEX).sum()) if batch.is_generative else len(batch)
-        fraction = counted / max(1, global_count(counted, device))
-        return [all_reduce_sum(gradient * fraction) for gradient in gradients]
+        return [all_reduce_sum(gradient) for gradient in gradients]
+
+
+def _samples_in_loss(batch: Batch) -> int:
+    """Return how many samples, or scored tokens of answers, the loss is a mean of."""
+    is_caption = batch.input_ids is not None and not batch.is_generative
+    return len(batch) if is_caption else int((batch.labels != IGNORE_INDEX).sum())
 
 
 def _columns_of(batch: Batch) -> dict[str, Tensor]:

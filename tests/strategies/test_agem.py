@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mmcl.core import begin_task, end_task, step, trainable_parameters
+from mmcl.core import Chain, begin_task, end_task, step, trainable_parameters
 from mmcl.core.seeding import generator, hash_priorities
 from mmcl.strategies.agem import AGEM
+from mmcl.strategies.l2p import L2P
 from tests.toys.toy_clip import StandIn, a_batch, a_task, task_batches
 from tests.toys.toy_llava import a_llava, an_answer_task, dialogue_batches
 
@@ -78,6 +79,20 @@ def test_in_the_first_task_nothing_is_projected():
     strategy.project_gradients(model)
     assert torch.equal(flat_gradient(model), before)
     assert strategy.inactive_parts() == ("memory is empty",)
+
+
+def test_a_model_without_trainable_parameters_is_reported():
+    model, strategy = StandIn(), Chain([L2P(), AGEM()])
+    strategy.attach(model)
+    for task in (a_task(0), a_task(1)):
+        begin_task(model, strategy, task)
+        step(model, strategy, a_batch(8, task.index)).loss.backward()
+        strategy.project_gradients(model)
+        end_task(model, strategy, task, task_batches(task.index))
+    found = "AGEM: the model has no trainable parameters, so no gradient was projected"
+    assert found in strategy.inactive_parts()
+    model, strategy = after_a_task()
+    assert strategy.inactive_parts() == ()
 
 
 def test_a_parameter_without_a_gradient_counts_as_zero():
