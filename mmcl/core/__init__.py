@@ -6,6 +6,7 @@ from mmcl.core.batch import (
     IMAGE_TOKEN,
     Batch,
     Conversation,
+    GlobalBatch,
     ProcessedSample,
     Reference,
     Transform,
@@ -23,14 +24,24 @@ from mmcl.core.model import (
     require,
     require_classes,
 )
-from mmcl.core.step import StepOutput, begin_task, end_task, forward, generate, step
+from mmcl.core.step import (
+    StepOutput,
+    begin_task,
+    end_task,
+    forward,
+    generate,
+    loss_weight,
+    step,
+    subset_weight,
+)
 from mmcl.core.strategy import ReplayPlan, Strategy, device_of, trainable_parameters
 from mmcl.core.task import DataSource, Task, TaskStream
 
 __all__ = [
     "IGNORE_INDEX", "IMAGE_TOKEN", "NO_PROMPTS", "Batch", "Chain", "Conversation", "DataSource",
-    "Modality", "Output", "ProcessedSample", "Prompts", "Reference", "ReplayPlan", "StepOutput",
-    "Strategy", "Task", "TaskStream", "Transform", "Turn", "VLM", "begin_task", "device_of",
-    "end_task", "expect_shape", "forward", "generate", "is_generative_model", "require",
-    "require_classes", "step", "trainable_parameters", "write_atomic",
+    "GlobalBatch", "Modality", "Output", "ProcessedSample", "Prompts", "Reference", "ReplayPlan",
+    "StepOutput", "Strategy", "Task", "TaskStream", "Transform", "Turn", "VLM", "begin_task",
+    "device_of", "end_task", "expect_shape", "forward", "generate", "is_generative_model",
+    "loss_weight", "require", "require_classes", "step", "subset_weight", "trainable_parameters",
+    "write_atomic",
 ]  # fmt: skip

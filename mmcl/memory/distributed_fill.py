@@ -23,10 +23,10 @@ def global_count(count: int, device: torch.device) -> int:
     return int(all_reduce_sum(torch.tensor([count], device=device)))
 
 
-def rank_stride(values: Tensor) -> Tensor:
-    """Return this rank's stride of a tensor that all ranks have."""
+def rank_stride(values: Tensor, micro_batch: int = 0, micro_batches: int = 1) -> Tensor:
+    """Return this rank's stride of a tensor that all ranks have, in one of its micro-batches."""
     rank, world = rank_and_world()
-    return values[rank::world]
+    return values[micro_batch * world + rank :: world * micro_batches]
 
 
 def global_sample_ids(is_new: Tensor, seen: int) -> tuple[Tensor, int]:
@@ -208,7 +208,9 @@ def with_samples_of_all_ranks(batches: Iterable[Batch], device: torch.device) ->
             )
         own = last if batch is not None else last.take(last.task_ids.new_zeros(0))
         columns = batch_columns(own, "images", "features", "sample_ids")
-        yield Batch(**{"images": None, **_gathered(columns, TOKEN_PADDING, device)}).to(device)
+        everyone = _gathered(columns, TOKEN_PADDING, device)
+        ids = everyone["sample_ids"]
+        yield replace(replayed_batch(everyone), is_replay=None, sample_ids=ids).to(device)
 
 
 def gather_buffer(buffer: TensorBuffer, device: torch.device) -> dict[str, Tensor]:

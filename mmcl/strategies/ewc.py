@@ -202,7 +202,7 @@ class EWC(Strategy):
                 continue
             numbers = ids.cpu() if wanted is None else torch.searchsorted(wanted, ids.cpu())
             groups = numbers // self.group
-            for group in groups[groups % world == rank].unique().tolist():
+            for group in sorted(set(groups[groups % world == rank].tolist())):
                 own = batch.take((groups == group).nonzero().flatten().to(ids.device))
                 waiting[group] = waiting[group].join(own) if group in waiting else own
                 if len(waiting[group]) == self.group:

@@ -18,7 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mmcl.core import VLM, Batch, Chain, Output, Strategy, Task, forward, trainable_parameters
+from mmcl.core import (
+    VLM,
+    Batch,
+    Chain,
+    Output,
+    Strategy,
+    Task,
+    forward,
+    subset_weight,
+    trainable_parameters,
+)
 from mmcl.core.model import eval_mode
 from mmcl.layers.adapters import adapters_disabled, base_layers, keep_active_adapters
 from mmcl.memory.snapshot import Snapshot
@@ -29,9 +39,10 @@ class LwF(Strategy):
     """Learning without forgetting: knowledge distillation from an earlier model on current data.
 
     Adds ``alpha * T^2 * KL(teacher || student)`` over the classes known before this task, mean over
-    the new samples of the batch. Samples with captions are distilled over the (B, B) similarities
-    of the batch, mean of both directions; there B is the samples of one process. Answers are
-    distilled over the vocabulary, mean over the scored tokens of the new samples. The teacher is
+    the new samples of the global batch. Samples with captions are distilled over the (B, B)
+    similarities of the batch, mean of both directions; there B is the samples of one process.
+    Answers are distilled over the vocabulary, mean over the scored tokens of the new samples;
+    accumulated micro-batches count by their new samples. The teacher is
     the same model called with older weights: no second model is held. In a chain it answers as the
     whole chain did in evaluation: with the prompts, gates and output transforms of that time.
 
@@ -106,32 +117,34 @@ class LwF(Strategy):
 
     def penalty(self, model: VLM, batch: Batch, output: Output) -> Mapping[str, Tensor]:
         """Return the distillation loss as "lwf"; with "previous" nothing in the first task."""
-        if self.known < 0 or not len(batch):
+        if self.known < 0:
             return {}
-        index, logits = None, output.logits
         is_distilled = self._is_distilled(batch)
-        if is_distilled is not None:
-            index = is_distilled.nonzero().flatten()
-            if not len(index):
-                return {}
-            if output.sample_index is not None:
-                logits = logits[is_distilled[output.sample_index]]
-            batch = batch.take(index)
+        count = samples = len(batch) if is_distilled is None else int(is_distilled.sum())
+        logits = output.logits
         if output.sample_index is not None:
-            if not len(logits):
-                return {}
-            target = self._teacher_logits(model, batch)
-            term = kd_loss(target.float(), logits.float(), self.temperature)
-            return {"lwf": self.alpha * term}
+            if is_distilled is not None:
+                logits = logits[is_distilled[output.sample_index]]
+            count = len(logits)
+        sizes = batch.global_batch
+        is_new = self.distill_on == "new"
+        total = None if sizes is None else sizes.new if is_new else sizes.from_sources
+        # A rank without such samples takes part in the sums over ranks.
+        weight = self.alpha * subset_weight(batch, count, samples, total)
+        if not count:
+            return {}
+        index = None if is_distilled is None else is_distilled.nonzero().flatten()
+        target = self._teacher_logits(model, batch if index is None else batch.take(index))
+        if output.sample_index is not None:
+            return {"lwf": weight * kd_loss(target.float(), logits.float(), self.temperature)}
         student = logits if index is None else logits[index]
-        target = self._teacher_logits(model, batch)
         if batch.input_ids is None:
             known = student.shape[1] if self.is_base else min(self.known, student.shape[1])
             term = kd_loss(target[:, :known], student[:, :known], self.temperature)
         else:
             pairs = student if index is None else student[:, index]
             term = contrastive_kd_loss(target, pairs, self.temperature)
-        return {"lwf": self.alpha * term}
+        return {"lwf": weight * term}
 
     def end_task(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
         """Store this model's weights as the next task's teacher, unless the base stays teacher."""
@@ -163,8 +176,8 @@ class LwF(Strategy):
         if stored and len(stored) != len(self._members):
             raise RuntimeError(
                 f"the checkpoint's LwF has a teacher of {len(stored)} members and this chain "
-                f"copied {len(self._members)}: attach the same chain and begin every task up to the "
-                "checkpoint's before loading it"
+                f"copied {len(self._members)}: attach the same chain and begin every task up to "
+                "the checkpoint's before loading it"
             )
         for member, own in zip(self._members, stored, strict=False):
             member.load_state_dict(own)
