@@ -33,6 +33,7 @@ from mmcl.core import (
 from mmcl.core.distributed import all_reduce_sum, rank_and_world
 from mmcl.core.model import eval_mode
 from mmcl.core.seeding import generator, hash_priorities
+from mmcl.layers.adapters import expect_lasting_weights
 from mmcl.memory.distributed_fill import (
     collect_metadata,
     global_count,
@@ -102,6 +103,15 @@ class EWC(Strategy):
         self.fisher, self.exclude, self.group, self.seed = fisher, tuple(exclude), group, seed
         self.importance = Snapshot()
         self.anchors = Snapshot()
+        self._has_effect = True
+
+    def begin_task(self, model: VLM, task: Task) -> None:
+        """Check that the weights can be compared from task to task.
+
+        Raises:
+            ValueError: if they are factors of OSF.
+        """
+        expect_lasting_weights(model, by=self)
 
     def penalty(self, model: VLM, batch: Batch, output: Output) -> Mapping[str, Tensor]:
         """Return the quadratic penalty as "ewc"; nothing before the first task's end."""
@@ -129,14 +139,21 @@ class EWC(Strategy):
         }
         if not weights:
             return
+        known = self.importance.tensors
+        self._has_effect = not known or any(name in known for name in weights)
         fresh = self._fisher(model, task, batches, weights)
-        mixed = decayed(self.importance.tensors, fresh, self.decay)
+        mixed = decayed(known, fresh, self.decay)
         self.importance.take({name: value.float() for name, value in mixed.items()})
         self.anchors.take({**self.anchors.tensors, **weights})
 
     def buffer_sizes(self) -> Mapping[str, int]:
         """Return the number of parameters with a Fisher."""
         return {"importance": len(self.importance)}
+
+    def inactive_parts(self) -> tuple[str, ...]:
+        """Report a missing Fisher, and one of weights that were not trained in the task."""
+        found = "no weight with a Fisher was trained, so there was no penalty"
+        return super().inactive_parts() + (() if self._has_effect else (found,))
 
     def _fisher(
         self, model: VLM, task: Task, batches: Iterable[Batch], weights: Mapping[str, Parameter]

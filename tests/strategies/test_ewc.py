@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from mmcl.core import Batch, Output, begin_task, end_task, step, trainable_parameters
+from mmcl.core import Batch, Chain, Output, begin_task, end_task, step, trainable_parameters
 from mmcl.core.seeding import generator, hash_priorities
 from mmcl.strategies import ewc
 from mmcl.strategies.ewc import EWC
 from mmcl.strategies.lora import LoRA
+from mmcl.strategies.o_lora import OLoRA
 from tests.strategies.plain_loop import learn
 from tests.toys.toy_clip import StandIn, a_task, task_batches
 from tests.toys.toy_llava import a_dialogue_batch, a_llava, an_answer_task
@@ -414,6 +415,19 @@ def test_the_fisher_of_answers_does_not_depend_on_how_samples_are_batched():
     many.end_task(model, an_answer_task(0, size=8), rows)
     for name, value in one.importance.tensors.items():
         torch.testing.assert_close(value, many.importance.get(name), rtol=1e-5, atol=1e-12)
+
+
+def test_a_fisher_of_adapters_that_are_not_trained_any_more_is_reported():
+    found = {}
+    for make in (LoRA, OLoRA):
+        model, chain = a_llava(), Chain([make(rank=2), EWC(fisher_samples=2)])
+        chain.attach(model)
+        for task in (an_answer_task(0, 4), an_answer_task(1, 4)):
+            begin_task(model, chain, task)
+            end_task(model, chain, task, [a_dialogue_batch(model, rows=4, task=task.index)])
+        found[make] = chain.inactive_parts()
+    assert found[LoRA] == ()
+    assert found[OLoRA] == ("EWC: no weight with a Fisher was trained, so there was no penalty",)
 
 
 def test_samples_whose_answer_is_not_scored_do_not_count():
