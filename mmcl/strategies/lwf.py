@@ -42,9 +42,9 @@ class LwF(Strategy):
     the new samples of the global batch. Samples with captions are distilled over the (B, B)
     similarities of the batch, mean of both directions; there B is the samples of one process.
     Answers are distilled over the vocabulary, mean over the scored tokens of the new samples;
-    accumulated micro-batches count by their new samples. The teacher is
-    the same model called with older weights: no second model is held. In a chain it answers as the
-    whole chain did in evaluation: with the prompts, gates and output transforms of that time.
+    accumulated micro-batches count by their new samples. The teacher is the same model called with
+    older weights: no second model is held. In a chain it answers as the whole chain did in
+    evaluation: with the prompts, gates and output transforms of that time.
 
     Args:
         alpha: weight of the distillation.
@@ -150,12 +150,13 @@ class LwF(Strategy):
         """Store this model's weights as the next task's teacher, unless the base stays teacher."""
         if not self.is_base:
             self.teacher.take(trainable_parameters(model))
-            self._copy_members(model)
+            # Between tasks the members themselves are the teacher's; before_task copies them.
+            self._members = []
         self.known = max(self.known, max(task.class_ids, default=-1) + 1)
 
     def buffer_sizes(self) -> Mapping[str, int]:
-        """Return the number of parameters that are stored of the teacher."""
-        return {} if self.is_base else {"teacher": len(self.teacher)}
+        """Return of how many parameters and members of the chain the teacher consists."""
+        return {} if self.is_base else {"teacher": len(self.teacher) + len(self._used_members())}
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the number of classes known before the current task, -1 without a teacher.
@@ -179,7 +180,8 @@ class LwF(Strategy):
                 f"copied {len(self._members)}: attach the same chain and begin every task up to "
                 "the checkpoint's before loading it"
             )
-        for member, own in zip(self._members, stored, strict=False):
+        self._members = self._members[: len(stored)]
+        for member, own in zip(self._members, stored, strict=True):
             member.load_state_dict(own)
 
     def _is_distilled(self, batch: Batch) -> Tensor | None:
@@ -190,14 +192,18 @@ class LwF(Strategy):
             return torch.zeros_like(batch.task_ids, dtype=torch.bool)
         return batch.source_ids > 0
 
-    def _copy_members(self, model: VLM) -> None:
+    def _used_members(self) -> list[Strategy]:
+        """Return the members of the chain that give prompts or transform outputs."""
         members = self.root.leaves() if isinstance(self.root, Chain) else []
         hooks = ("prompts", "transform_output")
-        used = [m for m in members if m is not self and any(m.overrides(hook) for hook in hooks)]
+        return [m for m in members if m is not self and any(m.overrides(hook) for hook in hooks)]
+
+    def _copy_members(self, model: VLM) -> None:
         # A copy shares the model and the chain, should a member refer to them.
         shared = [self.root, *cast(nn.Module, model).modules()]
         self._members = [
-            copy.deepcopy(member, {id(one): one for one in shared}).eval() for member in used
+            copy.deepcopy(member, {id(one): one for one in shared}).eval()
+            for member in self._used_members()
         ]
 
     def _teacher_logits(self, model: VLM, batch: Batch) -> Tensor:
