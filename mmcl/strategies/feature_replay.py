@@ -167,8 +167,7 @@ class FeatureReplay(Strategy):
             samples, in_loss = sizes.samples, sizes.in_loss
             first, parts = sizes.micro_batch, sizes.micro_batches
         count = max(1, round(self.replay_ratio / (1 - self.replay_ratio) * samples))
-        # One draw for all micro-batches of a global batch, each of which is counted as a step.
-        index = self.memory.sample_indices(count, generator(self.seed, self._steps - first))
+        index = self.memory.sample_indices(count, generator(self.seed, self._steps))
         own = rank_stride(index, first, parts)
         joined = batch.join(self._replayed(self.memory.get(own), batch))
         if sizes is not None:
@@ -179,7 +178,9 @@ class FeatureReplay(Strategy):
 
     def after_step(self, model: VLM, batch: Batch, output: Output) -> None:
         """Count the step, so that the next draw differs; delete files that are not needed."""
-        self._steps += 1
+        sizes = batch.global_batch
+        # All micro-batches of a global batch share one draw.
+        self._steps += sizes is None or sizes.micro_batch == sizes.micro_batches - 1
         self._steps_here += 1
         if self.drift_monitor.is_due:
             self._measure_drift(model)

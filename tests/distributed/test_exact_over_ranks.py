@@ -29,6 +29,9 @@ from mmcl.core import (
 )
 from mmcl.models.open_clip.model import clip_loss
 from mmcl.strategies import AGEM, EWC, L2P, DarkReplay, FeatureReplay, LoRA, LwF
+from tests.distributed.ranks import on_ranks as command_on_ranks
+from tests.distributed.ranks import seen
+from tests.lightning.small_runs import SmallRuns, strategy_of
 from tests.strategies.plain_loop import learn
 from tests.toys.toy_clip import StandIn, a_batch, a_task, task_batches
 from tests.toys.toy_llava import a_dialogue_batch, a_llava, an_answer_task
@@ -299,3 +302,25 @@ def test_the_draws_of_dark_replay_are_a_share_of_the_global_batch_on_ranks_as_we
     expected = dark_terms()
     for name, value in expected.items():
         torch.testing.assert_close(sum(own.get(name, 0) for own in found), value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "members", [["ExperienceReplay", "LwF"], ["FeatureReplay", "LwF"]], ids=str
+)
+def test_a_run_in_micro_batches_on_two_processes_ends_as_one_does(tmp_path, members):
+    chain = {
+        "class_path": "mmcl.core.Chain",
+        "init_args": {"strategies": [strategy_of(name) for name in members]},
+    }
+    options = {"model__optimizer": "torch.optim.SGD", "model__optimizer.lr": 0.1}
+    runs = SmallRuns(tmp_path, sizes=(20, 17))
+    for name, world, micro in (("one", 1, 8), ("two", 2, 2)):
+        words = runs.words(name, chain, data__micro_batch_size=micro, **options)
+        folder = tmp_path / name
+        assert command_on_ranks(words, folder, world=world) == [0] * world, (
+            folder / "output_0"
+        ).read_text()
+    one, two = (seen(tmp_path / name)["states"][-1] for name in ("one", "two"))
+    for name in (n for n in one if n.startswith("model.")):
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)

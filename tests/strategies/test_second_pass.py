@@ -49,7 +49,11 @@ COMPANY = {
 }
 SIZE, CHOSEN = 16, 4
 RATES = {"OSF": 0.05, "L2P": 0.05, "L2P on classes": 0.05}
-CASES = [(name, is_first) for name in COMPANY for is_first in (False, True)]
+CASES = [
+    pytest.param((name, is_last), marks=[pytest.mark.slow] if is_last and name != "CLMoE" else [])
+    for name in COMPANY
+    for is_last in (False, True)
+]
 
 
 def is_generative(name):
