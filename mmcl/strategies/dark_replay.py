@@ -10,7 +10,7 @@ augmented again; the size of a draw is a ratio of the batch, not a number of its
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -111,11 +111,15 @@ class DarkReplay(Strategy):
         self._draws = None
         if not len(self.memory):
             return batch
-        new, first, parts = global_count(len(batch), batch.labels.device), 0, 1
-        if batch.global_batch is not None and batch.global_batch.micro_batches > 1:
-            sizes = batch.global_batch
+        sizes = batch.global_batch
+        if sizes is None:
+            new, first, parts = global_count(len(batch), batch.labels.device), 0, 1
+        else:
             new, first, parts = sizes.samples, sizes.micro_batch, sizes.micro_batches
         drawn = min(len(self.memory), max(1, round(self.draws_per_sample * new)))
+        if sizes is not None:
+            sizes = replace(sizes, samples=new + drawn * (1 + bool(self.beta)))
+            batch = replace(batch, global_batch=sizes)
         # The buffer changes with every micro-batch, so each makes its part of the draw by itself.
         count = len(range(first, drawn, parts))
         if not count or not batch.loss_weight:
@@ -135,6 +139,7 @@ class DarkReplay(Strategy):
             # The task loss leaves them out.
             labels = torch.full_like(stored["labels"], IGNORE_INDEX)
             unscored = replayed_batch({**stored, "labels": labels}, batch)
+            unscored = replace(unscored, in_loss=torch.zeros_like(labels, dtype=torch.bool))
             batch = batch.join(unscored.to(batch.labels.device))
         return batch
 

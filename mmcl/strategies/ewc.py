@@ -95,8 +95,11 @@ class EWC(Strategy):
                 f"ewc_lambda is {ewc_lambda} and decay {decay}: give an ewc_lambda of 0 or more "
                 "and a decay from 0 (only the last task counts) to 1"
             )
-        if group < 2:
-            raise ValueError(f"group is {group}: compare captions with 2 or more samples")
+        if group < 2 or (fisher_samples is not None and fisher_samples < 1):
+            raise ValueError(
+                f"group is {group} and fisher_samples {fisher_samples}: compare captions with 2 or "
+                "more samples, and estimate the Fisher on 1 or more"
+            )
         if fisher not in ("empirical", "model"):
             raise ValueError(f"fisher is '{fisher}', expected 'empirical' or 'model'")
         self.ewc_lambda, self.decay, self.fisher_samples = ewc_lambda, decay, fisher_samples
