@@ -324,3 +324,19 @@ def test_a_run_in_micro_batches_on_two_processes_ends_as_one_does(tmp_path, memb
     one, two = (seen(tmp_path / name)["states"][-1] for name in ("one", "two"))
     for name in (n for n in one if n.startswith("model.")):
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
+
+
+def test_unscored_draws_are_not_counted_by_the_weights_of_a_loss():
+    dark = DarkReplay(buffer_size=9, alpha=0.0, beta=0.0)
+    model, chain = StandIn(), Chain([dark, FeatureReplay(buffer_size=9, replay_ratio=0.3)])
+    chain.attach(model)
+    begin_task(model, chain, a_task(0))
+    dark.after_step(model, a_batch(), forward(model, chain, a_batch()))
+    end_task(model, chain, a_task(0), task_batches(0))
+    begin_task(model, chain, a_task(1))
+    expected = gradient(*copy.deepcopy((model, chain)), a_batch(9, task=1))
+    near(gradient(*copy.deepcopy((model, chain)), a_batch(9, task=1), 3), expected)
+    batch = chain.extend_batch(model, cut(a_batch(9, task=1), 0, 1))
+    assert batch.loss_weight == 1
+    joined = int(batch.in_loss[9:].sum())
+    assert joined == round(0.3 / 0.7 * (len(batch) - joined))
