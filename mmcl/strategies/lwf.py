@@ -55,9 +55,9 @@ class LwF(Strategy):
         distill_on: "new" are the task's own samples; "sources" those of the general or reference
             sets that the card mixes in, as in ZSCL (Zheng et al. 2023, arXiv:2303.06628).
 
-    **Remembers** one copy of the trainable weights, at their own precision, one number, and the
-    state of those members of its chain that give prompts or transform outputs. With "base" only
-    weights outside of adapters: nothing where only adapters are trainable.
+    **Remembers** one copy of the trainable weights, at their own precision, and one number. During
+    a task also the state of members of its chain that give prompts or transform outputs. With
+    "base" only weights outside of adapters: nothing where only adapters are trainable.
 
     **Asks of the model** to be a torch module (it is called a second time with the old weights).
     """

@@ -306,8 +306,7 @@ def train_loader(
     plan = _planner(dataset, mixture, window, group)
     batches = ResumableBatchSampler(
         plan, mixture.steps, position, dataset.scored, dataset.composition,
-        _ShardPrefetcher(dataset.reader),
-        accumulation=accumulation, rank=rank, world=world,
+        _ShardPrefetcher(dataset.reader), accumulation=accumulation, rank=rank, world=world,
     )  # fmt: skip
     return make_dataloader(dataset, batches, workers, seed=seed)
 
