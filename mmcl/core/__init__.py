@@ -6,6 +6,7 @@ from mmcl.core.batch import (
     IMAGE_TOKEN,
     Batch,
     Conversation,
+    GlobalBatch,
     ProcessedSample,
     Reference,
     Transform,
@@ -31,16 +32,18 @@ from mmcl.core.step import (
     end_task,
     forward,
     generate,
+    loss_weight,
     step,
+    subset_weight,
 )
 from mmcl.core.strategy import ReplayPlan, Strategy, device_of, trainable_parameters
 from mmcl.core.task import DataSource, Task, TaskStream
 
 __all__ = [
-    "Batch", "Chain", "Conversation", "DataSource", "IGNORE_INDEX", "IMAGE_TOKEN", "Modality",
-    "NO_PROMPTS", "Output", "ProcessedSample", "Prompts", "Reference", "ReplayPlan", "StepModule",
-    "StepOutput", "Strategy", "Task", "TaskStream", "Transform", "Turn", "VLM", "begin_task",
-    "begin_tasks", "device_of", "end_task", "expect_shape", "forward", "generate",
-    "is_generative_model", "require", "require_classes", "step", "trainable_parameters",
-    "write_atomic",
+    "IGNORE_INDEX", "IMAGE_TOKEN", "NO_PROMPTS", "VLM", "Batch", "Chain", "Conversation",
+    "DataSource", "GlobalBatch", "Modality", "Output", "ProcessedSample", "Prompts", "Reference",
+    "ReplayPlan", "StepModule", "StepOutput", "Strategy", "Task", "TaskStream", "Transform", "Turn",
+    "begin_task", "begin_tasks", "device_of", "end_task", "expect_shape", "forward", "generate",
+    "is_generative_model", "loss_weight", "require", "require_classes", "step", "subset_weight",
+    "trainable_parameters", "write_atomic",
 ]  # fmt: skip

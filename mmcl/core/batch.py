@@ -109,6 +109,27 @@ _BY_VALUE = (torch.int64, torch.bool, torch.uint8, torch.float32)
 
 
 @dataclass(frozen=True)
+class GlobalBatch:
+    """Sizes of the global batch of which a batch is one micro-batch on one rank.
+
+    Attributes:
+        samples: number of samples over all ranks and accumulated micro-batches.
+        new: of these, samples of the current task.
+        from_sources: of these, samples of the stream's sources.
+        in_loss: of these, samples in the task loss.
+        micro_batch: number of this micro-batch, from 0.
+        micro_batches: accumulated micro-batches of every rank.
+    """
+
+    samples: int
+    new: int
+    from_sources: int
+    in_loss: int
+    micro_batch: int
+    micro_batches: int
+
+
+@dataclass(frozen=True)
 class Batch:
     """Samples of one step. B samples, M images, L tokens, N image tokens, D feature dim.
 
@@ -136,6 +157,7 @@ class Batch:
         loss_weight: factor of the loss that turns the mean over ranks and accumulated micro-batches
             into the mean over the global batch: own samples * ranks * micro-batches / samples of
             the global batch.
+        global_batch: sizes of the global batch, None = not known.
     """
 
     images: Tensor | None
@@ -154,6 +176,7 @@ class Batch:
     references: tuple[Reference, ...] = ()
     errors: tuple[str, ...] = ()
     loss_weight: float = 1.0
+    global_batch: GlobalBatch | None = None
 
     @classmethod
     def from_images(
@@ -297,6 +320,11 @@ class Batch:
             is_whole = len(ours) == len(left) and len(theirs) == len(right)
             joined[name] = ours + theirs if is_whole else ()
         return replace(self, errors=self.errors + other.errors, **joined)
+
+    @property
+    def num_in_loss(self) -> int:
+        """Number of samples that the task loss does not leave out."""
+        return len(self) if self.in_loss is None else int(self.in_loss.sum())
 
     @property
     def is_generative(self) -> bool:

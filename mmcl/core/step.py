@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mmcl.core.batch import Batch
+from mmcl.core.batch import IGNORE_INDEX, Batch
+from mmcl.core.distributed import all_reduce_sum, rank_and_world
 from mmcl.core.model import VLM, Output, require, set_frozen_to_eval
 from mmcl.core.strategy import TASK_PROGRESS, Strategy, device_of
 from mmcl.core.task import Task
@@ -138,6 +139,59 @@ class StepModule(nn.Module):
         """Return {"loss": ...} of a training step, see ``step``."""
         self.last_step = step(cast(VLM, self.model), self.strategy, batch)
         return {"loss": self.last_step.loss}
+
+
+def loss_weight(batch: Batch) -> float:
+    """Return the loss weight of a batch that makes the mean over ranks equal the global mean.
+
+    A loss over classes is a mean over samples, which the loader counts. A loss over answers is a
+    mean over the tokens in the loss: their counts are summed over ranks here; accumulated
+    micro-batches are still weighted by their samples.
+    """
+    if not batch.is_generative or rank_and_world()[1] == 1:
+        return batch.loss_weight
+    tokens, samples = int((batch.labels != IGNORE_INDEX).sum()), batch.num_in_loss
+    all_tokens, all_samples = _sums(batch, tokens, samples)
+    factor = (tokens / max(1, samples)) * (all_samples / max(1, all_tokens))
+    return batch.loss_weight * factor
+
+
+def subset_weight(batch: Batch, count: int, samples: int, total: int | None = None) -> float:
+    """Return the factor of a mean over some samples that makes it the mean of the global batch.
+
+    The loss is multiplied by ``loss_weight(batch)``, which is right for a mean over the samples in
+    the task loss. A penalty that is a mean over others, for example the new ones, is multiplied by
+    this as well. All ranks must call it in the same step. A mean over samples is exact if ``total``
+    is given. Else, and over tokens of answers, means are exact over ranks, and those of accumulated
+    micro-batches are weighted by their samples. A batch of loss weight 0 adds nothing.
+
+    Args:
+        batch: the samples of the step.
+        count: number of values in this batch's mean: its samples, or scored tokens of answers.
+        samples: number of samples in this batch's mean.
+        total: number of such samples in the global batch over all ranks and micro-batches; None =
+            only this micro-batch's are known.
+    """
+    world, sizes = rank_and_world()[1], batch.global_batch
+    parts = 1 if sizes is None else sizes.micro_batches
+    if world * parts == 1:
+        return 1.0
+    weight = loss_weight(batch)
+    all_counts, all_samples, all_weights = _sums(batch, count, samples, batch.loss_weight)
+    if parts == 1:
+        fraction = 1.0
+    elif total is None:
+        fraction = all_weights / (world * parts)
+    else:
+        fraction = all_samples / max(1, total)
+    return count / max(1, all_counts) * fraction * world * parts / weight if weight else 0.0
+
+
+def _sums(batch: Batch, *numbers: float) -> list[float]:
+    """Return the sums of numbers over all ranks."""
+    own = torch.tensor(numbers, dtype=torch.float64, device=batch.labels.device)
+    sums: list[float] = all_reduce_sum(own).tolist()
+    return sums
 
 
 def begin_task(model: VLM, strategy: Strategy, task: Task) -> None:

@@ -76,6 +76,30 @@ def keep_active_adapters(model: nn.Module) -> Iterator[None]:
             set_active_adapters([layer], mode, active)
 
 
+def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the adapter layers, of ``mmcl.layers`` or peft, by full name."""
+    layers = dict(model.named_modules())
+    return {name: layers[name] for name in base_layers(model)}
+
+
+def expect_lasting_weights(model: VLM, by: object) -> None:
+    """Check that trainable weights are the same numbers from task to task.
+
+    Raises:
+        ValueError: if some are the factors of OSF, which decomposes its layers again in every task.
+    """
+    for name in trainable_parameters(model):
+        if _OSF_FACTORS in name:
+            raise ValueError(
+                f"{type(by).__name__} compares weights of different tasks, and OSF gives '{name}' "
+                "another shape and meaning in every task: use one of the two, or "
+                f"{type(by).__name__} with Finetune or LoRA"
+            )
+
+
+_OSF_FACTORS = ".osf_svd_params."
+
+
 def base_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the base layer under each adapter layer, by the adapter layer's full name."""
     return {

@@ -13,8 +13,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mmcl.core import IGNORE_INDEX, Batch, StepOutput, Strategy, forward, generate, step
-from mmcl.core.distributed import all_reduce_sum, rank_and_world
+from mmcl.core import Batch, StepOutput, Strategy, forward, generate, loss_weight, step
 from mmcl.evaluation.evaluators import EvalSpec, Evaluator, GenerationEvaluator, make_evaluator
 from mmcl.lightning.checkpoint_io import check_shardable
 from mmcl.lightning.strategy_callback import StrategyCallback
@@ -243,24 +242,6 @@ class ContinualModule(pl.LightningModule):
 
     def _data(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]
-
-
-def loss_weight(batch: Batch) -> float:
-    """Return the loss weight of a batch that makes the mean over ranks equal the global mean.
-
-    A loss over classes is a mean over samples, which the loader counts. A loss over answers is a
-    mean over the tokens in the loss: their counts are summed over ranks here; accumulated
-    micro-batches are still weighted by their samples.
-    """
-    if not batch.is_generative or rank_and_world()[1] == 1:
-        return batch.loss_weight
-    own = torch.stack(
-        [(batch.labels != IGNORE_INDEX).sum(), torch.tensor(len(batch)).to(batch.labels)]
-    )
-    all_tokens, all_samples = all_reduce_sum(own.double()).tolist()
-    tokens, samples = own.tolist()
-    factor: float = (tokens / samples) * (all_samples / max(1.0, all_tokens))
-    return batch.loss_weight * factor
 
 
 def check_state(module: ContinualModule, checkpoint: dict[str, Any]) -> None:

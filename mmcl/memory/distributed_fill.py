@@ -5,7 +5,7 @@ Sample i of rank r has index i * W + r in a global batch, and in a pass over a t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -23,10 +23,10 @@ def global_count(count: int, device: torch.device) -> int:
     return int(all_reduce_sum(torch.tensor([count], device=device)))
 
 
-def rank_stride(values: Tensor) -> Tensor:
-    """Return this rank's stride of a tensor that all ranks have."""
+def rank_stride(values: Tensor, micro_batch: int = 0, micro_batches: int = 1) -> Tensor:
+    """Return this rank's stride of a tensor that all ranks have, in one of its micro-batches."""
     rank, world = rank_and_world()
-    return values[rank::world]
+    return values[micro_batch * world + rank :: world * micro_batches]
 
 
 def global_sample_ids(is_new: Tensor, seen: int) -> tuple[Tensor, int]:
@@ -171,6 +171,46 @@ def fill_buffer(
         held = _gathered(held, buffer.padded_columns, device)
         priorities = all_gather_samples(priorities[is_low].to(device)).cpu()
     buffer.insert_with_priority(held, priorities, task)
+
+
+def with_samples_of_all_ranks(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield batches with the samples of all ranks in place of this rank's own.
+
+    Labels, ids, images or features, and texts are sent; every rank gets all of them.
+
+    Args:
+        batches: this rank's; ranks may have different numbers of them, but all have one, which may
+            be without samples.
+        device: for communication between ranks.
+
+    Raises:
+        ValueError: if samples share or lack images, or some rank has no batch.
+    """
+    if rank_and_world()[1] == 1:
+        yield from batches
+        return
+    last: Batch | None = None
+    waiting = iter(batches)
+    while True:
+        batch = next(waiting, None)
+        is_first, last = last is None, last if batch is None else batch
+        ranks = all_gather_samples(torch.tensor([batch is not None], device=device))
+        if not ranks.any():
+            return
+        if last is None or (is_first and not ranks.all()):
+            raise ValueError(
+                "captions are compared over all ranks and some rank has none: use fewer devices, "
+                "or give the task at least one sample for each"
+            )
+        if last.image_owner is not None:
+            raise ValueError(
+                "samples that share or lack images cannot be compared over ranks: use one device"
+            )
+        own = last if batch is not None else last.take(last.task_ids.new_zeros(0))
+        columns = batch_columns(own, "images", "features", "sample_ids")
+        everyone = _gathered(columns, TOKEN_PADDING, device)
+        ids = everyone["sample_ids"]
+        yield replace(replayed_batch(everyone), is_replay=None, sample_ids=ids).to(device)
 
 
 def gather_buffer(buffer: TensorBuffer, device: torch.device) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ augmented again; the size of a draw is a ratio of the batch, not a number of its
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmcl.core import IGNORE_INDEX, Batch, Output, Strategy
-from mmcl.core.distributed import all_gather_samples
+from mmcl.core.distributed import all_gather_samples, rank_and_world
 from mmcl.core.model import VLM, require_classes
 from mmcl.core.seeding import generator
 from mmcl.memory import TensorBuffer
@@ -41,7 +41,7 @@ class _Draws:
         known: (first draw of all ranks,) number of logits each sample was stored with.
         count: samples of the second draw of all ranks.
         scale: turns this rank's sum over its samples into its term of the global mean, given that
-            the loss is weighted by this rank's fraction of the new samples.
+            the loss is multiplied by the weight of its batch.
     """
 
     start: int
@@ -64,8 +64,8 @@ class DarkReplay(Strategy):
         buffer_size: samples held, 0 = not bounded by samples.
         alpha: weight of the logits' term.
         beta: weight of the labels' term; 0 = plain DER, and no second draw.
-        draws_per_sample: samples of each draw per new sample, above 0; a draw is never larger than
-            the buffer.
+        draws_per_sample: samples of each draw per new sample of the global batch, above 0; a draw
+            is never larger than the buffer.
         seed: seed of selection and draws.
         buffer_bytes: buffer size in bytes, 0 = not bounded by bytes.
 
@@ -111,23 +111,35 @@ class DarkReplay(Strategy):
         self._draws = None
         if not len(self.memory):
             return batch
-        new = global_count(len(batch), batch.labels.device)
-        count = min(len(self.memory), max(1, round(self.draws_per_sample * new)))
+        sizes = batch.global_batch
+        if sizes is None:
+            new, first, parts = global_count(len(batch), batch.labels.device), 0, 1
+        else:
+            new, first, parts = sizes.samples, sizes.micro_batch, sizes.micro_batches
+        drawn = min(len(self.memory), max(1, round(self.draws_per_sample * new)))
+        if sizes is not None:
+            sizes = replace(sizes, samples=new + drawn * (1 + bool(self.beta)))
+            batch = replace(batch, global_batch=sizes)
+        # The buffer changes with every micro-batch, so each makes its part of the draw by itself.
+        count = len(range(first, drawn, parts))
+        if not count or not batch.loss_weight:
+            return batch
         draws = [generator(self.seed, self._visits, number) for number in (0, 1)]
-        first = self.memory.sample_indices(count, draws[0])
-        second = self.memory.sample_indices(count if self.beta else 0, draws[1])
+        dark = self.memory.sample_indices(count, draws[0])
+        labeled = self.memory.sample_indices(count if self.beta else 0, draws[1])
         self._draws = _Draws(
             start=len(batch),
-            dark=self.memory.get(rank_stride(first)),
-            labeled=self.memory.get(rank_stride(second)),
-            known=self.memory.get(first)["known"],
-            count=len(second),
-            scale=new / len(batch),
+            dark=self.memory.get(rank_stride(dark)),
+            labeled=self.memory.get(rank_stride(labeled)),
+            known=self.memory.get(dark)["known"],
+            count=len(labeled),
+            scale=count / drawn * rank_and_world()[1] * parts / batch.loss_weight,
         )
-        for drawn in (self._draws.dark, self._draws.labeled):
+        for stored in (self._draws.dark, self._draws.labeled):
             # The task loss leaves them out.
-            labels = torch.full_like(drawn["labels"], IGNORE_INDEX)
-            unscored = replayed_batch({**drawn, "labels": labels}, batch)
+            labels = torch.full_like(stored["labels"], IGNORE_INDEX)
+            unscored = replayed_batch({**stored, "labels": labels}, batch)
+            unscored = replace(unscored, in_loss=torch.zeros_like(labels, dtype=torch.bool))
             batch = batch.join(unscored.to(batch.labels.device))
         return batch
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mmcl.core import Batch, Modality, Output, Strategy, Task, device_of, require
+from mmcl.core.distributed import rank_and_world
 from mmcl.core.model import VLM
 from mmcl.core.seeding import generator
 from mmcl.memory import MmapStore, TensorBuffer
@@ -157,18 +158,29 @@ class FeatureReplay(Strategy):
             batch = self._encoded(model, batch)
         if not len(self.memory):
             return batch
-        device = batch.labels.device
-        new = global_count(len(batch), device)
-        count = max(1, round(self.replay_ratio / (1 - self.replay_ratio) * new))
+        device, sizes = batch.labels.device, batch.global_batch
+        if sizes is None:
+            samples, in_loss, first, parts = (
+                global_count(len(batch), device), global_count(batch.num_in_loss, device), 0, 1
+            )  # fmt: skip
+        else:
+            samples, in_loss = sizes.samples, sizes.in_loss
+            first, parts = sizes.micro_batch, sizes.micro_batches
+        count = max(1, round(self.replay_ratio / (1 - self.replay_ratio) * samples))
         index = self.memory.sample_indices(count, generator(self.seed, self._steps))
-        joined = batch.join(self._replayed(self.memory.get(rank_stride(index)), batch))
-        # Ranks may have joined one sample more or less: keep the mean over ranks the global mean.
-        weight = batch.loss_weight * (len(joined) / len(batch)) * (new / (new + count))
-        return replace(joined, loss_weight=weight)
+        own = rank_stride(index, first, parts)
+        joined = batch.join(self._replayed(self.memory.get(own), batch))
+        if sizes is not None:
+            sizes = replace(sizes, samples=samples + count, in_loss=in_loss + count)
+        # Parts may have joined one sample more or less: keep their mean that of the global batch.
+        weight = joined.num_in_loss * rank_and_world()[1] * parts / (in_loss + count)
+        return replace(joined, loss_weight=weight, global_batch=sizes)
 
     def after_step(self, model: VLM, batch: Batch, output: Output) -> None:
         """Count the step, so that the next draw differs; delete files that are not needed."""
-        self._steps += 1
+        sizes = batch.global_batch
+        # All micro-batches of a global batch share one draw.
+        self._steps += sizes is None or sizes.micro_batch == sizes.micro_batches - 1
         self._steps_here += 1
         if self.drift_monitor.is_due:
             self._measure_drift(model)

@@ -24,6 +24,7 @@ from mmcl.core import (
     device_of,
     is_generative_model,
     require,
+    subset_weight,
 )
 from mmcl.core.distributed import all_reduce_sum
 from mmcl.core.seeding import generator
@@ -124,7 +125,8 @@ class L2P(Strategy):
     def penalty(self, model: VLM, batch: Batch, output: Output) -> Mapping[str, Tensor]:
         """Return the key term, as "pull" ("text_pull" for the text tower)."""
         similarity = output.prompts.aux[f"{self._prefix}similarity"]
-        return {f"{self._prefix}pull": self.pull_weight * key_pull_loss(similarity)}
+        weight = self.pull_weight * subset_weight(batch, len(batch), len(batch))
+        return {f"{self._prefix}pull": weight * key_pull_loss(similarity)}
 
     def after_step(self, model: VLM, batch: Batch, output: Output) -> None:
         """Count the pool entries selected in the step, over all processes."""

@@ -18,7 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mmcl.core import VLM, Batch, Chain, Output, Strategy, Task, forward, trainable_parameters
+from mmcl.core import (
+    VLM,
+    Batch,
+    Chain,
+    Output,
+    Strategy,
+    Task,
+    forward,
+    subset_weight,
+    trainable_parameters,
+)
 from mmcl.core.model import eval_mode
 from mmcl.layers.adapters import adapters_disabled, base_layers, keep_active_adapters
 from mmcl.memory.snapshot import Snapshot
@@ -29,11 +39,12 @@ class LwF(Strategy):
     """Learning without forgetting: knowledge distillation from an earlier model on current data.
 
     Adds ``alpha * T^2 * KL(teacher || student)`` over the classes known before this task, mean over
-    the new samples of the batch. Samples with captions are distilled over the (B, B) similarities
-    of the batch, mean of both directions; there B is the samples of one process. Answers are
-    distilled over the vocabulary, mean over the scored tokens of the new samples. The teacher is
-    the same model called with older weights: no second model is held. In a chain it answers as the
-    whole chain did in evaluation: with the prompts, gates and output transforms of that time.
+    the new samples of the global batch. Samples with captions are distilled over the (B, B)
+    similarities of the batch, mean of both directions; there B is the samples of one process.
+    Answers are distilled over the vocabulary, mean over the scored tokens of the new samples;
+    accumulated micro-batches count by their new samples. The teacher is the same model called with
+    older weights: no second model is held. In a chain it answers as the whole chain did in
+    evaluation: with the prompts, gates and output transforms of that time.
 
     Args:
         alpha: weight of the distillation.
@@ -44,9 +55,9 @@ class LwF(Strategy):
         distill_on: "new" are the task's own samples; "sources" those of the general or reference
             sets that the card mixes in, as in ZSCL (Zheng et al. 2023, arXiv:2303.06628).
 
-    **Remembers** one copy of the trainable weights, at their own precision, one number, and the
-    state of those members of its chain that give prompts or transform outputs. With "base" only
-    weights outside of adapters: nothing where only adapters are trainable.
+    **Remembers** one copy of the trainable weights, at their own precision, and one number. During
+    a task also the state of members of its chain that give prompts or transform outputs. With
+    "base" only weights outside of adapters: nothing where only adapters are trainable.
 
     **Asks of the model** to be a torch module (it is called a second time with the old weights).
     """
@@ -106,43 +117,46 @@ class LwF(Strategy):
 
     def penalty(self, model: VLM, batch: Batch, output: Output) -> Mapping[str, Tensor]:
         """Return the distillation loss as "lwf"; with "previous" nothing in the first task."""
-        if self.known < 0 or not len(batch):
+        if self.known < 0:
             return {}
-        index, logits = None, output.logits
         is_distilled = self._is_distilled(batch)
-        if is_distilled is not None:
-            index = is_distilled.nonzero().flatten()
-            if not len(index):
-                return {}
-            if output.sample_index is not None:
-                logits = logits[is_distilled[output.sample_index]]
-            batch = batch.take(index)
+        count = samples = len(batch) if is_distilled is None else int(is_distilled.sum())
+        logits = output.logits
         if output.sample_index is not None:
-            if not len(logits):
-                return {}
-            target = self._teacher_logits(model, batch)
-            term = kd_loss(target.float(), logits.float(), self.temperature)
-            return {"lwf": self.alpha * term}
+            if is_distilled is not None:
+                logits = logits[is_distilled[output.sample_index]]
+            count = len(logits)
+        sizes = batch.global_batch
+        is_new = self.distill_on == "new"
+        total = None if sizes is None else sizes.new if is_new else sizes.from_sources
+        # A rank without such samples takes part in the sums over ranks.
+        weight = self.alpha * subset_weight(batch, count, samples, total)
+        if not count:
+            return {}
+        index = None if is_distilled is None else is_distilled.nonzero().flatten()
+        target = self._teacher_logits(model, batch if index is None else batch.take(index))
+        if output.sample_index is not None:
+            return {"lwf": weight * kd_loss(target.float(), logits.float(), self.temperature)}
         student = logits if index is None else logits[index]
-        target = self._teacher_logits(model, batch)
         if batch.input_ids is None:
             known = student.shape[1] if self.is_base else min(self.known, student.shape[1])
             term = kd_loss(target[:, :known], student[:, :known], self.temperature)
         else:
             pairs = student if index is None else student[:, index]
             term = contrastive_kd_loss(target, pairs, self.temperature)
-        return {"lwf": self.alpha * term}
+        return {"lwf": weight * term}
 
     def end_task(self, model: VLM, task: Task, batches: Iterable[Batch]) -> None:
         """Store this model's weights as the next task's teacher, unless the base stays teacher."""
         if not self.is_base:
             self.teacher.take(trainable_parameters(model))
-            self._copy_members(model)
+            # Between tasks the members themselves are the teacher's; before_task copies them.
+            self._members = []
         self.known = max(self.known, max(task.class_ids, default=-1) + 1)
 
     def buffer_sizes(self) -> Mapping[str, int]:
-        """Return the number of parameters that are stored of the teacher."""
-        return {} if self.is_base else {"teacher": len(self.teacher)}
+        """Return of how many parameters and members of the chain the teacher consists."""
+        return {} if self.is_base else {"teacher": len(self.teacher) + len(self._used_members())}
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the number of classes known before the current task, -1 without a teacher.
@@ -166,7 +180,8 @@ class LwF(Strategy):
                 f"copied {len(self._members)}: attach the same chain and begin every task up to "
                 "the checkpoint's before loading it"
             )
-        for member, own in zip(self._members, stored, strict=False):
+        self._members = self._members[: len(stored)]
+        for member, own in zip(self._members, stored, strict=True):
             member.load_state_dict(own)
 
     def _is_distilled(self, batch: Batch) -> Tensor | None:
@@ -177,14 +192,18 @@ class LwF(Strategy):
             return torch.zeros_like(batch.task_ids, dtype=torch.bool)
         return batch.source_ids > 0
 
-    def _copy_members(self, model: VLM) -> None:
+    def _used_members(self) -> list[Strategy]:
+        """Return the members of the chain that give prompts or transform outputs."""
         members = self.root.leaves() if isinstance(self.root, Chain) else []
         hooks = ("prompts", "transform_output")
-        used = [m for m in members if m is not self and any(m.overrides(hook) for hook in hooks)]
+        return [m for m in members if m is not self and any(m.overrides(hook) for hook in hooks)]
+
+    def _copy_members(self, model: VLM) -> None:
         # A copy shares the model and the chain, should a member refer to them.
         shared = [self.root, *cast(nn.Module, model).modules()]
         self._members = [
-            copy.deepcopy(member, {id(one): one for one in shared}).eval() for member in used
+            copy.deepcopy(member, {id(one): one for one in shared}).eval()
+            for member in self._used_members()
         ]
 
     def _teacher_logits(self, model: VLM, batch: Batch) -> Tensor:

@@ -29,8 +29,8 @@ class OSF(Strategy):
 
     The gradient is orthogonal, and so is a step of SGD. Adam divides each number by its own size,
     which turns its steps into the preserved directions as well, here as with peft alone: about a
-    tenth of the change of a small model went there. EWC does not fit, because the factors that it
-    weighs have other shapes in every task.
+    tenth of the change of a small model went there. EWC and WiseFT are refused, because the factors
+    have other shapes in every task.
 
     Args:
         preserve: fraction of directions that the first task may not change, between 0 and 1.

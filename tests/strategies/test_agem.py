@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mmcl.core import begin_task, end_task, step, trainable_parameters
+from mmcl.core import Chain, begin_task, end_task, forward, step, trainable_parameters
 from mmcl.core.seeding import generator, hash_priorities
+from mmcl.models import OpenCLIP
+from mmcl.strategies import CLMoE, LoRA, ModalPrompt
 from mmcl.strategies.agem import AGEM
+from mmcl.strategies.l2p import L2P
 from tests.toys.toy_clip import StandIn, a_batch, a_task, task_batches
 from tests.toys.toy_llava import a_llava, an_answer_task, dialogue_batches
 
@@ -78,6 +81,20 @@ def test_in_the_first_task_nothing_is_projected():
     strategy.project_gradients(model)
     assert torch.equal(flat_gradient(model), before)
     assert strategy.inactive_parts() == ("memory is empty",)
+
+
+def test_a_model_without_trainable_parameters_is_reported():
+    model, strategy = StandIn(), Chain([L2P(), AGEM()])
+    strategy.attach(model)
+    for task in (a_task(0), a_task(1)):
+        begin_task(model, strategy, task)
+        step(model, strategy, a_batch(8, task.index)).loss.backward()
+        strategy.project_gradients(model)
+        end_task(model, strategy, task, task_batches(task.index))
+    found = "AGEM: the model has no trainable parameters, so no gradient was projected"
+    assert found in strategy.inactive_parts()
+    model, strategy = after_a_task()
+    assert strategy.inactive_parts() == ()
 
 
 def test_a_parameter_without_a_gradient_counts_as_zero():
@@ -181,3 +198,26 @@ def test_samples_that_are_answered_are_stored_with_labels_for_every_token():
     found = strategy._reference(model, weights)
     for left, right in zip(found, expected, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [CLMoE, ModalPrompt], ids=lambda make: make.__name__)
+def test_stored_questions_are_embedded_by_a_routing_encoder(make):
+    model = a_llava(routing_encoder=OpenCLIP("tiny", "built-in").eval())
+    chain = Chain([make(), LoRA(rank=2), AGEM()] if make is ModalPrompt else [make(rank=2), AGEM()])
+    chain.attach(model)
+    begin_task(model, chain, an_answer_task(0))
+    batches = dialogue_batches(model, 0)
+    end_task(model, chain, an_answer_task(0), batches)
+    begin_task(model, chain, an_answer_task(1))
+    (agem,) = (member for member in chain.members if isinstance(member, AGEM))
+    weights = list(trainable_parameters(model).values())
+    total, count = 0, 0
+    for batch in batches:
+        old = replace(batch, is_replay=torch.ones(8, dtype=torch.bool))
+        words = int((old.labels != -100).sum())
+        total = total + words * model.loss(forward(model, chain, old), old)
+        count += words
+    expected = torch.autograd.grad(total / count, weights, allow_unused=True)
+    for found, slope in zip(agem._reference(model, weights), expected, strict=True):
+        slope = torch.zeros_like(found) if slope is None else slope
+        torch.testing.assert_close(found, slope, rtol=1e-3, atol=1e-6)

@@ -51,6 +51,8 @@ BAD_ARGUMENTS = [
     ("CLMoE", {"instance_weight": -1.0}, "instance_weight -1.0"),
     ("DarkReplay", {"draws_per_sample": 0}, "draws_per_sample is 0, expected above 0"),
     ("EWC", {"decay": 2}, "decay 2"),
+    ("EWC", {"group": 1}, "group is 1 and .*: compare captions with 2 or more"),
+    ("EWC", {"fisher_samples": 0}, "fisher_samples 0"),
     ("ExperienceReplay", {"buffer_size": 0}, "buffer_bytes 0: store at least 1, or use Finetune"),
     ("ExperienceReplay", {"buffer_bytes": -5}, "buffer_bytes -5: store at least 1"),
     ("ExperienceReplay", {"selection": "ring"}, "choose one of reservoir, class_balanced, h"),

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from mmcl.core import Batch, Output, begin_task, end_task, step, trainable_parameters
-from mmcl.core.seeding import generator
+from mmcl.core import Batch, Chain, Output, begin_task, end_task, step, trainable_parameters
+from mmcl.core.seeding import generator, hash_priorities
+from mmcl.strategies import ewc
 from mmcl.strategies.ewc import EWC
 from mmcl.strategies.lora import LoRA
+from mmcl.strategies.o_lora import OLoRA
 from tests.strategies.plain_loop import learn
 from tests.toys.toy_clip import StandIn, a_task, task_batches
 from tests.toys.toy_llava import a_dialogue_batch, a_llava, an_answer_task
@@ -92,8 +94,8 @@ def test_the_fisher_does_not_depend_on_how_samples_are_batched():
 def test_samples_takes_exactly_that_many_samples():
     model, batch = Logistic(), rows()
     strategy = EWC(fisher_samples=4)
-    chosen = strategy._chosen(task_of(batch), batch)
-    assert len(chosen) == 4
+    hashes = hash_priorities(0, 0, torch.arange(10)).tolist()
+    chosen = torch.tensor(sorted(range(10), key=lambda sample: hashes[sample])[:4])
     strategy.end_task(model, task_of(batch), [batch])
     expected = closed_form(model, batch.take(chosen))
     found = strategy.importance.get("head.weight").double()
@@ -164,24 +166,126 @@ def test_an_older_fisher_decays_and_the_anchor_moves():
     assert torch.equal(strategy.anchors.get("head.weight"), model.head.weight)
 
 
-def test_a_caption_is_scored_among_its_group_both_ways_round():
-    model, batch = Pairs(), rows(6)
-    tokens = torch.arange(12).view(6, 2) % 9
-    batch = Batch(
-        batch.images, batch.labels, batch.task_ids, input_ids=tokens, sample_ids=batch.sample_ids
-    )
-    strategy = EWC(group=4)
-    strategy.end_task(model, task_of(batch), [batch])
-    total = torch.zeros_like(model.image.weight, dtype=torch.float64)
-    for group in (torch.arange(4), torch.arange(4, 6)):
-        for place in range(len(group)):
-            scores = model(batch.take(group)).logits
+def captions(count, seed=0):
+    batch = rows(count, seed=seed)
+    tokens = torch.randint(0, 9, (count, 2), generator=torch.Generator().manual_seed(seed))
+    return replace(batch, labels=torch.full((count,), -100), input_ids=tokens)
+
+
+def over_groups(model, batch, groups, drawn=None):
+    """Mean of the squared gradients of every sample's log p in its group, in plain loops.
+
+    ``drawn`` is called with a sample and its (text, image) logits and returns the matched two.
+    """
+    total, count = torch.zeros_like(model.image.weight, dtype=torch.float64), 0
+    for group in groups:
+        for place, sample in enumerate(group):
+            scores = model(batch.take(torch.tensor(group))).logits
             row, column = scores[place], scores[:, place]
-            likelihood = (row.softmax(0)[place].log() + column.softmax(0)[place].log()) / 2
+            text, image = (place, place) if drawn is None else drawn(sample, row, column)
+            likelihood = (row.softmax(0)[text].log() + column.softmax(0)[image].log()) / 2
             (slope,) = torch.autograd.grad(likelihood, [model.image.weight])
-            total += slope.double() ** 2
-    found = strategy.importance.get("image.weight").double()
-    torch.testing.assert_close(found, total / 6, rtol=1e-4, atol=1e-9)
+            total, count = total + slope.double() ** 2, count + 1
+    return total / count
+
+
+def fisher_of(strategy, model, batches, size):
+    strategy.end_task(model, a_task(0, classes=3, size=size), batches)
+    return strategy.importance.get("image.weight").double()
+
+
+def near(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 19])
+def test_a_caption_is_scored_in_its_group_both_ways_whatever_the_batches(size):
+    model, batch = Pairs(), captions(19)
+    found = fisher_of(
+        EWC(group=4), model, [batch.take(r) for r in torch.arange(19).split(size)], 19
+    )
+    groups = [list(range(start, min(start + 4, 19))) for start in range(0, 19, 4)]
+    near(found, over_groups(model, batch, groups))
+
+
+def test_captions_may_come_in_any_order_and_without_ids():
+    model, batch = Pairs(), captions(12)
+    expected = over_groups(model, batch, [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]])
+    shuffled = batch.take(torch.randperm(12, generator=torch.Generator().manual_seed(1)))
+    for whole in (shuffled, replace(batch, sample_ids=None)):
+        near(
+            fisher_of(
+                EWC(group=5),
+                model,
+                [whole.take(torch.arange(7)), whole.take(torch.arange(7, 12))],
+                12,
+            ),
+            expected,
+        )
+
+
+def test_a_caption_alone_in_the_last_group_is_left_out():
+    model, batch = Pairs(), captions(9)
+    found = fisher_of(EWC(group=4), model, [batch], 9)
+    near(found, over_groups(model, batch, [[0, 1, 2, 3], [4, 5, 6, 7]]))
+    with pytest.raises(RuntimeError, match="two or more captions"):
+        fisher_of(EWC(), model, [batch.take(torch.tensor([0]))], 1)
+
+
+@pytest.mark.parametrize("size", [20, 0], ids=["size known", "size unknown"])
+def test_groups_are_made_of_the_chosen_captions(size):
+    model, batch = Pairs(), captions(20)
+    hashes = hash_priorities(3, 0, torch.arange(20)).tolist()
+    chosen = sorted(sorted(range(20), key=lambda sample: hashes[sample])[:7])
+    expected = over_groups(model, batch, [chosen[:3], chosen[3:6]])
+    batches = [batch.take(part) for part in torch.arange(20).split(6)]
+    near(fisher_of(EWC(fisher_samples=7, group=3, seed=3), model, batches, size), expected)
+
+
+def test_the_models_own_captions_are_drawn_in_both_directions_for_every_sample():
+    model, batch = Pairs(), captions(8)
+    answers = []
+
+    def drawn(sample, row, column):
+        draw = generator(5, 0, sample)
+        both = torch.stack([row, column]).detach().softmax(1).double()
+        answers.append(torch.multinomial(both, 1, generator=draw).flatten().tolist())
+        return answers[-1]
+
+    expected = over_groups(model, batch, [[0, 1, 2, 3], [4, 5, 6, 7]], drawn)
+    found = fisher_of(EWC(fisher="model", group=4, seed=5), model, [batch], 8)
+    near(found, expected)
+    assert any(text != place % 4 for place, (text, _) in enumerate(answers))
+    assert any(text != image for text, image in answers)
+
+
+def test_labels_of_samples_without_ids_are_drawn_by_their_place_in_the_pass():
+    model, batch = Logistic(), rows(9)
+    without = replace(batch, sample_ids=None)
+    found = []
+    for batches in ([batch], [without.take(part) for part in torch.arange(9).split(2)]):
+        strategy = EWC(fisher="model", fisher_samples=6)
+        strategy.end_task(model, task_of(batch), batches)
+        found.append(strategy.importance.get("head.weight"))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=0)
+
+
+def test_the_samples_of_a_task_are_chosen_once(monkeypatch):
+    calls, choose = [], ewc.smallest_priorities_in_range
+    monkeypatch.setattr(
+        ewc, "smallest_priorities_in_range", lambda *args: calls.append(args) or choose(*args)
+    )
+    batch = rows()
+    EWC(fisher_samples=4).end_task(
+        Logistic(), task_of(batch), [batch.take(row) for row in torch.arange(10)[:, None]]
+    )
+    assert calls == [(10, 4, 0, 0)]
+
+
+def test_a_choice_without_a_size_needs_data_that_can_be_read_twice():
+    batch = rows()
+    with pytest.raises(ValueError, match="fisher_samples is 4, task 'task 0' states no size"):
+        EWC(fisher_samples=4).end_task(Logistic(), a_task(0, size=0), iter([batch]))
 
 
 def test_samples_without_a_label_do_not_count():
@@ -311,6 +415,19 @@ def test_the_fisher_of_answers_does_not_depend_on_how_samples_are_batched():
     many.end_task(model, an_answer_task(0, size=8), rows)
     for name, value in one.importance.tensors.items():
         torch.testing.assert_close(value, many.importance.get(name), rtol=1e-5, atol=1e-12)
+
+
+def test_a_fisher_of_adapters_that_are_not_trained_any_more_is_reported():
+    found = {}
+    for make in (LoRA, OLoRA):
+        model, chain = a_llava(), Chain([make(rank=2), EWC(fisher_samples=2)])
+        chain.attach(model)
+        for task in (an_answer_task(0, 4), an_answer_task(1, 4)):
+            begin_task(model, chain, task)
+            end_task(model, chain, task, [a_dialogue_batch(model, rows=4, task=task.index)])
+        found[make] = chain.inactive_parts()
+    assert found[LoRA] == ()
+    assert found[OLoRA] == ("EWC: no weight with a Fisher was trained, so there was no penalty",)
 
 
 def test_samples_whose_answer_is_not_scored_do_not_count():

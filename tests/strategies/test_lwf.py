@@ -16,6 +16,7 @@ from mmcl.core import (
     step,
     trainable_parameters,
 )
+from mmcl.strategies.l2p import L2P
 from mmcl.strategies.lora import LoRA
 from mmcl.strategies.lwf import LwF
 from tests.strategies.plain_loop import learn
@@ -303,3 +304,13 @@ def test_samples_of_sources_are_distilled_and_no_others():
 def test_a_task_that_mixes_in_no_source_is_refused():
     with pytest.raises(ValueError, match="mixes in none"):
         begin_task(StandIn(), LwF(distill_on="sources"), a_task(0))
+
+
+def test_the_teacher_of_a_frozen_model_with_prompts_is_no_empty_one():
+    model, chain = StandIn(), Chain([L2P(), LwF()])
+    chain.attach(model)
+    learn(model, chain, [a_task(0)])
+    assert not [part for part in chain.inactive_parts() if "LwF" in part]
+    alone = LwF()
+    end_task(model, alone, a_task(0), [])
+    assert alone.inactive_parts() == ("teacher is empty",)

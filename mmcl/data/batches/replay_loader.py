@@ -140,8 +140,10 @@ class ReplayLoader:
             return EpochPlan(mixture, seed=self.items.seed, task=task, epoch=epoch)
 
         requests = ResumableBatchSampler(
-            plan, mixture.steps, lambda: (epoch, done), accumulation=1, rank=rank, world=world
-        )
+            plan, mixture.steps, lambda: (epoch, done),
+            composition=lambda entries: (int((entries < mixture.new).sum()), 0),
+            accumulation=1, rank=rank, world=world,
+        )  # fmt: skip
         start = done
         for count, batch in enumerate(_loader(self.items, requests, self.num_workers), start + 1):
             self._now = (epoch, count)
@@ -268,6 +270,7 @@ class _ItemBatches(Dataset[Batch]):
         return replace(
             batch, task_ids=torch.from_numpy(tasks), sample_ids=torch.from_numpy(numbers),
             is_replay=torch.from_numpy(is_old), loss_weight=request.loss_weight,
+            global_batch=request.global_batch,
         )  # fmt: skip
 
     def _collated(self, items: list[Any], seeds: list[int]) -> Batch:

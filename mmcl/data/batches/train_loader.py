@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mmcl.core import IGNORE_INDEX, Batch, DataSource, ReplayPlan, Task, Transform
+from mmcl.core import IGNORE_INDEX, Batch, DataSource, GlobalBatch, ReplayPlan, Task, Transform
 from mmcl.core.seeding import hash_seed
 from mmcl.data.batches.batch_plan import EpochPlan, Mixture, WindowedShuffle, rank_slice
 from mmcl.data.batches.collate import Example, collate, make_example
@@ -36,11 +36,13 @@ class BatchRequest:
         epoch: from 0.
         entries: samples of the micro-batch, see ``EpochPlan``.
         loss_weight: see ``Batch.loss_weight``.
+        global_batch: see ``Batch.global_batch``.
     """
 
     epoch: int
     entries: IntArray
     loss_weight: float
+    global_batch: GlobalBatch | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,10 @@ class TrainDataset(Dataset[Batch]):
             (c for t in stream.tasks[: task + 1] for c in t.class_ids), default=-1
         )
 
+    def composition(self, entries: IntArray) -> tuple[int, int]:
+        """Return how many entries are new samples of the task, and how many of sources."""
+        return int((entries < self._starts[1]).sum()), int((entries >= self._starts[2]).sum())
+
     def scored(self, entries: IntArray) -> int:
         """Return how many entries are in the task loss."""
         if all(source.in_loss for source in self.sources):
@@ -131,7 +137,8 @@ class TrainDataset(Dataset[Batch]):
         """Read, decode and collate one micro-batch, its images in the buffer ``room``."""
         errors: list[str] = []
         examples = [self._example(int(entry), request.epoch, errors) for entry in request.entries]
-        return collate(examples, errors, request.loss_weight, room)
+        batch = collate(examples, errors, request.loss_weight, room)
+        return replace(batch, global_batch=request.global_batch)
 
     def _example(self, entry: int, epoch: int, errors: list[str]) -> Example:
         """Make the example of an entry, or of the first of its replacements that can be read."""
@@ -206,6 +213,7 @@ class ResumableBatchSampler(Sampler[BatchRequest]):
         position: called at every ``iter``: (epoch, micro-batches already done in it). An epoch that
             is done to its end counts as the start of the next.
         scored: returns how many of the given entries are in the task loss.
+        composition: returns how many of the given entries are new, and how many of sources.
         begins: called with the plan and the number of a global batch before it is requested.
         accumulation: micro-batches of a global batch on every rank.
         rank: rank of this process.
@@ -218,6 +226,7 @@ class ResumableBatchSampler(Sampler[BatchRequest]):
         steps: int,
         position: Callable[[], tuple[int, int]],
         scored: Callable[[IntArray], int] = len,
+        composition: Callable[[IntArray], tuple[int, int]] = lambda entries: (len(entries), 0),
         begins: Callable[[EpochPlan, int], None] = lambda plan, step: None,
         *,
         accumulation: int,
@@ -225,7 +234,7 @@ class ResumableBatchSampler(Sampler[BatchRequest]):
         world: int,
     ) -> None:
         self.plan, self.steps, self.position = plan, steps, position
-        self.scored, self.begins = scored, begins
+        self.scored, self.composition, self.begins = scored, composition, begins
         self.accumulation, self.rank, self.world = accumulation, rank, world
 
     def __len__(self) -> int:
@@ -242,8 +251,12 @@ class ResumableBatchSampler(Sampler[BatchRequest]):
             self.begins(plan, step)
             batch = plan.batch(step)
             entries = rank_slice(batch, micro_batch, self.accumulation, self.rank, self.world)
-            weight = self.scored(entries) * slices / self.scored(batch)
-            yield BatchRequest(epoch, entries, weight)
+            in_loss = self.scored(batch)
+            sizes = GlobalBatch(
+                len(batch), *self.composition(batch), in_loss, micro_batch, self.accumulation
+            )
+            weight = self.scored(entries) * slices / in_loss
+            yield BatchRequest(epoch, entries, weight, sizes)
 
 
 def train_loader(
@@ -292,8 +305,8 @@ def train_loader(
     _expect_samples_for_all(dataset.tasks[task], mixture, accumulation, world)
     plan = _planner(dataset, mixture, window, group)
     batches = ResumableBatchSampler(
-        plan, mixture.steps, position, dataset.scored, _ShardPrefetcher(dataset.reader),
-        accumulation=accumulation, rank=rank, world=world,
+        plan, mixture.steps, position, dataset.scored, dataset.composition,
+        _ShardPrefetcher(dataset.reader), accumulation=accumulation, rank=rank, world=world,
     )  # fmt: skip
     return make_dataloader(dataset, batches, workers, seed=seed)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmcl.core import IGNORE_INDEX, ReplayPlan, TaskStream
+from mmcl.core import IGNORE_INDEX, GlobalBatch, ReplayPlan, TaskStream
 from mmcl.data import open_stream, train_loader
 from tests.data.small_stream import (
     CutAndNoise,
@@ -105,7 +105,13 @@ def test_ranks_and_micro_batches_have_the_same_global_batches_and_weigh_samples_
             keys[place :: world * parts] = piece.keys
         assert tuple(keys) == batch.keys
         scored = [int(p.in_loss.sum()) if p.in_loss is not None else len(p) for p in pieces]
-        for piece, count in zip(pieces, scored, strict=True):
+        new = sum(int((~piece.is_replay).sum()) for piece in pieces)
+        general = sum(
+            int((piece.source_ids > 0).sum()) for piece in pieces if piece.source_ids is not None
+        )
+        for place, (piece, count) in enumerate(zip(pieces, scored, strict=True)):
+            sizes = (len(batch), new, general, sum(scored), place // world, parts)
+            assert piece.global_batch == GlobalBatch(*sizes)
             assert piece.loss_weight == pytest.approx(count * world * parts / sum(scored))
 
 

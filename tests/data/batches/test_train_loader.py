@@ -128,7 +128,9 @@ def test_any_number_of_ranks_and_micro_batches_has_the_same_global_batches(
                 micro = ranks[rank][number * accumulation + part]
                 places = torch.arange(part * world + rank, len(batch), world * accumulation)
                 expected = batch.take(places)
-                assert same(micro, replace(expected, loss_weight=micro.loss_weight))
+                sizes = replace(batch.global_batch, micro_batch=part, micro_batches=accumulation)
+                expected = replace(expected, loss_weight=micro.loss_weight, global_batch=sizes)
+                assert same(micro, expected)
                 assert micro.loss_weight == pytest.approx(
                     len(micro) * world * accumulation / len(batch)
                 )
