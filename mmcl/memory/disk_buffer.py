@@ -152,6 +152,15 @@ class MmapStore(nn.Module):
         """Groups (tasks) that have a file."""
         return list(self._files)
 
+    def missing_files(self) -> list[Path]:
+        """Return the files of stored rows that are missing or have another size."""
+        directory, found = self.directory, []
+        for name, rows in self._files.values() if directory is not None else ():
+            path = directory / name
+            if not path.is_file() or path.stat().st_size != rows * self.row_bytes:
+                found.append(path)
+        return found
+
     def expect_directory(self) -> Path:
         """Return the folder of the files; raise a RuntimeError if none was given."""
         if self.directory is None:
