@@ -68,10 +68,14 @@ def write_clip(module: ContinualModule, target: Path, *, half: bool) -> str:
     state = {name: value.detach().contiguous() for name, value in clip.state_dict().items()}
     if half:
         state = {name: value.half() for name, value in state.items()}
-    name = str(getattr(module.model, "name", ""))
+    return _write_clip_files(module.model, state, target)
+
+
+def _write_clip_files(model: Any, state: dict[str, Tensor], target: Path) -> str:
+    name = str(getattr(model, "name", ""))
     if target.suffix != _WEIGHTS:
         with new_folder(target) as temporary:
-            save_architecture(clip, getattr(module.model, "_tokenizer", None), name, temporary)
+            save_architecture(model.clip, getattr(model, "_tokenizer", None), name, temporary)
             save_file(state, temporary / _IN_FOLDER)
         weights = target / _IN_FOLDER
         report = f"{target}: a folder for open_clip ('local-dir:{target}')"
