@@ -224,13 +224,11 @@ class RunDirectory:
                 f"{self.path} holds a run without its config.yaml: use another --run_name"
             )
         else:
-            inputs["settings"] = {}
+            inputs = {"settings": {}, "tasks": {}}
             self.write("config.yaml", yaml.safe_dump(plain, sort_keys=False))
-        found = {key: digest for key, value in new.items() if (digest := _digest(value))}
-        inputs["settings"] = {k: v for k, v in found.items() if not _is_free(k)} | inputs[
-            "settings"
-        ]
-        self.save_inputs(inputs)
+        digests = {key: _digest(value) for key, value in new.items() if not _is_free(key)}
+        known = {key: digest for key, digest in digests.items() if digest}
+        self.save_inputs({**inputs, "settings": known | inputs["settings"]})
 
     def save_moved_paths(self) -> None:
         """Write the configuration again if its paths changed; its data was checked before."""
