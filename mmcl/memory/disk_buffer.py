@@ -154,12 +154,12 @@ class MmapStore(nn.Module):
 
     def missing_files(self) -> list[Path]:
         """Return the files of stored rows that are missing or have another size."""
-        directory, found = self.directory, []
-        for name, rows in self._files.values() if directory is not None else ():
-            path = directory / name
-            if not path.is_file() or path.stat().st_size != rows * self.row_bytes:
-                found.append(path)
-        return found
+        if self.directory is None:
+            return []
+        sizes = {
+            self.directory / name: rows * self.row_bytes for name, rows in self._files.values()
+        }
+        return [p for p, size in sizes.items() if not p.is_file() or p.stat().st_size != size]
 
     def expect_directory(self) -> Path:
         """Return the folder of the files; raise a RuntimeError if none was given."""
