@@ -61,10 +61,14 @@ class LostCheckpoint(OSError):
     Args:
         path: path of the checkpoint.
         problem: what is wrong, as the words after its name.
+
+    Attributes:
+        reason: what is wrong, for a sentence that ends with what is done about it.
     """
 
     def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(f"{path} {problem}")
+        self.reason = f"{path} {problem}"
+        super().__init__(f"{self.reason}: restore it, or choose another state (--after_task)")
 
 
 def check_whole(path: Path) -> None:

@@ -192,10 +192,10 @@ class ContinualRun:
             return self.load_after(row)
         except LostCheckpoint as lost:
             empty = ", ".join(f"'{matrix.names[column]}'" for _, column in matrix.missing([row]))
-            sentence = f"{lost}: restore it to evaluate or export that state"
+            sentence = f"{lost.reason}: restore it to evaluate or export that state"
             if empty:
                 sentence = (
-                    f"{lost}: after '{matrix.rows[row]}', {empty} cannot be measured; restore the "
+                    f"{lost.reason}: after '{matrix.rows[row]}', {empty} cannot be measured; restore the "
                     "file and give the same command"
                 )
                 self.unmeasured.append(sentence)

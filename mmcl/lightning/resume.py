@@ -136,11 +136,11 @@ def set_back(
     gone = [task.name for task in again if task.index in data.released_tasks]
     if gone:
         raise ValueError(
-            f"{lost}, and task '{gone[0]}' cannot be trained again without its shards: restore "
+            f"{lost.reason}, and task '{gone[0]}' cannot be trained again without its shards: restore "
             "the checkpoint or the shards"
         )
     names = ", ".join(f"'{task.name}'" for task in again)
-    warnings.warn(f"{lost}: trained again from the beginning: {names}", stacklevel=2)
+    warnings.warn(f"{lost.reason}: trained again from the beginning: {names}", stacklevel=2)
     if tasks < state.finished_tasks:
         for row in range(tasks + 1, len(matrix.rows)):
             for column in range(len(matrix.columns)):

@@ -13,6 +13,7 @@ import yaml
 from mmcl.evaluation import RunSummary
 from tests.behaviour.kill_runs import KILLED, command, in_process
 from tests.behaviour.test_growing_stream import learned_steps, tasks_on_card
+from tests.behaviour.test_kills_on_two_processes import on_both
 from tests.data.small_stream import labelled, write_tar
 from tests.lightning.small_runs import SmallRuns, small_model
 from tests.toys.http_server import serving
@@ -169,6 +170,18 @@ def test_a_finished_run_without_its_last_checkpoint_shows_its_result_and_trains_
     assert "average accuracy" in output
     assert (runs.path("run") / "matrix.json").read_bytes() == before
     assert not (runs.path("run") / "checkpoints" / "task_02.ckpt").exists()
+
+
+def test_two_processes_are_set_back_together(runs):
+    seen = runs.folder / "seen"
+    assert on_both(runs.words("alone", "ExperienceReplay"), seen) == [0, 0]
+    words = runs.words("run", "ExperienceReplay")
+    on_both(words, seen, ("step", IN_THIRD["ExperienceReplay"], (0, 1)))
+    flip(runs.path("run") / "checkpoints" / "task_01.ckpt")
+    assert on_both(words, seen) == [0, 0]
+    output = " ".join((seen / "output_0").read_text().split())
+    assert "trained again from the beginning: 'task-b', 'task-c'" in output
+    assert runs.differences("run", "alone") == []
 
 
 def rename_shards(runs, names):
