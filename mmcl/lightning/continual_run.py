@@ -195,8 +195,8 @@ class ContinualRun:
             sentence = f"{lost.reason}: restore it to evaluate or export that state"
             if empty:
                 sentence = (
-                    f"{lost.reason}: after '{matrix.rows[row]}', {empty} cannot be measured; restore the "
-                    "file and give the same command"
+                    f"{lost.reason}: after '{matrix.rows[row]}', {empty} cannot be measured; "
+                    "restore the file and give the same command"
                 )
                 self.unmeasured.append(sentence)
             warnings.warn(sentence, stacklevel=2)

@@ -136,8 +136,8 @@ def set_back(
     gone = [task.name for task in again if task.index in data.released_tasks]
     if gone:
         raise ValueError(
-            f"{lost.reason}, and task '{gone[0]}' cannot be trained again without its shards: restore "
-            "the checkpoint or the shards"
+            f"{lost.reason}, and task '{gone[0]}' cannot be trained again without its shards: "
+            "restore the checkpoint or the shards"
         )
     names = ", ".join(f"'{task.name}'" for task in again)
     warnings.warn(f"{lost.reason}: trained again from the beginning: {names}", stacklevel=2)
