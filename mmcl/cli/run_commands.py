@@ -103,12 +103,12 @@ def export(argv: Sequence[str]) -> int:
     """Write the model of a run, after its last task or an earlier one, for another library."""
     parser = _run_parser("mmcl export", export.__doc__)
     parser.add_argument(
-        "target", type=Path, help="new folder, or for open_clip a new .safetensors file"
+        "target", type=Path, help="new folder; for open_clip also a .safetensors file"
     )
     parser.add_argument(
         "--as", dest="form", choices=tuple(FORMATS),
-        help="open_clip: one file; transformers: folder of the full model, adapters merged; peft: "
-        "folder of the adapter alone (what fits the model)",
+        help="open_clip: folder for its local-dir:, or one file; transformers: folder of the full "
+        "model, adapters merged; peft: folder of the adapter alone (what fits the model)",
     )  # fmt: skip
     parser.add_argument("--after_task", type=int, metavar="N", help="number of trained tasks (all)")
     parser.add_argument("--half", action="store_true", help="save in float16")
@@ -125,10 +125,10 @@ def export(argv: Sequence[str]) -> int:
     module = run.load_after(wanted)
     module.eval()
     form = given.form or default_format(module)
-    if form == "open_clip" and given.target.suffix != ".safetensors":
+    if form == "open_clip" and given.target.suffix in (".bin", ".ckpt", ".npz", ".pt", ".pth"):
         raise UsageError(
             f"{given.target} does not end in .safetensors, by which open_clip knows such files: "
-            "rename it"
+            "rename it, or give a folder"
         )
     print(FORMATS[form](module, given.target, half=given.half))
     return 0

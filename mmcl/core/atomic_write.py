@@ -45,7 +45,8 @@ def write_atomic(
 
     If the process is killed or the machine loses power, the previous file is unchanged. The
     temporary name, ``.<name>.<process>.<random>.tmp``, is unique among threads, processes and
-    machines; the last rename wins.
+    machines; the last rename wins. Its permissions are those of any new file there (umask), also if
+    the function that writes it chooses others, as safetensors does.
 
     Args:
         path: file to write; missing parent folders are made.
@@ -60,7 +61,11 @@ def write_atomic(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if callable(content):
+            temporary.touch()
+            mode = temporary.stat().st_mode
             content(temporary)
+            if temporary.stat().st_mode != mode:
+                temporary.chmod(mode)
         else:
             needs = len(content)
             temporary.write_bytes(content)

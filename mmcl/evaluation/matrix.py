@@ -177,6 +177,11 @@ class AccuracyMatrix:
         self._check(row, column)
         return self._values[row][column]
 
+    def measured_names(self) -> frozenset[str]:
+        """Return the names of the columns with a measured cell."""
+        columns = zip(self.names, zip(*self._values, strict=True), strict=True)
+        return frozenset(name for name, cells in columns if set(cells) != {None})
+
     def missing(self, rows: Iterable[int] | None = None) -> list[Cell]:
         """List the unmeasured (row, column) cells of these rows, default all."""
         wanted = range(len(self.rows)) if rows is None else rows

@@ -1,4 +1,4 @@
-"""Export of trained weights: a transformers folder, a peft adapter, one file for open_clip."""
+"""Export of trained weights: a transformers folder, a peft adapter, an open_clip folder or file."""
 
 from __future__ import annotations
 
@@ -23,26 +23,30 @@ from mmcl.data.remote.location import sha256_of
 from mmcl.layers import MoELoRALinear, MultiLoRALinear, find_layers
 from mmcl.lightning.module import ContinualModule
 from mmcl.models.hf_vlm.loading import plain_model, plain_weight_names, save_pretrained
+from mmcl.models.open_clip.loading import architecture_of, save_architecture
 from mmcl.strategies.lora import LoRA, peft_state
 
 _TOLERANCE = 1e-3
 _ROOT = "lm."
+_WEIGHTS, _IN_FOLDER = ".safetensors", "open_clip_model.safetensors"
 RUN_WITH_MMCL = "run it with mmcl, from its run directory"
 
 
-def write_clip(module: ContinualModule, file: Path, *, half: bool) -> str:
-    """Write the CLIP's weights to a file, in float16 if ``half``.
+def write_clip(module: ContinualModule, target: Path, *, half: bool) -> str:
+    """Write the CLIP's weights and architecture, in float16 if ``half``.
 
     Args:
         module: with a trained CLIP.
-        file: ends in .safetensors, by which open_clip knows such files.
+        target: new folder, which open_clip loads as ``local-dir:<target>``; or a file that ends in
+            .safetensors, beside which the architecture is written as a .json of the same name.
         half: write float16.
 
     Returns:
-        A report: file, bytes and sha256.
+        A report: target, bytes and sha256 of the weights.
 
     Raises:
         TypeError: if the model is not one of open_clip.
+        ValueError: if the folder or the .json exists, or open_clip does not know the architecture.
     """
     clip = getattr(module.model, "clip", None)
     if clip is None:
@@ -64,8 +68,26 @@ def write_clip(module: ContinualModule, file: Path, *, half: bool) -> str:
     state = {name: value.detach().contiguous() for name, value in clip.state_dict().items()}
     if half:
         state = {name: value.half() for name, value in state.items()}
-    write_atomic(file, lambda path: save_file(state, path))
-    return f"{file}: {file.stat().st_size} bytes, sha256 {sha256_of(file)}"
+    return _write_clip_files(module.model, state, target)
+
+
+def _write_clip_files(model: Any, state: dict[str, Tensor], target: Path) -> str:
+    name = str(getattr(model, "name", ""))
+    if target.suffix != _WEIGHTS:
+        with new_folder(target) as temporary:
+            save_architecture(model.clip, getattr(model, "_tokenizer", None), name, temporary)
+            save_file(state, temporary / _IN_FOLDER)
+        weights = target / _IN_FOLDER
+        report = f"{target}: a folder for open_clip ('local-dir:{target}')"
+    else:
+        weights, architecture = target, target.with_suffix(".json")
+        if architecture.exists():
+            raise ValueError(f"{architecture} exists: give a new name, or remove this one")
+        text = json.dumps(architecture_of(name), indent=2) + "\n"
+        write_atomic(target, lambda path: save_file(state, path))
+        write_atomic(architecture, text)
+        report = f"{target}: weights for open_clip, with {architecture}"
+    return f"{report}, {weights.stat().st_size} bytes, sha256 {sha256_of(weights)}"
 
 
 def write_model(module: ContinualModule, folder: Path, *, half: bool) -> str:
@@ -266,6 +288,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        # safetensors gives its files to their owner alone; the folder's mode is by umask.
+        mode = temporary.stat().st_mode & 0o666
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 import torch.distributed as dist
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -29,15 +28,18 @@ from mmcl.evaluation.cost import Ledger
 from mmcl.evaluation.run_files import read_lenient
 from mmcl.evaluation.scorers import find_scorer
 from mmcl.lightning.checkpoint_io import (
+    LostCheckpoint,
     check_resumable,
+    check_whole,
     destroy_process_groups,
     raise_on_all_ranks,
     remove_mid_task_checkpoints,
 )
 from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.evaluate import evaluate_row
-from mmcl.lightning.module import ContinualModule, check_state
-from mmcl.lightning.run_dir import RunDirectory, RunState, check_stream_extends, task_fingerprint
+from mmcl.lightning.module import ContinualModule
+from mmcl.lightning.resume import check_data, check_memory_files, load_state, set_back
+from mmcl.lightning.run_dir import RunDirectory, RunState, task_fingerprint
 from mmcl.lightning.strategy_callback import EVAL_MODE_WARNING
 from mmcl.lightning.task_callback import TaskCallback
 
@@ -82,6 +84,7 @@ class ContinualRun:
         self.folder = RunDirectory(folder, writes=self.is_first)
         self.seed, self.checkpoint_every_n_steps = seed, checkpoint_every_n_steps
         self.log = log if self.is_first else lambda sentence: None
+        self.unmeasured: list[str] = []
 
     def run(self) -> AccuracyMatrix:
         """Train on all remaining tasks and evaluate all missing cells of the accuracy matrix.
@@ -101,16 +104,19 @@ class ContinualRun:
             self.data.memory = self.folder.path / "memory"
             stream = self.data.stream
             state = self.folder.state() or RunState(0, 0, [], self.seed)
-            check_stream_extends(state, self.data.declared_stream)
-            self._log_start(state)
             fresh = AccuracyMatrix.for_stream(stream, SCORES)
             matrix = fresh.with_cells_of(self.folder.path / "matrix.json")
-            module = self.load_after(state.finished_tasks)
+            check_data(self.folder, self.data, state, matrix.measured_names())
+            module = self._load_to_resume(state, matrix)
+            self._log_start(state)
             # Cells of finished rows are missing after a kill, or for appended tasks.
             for row in [row for row in range(state.finished_tasks + 1) if matrix.missing([row])]:
                 is_last = row == state.finished_tasks
-                row_module = module if is_last else self.load_after(row)
-                self._evaluate_row(matrix, row_module, row, state)
+                row_module = module if is_last else self._load_to_evaluate(row, matrix)
+                if row_module is not None:
+                    self._evaluate_row(matrix, row_module, row, state)
+            if module is None:
+                return matrix
             earlier = state.seconds
             for task in stream.tasks[state.finished_tasks :]:
                 self._train_task(module, state, task.index)
@@ -140,7 +146,7 @@ class ContinualRun:
         """Return the module after ``tasks`` tasks, None = all finished ones.
 
         Raises:
-            FileNotFoundError: if the run has not finished as many.
+            LostCheckpoint: if the checkpoint is missing or damaged.
         """
         if tasks is None:
             state = self.folder.state()
@@ -154,6 +160,48 @@ class ContinualRun:
         if tasks:
             load_state(module, self.folder.task_checkpoint(tasks))
         return module
+
+    def _load_to_resume(self, state: RunState, matrix: AccuracyMatrix) -> ContinualModule | None:
+        """Return the module after the last whole checkpoint, to which ``state`` is set back.
+
+        None if all tasks are finished and the last one's checkpoint is lost.
+        """
+        if state.finished_tasks == len(self.data.stream):
+            return self._load_to_evaluate(state.finished_tasks, matrix)
+        lost: LostCheckpoint | None = None
+        if state.last_checkpoint is not None:
+            try:
+                check_whole(self.folder.path / state.last_checkpoint)
+            except LostCheckpoint as error:
+                lost = error
+        tasks = state.finished_tasks
+        while True:
+            try:
+                module = self.load_after(tasks)
+                if tasks:
+                    check_memory_files(module, self.folder.task_checkpoint(tasks))
+                break
+            except LostCheckpoint as error:
+                lost, tasks = lost if tasks < state.finished_tasks else error, tasks - 1
+        if lost is not None:
+            set_back(self.folder, self.data, state, matrix, tasks, lost)
+        return module
+
+    def _load_to_evaluate(self, row: int, matrix: AccuracyMatrix) -> ContinualModule | None:
+        """Return the module after ``row`` tasks, or None with a warning if that is lost."""
+        try:
+            return self.load_after(row)
+        except LostCheckpoint as lost:
+            empty = ", ".join(f"'{matrix.names[column]}'" for _, column in matrix.missing([row]))
+            sentence = f"{lost.reason}: restore it to evaluate or export that state"
+            if empty:
+                sentence = (
+                    f"{lost.reason}: after '{matrix.rows[row]}', {empty} cannot be measured; "
+                    "restore the file and give the same command"
+                )
+                self.unmeasured.append(sentence)
+            warnings.warn(sentence, stacklevel=2)
+            return None
 
     def _log_start(self, state: RunState) -> None:
         total = len(self.data.stream)
@@ -245,28 +293,6 @@ def first_process() -> bool:
     return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
-def load_state(module: ContinualModule, file: Path) -> None:
-    """Load a task checkpoint into a module for which the same tasks were begun.
-
-    Raises:
-        FileNotFoundError: if the checkpoint is missing.
-        ValueError: if it is broken, or belongs to another model or strategy.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"there is no checkpoint {file}: restore it, the run cannot resume without it"
-        )
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file can raise anything
-        raise ValueError(
-            f"{file} cannot be read ({type(error).__name__}): it is broken or holds pickled "
-            "objects, which are never run; restore the file, or remove the run directory"
-        ) from error
-    check_state(module, checkpoint)
-    module.load_state_dict(checkpoint["state_dict"], strict=False)
-
-
 class Terminated(RuntimeError):
     """Error of a run that a signal ended."""
 
@@ -347,7 +373,7 @@ def summarize(
         versions={**_versions(), **scorer_versions},
         hashes={"card": hashlib.sha256(run.data.card.read_bytes()).hexdigest(), **stream.hashes},
         errors=tuple(state.errors),
-        warnings=tuple(state.warnings),
+        warnings=(*state.warnings, *run.unmeasured),
         seconds=state.seconds,
         finished=state.finished_tasks == len(stream) and not matrix.missing(),
     )

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import yaml
 
 from mmcl.core import Task, TaskStream, write_atomic
 from mmcl.core.card.card_reader import parse_yaml
+from mmcl.data.shards.shard_content import SPLITS, path_digest
 from mmcl.evaluation import strict_json
 from mmcl.lightning.config_errors import renamed_key
 
@@ -30,18 +31,21 @@ except ImportError:  # Windows: a second process is not noticed there.
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
+INPUTS = "inputs.json"
+"""File with what is known of the content of a run's shards and of the files in its settings."""
 _TEST_BYTES = 4096
 _TAKEN = (errno.EACCES, errno.EAGAIN)
 # The temporary names of `write_atomic`.
 _TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{6}\.tmp")
 # Settings that may change when a run resumes: where and how fast, not what is computed.
 RESUMABLE_KEYS = (
-    "config", "run_name", "output_dir", "trainer.accelerator", "trainer.devices",
+    "config", "run_name", "output_dir", "data.stream", "trainer.accelerator", "trainer.devices",
     "trainer.num_nodes", "trainer.strategy", "trainer.logger", "trainer.callbacks",
     "trainer.profiler", "trainer.log_every_n_steps", "trainer.default_root_dir", "data.data_dir",
     "data.num_workers", "data.eval_batch_size", "data.verify_hashes", "data.max_bad_fraction",
     "data.cache_dir", "data.cache_limit", "checkpoint_every_n_steps",
 )  # fmt: skip
+_DATA_PATHS = ("data.stream", "data.data_dir")
 
 
 @dataclass
@@ -94,6 +98,7 @@ class RunDirectory:
     def __init__(self, path: Path, writes: bool = True) -> None:
         self.path, self.writes = path, writes
         self._is_held = False
+        self._moved_config: str | None = None
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -154,10 +159,37 @@ class RunDirectory:
         if self.writes:
             write_atomic(self.path / name, text)
 
+    def inputs(self) -> dict[str, Any]:
+        """Read ``inputs.json``; empty mappings for a run that has none.
+
+        Returns:
+            "settings": dotted key -> digest of the file or folder of that setting; "tasks": task or
+            eval-only task -> its facts and the contents of its shards.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
+        found: dict[str, Any] = {"settings": {}, "tasks": {}}
+        if (self.path / INPUTS).is_file():
+            raw = strict_json.read(self.path / INPUTS)
+            if not isinstance(raw, dict) or not _are_inputs({**found, **raw}):
+                raise ValueError(
+                    f"{self.path / INPUTS} is damaged: restore it, or remove it to resume without "
+                    "a comparison of data"
+                )
+            found |= raw
+        return found
+
+    def save_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Write ``inputs.json`` if it changed."""
+        if inputs != self.inputs():
+            self.write(INPUTS, json.dumps(inputs, indent=1) + "\n")
+
     def check_config(self, config: Mapping[str, Any]) -> None:
         """Store the run's configuration, or check that it equals the stored one.
 
-        A run directory without results accepts any configuration.
+        A run directory without results accepts any configuration. A path may change if the file or
+        folder there has the same content; see ``save_moved_paths``.
 
         Raises:
             ValueError: naming the renamed keys of an old run, or up to five settings that differ.
@@ -165,16 +197,18 @@ class RunDirectory:
         file = self.path / "config.yaml"
         has_results = any((self.path / name).exists() for name in ("run.json", "matrix.json"))
         plain = json.loads(json.dumps(config, default=str))
+        new, inputs = flat(plain), self.inputs()
         if file.is_file() and has_results:
-            stored, new = flat(_config(file)), flat(plain)
+            stored = flat(_config(file))
             if old := [f"'{k}' is called '{n}' now" for k in stored if (n := renamed_key(k, new))]:
                 raise ValueError(
                     f"{file} has keys of an earlier version: {'; '.join(old)}. Give this run "
                     "another --run_name, or remove the directory"
                 )
-            free = tuple(f"{key}." for key in RESUMABLE_KEYS)
-            keys = sorted(k for k in stored.keys() | new.keys() if not f"{k}.".startswith(free))
-            changed = [k for k in keys if stored.get(k) != new.get(k)]
+            digests = inputs["settings"]
+            differs = {k for k in stored.keys() | new.keys() if stored.get(k) != new.get(k)}
+            moved = {k for k in differs if digests.get(k) and digests[k] == _digest(new.get(k))}
+            changed = sorted(key for key in differs - moved if not _is_free(key))
             if changed:
                 named = "; ".join(
                     f"{k} is {stored.get(k)!r} there and {new.get(k)!r} here" for k in changed[:5]
@@ -183,12 +217,47 @@ class RunDirectory:
                     f"{self.path} holds a run with another configuration: {named}. Give this run "
                     "another --run_name, or remove the directory"
                 )
+            if moved or differs & set(_DATA_PATHS):
+                self._moved_config = yaml.safe_dump(plain, sort_keys=False)
         elif has_results:
             raise ValueError(
                 f"{self.path} holds a run without its config.yaml: use another --run_name"
             )
         else:
+            inputs = {"settings": {}, "tasks": {}}
             self.write("config.yaml", yaml.safe_dump(plain, sort_keys=False))
+        digests = {key: _digest(value) for key, value in new.items() if not _is_free(key)}
+        known = {key: digest for key, digest in digests.items() if digest}
+        self.save_inputs({**inputs, "settings": known | inputs["settings"]})
+
+    def save_moved_paths(self) -> None:
+        """Write the configuration again if its paths changed; its data was checked before."""
+        if self._moved_config is not None:
+            self.write("config.yaml", self._moved_config)
+
+
+def _are_inputs(raw: Mapping[str, Any]) -> bool:
+    settings, tasks = raw["settings"], raw["tasks"]
+    if not isinstance(settings, dict) or not isinstance(tasks, dict):
+        return False
+    if not all(isinstance(t, dict) and isinstance(t.get("facts"), str) for t in tasks.values()):
+        return False
+    splits = [task[split] for task in tasks.values() for split in SPLITS if split in task]
+    if not all(isinstance(split, list) for split in splits):
+        return False
+    shards = [shard for split in splits for shard in split]
+    return all(isinstance(shard, dict) and "name" in shard for shard in shards)
+
+
+def _is_free(key: str) -> bool:
+    """Return whether a setting may change when a run resumes."""
+    free = tuple(f"{name}." for name in RESUMABLE_KEYS)
+    return f"{key}.".startswith(free) or key.endswith(".storage_dir")
+
+
+def _digest(value: Any) -> str:
+    """Return the digest of the file or folder that a setting names, "" if it names none."""
+    return path_digest(Path(value)) if isinstance(value, str) and value else ""
 
 
 def _check_state(state: RunState) -> None:
@@ -214,7 +283,9 @@ def _config(file: Path) -> Any:
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one mapping with dotted keys."""
+    """Return nested mappings, and lists of them, as one mapping with dotted keys."""
+    if isinstance(config, list) and any(isinstance(entry, Mapping) for entry in config):
+        config = dict(enumerate(config))
     if not isinstance(config, Mapping):
         return {prefix: config}
     values: dict[str, Any] = {}
@@ -237,18 +308,32 @@ def task_fingerprint(stream: TaskStream, task: Task) -> str:
     return f"{digest} {task.name}"
 
 
-def check_stream_extends(state: RunState, stream: TaskStream) -> None:
+def task_facts(stream: TaskStream, task: Task) -> str:
+    """Return the fingerprint of a task without its shards, which may be moved."""
+    return task_fingerprint(stream, replace(task, train=(), test=(), size=0, test_size=0))
+
+
+def check_stream_extends(
+    state: RunState, stream: TaskStream, facts: Mapping[str, str] | None = None
+) -> None:
     """Check that the stream starts with the tasks that the run was trained on.
+
+    Args:
+        state: state of the run.
+        stream: as its card declares it now.
+        facts: task -> its stored ``task_facts``; the shards of these tasks are compared elsewhere.
 
     Raises:
         ValueError: naming the first task that differs.
     """
-    fingerprints = [task_fingerprint(stream, task) for task in stream]
+    names, facts = [task.name for task in stream], facts or {}
     for index, fingerprint in enumerate(state.tasks):
-        if index < len(fingerprints) and fingerprints[index] == fingerprint:
-            continue
         name = fingerprint.partition(" ")[2]
-        if name not in [task.name for task in stream]:
+        if name in names[index : index + 1]:
+            now = (task_facts if name in facts else task_fingerprint)(stream, stream[index])
+            if now == facts.get(name, fingerprint):
+                continue
+        if name not in names:
             raise ValueError(
                 f"task {index} ('{name}'), which this run was trained on, is not on the card: "
                 "tasks can be appended to a card, not removed; put it back, or use another "

@@ -152,6 +152,15 @@ class MmapStore(nn.Module):
         """Groups (tasks) that have a file."""
         return list(self._files)
 
+    def missing_files(self) -> list[Path]:
+        """Return the files of stored rows that are missing or have another size."""
+        if self.directory is None:
+            return []
+        sizes = {
+            self.directory / name: rows * self.row_bytes for name, rows in self._files.values()
+        }
+        return [p for p, size in sizes.items() if not p.is_file() or p.stat().st_size != size]
+
     def expect_directory(self) -> Path:
         """Return the folder of the files; raise a RuntimeError if none was given."""
         if self.directory is None:

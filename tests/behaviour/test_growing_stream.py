@@ -83,7 +83,7 @@ def test_an_eval_only_task_that_is_added_is_scored_in_every_row_and_trains_nothi
         ),
         (
             lambda tasks: [tasks[0], tasks[1], {**tasks[2], "train": "b-test.tar"}],
-            r"task 2 \('task-c'\) is not the one",
+            r"the data of task 'task-c' \(train\) is not what this run was trained on: shard b-",
         ),
     ],
     ids=["last removed", "first removed", "order", "templates", "data"],

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmcl.core import Chain, begin_task, end_task, forward
-from mmcl.export import default_format, formats, write_adapter, write_model
+from mmcl.export import default_format, formats, write_adapter, write_clip, write_model
 from mmcl.lightning.module import ContinualModule
-from mmcl.models import ImageTextToText
+from mmcl.models import ImageTextToText, OpenCLIP
 from mmcl.strategies import LoRA, discover
 from tests.behaviour.kill_runs import in_process
 from tests.cli.cli_fixtures import write_chat
@@ -255,6 +255,76 @@ def test_open_clip_loads_a_learned_clip_itself(learned):
     shared = own.keys() & state.keys()
     assert len(shared) > 20
     assert all(torch.equal(own[name], state[name]) for name in shared)
+
+
+def weights_after(desk, task):
+    """The CLIP's trained weights in a task checkpoint."""
+    file = desk.results / "checkpoints" / f"task_{task:02d}.ckpt"
+    state = torch.load(file, weights_only=True)["state_dict"]
+    return {name.removeprefix("model.clip."): value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_folder_is_loaded_by_open_clip_alone_and_begins_a_next_run(learned, half):
+    words = ["--half"] if half else []
+    assert learned.give("export", "small_run", "exported", *words)[0] == 0
+    for name in ("small.json", "runs"):  # what the folder must not need
+        (learned.folder / name).rename(learned.folder / f"moved {name}")
+    theirs = open_clip.create_model("local-dir:exported")
+    (learned.folder / "moved runs").rename(learned.folder / "runs")
+    own, state = weights_after(learned, 2), theirs.state_dict()
+    shared = own.keys() & state.keys()
+    assert len(shared) > 20
+    bound = {"atol": 1e-3, "rtol": 1e-3} if half else {"atol": 0, "rtol": 0}
+    for name in shared:
+        torch.testing.assert_close(state[name], own[name], **bound)
+    ours = OpenCLIP("exported")
+    assert all(torch.equal(value, state[name]) for name, value in ours.clip.state_dict().items())
+    text = ["a photo of a c1", "c2"]
+    vocabulary = str(learned.folder / "exported" / "bpe.txt.gz")
+    tokenizer = open_clip.get_tokenizer("local-dir:exported", bpe_path=vocabulary)
+    assert torch.equal(ours.tokenizer(text), tokenizer(text))
+    assert torch.equal(ours.tokenizer(text), OpenCLIP("moved small.json").tokenizer(text))
+
+
+def test_a_file_has_its_architecture_beside_it(learned):
+    assert learned.give("export", "small_run", "clip.safetensors")[0] == 0
+    assert json.loads(Path("clip.json").read_text()) == json.loads(Path("small.json").read_text())
+    (learned.folder / "clip.safetensors").unlink()
+    status, _, err = learned.give("export", "small_run", "clip.safetensors")
+    assert status == 1
+    assert "clip.json exists: give a new name" in err
+    assert not Path("clip.safetensors").exists()
+
+
+def test_the_tiny_clip_is_exported_with_its_vocabulary(tmp_path):
+    model = OpenCLIP("tiny", "built-in")
+    write_clip(ContinualModule(model), tmp_path / "out", half=False)
+    again = OpenCLIP(str(tmp_path / "out"))
+    assert again.fingerprint() == model.fingerprint()
+    assert torch.equal(again.tokenizer(["a red bird"]), model.tokenizer(["a red bird"]))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_exported_files_have_the_permissions_of_other_files(learned, umask):
+    before = os.umask(umask)
+    try:
+        for target in ("folder", "file.safetensors"):
+            assert learned.give("export", "small_run", target)[0] == 0
+    finally:
+        os.umask(before)
+    files = [*Path("folder").iterdir(), Path("file.safetensors"), Path("file.json")]
+    assert len(files) == 5
+    assert {oct(file.stat().st_mode & 0o777) for file in files} == {oct(0o666 & ~umask)}
+    assert Path("folder").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+@pytest.mark.parametrize("write", [write_adapter, write_model])
+def test_files_for_transformers_have_the_permissions_of_other_files(write, chat, tmp_path):
+    write(trained(chat, LoRA(rank=2)), tmp_path / "out", half=False)
+    (tmp_path / "other").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "other").stat().st_mode}
 
 
 @pytest.mark.filterwarnings("default:RanPAC")

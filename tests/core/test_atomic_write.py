@@ -125,3 +125,15 @@ def test_writers_of_one_file_in_one_process_do_not_meet(tmp_path):
         writer.join()
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_text() == "whole"
+
+
+def test_a_file_has_the_permissions_of_any_new_file_whoever_writes_it(tmp_path):
+    (tmp_path / "other").touch()
+
+    def private(path):
+        path.write_bytes(b"x")
+        path.chmod(0o600)
+
+    for data in (b"x", private):
+        write_atomic(tmp_path / "file", data)
+        assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode

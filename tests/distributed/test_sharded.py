@@ -72,6 +72,23 @@ def test_a_run_in_shards_that_is_killed_resumes_to_the_same_weights(tmp_path, st
     assert sorted(file.name for file in checkpoints.iterdir()) == ["task_00.ckpt", "task_01.ckpt"]
 
 
+@pytest.mark.parametrize("name", ["*.distcp", ".metadata", "meta.pt"])
+def test_a_damaged_checkpoint_in_shards_costs_the_steps_of_its_task(tmp_path, name):
+    runs = SmallRuns(tmp_path, (12, 9), **LAYERS)
+    finish(runs, "alone", "EWC", SHARDS)
+    assert start(runs, "killed", "EWC", SHARDS, kill=("step", 7))[0] == KILLED
+    [folder] = (runs.path("killed") / "checkpoints").glob("last_*.ckpt")
+    file = sorted(folder.glob(name))[-1]
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 0x40
+    file.write_bytes(raw)
+    finish(runs, "killed", "EWC", SHARDS)
+    output = " ".join((tmp_path / "killed" / "output_0").read_text().split())
+    assert f"warning: {folder} is damaged ({file.name if name != '.metadata' else 'the'}" in output
+    assert "trained again from the beginning: 'task-b'" in output
+    assert runs.differences("killed", "alone") == []
+
+
 @pytest.mark.parametrize(
     ("first", "then"), [(WHOLE, "auto"), ("auto", WHOLE)], ids=["to_one", "from_one"]
 )

@@ -24,6 +24,7 @@ def test_a_zero_is_a_measurement():
     matrix = two_tasks_and_one_eval_only()
     matrix.set(1, 0, 0.0)
     assert matrix.get(1, 0) == 0.0
+    assert matrix.measured_names() == {"zero-one"}
     assert matrix.missing(rows=[1]) == [(1, 1), (1, 2)]
     assert matrix.last_row == 1
 

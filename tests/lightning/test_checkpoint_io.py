@@ -9,7 +9,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from pytorch_lightning.strategies import ModelParallelStrategy
 
-from mmcl.lightning.checkpoint_io import check_resumable, reject_pickles
+from mmcl.lightning.checkpoint_io import (
+    LostCheckpoint,
+    check_resumable,
+    check_whole,
+    reject_pickles,
+)
 from tests.toys.network_guard import Trap
 
 
@@ -81,3 +86,65 @@ def test_broken_metadata_is_one_sentence(folder, content):
     (folder / ".metadata").unlink()
     with pytest.raises(ValueError, match=r"last_0000003\.ckpt cannot be read \(FileNotFoundError"):
         reject_pickles(Path(folder))
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A checkpoint in one file, with a padded record between two others."""
+    tensors = {"a": torch.arange(300.0), "b": torch.ones(5), "c": [1, "x", None]}
+    torch.save(tensors, tmp_path / "last.ckpt")
+    return tmp_path / "last.ckpt"
+
+
+def equal(one, other):
+    return all(one[k].equal(v) if hasattr(v, "equal") else one[k] == v for k, v in other.items())
+
+
+def test_a_bit_that_flips_anywhere_in_a_file_is_noticed_or_changes_nothing(file):
+    check_whole(file)
+    content, expected = file.read_bytes(), torch.load(file, weights_only=True)
+    unnoticed = 0
+    for place in range(0, len(content), 31):
+        raw = bytearray(content)
+        raw[place] ^= 1 << place % 8
+        file.write_bytes(raw)
+        try:
+            check_whole(file)
+        except LostCheckpoint:
+            continue
+        unnoticed += 1
+        assert equal(torch.load(file, weights_only=True), expected), place
+    assert unnoticed < len(content) / 31 / 2
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, -1])
+def test_half_a_file_is_noticed(file, length):
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(LostCheckpoint, match=r"is damaged \("):
+        check_whole(file)
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(LostCheckpoint, match=r"task_00\.ckpt is missing"):
+        check_whole(tmp_path / "task_00.ckpt")
+
+
+def test_every_file_of_a_checkpoint_in_shards_is_needed(folder):
+    check_whole(folder)
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        path.unlink()
+        with pytest.raises(LostCheckpoint, match="is missing"):
+            check_whole(folder)
+        path.write_bytes(content)
+    check_whole(folder)
+
+
+def test_a_value_that_flips_in_a_checkpoint_in_shards_is_noticed(folder):
+    ones = torch.ones(3).numpy().tobytes()
+    [path] = [path for path in folder.glob("*.distcp") if ones in path.read_bytes()]
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(ones) + 2] ^= 0x40
+    path.write_bytes(raw)
+    with pytest.raises(LostCheckpoint, match=f"is damaged \\({path.name}: the checksum of "):
+        check_whole(folder)

@@ -1,4 +1,4 @@
-"""The lock of a run directory, and the error messages of a run that ends early."""
+"""A run directory: its lock, its notes of inputs, the messages of a run that ends early."""
 
 import errno
 import fcntl
@@ -11,7 +11,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from mmcl.core.atomic_write import WriteError, write_atomic
 from mmcl.lightning.continual_run import Terminated, translate_errors
-from mmcl.lightning.run_dir import LOCK, RunDirectory, RunState, lock_run_dir
+from mmcl.lightning.run_dir import INPUTS, LOCK, RunDirectory, RunState, lock_run_dir
 
 
 def in_child(work):
@@ -134,6 +134,55 @@ def test_ranks_that_write_nothing_hold_nothing(tmp_path):
 )
 def test_a_state_names_where_a_run_resumes(state, where):
     assert state.resume_point() == where
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '{"tasks": []}',
+        '{"tasks": {"a": {}}}',
+        '{"tasks": {"a": {"facts": "x", "train": {}}}}',
+        '{"tasks": {"a": {"facts": "x", "test": [{}]}}}',
+        '{"settings": 3}',
+        "{",
+    ],
+)
+def test_damaged_notes_of_inputs_are_refused_with_what_to_do(tmp_path, text):
+    (tmp_path / INPUTS).write_text(text)
+    with pytest.raises(ValueError, match=r"inputs\.json (is damaged: restore it, or|is not)"):
+        RunDirectory(tmp_path).inputs()
+
+
+def configured(weights, rate=0.1):
+    """A configuration whose chain of strategies names a file."""
+    members = [{"class_path": "EWC"}, {"class_path": "Own", "init_args": {"weights": weights}}]
+    chain = {"class_path": "Chain", "init_args": {"strategies": members}}
+    return {"model": {"strategy": chain, "learning_rate": rate}, "data": {"stream": "a.yaml"}}
+
+
+def test_a_path_in_the_settings_may_change_if_its_content_did_not(tmp_path):
+    for name, content in (("old", "same"), ("new", "same"), ("other", "else")):
+        (tmp_path / name).write_text(content)
+    run = tmp_path / "run"
+    RunDirectory(run).check_config(configured(str(tmp_path / "old")))
+    before = (run / "config.yaml").read_bytes()
+    (run / "run.json").write_text("{}")
+    (tmp_path / "old").unlink()
+    key = "model.strategy.init_args.strategies.1.init_args.weights"
+    for changed, differs in (
+        (configured(str(tmp_path / "other")), key),
+        (configured(str(tmp_path / "absent")), key),
+        (configured(str(tmp_path / "new"), 0.2), "model.learning_rate"),
+    ):
+        with pytest.raises(ValueError, match=f"another configuration: {differs} is .* there"):
+            RunDirectory(run).check_config(changed)
+    folder = RunDirectory(run)
+    folder.check_config(configured(str(tmp_path / "new")))
+    assert (run / "config.yaml").read_bytes() == before
+    folder.save_moved_paths()
+    assert str(tmp_path / "new") in (run / "config.yaml").read_text()
+    RunDirectory(run).check_config(configured(str(tmp_path / "new")))
 
 
 def ended_by(error):

@@ -323,7 +323,7 @@ def _planner(
 
     def plan(epoch: int) -> EpochPlan:
         order = None
-        if dataset.reader.is_remote and mixture.epoch_samples == mixture.new:
+        if dataset.reader.in_windows and mixture.epoch_samples == mixture.new:
             seed = hash_seed(dataset.seed, dataset.task, epoch)
             order = WindowedShuffle(seed, dataset.reader.sizes, window)
         return EpochPlan(

@@ -7,6 +7,7 @@ a run over the files in place gets the same batches as one over shards.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import warnings
@@ -117,6 +118,13 @@ class JsonShard:
         if member.lower() != "json":
             return np.zeros(len(opened.numbers), dtype=np.int64)
         return opened.index.text_bytes[opened.numbers]
+
+    def digest(self) -> str:
+        """Return a hash of the JSON's content, the records used and the way of reading them."""
+        opened = self._open()
+        options = f"{opened.index.sha256} {opened.stated.keys} {opened.stated.answer_field}"
+        numbers = np.ascontiguousarray(opened.numbers, "<i8").tobytes()
+        return hashlib.sha256(options.encode("utf-8", "backslashreplace") + numbers).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the index: another process reads it from its file."""

@@ -103,6 +103,8 @@ class Reader:
         shards: in the order of the card.
         chosen: as given.
         sizes: (K,) int64, samples of each shard among those that are read.
+        in_windows: whether training shuffles the shards in windows: if some are remote, or were
+            at the first start of a run.
 
     Raises:
         ValueError: if the chosen indices do not increase or are outside the shards.
@@ -122,6 +124,7 @@ class Reader:
                 )
             edges = np.searchsorted(chosen, edges)
         self.sizes: IntArray = np.diff(edges)
+        self.in_windows = self.is_remote
 
     def __len__(self) -> int:
         """Return the number of samples."""

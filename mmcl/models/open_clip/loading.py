@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 TINY = Path(__file__).parent.parent / "tiny_clip"
 BUILT_IN = "built-in"
+CONFIG = "open_clip_config.json"
+"""File that open_clip expects in a ``local-dir:``."""
 
 
 def load_clip(
@@ -86,12 +89,73 @@ def _named(model: str, pretrained: str | None) -> tuple[nn.Module, Callable[...,
                 precision="fp32",
                 weights_only=True,
             )
-            tokenizer = open_clip.get_tokenizer(model)
+            tokenizer = open_clip.get_tokenizer(model, **_own_vocabulary(path))
     except Exception as error:  # every hub client raises errors of its own
         raise RuntimeError(_unavailable(model, pretrained, error)) from error
     if is_file and file is not None:
         _load_file(clip, file)
     return clip.float(), tokenizer
+
+
+def _own_vocabulary(folder: Path) -> dict[str, str]:
+    """Return the vocabulary within a model folder as an argument of ``get_tokenizer``, if any."""
+    file = folder / CONFIG
+    if not file.is_file():
+        return {}
+    text = json.loads(file.read_text(encoding="utf-8")).get("model_cfg", {}).get("text_cfg", {})
+    name = text.get("tokenizer_kwargs", {}).get("bpe_path", "")
+    # open_clip would look in the working directory.
+    is_inside = Path(name).name == name and (folder / name).is_file()
+    return {"bpe_path": str(folder / name)} if name and is_inside else {}
+
+
+def architecture_of(model: str) -> dict[str, Any]:
+    """Return the architecture of a model that ``load_clip`` loaded, as open_clip's ``model_cfg``.
+
+    Raises:
+        ValueError: if open_clip does not know it.
+    """
+    if model == "tiny":
+        config: dict[str, Any] = json.loads((TINY / "tiny-clip.json").read_text())
+        config["text_cfg"]["tokenizer_kwargs"] = {"bpe_path": str(TINY / "bpe.txt.gz")}
+        return config
+    path = Path(model).expanduser()
+    name = f"local-dir:{path}" if path.is_dir() else path.stem if path.suffix == ".json" else model
+    found: dict[str, Any] | None = open_clip.get_model_config(name)
+    if found is None:
+        raise ValueError(
+            f"open_clip does not know the architecture {model}: load the model with load_clip"
+        )
+    return found
+
+
+def save_architecture(clip: Any, tokenizer: Any, model: str, folder: Path) -> None:
+    """Write what open_clip needs beside the weights to load ``local-dir:<folder>``.
+
+    That is ``open_clip_config.json`` and, where the architecture names them, the tokenizer's files.
+
+    Args:
+        clip: the open_clip model.
+        tokenizer: its tokenizer, None for a model without.
+        model: what ``load_clip`` was given.
+        folder: existing folder.
+
+    Raises:
+        ValueError: if open_clip does not know the architecture.
+    """
+    architecture, (side, mean, std) = architecture_of(model), image_settings(clip)
+    options = architecture.get("text_cfg", {}).get("tokenizer_kwargs", {})
+    if vocabulary := options.get("bpe_path"):
+        within = Path(model).expanduser() / vocabulary
+        options["bpe_path"] = within.name
+        shutil.copyfile(within if within.is_file() else vocabulary, folder / within.name)
+    wrapped: Any = getattr(tokenizer, "tokenizer", None)  # of transformers
+    if hasattr(wrapped, "save_pretrained"):
+        wrapped.save_pretrained(folder)
+    images = {"size": side, "mean": mean.tolist(), "std": std.tolist()}
+    images |= {"interpolation": "bicubic", "resize_mode": "shortest"}
+    config = {"model_cfg": architecture, "preprocess_cfg": images}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
