@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mmcl.core.batch import Batch
-from mmcl.core.model import NO_PROMPTS, VLM, Output, Prompts
+from mmcl.core.model import NO_PROMPTS, VLM, MissingMembersError, Output, Prompts
 from mmcl.core.step import begin_task
 from mmcl.core.strategy import ReplayPlan, Strategy
 from mmcl.core.task import Task
@@ -36,9 +36,19 @@ class Chain(Strategy):
         self._list: list[Strategy] = list(strategies)
 
     def attach(self, model: VLM) -> None:
-        """Attach every member."""
+        """Attach every member.
+
+        Raises:
+            MissingMembersError: with what all members need and the model lacks.
+        """
+        missing: dict[str, list[str]] = {}
         for member in self._list:
-            member.attach(model)
+            try:
+                member.attach(model)
+            except MissingMembersError as error:
+                missing |= error.missing
+        if missing:
+            raise MissingMembersError(model, missing)
 
     def set_memory_dir(self, folder: Path) -> None:
         """Set a separate memory folder for every member: ``member_0``, ``member_1``, ..."""

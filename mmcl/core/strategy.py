@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,9 +75,17 @@ class Strategy(nn.Module):
 
     Attributes:
         current_task: the task in training, None before the first; set by ``mmcl.core.begin_task``.
+        frozen_names: names of the model's parameters that ``attach`` froze, for error messages.
     """
 
     current_task: Task | None = None
+    frozen_names: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let ``attach`` record what it freezes."""
+        super().__init_subclass__(**options)
+        if "attach" in vars(cls):
+            cls.attach = _recording_frozen(cls.attach)  # type: ignore[method-assign]
 
     def attach(self, model: VLM) -> None:
         """Freeze or rewire the model and check its abilities; once, before any optimizer exists.
@@ -196,6 +205,16 @@ class Strategy(nn.Module):
     def state_bytes(self) -> int:
         """Return the bytes that this strategy adds to a checkpoint."""
         return tensor_bytes(dict(self.state_dict()), with_plain=True)
+
+
+def _recording_frozen(attach: Callable[[Any, VLM], None]) -> Callable[[Any, VLM], None]:
+    @wraps(attach)
+    def attach_and_record(self: Any, model: VLM) -> None:
+        before = trainable_parameters(model)
+        attach(self, model)
+        self.frozen_names = tuple(n for n, p in before.items() if not p.requires_grad)
+
+    return attach_and_record
 
 
 def tensor_bytes(value: Any, *, with_plain: bool = False) -> int:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from mmcl.core import IGNORE_INDEX, Batch, StepOutput, Strategy, forward, generate, step
 from mmcl.core.distributed import all_reduce_sum, rank_and_world
+from mmcl.core.step import check_trainable
 from mmcl.lightning.checkpoint_io import check_shardable
 from mmcl.lightning.evaluators import EvalSpec, Evaluator, GenerationEvaluator, make_evaluator
 from mmcl.lightning.strategy_callback import StrategyCallback
@@ -97,10 +98,16 @@ class ContinualModule(pl.LightningModule):
         return done.loss if weight == 1.0 else done.loss * weight
 
     def update_trainable(self) -> None:
-        """Update whether anything is trainable; a new task may have added parameters."""
+        """Update whether anything is trainable; a new task may have added parameters.
+
+        Raises:
+            RuntimeError: if nothing is, and the strategy cannot learn without.
+        """
         self.has_trainable = any(
             p.requires_grad for p in self.parameters() if p is not self.dummy_parameter
         )
+        if not self.has_trainable:
+            check_trainable(self.model, self.strategy)
         if self.dummy_parameter is not None:
             self.dummy_parameter.requires_grad_(not self.has_trainable)
 
