@@ -127,6 +127,9 @@ def test_the_strategy_of_the_docs_trains_and_survives_a_checkpoint():
     model, strategy = StandIn(), scope["StayClose"](l2_lambda=0.5)
     strategy.attach(model)
     assert learn(model, strategy).terms["stay_close"] > 0
+    scope_of_tests = {"StayClose": scope["StayClose"]}
+    exec(code("docs/own_strategy.md", 1), scope_of_tests)
+    assert scope_of_tests["failed"] == []
     again = scope["StayClose"]()
     again.load_state_dict(strategy.state_dict())
     assert torch.equal(again.start["patch.weight"], strategy.start["patch.weight"])

@@ -41,7 +41,7 @@ class Chain(Strategy):
         Raises:
             MissingMembersError: with what all members need and the model lacks.
         """
-        missing: dict[str, list[str]] = {}
+        missing: dict[str, Sequence[str]] = {}
         for member in self._list:
             try:
                 member.attach(model)

@@ -85,7 +85,7 @@ class Strategy(nn.Module):
         """Let ``attach`` record what it freezes."""
         super().__init_subclass__(**options)
         if "attach" in vars(cls):
-            cls.attach = _recording_frozen(cls.attach)  # type: ignore[method-assign]
+            cls.attach = _recording_frozen(cls.attach)  # type: ignore[method-assign, assignment]
 
     def attach(self, model: VLM) -> None:
         """Freeze or rewire the model and check its abilities; once, before any optimizer exists.
