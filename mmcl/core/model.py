@@ -180,9 +180,9 @@ def missing_members(model: object, members: Iterable[str]) -> list[str]:
 def _has_member(model: object, name: str) -> bool:
     if name != "forward":
         return hasattr(model, name)
-    if isinstance(model, nn.Module):  # torch's own forward only raises
-        return getattr(type(model), "forward", None) is not nn.Module.forward
-    return callable(model)
+    # torch's own forward only raises
+    is_torchs = getattr(type(model), "forward", None) is nn.Module.forward
+    return callable(model) and not (is_torchs and type(model).__call__ is nn.Module.__call__)
 
 
 def require(model: object, *members: str, by: object) -> Any:

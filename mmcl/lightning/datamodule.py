@@ -359,7 +359,7 @@ def check_model_supports_stream(stream: TaskStream, model: object) -> None:
 def missing_run_members(stream: TaskStream, model: object) -> dict[str, list[str]]:
     """Return what a run needs -> names of the members for it that a model lacks."""
     needs: dict[str, tuple[str, ...]] = {"a run": (*STEP_MEMBERS, "transform")}
-    if any(task.task_type != "instruction" and task.classes for task in stream.all_tasks):
+    if any(task.task_type == "classification" for task in stream.all_tasks):
         needs[f"a stream with classes ('{stream.name}')"] = ("set_classes",)
     found = {what: missing_members(model, members) for what, members in needs.items()}
     return {what: missing for what, missing in found.items() if missing}
