@@ -96,6 +96,7 @@ def step(model: VLM, strategy: Strategy, batch: Batch) -> StepOutput:
         batch: samples of the task, and those that the loader mixed in.
 
     Raises:
+        MissingMembersError: if the model lacks a member of the protocol.
         RuntimeError: if no task was begun, as the strategy's other hooks would not run either; or
             if the loss has no gradient, see ``check_trainable``.
         ValueError: if two loss terms have one name.
@@ -106,6 +107,8 @@ def step(model: VLM, strategy: Strategy, batch: Batch) -> StepOutput:
             "callbacks=[StrategyCallback()] to the Trainer, in a bare loop call "
             "mmcl.core.begin_task(model, strategy, task) first"
         )
+    if missing := missing_members(model, STEP_MEMBERS):
+        raise MissingMembersError(model, {"a training step": missing})
     batch = strategy.extend_batch(model, batch)
     output = forward(model, strategy, batch)
     loss = strategy.objective(model, batch, output)
@@ -173,14 +176,7 @@ def _grouped(names: Sequence[str]) -> str:
 
 
 def begin_task(model: VLM, strategy: Strategy, task: Task) -> None:
-    """Begin a task: run the strategy's ``begin_task``, then set its ``current_task``.
-
-    Raises:
-        MissingMembersError: if the model lacks a member of the protocol.
-    """
-    missing = missing_members(model, STEP_MEMBERS)
-    if missing:
-        raise MissingMembersError(model, {"a training step": missing})
+    """Begin a task: run the strategy's ``begin_task``, then set its ``current_task``."""
     strategy.begin_task(model, task)
     strategy.current_task = task
 

@@ -210,7 +210,7 @@ class Strategy(nn.Module):
 def _recording_frozen(attach: Callable[[Any, VLM], None]) -> Callable[[Any, VLM], None]:
     @wraps(attach)
     def attach_and_record(self: Any, model: VLM) -> None:
-        has_names = hasattr(model, "named_parameters")  # begin_task refuses a model without
+        has_names = hasattr(model, "named_parameters")  # a step refuses a model without
         before = trainable_parameters(model) if has_names else {}
         attach(self, model)
         self.frozen_names = tuple(n for n, p in before.items() if not p.requires_grad)

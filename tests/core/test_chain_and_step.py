@@ -184,13 +184,15 @@ def test_all_members_that_a_chain_asks_for_are_named_at_once():
         chain.attach(torch.nn.Linear(2, 2))
 
 
-def test_a_model_without_the_members_of_a_step_is_refused_when_a_task_begins():
+def test_a_model_without_the_members_of_a_step_is_refused_before_the_step():
+    model, strategy = torch.nn.Module(), EWC()
+    begin_task(model, strategy, a_task())
     with pytest.raises(
         TypeError,
         match=r"a training step needs model\.forward\(batch, prompts\) -> Output and "
         r"model\.loss\(output, batch\) -> scalar, and Module has none",
     ):
-        begin_task(torch.nn.Module(), EWC(), a_task())
+        step(model, strategy, a_batch())
 
 
 def test_an_output_without_its_prompts_is_refused():
