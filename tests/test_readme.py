@@ -1,6 +1,7 @@
 """Code, tables and links of the README and the docs: they run, are the commands' and exist."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from torch.utils.data import DataLoader
 
 import mmcl
 from mmcl.cli import main
+from tests.strategies.plain_loop import loader
+from tests.test_plugin import TASKS, Foreign, Passing, answers, fit, learn_by_hand
 from tests.toys.toy_clip import StandIn, a_task, task_batches
 
 ROOT = Path(__file__).parent.parent
@@ -82,12 +85,41 @@ def test_the_generative_example_of_the_docs_gives_a_loss_and_a_prediction():
     assert len(scope["predictions"]) == 1
 
 
-def test_the_model_of_the_docs_learns_with_prompts():
-    scope = {}
-    exec(code("docs/own_model.md", 0), scope)
-    model, strategy = scope["PatchNet"](classes=6), mmcl.strategies.L2P(key_dim=32)
+@pytest.mark.parametrize("name", ["L2P", "RanPAC", "EWC", "LoRA", "FeatureReplay", "LwF", "NCM"])
+def test_the_model_of_the_docs_learns_in_a_lightning_module_as_in_a_bare_loop(name):
+    arguments = {"L2P": {"pool_size": 4, "top_k": 2}, "RanPAC": {"projection_dim": 40}}
+    models = []
+    for _ in range(2):
+        scope = {"__name__": "my_clip"}
+        exec(code("docs/model.md", 0), scope)
+        torch.manual_seed(0)
+        model = scope["MyCLIP"](dim=16, size=8, patch=4)
+        model.set_classes([f"class {n}" for n in range(6)], ["a {}.", "photo of a {}"])
+        models.append((model, getattr(mmcl.strategies, name)(**arguments.get(name, {}))))
+    (model, strategy), (foreign, its_strategy) = models
     strategy.attach(model)
-    assert learn(model, strategy).loss.isfinite()
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    learn_by_hand(model, strategy, TASKS)
+    module = Foreign(its_strategy, foreign)
+    for task in TASKS:
+        module.train()
+        batches = loader(task.index, its_strategy.replay_plan(), foreign)
+        fit(module, batches, [Passing(task)])
+    torch.testing.assert_close(answers(foreign, its_strategy), answers(model, strategy))
+    after = dict(model.named_parameters())
+    assert all(not torch.equal(value, after[n]) for n, value in before.items())
+
+
+def test_the_loop_of_the_page_on_models_learns(tmp_path, monkeypatch):
+    (tmp_path / "my_clip.py").write_text(code("docs/model.md", 0), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_clip", raising=False)
+    scope = {}
+    exec(code("docs/model.md", 1), scope)
+    assert set(scope["out"].terms) == {"task", "ewc"}
+    names = [name for name, p in scope["model"].named_parameters() if p.requires_grad]
+    assert all(".lora_" in name for name in names)
+    monkeypatch.delitem(sys.modules, "my_clip")
 
 
 def test_the_strategy_of_the_docs_trains_and_survives_a_checkpoint():
@@ -96,6 +128,9 @@ def test_the_strategy_of_the_docs_trains_and_survives_a_checkpoint():
     model, strategy = StandIn(), scope["StayClose"](l2_lambda=0.5)
     strategy.attach(model)
     assert learn(model, strategy).terms["stay_close"] > 0
+    scope_of_tests = {"StayClose": scope["StayClose"]}
+    exec(code("docs/own_strategy.md", 1), scope_of_tests)
+    assert scope_of_tests["failed"] == []
     again = scope["StayClose"]()
     again.load_state_dict(strategy.state_dict())
     assert torch.equal(again.start["patch.weight"], strategy.start["patch.weight"])

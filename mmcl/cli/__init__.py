@@ -11,6 +11,14 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.machinery import (
+    EXTENSION_SUFFIXES,
+    SOURCE_SUFFIXES,
+    ExtensionFileLoader,
+    FileFinder,
+    ModuleSpec,
+    SourceFileLoader,
+)
 from typing import Any
 
 from mmcl.cli.parser import UsageError, process_rank, refuse_renamed
@@ -96,7 +104,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def script() -> None:
     """Run the command line of this process and exit with its status."""
+    add_working_directory()
     sys.exit(main())
+
+
+class _ModuleFinder(FileFinder):
+    """Finder of the files and packages of a folder; a subfolder without __init__.py is none.
+
+    Libraries take any folder named as an optional package, such as datasets/ or wandb/, for the
+    package.
+    """
+
+    def find_spec(self, fullname: str, target: Any = None) -> ModuleSpec | None:
+        """Return the spec of a file or package, None for a plain folder."""
+        spec = super().find_spec(fullname, target)
+        return None if spec is None or spec.loader is None else spec
+
+
+def add_working_directory() -> None:
+    """Let a ``class_path`` be in a file or package of the working directory.
+
+    The directory is appended to the path, so it hides no installed package. A console script has it
+    not on the path; PYTHONSAFEPATH keeps it off.
+    """
+    folder = os.getcwd()
+    if getattr(sys.flags, "safe_path", False) or {"", folder} & set(sys.path):
+        return
+    sys.path.append(folder)
+    kinds = ((ExtensionFileLoader, EXTENSION_SUFFIXES), (SourceFileLoader, SOURCE_SUFFIXES))
+    sys.path_importer_cache[folder] = _ModuleFinder(folder, *kinds)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mmcl.core.batch import Batch
-from mmcl.core.model import NO_PROMPTS, VLM, Output, Prompts
+from mmcl.core.model import NO_PROMPTS, VLM, MissingMembersError, Output, Prompts
 from mmcl.core.strategy import ReplayPlan, Strategy
 from mmcl.core.task import Task
 
@@ -50,10 +50,20 @@ class Chain(Strategy):
         return [member for members in nested for member in members]
 
     def attach(self, model: VLM) -> None:
-        """Attach every member, and give it this chain as its ``root``."""
+        """Attach every member, and give it this chain as its ``root``.
+
+        Raises:
+            MissingMembersError: with what all members need and the model lacks.
+        """
         self.set_root(self.root)
+        missing: dict[str, Sequence[str]] = {}
         for member in self._list:
-            member.attach(model)
+            try:
+                member.attach(model)
+            except MissingMembersError as error:
+                missing |= error.missing
+        if missing:
+            raise MissingMembersError(model, missing)
 
     def set_memory_dir(self, folder: Path) -> None:
         """Set a separate memory folder for every member: ``member_0``, ``member_1``, ..."""

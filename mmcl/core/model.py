@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -31,13 +31,18 @@ class Prompts:
     aux: Mapping[str, Tensor] = field(default_factory=dict)
     gates: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def is_given(self) -> bool:
+        """Whether there is any prompt token, auxiliary tensor or gate."""
+        return bool(self.tokens or self.aux or self.gates)
+
     def merge(self, other: Prompts) -> Prompts:
         """Return the union of two strategies' prompts.
 
         Raises:
             ValueError: if both use the same position, or the same name of a note or gate.
         """
-        if not (other.tokens or other.aux or other.gates):
+        if not other.is_given:
             return self
         for what, mine, theirs in (
             ("prompt", self.tokens, other.tokens),
@@ -85,15 +90,22 @@ class Output:
 
 
 _SIGNATURES = {
+    "forward": "forward(batch, prompts) -> Output",
+    "loss": "loss(output, batch) -> scalar",
+    "named_parameters": "named_parameters() -> (name, parameter) pairs",
     "embed": "embed(batch, modality) -> (B, D)",
     "encode_image": "encode_image(batch) -> (B, N, D)",
     "prompt_dims": "prompt_dims: {modality: token dim}",
     "freeze": "freeze(*towers)",
     "fingerprint": "fingerprint() -> str",
     "generate": "generate(batch, prompts, transform_output, candidates, max_new_tokens) -> B texts",
-    "target_linears": "target_linears(target_modules) -> {name: nn.Linear of the language model}",
+    "target_linears": "target_linears(target_modules) -> {name: nn.Linear}",
     "gates": "gates: {name: (B, E) weights of injected experts}",
+    "transform": "transform(train) -> mmcl.core.Transform",
+    "set_classes": "set_classes(names, templates, tasks)",
 }
+STEP_MEMBERS = ("forward", "loss", "named_parameters")
+"""Members of every model: those of the protocol."""
 
 
 @runtime_checkable
@@ -108,12 +120,16 @@ class VLM(Protocol):
     * ``prompt_dims``: modality -> dim of the tokens of the tower that prompts enter.
     * ``freeze(*towers)`` turns off the gradients of whole towers.
     * ``fingerprint()`` -> str, a hash of the frozen weights.
+    * ``target_linears(target_modules)`` -> the linear layers that adapters may wrap, by module
+      name: "all" of them, or those of "attention" or "mlp".
+
+    A run over a stream (``mmcl train``) needs ``transform(train)`` -> ``mmcl.core.Transform``, and
+    ``set_classes(names, templates, tasks)`` where the stream has classes.
 
     Members of a generative model:
 
     * ``generate(batch, prompts, transform_output=None, candidates=(), max_new_tokens=64)`` -> B
       texts.
-    * ``target_linears(target_modules)`` -> the linear layers of its language model, by name.
     * ``gates``: a dict that the model fills from ``prompts.gates`` at the start of every forward
       pass; injected experts read it.
     """
@@ -136,6 +152,40 @@ class VLM(Protocol):
         ...
 
 
+class MissingMembersError(TypeError):
+    """Error for a model without members that are needed; it lists all of them with signatures.
+
+    Args:
+        model: the model.
+        missing: who needs members, for example "L2P" -> names of those that the model lacks.
+    """
+
+    def __init__(self, model: object, missing: Mapping[str, Sequence[str]]) -> None:
+        self.model, self.missing = model, dict(missing)
+        needs = ", ".join(
+            f"{by} needs {' and '.join(f'model.{_SIGNATURES.get(m, m)}' for m in members)}"
+            for by, members in self.missing.items()
+        )
+        is_one = sum(map(len, self.missing.values())) == 1
+        super().__init__(
+            f"{needs}, and {type(model).__name__} has none: wrap it in mmcl.models or add the "
+            f"method{'' if is_one else 's, as in docs/model.md'}"
+        )
+
+
+def missing_members(model: object, members: Iterable[str]) -> list[str]:
+    """Return those of some members, by name, that a model lacks; ``forward`` stands for a call."""
+    return [name for name in members if not _has_member(model, name)]
+
+
+def _has_member(model: object, name: str) -> bool:
+    if name != "forward":
+        return hasattr(model, name)
+    # torch's own forward only raises
+    is_torchs = getattr(type(model), "forward", None) is nn.Module.forward
+    return callable(model) and not (is_torchs and type(model).__call__ is nn.Module.__call__)
+
+
 def require(model: object, *members: str, by: object) -> Any:
     """Check that a model has the optional members that a strategy needs, and return the model.
 
@@ -145,14 +195,11 @@ def require(model: object, *members: str, by: object) -> Any:
         by: the strategy; its class name goes into the error.
 
     Raises:
-        TypeError: naming every missing member with its signature.
+        MissingMembersError: naming every missing member with its signature; a TypeError.
     """
-    missing = [_SIGNATURES.get(name, name) for name in members if not hasattr(model, name)]
+    missing = missing_members(model, members)
     if missing:
-        raise TypeError(
-            f"{type(by).__name__} needs model.{' and model.'.join(missing)}, and "
-            f"{type(model).__name__} has none: wrap it in mmcl.models or add the method"
-        )
+        raise MissingMembersError(model, {type(by).__name__: missing})
     return model
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,8 +13,17 @@ from torch import Tensor, nn
 
 from mmcl.core.batch import IGNORE_INDEX, Batch
 from mmcl.core.distributed import all_reduce_sum, rank_and_world
-from mmcl.core.model import VLM, Output, require, set_frozen_to_eval
-from mmcl.core.strategy import TASK_PROGRESS, Strategy, device_of
+from mmcl.core.model import (
+    STEP_MEMBERS,
+    VLM,
+    MissingMembersError,
+    Output,
+    missing_members,
+    require,
+    set_frozen_to_eval,
+    without_adapters,
+)
+from mmcl.core.strategy import TASK_PROGRESS, Strategy, device_of, trainable_parameters
 from mmcl.core.task import Task
 
 
@@ -35,9 +45,20 @@ class StepOutput:
 
 
 def forward(model: VLM, strategy: Strategy, batch: Batch) -> Output:
-    """Forward pass of training and inference: prompts, model, ``transform_output``."""
+    """Forward pass of training and inference: prompts, model, ``transform_output``.
+
+    Raises:
+        ValueError: if the model's output does not carry the prompts that the model was given.
+    """
     prompts = strategy.prompts(model, batch)
-    return strategy.transform_output(model, batch, model(batch, prompts))
+    output = model(batch, prompts)
+    if output.prompts is not prompts and prompts.is_given and not output.prompts.is_given:
+        raise ValueError(
+            f"{type(model).__name__} returned an Output without the prompts of "
+            f"{type(strategy).__name__}: return Output(..., prompts=prompts) from forward(batch, "
+            "prompts), after adding prompts.tokens to the tokens of its towers"
+        )
+    return strategy.transform_output(model, batch, output)
 
 
 def generate(model: VLM, strategy: Strategy, batch: Batch, **how: Any) -> list[str]:
@@ -78,22 +99,13 @@ def step(model: VLM, strategy: Strategy, batch: Batch) -> StepOutput:
         batch: samples of the task, and those that the loader mixed in.
 
     Raises:
-        RuntimeError: if no task was begun: the strategy's other hooks would not run either.
+        MissingMembersError: if the model lacks a member of the protocol.
+        RuntimeError: if no task was begun, as the strategy's other hooks would not run either; or
+            if the loss has no gradient, see ``check_trainable``.
         TypeError: if ``batch`` is not a Batch.
         ValueError: if two loss terms have one name.
     """
-    if not isinstance(batch, Batch):
-        raise TypeError(
-            f"step was given a {type(batch).__name__}, expected a mmcl.Batch: make one with "
-            "mmcl.Batch.from_images(images, labels), or give the DataLoader "
-            "collate_fn=mmcl.collate_images"
-        )
-    if strategy.current_task is None:
-        raise RuntimeError(
-            f"{type(strategy).__name__} was given a step before begin_task: in Lightning add "
-            "callbacks=[StrategyCallback()] to the Trainer, in a bare loop call "
-            "mmcl.core.begin_task(model, strategy, task) first"
-        )
+    _check_step(model, strategy, batch)
     for module in strategy.frozen_modules:
         if module.training:  # model.train() was called after begin_task
             module.eval()
@@ -112,7 +124,27 @@ def step(model: VLM, strategy: Strategy, batch: Batch) -> StepOutput:
             raise ValueError(f"two loss terms are named '{name}': give each penalty its own name")
         terms[name] = term
         loss = loss + term
+    if not loss.requires_grad and torch.is_grad_enabled():
+        check_trainable(model, strategy, has_gradient=False)
     return StepOutput(loss, terms, batch, output)
+
+
+def _check_step(model: VLM, strategy: Strategy, batch: Batch) -> None:
+    """Check what a step was given; see ``step``."""
+    if not isinstance(batch, Batch):
+        raise TypeError(
+            f"step was given a {type(batch).__name__}, expected a mmcl.Batch: make one with "
+            "mmcl.Batch.from_images(images, labels), or give the DataLoader "
+            "collate_fn=mmcl.collate_images"
+        )
+    if strategy.current_task is None:
+        raise RuntimeError(
+            f"{type(strategy).__name__} was given a step before begin_task: in Lightning add "
+            "callbacks=[StrategyCallback()] to the Trainer, in a bare loop call "
+            "mmcl.core.begin_task(model, strategy, task) first"
+        )
+    if missing := missing_members(model, STEP_MEMBERS):
+        raise MissingMembersError(model, {"a training step": missing})
 
 
 class StepModule(nn.Module):
@@ -192,6 +224,56 @@ def _sums(batch: Batch, *numbers: float) -> list[float]:
     own = torch.tensor(numbers, dtype=torch.float64, device=batch.labels.device)
     sums: list[float] = all_reduce_sum(own).tolist()
     return sums
+
+
+def check_trainable(model: VLM, strategy: Strategy, *, has_gradient: bool = True) -> None:
+    """Check that a step can train something: a parameter, or a strategy that needs none.
+
+    A strategy that has both ``end_task`` and ``transform_output`` (RanPAC, NCM) may learn without
+    a gradient.
+
+    Args:
+        model: model of the step.
+        strategy: attached to the model.
+        has_gradient: False = the loss of a step has no gradient, so trainable parameters, if there
+            are any, take no part in it.
+
+    Raises:
+        RuntimeError: with the frozen parameters, and the strategies that froze them.
+    """
+    trainable = [*trainable_parameters(model)]
+    trainable += [name for name, p in strategy.named_parameters() if p.requires_grad]
+    if trainable and has_gradient:
+        return
+    parts = [part for part in strategy.modules() if isinstance(part, Strategy)]
+    leaves = [part for part in parts if sum(isinstance(m, Strategy) for m in part.modules()) == 1]
+    if not trainable and any(
+        part.overrides("end_task") and part.overrides("transform_output") for part in leaves
+    ):
+        return
+    names = " and ".join(type(part).__name__ for part in leaves)
+    frozen = [without_adapters(n) for n, p in model.named_parameters() if not p.requires_grad]
+    by = {type(part).__name__: part.frozen_names for part in leaves if part.frozen_names}
+    earlier = [name for name in frozen if not any(name in its for its in by.values())]
+    reasons = [f"{name} froze {_grouped(its)}" for name, its in by.items()]
+    reasons += [f"{_grouped(earlier)} was frozen before"] if earlier else []
+    problem = f"{names} and the model have no trainable parameter"
+    if trainable:
+        problem = f"the loss depends on no trainable parameter ({_grouped(trainable)} train)"
+    raise RuntimeError(
+        f"the loss has no gradient, because {problem}: {'; '.join(reasons) or 'nothing is frozen'}."
+        " Leave a part that the loss depends on trainable (`freeze` of the model or the strategy), "
+        "or add a strategy that trains something, such as LoRA or L2P"
+    )
+
+
+def _grouped(names: Sequence[str]) -> str:
+    """Return parameter names as the modules they are in, with the number of parameters of each."""
+    depth = 1
+    if len({name.partition(".")[0] for name in names}) == 1:
+        depth = 2  # one module around all, such as `clip`
+    counts = Counter(".".join(name.split(".")[:depth]) for name in names)
+    return ", ".join(f"{name} ({count})" for name, count in counts.items())
 
 
 def begin_task(model: VLM, strategy: Strategy, task: Task) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,6 +84,7 @@ class Strategy(nn.Module):
             Its number is part of the state of the outermost strategy, as ``task_progress``.
         frozen_modules: the model's frozen modules in this task, which every step keeps in
             evaluation mode; set by ``mmcl.core.begin_task``.
+        frozen_names: names of the model's parameters that ``attach`` froze, for error messages.
         is_task_ended: whether ``current_task`` has ended; set by ``mmcl.core.end_task``.
         reads_weights: whether ``begin_task`` or ``end_task`` copies or measures the weights; a
             chain runs it after the other members, which may add or rewrite weights.
@@ -92,9 +94,16 @@ class Strategy(nn.Module):
 
     current_task: Task | None = None
     frozen_modules: tuple[nn.Module, ...] = ()
+    frozen_names: tuple[str, ...] = ()
     is_task_ended = False
     reads_weights = False
     rewrites_weights = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let ``attach`` record what it freezes."""
+        super().__init_subclass__(**options)
+        if "attach" in vars(cls):
+            cls.attach = _recording_frozen(cls.attach)  # type: ignore[method-assign, assignment]
 
     @property
     def root(self) -> Strategy:
@@ -256,6 +265,17 @@ class Strategy(nn.Module):
     def state_bytes(self) -> int:
         """Return the bytes that this strategy adds to a checkpoint."""
         return tensor_bytes(dict(self.state_dict()), with_plain=True)
+
+
+def _recording_frozen(attach: Callable[[Any, VLM], None]) -> Callable[[Any, VLM], None]:
+    @wraps(attach)
+    def attach_and_record(self: Any, model: VLM) -> None:
+        has_names = hasattr(model, "named_parameters")  # a step refuses a model without
+        before = trainable_parameters(model) if has_names else {}
+        attach(self, model)
+        self.frozen_names = tuple(n for n, p in before.items() if not p.requires_grad)
+
+    return attach_and_record
 
 
 def tensor_bytes(value: Any, *, with_plain: bool = False) -> int:

@@ -81,7 +81,8 @@ class Evaluator:
         """Reset the evaluator, and give the model the classes of this column."""
         self._batches, self._seen = [], 0
         if self.column.names and hasattr(model, "set_classes"):
-            model.set_classes(self.column.names, self.column.task.templates)
+            with torch.inference_mode(False):
+                model.set_classes(self.column.names, self.column.task.templates)
 
     def update(self, model: Any, strategy: Strategy, batch: Batch) -> None:
         """Update with the predictions for a batch."""

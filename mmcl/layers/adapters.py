@@ -276,7 +276,7 @@ class TaskAdapters:
 def freeze_and_target(
     model: VLM, target_modules: TargetModules, train_projector: bool, by: object
 ) -> dict[str, nn.Linear]:
-    """Freeze a model and return the target linear layers of its language model.
+    """Freeze a model and return its target linear layers: those of a language model, if it has one.
 
     Args:
         model: with ``target_linears`` and ``freeze``.
@@ -289,7 +289,7 @@ def freeze_and_target(
 
     Raises:
         TypeError: if the model lacks a member.
-        ValueError: if there is no such layer.
+        ValueError: if there is no such layer, or no projector to train.
     """
     able = require(model, "target_linears", "freeze", by=by)
     _freeze(able, train_projector)
@@ -319,10 +319,17 @@ def set_active_adapters(
 def _freeze(model: Any, train_projector: bool) -> None:
     """Freeze all parameters but, with ``train_projector``, those of the projector that train."""
     model.freeze("image", "text")
-    before = trainable_parameters(model)
-    model.freeze("projector")
-    projector = [p for p in before.values() if not p.requires_grad]
+    projector: list[nn.Parameter] = []
+    if train_projector:
+        before = trainable_parameters(model)
+        model.freeze("projector")
+        projector = [p for p in before.values() if not p.requires_grad]
+        if not projector:
+            raise ValueError(
+                f"train_projector is True, and model.freeze('projector') of {type(model).__name__} "
+                "freezes nothing that trains: leave train_projector False"
+            )
     for _, parameter in model.named_parameters():
         parameter.requires_grad_(False)
     for parameter in projector:
-        parameter.requires_grad_(train_projector)
+        parameter.requires_grad_(True)

@@ -164,7 +164,10 @@ def find_class(path: str) -> type[Any] | str | None:
     try:
         loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        return f"there is no module '{error.name}' on the path"
+        folder = Path(str(error.name))
+        is_plain = folder.is_dir() and not (folder / "__init__.py").exists()
+        hint = f": {folder}/ has no __init__.py, add an empty one" if is_plain else ""
+        return f"there is no module '{error.name}' on the path{hint}"
     if not hasattr(loaded, name):
         if module == "mmcl.strategies":
             return unknown_strategy(name)

@@ -35,7 +35,7 @@ from mmcl.lightning.checkpoint_io import (
     raise_on_all_ranks,
     remove_mid_task_checkpoints,
 )
-from mmcl.lightning.datamodule import ContinualDataModule
+from mmcl.lightning.datamodule import ContinualDataModule, make_supported_module
 from mmcl.lightning.evaluate import evaluate_row
 from mmcl.lightning.module import ContinualModule
 from mmcl.lightning.resume import check_data, check_memory_files, load_state, set_back
@@ -152,7 +152,7 @@ class ContinualRun:
             state = self.folder.state()
             tasks = 0 if state is None else state.finished_tasks
         self.data.prepare_data()
-        module = self.make_module()
+        module: ContinualModule = make_supported_module(self.make_module, self.data.stream)
         module.in_continual_run = True
         module.strategy.set_memory_dir(self.folder.path / "memory")
         for task in self.data.stream.tasks[:tasks]:

@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 from mmcl.core import ReplayPlan, Strategy, Task, TaskStream
-from mmcl.core.model import is_generative_model
+from mmcl.core.model import (
+    STEP_MEMBERS,
+    MissingMembersError,
+    is_generative_model,
+    missing_members,
+)
 from mmcl.data import (
     ReplayCopyReader,
     eval_loader,
@@ -155,6 +161,7 @@ class ContinualDataModule(pl.LightningDataModule):
 
     def start_task(self, trainer: pl.Trainer) -> Task:
         """Return the task of ``fit``, and set its classes on the model."""
+        check_model_supports_stream(self.stream, trainer.lightning_module.model)
         self.set_model_classes(trainer.lightning_module.model)
         return self.stream[self.task_index]
 
@@ -164,7 +171,9 @@ class ContinualDataModule(pl.LightningDataModule):
         names = self.stream.classes_seen(self.task_index)
         if names and hasattr(model, "set_classes"):
             first_seen = [task.index for task in seen for _ in task.classes]
-            model.set_classes(names, seen[-1].templates, first_seen)
+            # Tensors made in the inference mode of a validation could not be used in training.
+            with torch.inference_mode(False):
+                model.set_classes(names, seen[-1].templates, first_seen)
 
     def accumulate_grad_batches(self, world: int) -> int:
         """Return the number of micro-batches that each device accumulates per optimizer step."""
@@ -326,6 +335,7 @@ def check_model_supports_stream(stream: TaskStream, model: object) -> None:
     """Check that a model supports every task and eval-only task of a stream.
 
     Raises:
+        MissingMembersError: if it lacks members that a run over the stream needs.
         ValueError: naming the tasks that it does not support.
     """
     generative = [task for task in stream.all_tasks if task.task_type == "instruction"]
@@ -343,6 +353,37 @@ def check_model_supports_stream(stream: TaskStream, model: object) -> None:
             f"({_names(others)}), and {name} generates text: use a stream of task_type "
             "'instruction', or a contrastive model, such as mmcl.models.OpenCLIP"
         )
+    if missing := missing_run_members(stream, model):
+        raise MissingMembersError(model, missing)
+
+
+def missing_run_members(stream: TaskStream, model: object) -> dict[str, list[str]]:
+    """Return what a run needs -> names of the members for it that a model lacks."""
+    needs: dict[str, tuple[str, ...]] = {"a run": (*STEP_MEMBERS, "transform")}
+    if any(task.task_type == "classification" for task in stream.all_tasks):
+        needs[f"a stream with classes ('{stream.name}')"] = ("set_classes",)
+    found = {what: missing_members(model, members) for what, members in needs.items()}
+    return {what: missing for what, missing in found.items() if missing}
+
+
+def make_supported_module(make_module: Callable[[], Any], stream: TaskStream) -> Any:
+    """Make a module, and check that its model has what the strategy and the stream need.
+
+    Args:
+        make_module: builds a ContinualModule.
+        stream: the stream of the run.
+
+    Raises:
+        MissingMembersError: with all members that the model lacks, for either.
+        ValueError: naming the tasks that the model does not support.
+    """
+    try:
+        module = make_module()
+    except MissingMembersError as error:
+        missing = error.missing | missing_run_members(stream, error.model)
+        raise MissingMembersError(error.model, missing) from error
+    check_model_supports_stream(stream, module.model)
+    return module
 
 
 def _names(tasks: list[Task]) -> str:

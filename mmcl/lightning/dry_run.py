@@ -17,7 +17,7 @@ from mmcl.core.strategy import tensor_bytes
 from mmcl.data.batches.batch_plan import Mixture
 from mmcl.evaluation import AccuracyMatrix
 from mmcl.lightning.continual_run import SCORES, TRAINER_OVERRIDES
-from mmcl.lightning.datamodule import ContinualDataModule
+from mmcl.lightning.datamodule import ContinualDataModule, make_supported_module
 from mmcl.lightning.evaluate import evaluate_row
 from mmcl.lightning.module import ContinualModule
 from mmcl.lightning.run_dir import RunDirectory
@@ -103,7 +103,7 @@ def dry_run(
     data.verify_hashes = True
     data.prepare_data()
     stream = data.stream
-    module = make_module()
+    module: ContinualModule = make_supported_module(make_module, stream)
     module.in_continual_run = True
     few, batch_size = make_data(), data.eval_batch_size
     scores, errors, timer = _evaluate(module, make_trainer, few)

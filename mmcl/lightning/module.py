@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mmcl.core import Batch, StepOutput, Strategy, forward, generate, loss_weight, step
+from mmcl.core.step import check_trainable
 from mmcl.evaluation.evaluators import EvalSpec, Evaluator, GenerationEvaluator, make_evaluator
 from mmcl.lightning.checkpoint_io import check_shardable
 from mmcl.lightning.strategy_callback import StrategyCallback
@@ -96,10 +97,16 @@ class ContinualModule(pl.LightningModule):
         return done.loss if weight == 1.0 else done.loss * weight
 
     def update_trainable(self) -> None:
-        """Update whether anything is trainable; a new task may have added parameters."""
+        """Update whether anything is trainable; a new task may have added parameters.
+
+        Raises:
+            RuntimeError: if nothing is, and the strategy cannot learn without.
+        """
         self.has_trainable = any(
             p.requires_grad for p in self.parameters() if p is not self.dummy_parameter
         )
+        if not self.has_trainable:
+            check_trainable(self.model, self.strategy)
         if self.dummy_parameter is not None:
             self.dummy_parameter.requires_grad_(not self.has_trainable)
 

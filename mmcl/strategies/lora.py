@@ -10,6 +10,7 @@ are in the model's precision, where peft widens the activations.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import Any, cast
@@ -30,8 +31,9 @@ _HARMLESS_STARTS = ("gaussian", "orthogonal")
 class LoRA(Strategy):
     """Low-rank adaptation: one peft LoRA adapter, trained on one task after another.
 
-    ``W x + alpha / rank * B A x`` in the linear layers of the language model; everything else is
-    frozen. In a chain it comes first, so that the others (EWC, LwF) see the trainable parameters.
+    ``W x + alpha / rank * B A x`` in the model's target layers (a generative model's are in its
+    language model); everything else is frozen. In a chain it comes first, so that the others (EWC,
+    LwF) see the trainable parameters.
 
     Args:
         rank: r of A (r, d_in) and B (d_out, r).
@@ -62,9 +64,9 @@ class LoRA(Strategy):
         self.options = dict(options or {})
 
     def attach(self, model: VLM) -> None:
-        """Freeze the towers and inject the adapter into the language model."""
+        """Freeze the model and inject the adapter into its target layers."""
         linears = self.adapters.freeze(model, by=self)
-        root, prefix = _root(model)
+        root, prefix = _root(model, linears)
         names = [name.removeprefix(prefix) for name in linears]
         is_plain_linear = all(type(linear) is nn.Linear for linear in linears.values())
         with torch.random.fork_rng(devices=[]):
@@ -82,7 +84,7 @@ class LoRA(Strategy):
 
         It fits ``peft_state`` and the model as transformers made it.
         """
-        root, _ = _root(model)
+        root, _ = _root(model, _adapted(cast(nn.Module, model)))
         config = cast(Any, root).peft_config[_ADAPTER].to_dict()
         config |= {"inference_mode": True, "target_modules": sorted(_adapted(root))}
         config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in _others(root)})
@@ -130,16 +132,20 @@ def peft_state(model: VLM) -> dict[str, Tensor]:
     """
     from peft import get_peft_model_state_dict
 
-    root, _ = _root(model)
+    root, _ = _root(model, _adapted(cast(nn.Module, model)))
     state = dict(get_peft_model_state_dict(root, save_embedding_layers=False))
     state |= _others(root)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def _root(model: VLM) -> tuple[nn.Module, str]:
-    """Return the module whose names an exported adapter uses, and their prefix in the model."""
-    inner = getattr(model, _ROOT, None)
-    return (inner, f"{_ROOT}.") if isinstance(inner, nn.Module) else (cast(nn.Module, model), "")
+def _root(model: VLM, targets: Iterable[str]) -> tuple[nn.Module, str]:
+    """Return the module whose names an exported adapter uses, and their prefix in the model.
+
+    It is the language model ``model.lm`` if all target layers are in it, else the model.
+    """
+    inner, prefix = getattr(model, _ROOT, None), f"{_ROOT}."
+    is_inner = isinstance(inner, nn.Module) and all(name.startswith(prefix) for name in targets)
+    return (cast(nn.Module, inner), prefix) if is_inner else (cast(nn.Module, model), "")
 
 
 def _inject(root: nn.Module, config: Any, is_plain_linear: bool) -> None:

@@ -170,7 +170,7 @@ class Bare(nn.Module):
 def test_what_is_missing_is_named():
     with pytest.raises(TypeError, match=r"L2P needs model\.embed.*prompt_dims.*freeze"):
         L2P().attach(Bare())
-    with pytest.raises(ValueError, match=r"prompts enter StandIn only at \['image'\]"):
+    with pytest.raises(ValueError, match=r"prompts enter DualEncoder only at \['image'\]"):
         L2P(modality="text").attach(StandIn())
     with pytest.raises(RuntimeError, match=r"call strategy\.attach\(model\) once"):
         L2P().prompts(StandIn(), a_batch())

@@ -264,3 +264,35 @@ def test_what_cannot_be_is_refused(how, message):
     model.target_linears = lambda which: {} if which == "none" else everything(which)
     with pytest.raises(ValueError, match=message):
         LoRA(**how).attach(model)
+
+
+class TwoTowers(torch.nn.Module):
+    """A dual encoder whose text tower is named as the language model of a generative one."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.lm = torch.nn.Linear(4, 3), torch.nn.Linear(2, 3)
+
+    def freeze(self, *towers):
+        self.requires_grad_(False)
+
+    def target_linears(self, target_modules):
+        return {"all": {"image": self.image, "lm": self.lm}}[target_modules]
+
+
+def test_target_layers_of_both_towers_are_adapted_and_exported_by_their_names_in_the_model():
+    model, strategy = TwoTowers(), LoRA(rank=2, alpha=3)
+    weight, x = model.image.weight.detach().clone(), torch.randn(5, 4)
+    bias = model.image.bias.detach().clone()
+    strategy.attach(model)
+    model.image.lora_B.default.weight.data.normal_()
+    A, B = model.image.lora_A.default.weight, model.image.lora_B.default.weight
+    torch.testing.assert_close(model.image(x), x @ (weight + 3 / 2 * B @ A).T + bias)
+    names = {f"{tower}.lora_{matrix}.weight" for tower in ("image", "lm") for matrix in "AB"}
+    assert set(peft_state(model)) == names
+    assert strategy.peft_config(model)["target_modules"] == ["image", "lm"]
+
+
+def test_a_projector_that_is_not_there_cannot_be_trained():
+    with pytest.raises(ValueError, match=r"train_projector is True.* TwoTowers .*leave"):
+        LoRA(rank=2, train_projector=True).attach(TwoTowers().requires_grad_(False))
