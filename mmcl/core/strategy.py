@@ -74,9 +74,12 @@ class Strategy(nn.Module):
 
     Attributes:
         current_task: the task in training, None before the first; set by ``mmcl.core.begin_task``.
+        part: name of the strategy's own parameters in ``param_groups`` of a run, None = "prompt" if
+            it overrides ``prompts``, else "head".
     """
 
     current_task: Task | None = None
+    part: str | None = None
 
     def attach(self, model: VLM) -> None:
         """Freeze or rewire the model and check its abilities; once, before any optimizer exists.

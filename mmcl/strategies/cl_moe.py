@@ -64,6 +64,7 @@ class CLMoE(Strategy):
     """
 
     router: nn.Parameter
+    part = "router"
 
     def __init__(
         self,
