@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
         seed=cli.seed,
         checkpoint_every_n_steps=int(cli.config["checkpoint_every_n_steps"]),
         log=console.print,
+        loggers=cli.make_loggers(),
     )
     with run.folder.lock():
         run.folder.check_config(cli.plain())

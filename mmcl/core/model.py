@@ -119,6 +119,7 @@ class VLM(Protocol):
     * ``encode_image(batch)`` -> (B, N, D) output tokens of the frozen vision tower.
     * ``prompt_dims``: modality -> dim of the tokens of the tower that prompts enter.
     * ``freeze(*towers)`` turns off the gradients of whole towers.
+    * ``parts()`` -> {name: parameters} of the towers and heads, for learning rates per part.
     * ``fingerprint()`` -> str, a hash of the frozen weights.
     * ``target_linears(target_modules)`` -> the linear layers that adapters may wrap, by module
       name: "all" of them, or those of "attention" or "mlp".

@@ -86,6 +86,8 @@ class Strategy(nn.Module):
             evaluation mode; set by ``mmcl.core.begin_task``.
         frozen_names: names of the model's parameters that ``attach`` froze, for error messages.
         is_task_ended: whether ``current_task`` has ended; set by ``mmcl.core.end_task``.
+        part: name of the strategy's own parameters in ``param_groups`` of a run, None = "prompt" if
+            it overrides ``prompts``, else "head".
         reads_weights: whether ``begin_task`` or ``end_task`` copies or measures the weights; a
             chain runs it after the other members, which may add or rewrite weights.
         rewrites_weights: whether ``end_task`` writes new values into weights; a chain runs it
@@ -96,6 +98,7 @@ class Strategy(nn.Module):
     frozen_modules: tuple[nn.Module, ...] = ()
     frozen_names: tuple[str, ...] = ()
     is_task_ended = False
+    part: str | None = None
     reads_weights = False
     rewrites_weights = False
 

@@ -3,6 +3,13 @@
 from mmcl.lightning.continual_run import ContinualRun
 from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.module import ContinualModule
+from mmcl.lightning.optimizers import ParamGroup
 from mmcl.lightning.strategy_callback import StrategyCallback
 
-__all__ = ["ContinualDataModule", "ContinualModule", "ContinualRun", "StrategyCallback"]
+__all__ = [
+    "ContinualDataModule",
+    "ContinualModule",
+    "ContinualRun",
+    "ParamGroup",
+    "StrategyCallback",
+]

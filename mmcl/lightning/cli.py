@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import yaml
 from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
     MisconfigurationException,  # re-exported from Fabric
 )
@@ -129,7 +130,10 @@ class ContinualCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build everything for a subcommand, nothing yet for ``mmcl train``."""
         if self.subcommand is not None:
-            super().instantiate_classes()
+            try:
+                super().instantiate_classes()
+            except ValueError as error:
+                raise ValueError(constructor_error(error)) from error
 
     @property
     def seed(self) -> int:
@@ -168,16 +172,29 @@ class ContinualCLI(LightningCLI):
         data: ContinualDataModule = self._build("data", ContinualDataModule)
         return data
 
+    def make_loggers(self) -> list[Logger]:
+        """Build the configured loggers; True is one that writes ``logs/metrics.csv`` of the run.
+
+        Raises:
+            ValueError: if the package of a logger is not installed.
+        """
+        logger = self.config["trainer"].as_dict()["logger"]
+        if logger in (True, None):
+            return [CSVLogger(self.folder, name="", version="logs")]
+        built = logger and self._build("trainer", pl.Trainer, logger=logger)["logger"]
+        return list(built) if isinstance(built, Iterable) else [built] if built else []
+
     def make_trainer(self, **settings: Any) -> pl.Trainer:
         """Build a new Trainer with new callbacks.
 
         Args:
-            settings: override the configuration; ``callbacks`` are added to the configured ones.
+            settings: override the configuration; ``callbacks`` are added to the configured ones,
+                and loggers are only those given here.
 
         Raises:
             ValueError: if Lightning refuses them, for example for a missing device or package.
         """
-        configured = dict(self._build("trainer", pl.Trainer))
+        configured = dict(self._build("trainer", pl.Trainer, logger=False))
         own = configured.get("callbacks") or []
         callbacks = [*(own if isinstance(own, list) else [own]), *settings.pop("callbacks")]
         try:
@@ -189,14 +206,15 @@ class ContinualCLI(LightningCLI):
                 "trainer.accelerator, trainer.devices or trainer.strategy, or install what it names"
             ) from error
 
-    def _build(self, key: str, kind: type) -> Any:
+    def _build(self, key: str, kind: type, **changes: Any) -> Any:
         # A run builds two Trainers per task, and parsing the options costs more than building one.
-        if key not in self._parsed:
+        cached = f"{key} {changes}"
+        if cached not in self._parsed:
             parser = LightningArgumentParser()
             parser.add_lightning_class_args(kind, key)
-            values = parser.parse_object({key: self.config[key].as_dict()})
-            self._parsed[key] = parser, values
-        parser, values = self._parsed[key]
+            values = parser.parse_object({key: {**self.config[key].as_dict(), **changes}})
+            self._parsed[cached] = parser, values
+        parser, values = self._parsed[cached]
         try:
             return parser.instantiate(values)[key]
         except ValueError as error:

@@ -201,6 +201,12 @@ def explain_parser_error(message: str, known: Collection[str]) -> str:
     strategy = re.search(r"dot import path string: (\S+)", message)
     if strategy and key and "strateg" in key[1]:
         return f"{key[1]}: {unknown_strategy(strategy[1])}"
+    lacking = re.search(
+        r"class_path '([^']+)':\s+the following arguments are required: (.+)", message
+    )
+    if lacking and key:
+        name = lacking[1].rpartition(".")[2]
+        return f"{key[1]} is {name} without {lacking[2]}: set {key[1]}.{lacking[2].split(',')[0]}"
     refused = re.search(r"class_path '([^']+)':\s+Option '([^']+)' is not accepted", message)
     if refused:
         errors = list(_errors_of_class(refused[1], {refused[2]: None}, ""))
@@ -211,6 +217,11 @@ def explain_parser_error(message: str, known: Collection[str]) -> str:
 def constructor_error(error: Exception) -> str:
     """Return the error message of a constructor, without the parser's list of tried types."""
     text = str(error).strip()
+    if packages := re.findall(r"Requirement '([\w.-]+)[^']*' not met", text):
+        used = re.search(r"class_path '([^']+)'", text)
+        name = used[1].rpartition(".")[2] if used else "a class of the configuration"
+        package = packages[-1]  # Lightning names the one that it would rather have last
+        return f"{name} needs the package {package}, which is missing: pip install {package}"
     if not text.startswith("Does not validate against any of the Union subtypes"):
         return text
     reasons = re.findall(r"^\s+- (.+)$", text, re.MULTILINE)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch.distributed as dist
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
@@ -40,6 +41,7 @@ from mmcl.lightning.evaluate import evaluate_row
 from mmcl.lightning.module import ContinualModule
 from mmcl.lightning.resume import check_data, check_memory_files, load_state, set_back
 from mmcl.lightning.run_dir import RunDirectory, RunState, task_fingerprint
+from mmcl.lightning.run_loggers import RunLoggers
 from mmcl.lightning.strategy_callback import EVAL_MODE_WARNING
 from mmcl.lightning.task_callback import TaskCallback
 
@@ -66,6 +68,7 @@ class ContinualRun:
         seed: seed of the run.
         checkpoint_every_n_steps: optimizer steps between mid-task checkpoints, 0 = none.
         log: receives log messages; the library itself prints nothing.
+        loggers: of Lightning, shared by the Trainers of all tasks, see ``RunLoggers``.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class ContinualRun:
         seed: int = 0,
         checkpoint_every_n_steps: int = 200,
         log: Callable[[str], None] = lambda sentence: None,
+        loggers: Sequence[Logger] = (),
     ) -> None:
         self.make_module, self.make_trainer, self.data = make_module, make_trainer, data
         self.is_first = first_process()
@@ -85,6 +89,7 @@ class ContinualRun:
         self.seed, self.checkpoint_every_n_steps = seed, checkpoint_every_n_steps
         self.log = log if self.is_first else lambda sentence: None
         self.unmeasured: list[str] = []
+        self.loggers = RunLoggers(loggers, self.folder)
 
     def run(self) -> AccuracyMatrix:
         """Train on all remaining tasks and evaluate all missing cells of the accuracy matrix.
@@ -109,13 +114,19 @@ class ContinualRun:
             check_data(self.folder, self.data, state, matrix.measured_names())
             module = self._load_to_resume(state, matrix)
             self._log_start(state)
-            # Cells of finished rows are missing after a kill, or for appended tasks.
-            for row in [row for row in range(state.finished_tasks + 1) if matrix.missing([row])]:
-                is_last = row == state.finished_tasks
-                row_module = module if is_last else self._load_to_evaluate(row, matrix)
-                if row_module is not None:
-                    self._evaluate_row(matrix, row_module, row, state)
+            rows = state.finished_tasks + 1
+            self.loggers.resume(state.steps + (state.step if state.last_checkpoint else 0), rows)
+            for row in range(rows):
+                # Cells of finished rows are missing after a kill, or for appended tasks.
+                if matrix.missing([row]):
+                    is_last = row == state.finished_tasks
+                    row_module = module if is_last else self._load_to_evaluate(row, matrix)
+                    if row_module is not None:
+                        self._evaluate_row(matrix, row_module, row, state)
+                else:
+                    self.loggers.log_row(matrix, row, self._steps_after(row, state), ())
             if module is None:
+                self.loggers.close()
                 return matrix
             earlier = state.seconds
             for task in stream.tasks[state.finished_tasks :]:
@@ -123,6 +134,7 @@ class ContinualRun:
                 state.seconds = round(earlier + time.monotonic() - started, 3)
                 self.folder.save(state)
                 self._evaluate_row(matrix, module, task.index + 1, state)
+            self.loggers.close()
             return matrix
 
     def evaluate(self, rows: Sequence[int], columns: Sequence[int]) -> AccuracyMatrix:
@@ -221,6 +233,7 @@ class ContinualRun:
         trainer = self._trainer([])
         errors = evaluate_row(module, self.data, trainer, matrix, self.folder, row, columns)
         destroy_process_groups(trainer, module)
+        self.loggers.log_row(matrix, row, self._steps_after(row, state), columns)
         state.errors += [error for error in errors if error not in state.errors]
         if errors and state.tasks:
             self.folder.save(state)
@@ -228,6 +241,14 @@ class ContinualRun:
         mean = 100 * sum(value for value in values if value is not None) / len(values)
         when = f"after '{matrix.rows[row]}'" if row else "before training"
         self.log(f"{when}: mean of its tasks {mean:.1f} %")
+
+    def _steps_after(self, row: int, state: RunState) -> int:
+        """Return the optimizer steps of the first ``row`` tasks."""
+        if row in (0, state.finished_tasks):
+            return state.steps if row else 0
+        costs = list(Ledger.read(self.folder.path / "ledger.json"))
+        # A task in closed form has an idle step that is no cost.
+        return sum(max(1, cost.steps) for cost in costs[:row])
 
     def _train_task(self, module: ContinualModule, state: RunState, index: int) -> None:
         stream = self.data.stream
@@ -244,10 +265,11 @@ class ContinualRun:
             seed=self.seed,
             checkpoint_every_n_steps=self.checkpoint_every_n_steps,
             max_bad_fraction=self.data.max_bad_fraction,
+            loggers=self.loggers,
         )
         self.data.set_task(index)
         epochs = {} if task.epochs is None else {"max_epochs": task.epochs}
-        trainer = self._trainer([hooks], **epochs)
+        trainer = self._trainer([hooks], logger=self.loggers.loggers, **epochs)
         trainer.accumulate_grad_batches = self.data.accumulate_grad_batches(trainer.world_size)
         last = None if state.last_checkpoint is None else self.folder.path / state.last_checkpoint
         check_resumable(trainer, last)
@@ -284,7 +306,7 @@ class ContinualRun:
             callbacks=list(callbacks),
             default_root_dir=str(self.folder.path),
             **TRAINER_OVERRIDES,
-            **settings,
+            **{"logger": False, **settings},
         )
 
 

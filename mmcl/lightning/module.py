@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -12,11 +12,13 @@ import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mmcl.core import Batch, StepOutput, Strategy, forward, generate, loss_weight, step
 from mmcl.core.step import check_trainable
 from mmcl.evaluation.evaluators import EvalSpec, Evaluator, GenerationEvaluator, make_evaluator
 from mmcl.lightning.checkpoint_io import check_shardable
+from mmcl.lightning.optimizers import ParamGroup, build_optimizer, parse_param_groups
 from mmcl.lightning.strategy_callback import StrategyCallback
 from mmcl.strategies.finetune import Finetune
 
@@ -32,13 +34,24 @@ class ContinualModule(pl.LightningModule):
         model: a VLM, for example ``mmcl.models.OpenCLIP``.
         strategy: a Strategy or a Chain of them; None = fine-tuning.
         learning_rate: AdamW's learning rate after the warm-up, the same for every task.
-        weight_decay: AdamW's weight decay, of parameters with two or more dimensions.
+        weight_decay: AdamW's weight decay, of parameters with two or more dimensions other than
+            prompts and keys.
         betas: AdamW's betas.
         warmup_steps: optimizer steps of linear warm-up in every task.
-        lr_schedule: learning-rate schedule over each task, "constant" or "cosine".
-        optimizer: another optimizer as a function of the parameters; replaces AdamW and its three
-            arguments.
+        lr_schedule: learning-rate schedule over each task, "constant" or "cosine", see
+            ``lr_factor``.
+        param_groups: part of the model ("image", "text", "projector", "adapter", "prompt", "head"
+            ...) or name of parameters with wildcards -> its learning rate, or a ``ParamGroup``; the
+            first match counts.
+        optimizer: another optimizer as a function of named parameter groups; replaces AdamW and its
+            three arguments.
+        lr_scheduler: scheduler of torch as a function of the optimizer, stepped at every optimizer
+            step and new in every task; instead of ``warmup_steps`` and ``lr_schedule``.
         seed: mixed into the seeds of the strategy.
+
+    Raises:
+        ValueError: if ``lr_scheduler`` is given beside ``warmup_steps`` or ``lr_schedule``, or a
+            value of ``param_groups`` is out of range.
     """
 
     model: Any
@@ -53,7 +66,9 @@ class ContinualModule(pl.LightningModule):
         betas: tuple[float, float] = (0.9, 0.98),
         warmup_steps: int = 0,
         lr_schedule: Schedule = "constant",
+        param_groups: Mapping[str, ParamGroup | float] | None = None,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+        lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -61,7 +76,14 @@ class ContinualModule(pl.LightningModule):
         self.strategy = Finetune() if strategy is None else strategy
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
         self.warmup_steps, self.lr_schedule = warmup_steps, lr_schedule
-        self._make_optimizer = optimizer
+        if lr_scheduler is not None and (warmup_steps or lr_schedule != "constant"):
+            raise ValueError(
+                f"lr_scheduler is given beside warmup_steps {warmup_steps} and lr_schedule "
+                f"'{lr_schedule}', which also set the learning rate: leave these two out"
+            )
+        self.param_groups = parse_param_groups(param_groups)
+        self._make_optimizer, self._make_scheduler = optimizer, lr_scheduler
+        self._base_names = frozenset(name for name, _ in model.named_parameters())
         for part in self.strategy.modules():
             own_seed = getattr(part, "seed", None)
             if seed and isinstance(own_seed, int):
@@ -135,27 +157,44 @@ class ContinualModule(pl.LightningModule):
             self.fsdp.unshard()
             self.fsdp = None
 
-    def configure_optimizers(self) -> Optimizer:
-        """Build a new optimizer over all trainable parameters."""
-        trainable = [p for p in self.parameters() if p.requires_grad]
+    def configure_optimizers(self) -> Any:
+        """Build a new optimizer over all trainable parameters, and its scheduler if there is one.
+
+        Raises:
+            ValueError: if an entry of ``param_groups`` has no effect, or the scheduler needs a
+                metric.
+        """
         make = self._adamw if self._make_optimizer is None else self._make_optimizer
-        optimizer = make(trainable)
+        optimizer = build_optimizer(self, make, self.param_groups, self._base_names)
+        # Some schedulers set the first rate themselves, so they come before `initial_lr` is set.
+        scheduler = None if self._make_scheduler is None else self._make_scheduler(optimizer)
         for group in optimizer.param_groups:
             # A sharded checkpoint restores only keys that exist before it is loaded.
             group.setdefault("initial_lr", group["lr"])
-        return optimizer
+        if scheduler is None:
+            return optimizer
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise ValueError(
+                "lr_scheduler is ReduceLROnPlateau, which needs a metric, and a step has none: use "
+                "one that counts steps, such as torch.optim.lr_scheduler.CosineAnnealingLR"
+            )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
-    def _adamw(self, trainable: Iterable[nn.Parameter]) -> Optimizer:
-        # As in open_clip, norms, biases, scales and prompts have no weight decay.
-        decayed = [p for p in trainable if p.ndim >= 2]
-        undecayed = [p for p in trainable if p.ndim < 2]
-        pairs = ((decayed, self.weight_decay), (undecayed, 0.0))
-        groups = [{"params": some, "weight_decay": decay} for some, decay in pairs if some]
+    def _adamw(self, groups: Any) -> Optimizer:
         # Lightning refuses to clip in mixed precision if the optimizer is fused, in bf16 too.
         trainer = self._trainer
         clips = trainer is not None and bool(trainer.gradient_clip_val)
         fused = not (clips and "mixed" in str(getattr(trainer, "precision", "")))
-        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, fused=fused)
+        return torch.optim.AdamW(
+            groups,
+            lr=self.learning_rate,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            fused=fused,
+        )
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return the strategy callback, unless ``mmcl train`` brings its own."""
@@ -331,7 +370,8 @@ def lr_factor(step: int, steps: int, warmup: int, schedule: Schedule) -> float:
         step: finished optimizer steps of this task, from 0.
         steps: optimizer steps of the whole task.
         warmup: steps of linear warm-up from 1/warmup to 1.
-        schedule: "constant", or "cosine", which as in open_clip would be 0 one step after the last.
+        schedule: "constant", or "cosine" as in open_clip: 1 in the first of the n steps after the
+            warm-up, (1 + cos(pi (n - 1) / n)) / 2 in the last. It would be 0 in the step after.
     """
     if step < warmup:
         return (step + 1) / warmup

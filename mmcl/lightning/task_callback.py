@@ -30,6 +30,7 @@ from mmcl.lightning.checkpoint_io import (
 from mmcl.lightning.datamodule import check_bad_fraction
 from mmcl.lightning.module import ContinualModule, lr_factor
 from mmcl.lightning.run_dir import RunDirectory, RunState
+from mmcl.lightning.run_loggers import RunLoggers
 from mmcl.lightning.strategy_callback import StrategyCallback
 
 _REDRAW_SECONDS = 0.1
@@ -58,6 +59,7 @@ class TaskCallback(StrategyCallback):
         seed: seed of the run.
         checkpoint_every_n_steps: optimizer steps between two mid-task checkpoints, 0 = none.
         max_bad_fraction: fraction of the task's samples that may be unreadable.
+        loggers: of the run, which are also the Trainer's.
     """
 
     task: Task
@@ -75,11 +77,12 @@ class TaskCallback(StrategyCallback):
         seed: int,
         checkpoint_every_n_steps: int,
         max_bad_fraction: float,
+        loggers: RunLoggers,
     ) -> None:
         super().__init__(task)
         self.folder, self.state, self.seed = folder, state, seed
         self.checkpoint_every_n_steps = checkpoint_every_n_steps
-        self.max_bad_fraction = max_bad_fraction
+        self.max_bad_fraction, self.loggers = max_bad_fraction, loggers
         self.counts = TaskCounters()
         self.warnings: list[str] = []
         self.unsaved = 0
@@ -124,6 +127,10 @@ class TaskCallback(StrategyCallback):
         self._has_schedule = module.warmup_steps > 0 or module.lr_schedule != "constant"
         self._rank, self._is_on_gpu = trainer.global_rank, module.device.type == "cuda"
         self._log_every = vars(trainer).get("log_every_n_steps", 50) if trainer.loggers else 0
+        self._rates: dict[str, float] = {}
+        if self._log_every:
+            # Lightning's own logs get this as their step: it counts from 0 in every fit.
+            trainer.fit_loop.epoch_loop._batches_that_stepped = self.state.steps + self.step + 1
         title = f"task {self.task.index}: {self.task.name}"
         self._line = ProgressLine(title, self.steps, is_shown=trainer.is_global_zero)
         self._clock = time.monotonic()
@@ -152,6 +159,12 @@ class TaskCallback(StrategyCallback):
             for group, rate in self._base_rates:
                 group["lr"] = rate * factor
         self.step += 1
+        if self._is_logged():
+            # A scheduler sets the rates of the next step before this one is logged.
+            self._rates = {
+                f"learning_rate/{group.get('name', number)}": float(group["lr"])
+                for number, (group, _) in enumerate(self._base_rates)
+            }
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
@@ -173,8 +186,10 @@ class TaskCallback(StrategyCallback):
         if self.step == counts.steps:
             return
         counts.steps = self.step
-        if self._log_every and self.step % self._log_every == 0 and done is not None:
-            self._log(trainer, done.terms)
+        if done is not None and self._is_logged():
+            terms = {"loss": done.loss, **done.terms}
+            values = {f"train/{name}": float(term.detach()) for name, term in terms.items()}
+            self.loggers.log({**values, **self._rates}, self.state.steps + self.step)
         every = self.checkpoint_every_n_steps
         # The last step is never saved: a resumed task must have a step left, because Lightning
         # calls on_train_end, where the strategy ends the task, only after one.
@@ -199,6 +214,7 @@ class TaskCallback(StrategyCallback):
             problem = f"{self.unsaved} of its mid-task checkpoints could not be written"
             self.warnings.append(f"task '{self.task.name}': {problem}")
         self.cost = self._cost(trainer)
+        self._flush_loggers(trainer)
         save_task_checkpoint(trainer, module, self.folder.task_checkpoint(self.task.index + 1))
 
     def on_exception(
@@ -249,6 +265,7 @@ class TaskCallback(StrategyCallback):
 
     def _save(self, trainer: pl.Trainer) -> None:
         try:
+            self._flush_loggers(trainer)
             last = save_mid_task_checkpoint(trainer, self.folder.checkpoints, self.step)
             self.state.last_checkpoint, self.state.step = f"checkpoints/{last.name}", self.step
             self.folder.save(self.state)
@@ -263,6 +280,11 @@ class TaskCallback(StrategyCallback):
                 stacklevel=2,
             )
 
+    def _flush_loggers(self, trainer: pl.Trainer) -> None:
+        if self._log_every:
+            with raise_on_all_ranks(trainer):
+                self.loggers.flush()
+
     def _add_errors(self, errors: tuple[str, ...]) -> None:
         known = self.counts.errors
         known += [error for error in errors if error not in known]
@@ -276,11 +298,8 @@ class TaskCallback(StrategyCallback):
                 self.counts.flops_per_sample = self._counter.get_total_flops() / samples
             self._counter = None
 
-    def _log(self, trainer: pl.Trainer, terms: Any) -> None:
-        values = {f"train/{name}": float(term) for name, term in terms.items()}
-        values["train/learning_rate"] = float(self._base_rates[0][0]["lr"])
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=self.state.steps + self.step)
+    def _is_logged(self) -> bool:
+        return self._log_every > 0 and (self.state.steps + self.step) % self._log_every == 0
 
     def _update_seconds(self) -> None:
         now = time.monotonic()

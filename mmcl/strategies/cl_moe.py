@@ -65,6 +65,7 @@ class CLMoE(Strategy):
 
     rewrites_weights = True
     router: nn.Parameter
+    part = "router"
 
     def __init__(
         self,

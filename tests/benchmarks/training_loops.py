@@ -67,7 +67,8 @@ class InMemory(pl.LightningDataModule):
 
 def make_trainer(**settings):
     """Build the Trainer of a run without a logger, which is the command's default."""
-    return pl.Trainer(accelerator="cpu", devices=1, logger=False, max_epochs=1, **settings)
+    quiet = {"logger": False, **settings}
+    return pl.Trainer(accelerator="cpu", devices=1, max_epochs=1, **quiet)
 
 
 class Sequence:
@@ -157,8 +158,12 @@ class Plain:
 
 
 def continual(model, strategy, optimizer):
-    """Make mmcl's module."""
-    return ContinualModule(model, strategy, optimizer=lambda given: optimizer(given))
+    """Make mmcl's module; its optimizer has the same single group as that of the other loops."""
+
+    def flat(groups):
+        return optimizer([p for group in groups for p in group["params"]])
+
+    return ContinualModule(model, strategy, optimizer=flat)
 
 
 def largest_difference(models):

@@ -128,3 +128,25 @@ def test_a_strategy_that_needs_whole_gradients_names_another(tmp_path, strategy,
     runs = SmallRuns(tmp_path, (20,), kind)
     assert start(runs, "run", strategy, SHARDS) == [1, 1]
     assert refusal in " ".join((tmp_path / "run" / "output_0").read_text().split())
+
+
+@pytest.mark.parametrize("way", ["ddp", SHARDS], ids=["ddp", "fsdp"])
+def test_parameter_groups_a_scheduler_and_a_log_resume_on_two_processes(tmp_path, way):
+    runs = SmallRuns(tmp_path, (20, 17), **LAYERS)
+    options = {
+        "model__warmup_steps": 0,
+        "model__lr_schedule": "constant",
+        "model__lr_scheduler": "torch.optim.lr_scheduler.StepLR",
+        "model__lr_scheduler.step_size": 3,
+        "model__param_groups": '{"image": {"weight_decay": 0.1, "layer_decay": 0.7}}',
+        "trainer__logger": "true",
+        "trainer__log_every_n_steps": 1,
+    }
+    finish(runs, "whole", "Finetune", way, **options)
+    start(runs, "killed", "Finetune", way, ("step", 4), **options)
+    start(runs, "killed", "Finetune", way, ("step", 5), **options)
+    finish(runs, "killed", "Finetune", way, **options)
+    assert runs.differences("killed", "whole") == []
+    logs = [runs.path(name) / "logs" / "metrics.csv" for name in ("killed", "whole")]
+    assert logs[0].read_text() == logs[1].read_text()
+    assert "learning_rate/image/layer_03" in logs[0].read_text()

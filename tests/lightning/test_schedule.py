@@ -1,3 +1,5 @@
+from math import cos, pi
+
 import pytest
 
 from mmcl.lightning.module import lr_factor
@@ -18,3 +20,17 @@ def test_the_cosine_starts_at_one_and_ends_near_zero():
     assert factors[45] == pytest.approx(0.5)
     assert factors[-1] < 0.001
     assert factors == sorted(factors, reverse=True)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(100, 10), (7, 0), (3, 2)])
+def test_the_cosines_last_value_is_the_documented_one_and_open_clips(steps, warmup):
+    n = steps - warmup
+    last = (1 + cos(pi * (n - 1) / n)) / 2
+    assert lr_factor(steps - 1, steps, warmup, "cosine") == pytest.approx(last)
+    assert lr_factor(steps, steps, warmup, "cosine") == pytest.approx(0, abs=1e-12)
+    # open_clip_train.scheduler.cosine_lr, written out
+    for step in range(warmup, steps):
+        e, es = step - warmup, steps - warmup
+        assert lr_factor(step, steps, warmup, "cosine") == pytest.approx(
+            0.5 * (1 + cos(pi * e / es))
+        )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -322,6 +322,10 @@ class ImageTextToText(nn.Module):
     def tower(self, group: ModuleGroup) -> Iterable[nn.Parameter]:
         """Return the parameters of one module group, see ``parameters_of``."""
         return parameters_of(self.lm, self.architecture, group)
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters of every module group by its name."""
+        return {group: list(self.tower(group)) for group in get_args(ModuleGroup)}
 
     def is_frozen(self, group: ModuleGroup) -> bool:
         """Return whether a module group has no trainable parameter."""

@@ -347,6 +347,10 @@ class OpenCLIP(nn.Module):
             if belongs == modality and not name.startswith("logit_"):
                 yield parameter
 
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters of "image" and "text", the two towers."""
+        return {"image": list(self.tower("image")), "text": list(self.tower("text"))}
+
     def is_frozen(self, modality: Modality) -> bool:
         """Return whether a tower has no trainable parameter."""
         return not any(parameter.requires_grad for parameter in self.tower(modality))
