@@ -16,7 +16,7 @@ from mmcl.core import Batch, ReplayPlan, Task, TaskStream
 from mmcl.core.strategy import tensor_bytes
 from mmcl.data.batches.batch_plan import Mixture
 from mmcl.evaluation import AccuracyMatrix
-from mmcl.lightning.continual_run import SCORES, TRAINER_OVERRIDES
+from mmcl.lightning.continual_run import SCORES
 from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.evaluate import evaluate_row
 from mmcl.lightning.module import ContinualModule
@@ -198,11 +198,10 @@ def _train(
     """Train for two steps; also return the configured number of epochs per task."""
     hooks = _TimedHooks()
     data.set_task(0)
-    trainer = make_trainer(callbacks=[hooks], logger=False, **TRAINER_OVERRIDES)
+    trainer = make_trainer(callbacks=[hooks], logger=False, limit_val_batches=0)
     epochs = max(1, trainer.max_epochs or 1)
-    trainer.fit_loop.max_epochs = 1
-    trainer.accumulate_grad_batches = data.accumulate_grad_batches(trainer.world_size)
-    trainer.limit_train_batches = STEPS * trainer.accumulate_grad_batches
+    trainer.fit_loop.max_epochs, trainer.limit_train_batches = 1, STEPS
+    data.count_global_batches(trainer)
     module.train()
     trainer.fit(module, datamodule=data, weights_only=True)
     if trainer.interrupted:
@@ -250,12 +249,12 @@ def _evaluate(
 ) -> tuple[tuple[float | None, ...], list[str], _EvalTimer]:
     """Evaluate a few samples of every column before training; return scores, errors and timer."""
     limit = data.max_samples
-    data.max_samples = ROWS if limit is None or limit < 1 else min(ROWS, int(limit))
+    data.max_samples = min(ROWS, limit) if isinstance(limit, int) else ROWS
     data.max_bad_fraction = 1.0  # one of so few is a large fraction; all are named in the result
     data.setup()
     matrix = AccuracyMatrix.for_stream(data.stream, SCORES)
     timer = _EvalTimer()
-    trainer = make_trainer(callbacks=[timer], logger=False, **TRAINER_OVERRIDES)
+    trainer = make_trainer(callbacks=[timer], logger=False)
     columns = range(len(data.stream.all_tasks))
     read_only = RunDirectory(Path(), writes=False)
     errors = evaluate_row(module, data, trainer, matrix, read_only, 0, columns)
