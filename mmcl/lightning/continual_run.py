@@ -224,13 +224,13 @@ class ContinualRun:
         destroy_process_groups(trainer, module)
 
     def _explain_accumulation(self, trainer: pl.Trainer) -> None:
-        parts, size = trainer.accumulate_grad_batches, self.data.global_batch_size
+        parts = trainer.accumulate_grad_batches
         if parts > 1 and self.is_first and not self._has_explained:
             self._has_explained = True
             warnings.warn(
                 f"trainer.accumulate_grad_batches is {parts}: every device takes its part of a "
                 f"global batch in {parts} micro-batches, and an optimizer step is still over "
-                f"data.global_batch_size {size} samples",
+                f"data.global_batch_size {self.data.global_batch_size} samples",
                 stacklevel=2,
             )
 
