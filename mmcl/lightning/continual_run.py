@@ -50,7 +50,8 @@ class ContinualRun:
 
     Args:
         make_module: builds the module from its configuration, the same every time.
-        make_trainer: builds a new Trainer; its keyword arguments override the configuration.
+        make_trainer: builds a new Trainer, from ``TRAINER_DEFAULTS`` and the configuration; its
+            keyword arguments override both.
         data: datamodule of the stream.
         folder: run directory.
         seed: seed of the run.

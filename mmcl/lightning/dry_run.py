@@ -194,7 +194,7 @@ class _FirstBatches:
 
 @dataclass(frozen=True)
 class _TaskLength:
-    """Length of a task: epochs (-1 = not limited), limit of an epoch's global batches, most steps."""
+    """Length of a task: epochs (-1 = any), limit of an epoch's global batches, most steps."""
 
     epochs: int
     limit: int | float
@@ -214,7 +214,8 @@ def _train(
     """Train for two steps; also return the configured length of a task."""
     hooks = _TimedHooks()
     data.set_task(0)
-    trainer = make_trainer(callbacks=[hooks], logger=False, limit_val_batches=0)
+    settings = {"logger": False, "limit_val_batches": 0, "fast_dev_run": False}
+    trainer = make_trainer(callbacks=[hooks], **settings)
     epochs, limit = trainer.max_epochs or 1, trainer.limit_train_batches
     length = _TaskLength(epochs, limit, None if trainer.max_steps == -1 else trainer.max_steps)
     trainer.fit_loop.max_epochs, trainer.limit_train_batches = 1, STEPS

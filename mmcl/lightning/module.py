@@ -130,7 +130,7 @@ class ContinualModule(pl.LightningModule):
                 f"torch {torch.__version__} cannot shard weights: install torch 2.6 or later, "
                 "or use strategy ddp"
             ) from error
-        if self._data().validation_share and self.trainer.limit_val_batches:
+        if self._has_validation_part() and self.trainer.limit_val_batches:
             raise ValueError(_SHARDED_VALIDATION)
         if self.mesh is None:
             self.mesh = self.trainer.strategy.device_mesh
@@ -240,7 +240,7 @@ class ContinualModule(pl.LightningModule):
         """Create the evaluators of the selected task; sharded weights are refused."""
         if self.fsdp is not None:
             raise ValueError(_SHARDED_VALIDATION)
-        if self._data().validation_share:
+        if self._has_validation_part():
             self.score(self._data().default_columns("validate"))
             self._validation_loss = ValidationLoss(self.device)
         self.on_test_epoch_start()
@@ -276,6 +276,9 @@ class ContinualModule(pl.LightningModule):
         Lightning would end the fit without ``on_train_end``, where the strategy ends the task.
         """
         self.trainer.should_stop = False
+
+    def _has_validation_part(self) -> bool:
+        return bool(getattr(self._data(), "validation_share", 0))
 
     def _data(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]

@@ -40,7 +40,7 @@ RESUMABLE_KEYS = (
     "trainer.num_nodes", "trainer.strategy", "trainer.logger", "trainer.callbacks",
     "trainer.profiler", "trainer.log_every_n_steps", "trainer.default_root_dir", "data.data_dir",
     "data.num_workers", "data.eval_batch_size", "data.verify_hashes", "data.max_bad_fraction",
-    "data.cache_dir", "data.cache_limit", "checkpoint_every_n_steps",
+    "data.cache_dir", "data.cache_limit", "checkpoint_every_n_steps", "trainer.enable_progress_bar",
 )  # fmt: skip
 
 
@@ -174,6 +174,8 @@ class RunDirectory:
                 )
             free = tuple(f"{key}." for key in RESUMABLE_KEYS)
             keys = sorted(k for k in stored.keys() | new.keys() if not f"{k}.".startswith(free))
+            # A setting that is newer than the run, and off: the run was made without it.
+            keys = [k for k in keys if k in stored or new[k]]
             changed = [k for k in keys if stored.get(k) != new.get(k)]
             if changed:
                 named = "; ".join(

@@ -15,7 +15,8 @@ from pytorch_lightning.plugins.io import AsyncCheckpointIO
 from mmcl.cli import main, train
 from mmcl.lightning.cli import ContinualCLI
 from mmcl.lightning.datamodule import ContinualDataModule
-from mmcl.lightning.module import lr_factor
+from mmcl.lightning.module import ContinualModule, lr_factor
+from mmcl.lightning.run_dir import RunDirectory
 from mmcl.lightning.task_callback import TaskCallback
 from mmcl.lightning.trainer_settings import TRAINER_ARGUMENTS, check_trainer_settings
 from tests.behaviour.kill_runs import KILLED
@@ -176,6 +177,15 @@ def test_one_is_a_number_and_1_0_is_a_fraction(tmp_path, name):
     assert hints[f"{group}.{key}"].startswith("int | float")
 
 
+def test_a_run_without_a_newer_setting_resumes_while_that_is_off(tmp_path):
+    folder = RunDirectory(tmp_path)
+    folder.check_config({"data": {"stream": "x"}})
+    (tmp_path / "run.json").write_text("{}")
+    folder.check_config({"data": {"stream": "x", "validation_share": 0.0}, "keep_best": None})
+    with pytest.raises(ValueError, match=r"data\.validation_share is None there and 0\.1 here"):
+        folder.check_config({"data": {"stream": "x", "validation_share": 0.1}})
+
+
 def test_one_sample_is_not_all_of_them(tmp_path):
     runs = SmallRuns(tmp_path, sizes=(20,), test_size=4)
     sizes = [
@@ -191,6 +201,22 @@ def test_micro_batches_are_those_of_the_setting_or_of_the_largest_size(tmp_path)
     assert data.accumulate_grad_batches(1, configured=8) == 8
     with pytest.raises(ValueError, match=r"is 4, and data\.micro_batch_size 3 needs 6: set one"):
         data.accumulate_grad_batches(1, configured=4)
+
+
+def test_fit_takes_micro_batches_and_global_batches_as_a_run_does(watched, monkeypatch):
+    sizes, training_step = [], ContinualModule.training_step
+
+    def note(module, batch, batch_idx):
+        sizes.append(len(batch))
+        return training_step(module, batch, batch_idx)
+
+    monkeypatch.setattr(ContinualModule, "training_step", note)
+    monkeypatch.chdir(watched.runs.folder)
+    settings = {"data__micro_batch_size": 3, "trainer__limit_train_batches": 2}
+    words = watched.runs.words("run", trainer__max_epochs=1, **settings)
+    words = [word for word in words if word not in ("--output_dir", "--run_name", "run")]
+    assert main(["fit", *words[:2], *words[3:]]) == 0
+    assert sizes == [2, 2, 2, 3, 2, 2]
 
 
 def weights(run, name="run"):
@@ -251,8 +277,8 @@ def test_a_task_that_max_steps_ends_is_finished_and_named(watched):
     assert sentence in watched.warnings()
     # The cosine ends with the true last step, and end_task was called: EWC has its table.
     assert watched.rates == pytest.approx([3e-3 * lr_factor(s, 4, 0, "cosine") for s in range(4)])
-    fisher = [v for k, v in watched.runs.kept("run").items() if "fisher" in k and v.numel()]
-    assert any(float(v.abs().max()) > 0 for v in fisher)
+    found = watched.runs.kept("run")["strategy.importance._extra_state"]["tensors"]
+    assert any(float(values.abs().max()) > 0 for values in found.values())
 
 
 def test_without_a_number_of_epochs_max_steps_is_the_length_of_a_task(watched):
