@@ -266,7 +266,8 @@ class ContinualModule(pl.LightningModule):
             values = (self._validation_loss.compute(), float(self.scorers[0].value or 0.0))
             self.validation, self._validation_loss = dict(zip(names, values, strict=True)), None
             # A run's callback passes them to its loggers, with the steps of all tasks.
-            self.log_dict(self.validation, sync_dist=True, logger=not self.in_continual_run)
+            logger = False if self.in_continual_run else None
+            self.log_dict(self.validation, sync_dist=True, logger=logger)
         if self.trainer.training or self.trainer.state.fn == "fit":
             self._data().set_model_classes(self.model)
 

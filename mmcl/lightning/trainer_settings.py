@@ -312,7 +312,8 @@ def planned_steps(trainer: pl.Trainer) -> tuple[int, int]:
 
     Both are 0 if only a time or a callback ends the fit.
     """
-    steps_per_epoch = int(trainer.num_training_batches) // trainer.accumulate_grad_batches
+    # The single micro-batch of a task without trainable parameters is a step as well.
+    steps_per_epoch = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
     full = steps_per_epoch * max(0, int(trainer.max_epochs or 1))
     if trainer.max_steps == -1:
         return full, full

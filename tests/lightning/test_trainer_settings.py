@@ -5,6 +5,7 @@ import json
 import warnings
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -18,7 +19,11 @@ from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.module import ContinualModule, lr_factor
 from mmcl.lightning.run_dir import RunDirectory
 from mmcl.lightning.task_callback import TaskCallback
-from mmcl.lightning.trainer_settings import TRAINER_ARGUMENTS, check_trainer_settings
+from mmcl.lightning.trainer_settings import (
+    TRAINER_ARGUMENTS,
+    check_trainer_settings,
+    planned_steps,
+)
 from tests.behaviour.kill_runs import KILLED
 from tests.lightning.small_runs import SmallRuns
 
@@ -203,6 +208,28 @@ def test_micro_batches_are_those_of_the_setting_or_of_the_largest_size(tmp_path)
         data.accumulate_grad_batches(1, configured=4)
 
 
+@pytest.mark.parametrize(
+    ("batches", "parts", "epochs", "max_steps", "full", "planned"),
+    [
+        (6, 1, 2, -1, 12, 12), (6, 2, 2, -1, 6, 6), (6, 2, 2, 4, 6, 4), (6, 2, 2, 9, 6, 6),
+        (6, 1, -1, 9, 0, 9), (6, 1, -1, -1, 0, 0), (1, 3, 1, -1, 1, 1),
+    ],
+)  # fmt: skip
+def test_the_steps_of_a_task_are_known_beforehand(batches, parts, epochs, max_steps, full, planned):
+    trainer = SimpleNamespace(
+        num_training_batches=batches, accumulate_grad_batches=parts, max_epochs=epochs,
+        max_steps=max_steps,
+    )  # fmt: skip
+    assert planned_steps(trainer) == (full, planned)
+
+
+def test_a_closed_form_takes_one_step_in_any_number_of_micro_batches(watched):
+    settings = {"data__micro_batch_size": 3, "checkpoint_every_n_steps": 1}
+    assert watched("run", "RanPAC", **settings) == 0
+    assert len(watched.batches) == 1
+    assert watched.warnings() == []
+
+
 def test_fit_takes_micro_batches_and_global_batches_as_a_run_does(watched, monkeypatch):
     sizes, training_step = [], ContinualModule.training_step
 
@@ -240,6 +267,7 @@ def test_accumulated_micro_batches_are_the_same_global_batches(watched, capsys):
     assert "trainer.accumulate_grad_batches is 3" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "norm"), [("norm", lambda d: d.norm()), ("value", lambda d: d.abs().max())]
 )
@@ -299,6 +327,7 @@ def test_a_task_without_time_left_takes_a_step_and_is_finished(watched):
     assert watched.warnings() == ["task 'task-a' was ended by trainer.max_time after 1 of 6 steps"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("least", [{"trainer__min_epochs": 2}, {"trainer__min_steps": 5}, {}])
 def test_a_callback_stops_a_task_after_its_least_length(watched, least):
     settings = {"trainer__callbacks": STOP_AT_ONCE, "trainer__max_epochs": 3, **least}
