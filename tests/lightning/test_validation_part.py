@@ -219,8 +219,9 @@ def test_fit_validates_on_the_part_and_validate_names_what_it_used(validated, ca
     words = [*words[:2], "--trainer.num_sanity_val_steps=0"]
     with_part = [*words, "--data.validation_share=0.25"]
     assert main(["fit", *with_part, f"--trainer.callbacks={json.dumps(PATIENT[:1])}"]) == 0
+    assert "no logger configured" not in capsys.readouterr().err
     assert main(["fit", *words]) == 0
-    capsys.readouterr()
+    assert "val/" not in capsys.readouterr().out
     assert main(["validate", *with_part]) == 0
     out = capsys.readouterr().out
     assert "validated on the validation part of task 'task-a'" in out
