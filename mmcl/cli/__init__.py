@@ -46,7 +46,7 @@ _ENTRY_POINTS = {
 """Command: module and function, where they are not its own name and ``main``."""
 LIGHTNING = {
     "fit": "Lightning's own, on one task (data.task_index): train",
-    "validate": "evaluate the selected task",
+    "validate": "evaluate the selected task's validation part, or its test split if it has none",
     "test": "evaluate every task until the selected one, and the eval-only tasks",
     "predict": "print a prediction for every test sample of the selected task",
 }

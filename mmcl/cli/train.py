@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
@@ -47,19 +50,37 @@ def main(argv: Sequence[str]) -> int:
         folder,
         seed=cli.seed,
         checkpoint_every_n_steps=int(cli.config["checkpoint_every_n_steps"]),
+        keep_best=cli.config["keep_best"],
+        show_progress=cli.config["trainer"]["enable_progress_bar"] is not False,
         log=console.print,
         loggers=cli.make_loggers(),
     )
-    with run.folder.lock():
+    cleanup = _removed(folder, run.is_first) if cli.is_fast_dev_run else nullcontext()
+    with cleanup, run.folder.lock():
         run.folder.check_config(cli.plain())
         matrix = run.run()
-        if run.is_first:
+        if run.is_first and not cli.is_fast_dev_run:
             images = save_sample_images(run.data, run.folder)
             summarize(run, cli.plain(), matrix, images)
             page = write_report(folder)
             print(matrix_table(matrix, lenient=read_lenient(matrix, folder), width=console.width))
             print(f"report: {page}")
+    if run.is_first and cli.is_fast_dev_run:
+        batches = int(cli.config["trainer"]["fast_dev_run"])
+        print(f"fast_dev_run: everything ran on {batches} batches of every task; nothing was kept")
     return 0
+
+
+@contextmanager
+def _removed(folder: Path, is_first: bool) -> Iterator[None]:
+    """Context at whose end a run directory is removed, and at whose start one left by a kill."""
+    if is_first:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield
+    finally:
+        if is_first:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def with_progress(data: ContinualDataModule) -> ContinualDataModule:
@@ -83,6 +104,13 @@ def with_progress(data: ContinualDataModule) -> ContinualDataModule:
 def run_lightning(argv: Sequence[str]) -> int:
     """Run one of Lightning's commands; ``predict`` prints a line for every sample."""
     cli = ContinualCLI(argv, subcommands=True, program="mmcl")
+    if argv[0] == "validate" and cli.trainer.is_global_zero:
+        data = cli.datamodule
+        part = "validation part" if data.validation_share else "test split"
+        hint = (
+            "" if data.validation_share else "; data.validation_share holds a part out for choices"
+        )
+        print(f"validated on the {part} of task '{data.stream[data.task_index].name}'{hint}")
     if argv[0] == "predict" and cli.trainer.is_global_zero:
         for answers in cli.trainer.predict_loop.predictions:
             print("\n".join(f"{key}\t{answer}" for key, answer in answers))
@@ -121,5 +149,6 @@ def _settings() -> Iterator[tuple[str, str]]:
         for match in entry.finditer(args[1] if args else ""):
             if match[1] != "seed":
                 yield f"{group}.{match[1]}", " ".join(match[2].split())
+    yield "keep_best", "end every task with the weights of its best validation: loss or score"
     yield "trainer.max_epochs", "epochs of every task; trainer.* are the arguments of Lightning's"
     yield "trainer.devices", "Trainer: accelerator, devices, strategy, precision, ..."

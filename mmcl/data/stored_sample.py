@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
-Split = Literal["train", "test"]
+Split = Literal["train", "validation", "test"]
 
 MAX_TEXT_BYTES = 1 << 20
 """Samples with a longer text member are bad."""

@@ -13,8 +13,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mmcl.core import Batch, Output, Strategy, Task, TaskStream, device_of, forward, generate
-from mmcl.core.distributed import all_gather_samples, all_gather_strings, rank_and_world
+from mmcl.core import (
+    IGNORE_INDEX,
+    Batch,
+    Output,
+    Strategy,
+    Task,
+    TaskStream,
+    device_of,
+    forward,
+    generate,
+)
+from mmcl.core.distributed import (
+    all_gather_samples,
+    all_gather_strings,
+    all_reduce_sum,
+    rank_and_world,
+)
 from mmcl.core.model import VLM, eval_mode
 from mmcl.core.seeding import hash_priorities
 from mmcl.evaluation.predictions import Prediction
@@ -247,6 +262,37 @@ class GenerationEvaluator(Evaluator):
             )
             return predictions
         return generate(model, strategy, batch, **options)
+
+
+class ValidationLoss:
+    """Mean task loss over the validation part of a task, exact over batches and ranks.
+
+    It is the loss of training without penalties: a mean over samples, for answers over tokens. A
+    contrastive loss compares the samples of a batch, so it depends on the size of batches.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def update(self, model: Any, strategy: Strategy, batch: Batch) -> None:
+        """Add the loss of a batch, weighted by its samples or tokens in the loss."""
+        output = forward(model, strategy, batch)
+        loss = strategy.objective(model, batch, output)
+        if loss is None:
+            loss = model.loss(output, batch)
+        is_scored = batch.labels != IGNORE_INDEX
+        has_labels = batch.is_generative or batch.input_ids is None
+        count = (
+            is_scored.sum().double()
+            if has_labels
+            else torch.tensor(float(len(batch))).to(self._sums)
+        )
+        self._sums += torch.stack([loss.double() * count, count])
+
+    def compute(self) -> float:
+        """Return the mean over all ranks."""
+        total, count = all_reduce_sum(self._sums).tolist()
+        return float(total / max(1.0, count))
 
 
 def make_evaluator(column: EvalSpec) -> Evaluator:

@@ -12,11 +12,11 @@ import io
 import pickle
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -34,6 +34,7 @@ from mmcl.core.strategy import tensor_bytes
 METADATA = ".metadata"
 """File that every sharded checkpoint has."""
 _METADATA_HASH = ".metadata.sha256"
+KeepBest = Literal["loss", "score"]
 _TEMPORARY = ".last.ckpt.tmp"
 _OVERLAY = "add --config configs/overlay/fsdp.yaml"
 _PATH_TYPES = frozenset({"Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"})
@@ -327,6 +328,47 @@ def destroy_process_groups(trainer: pl.Trainer, module: Any) -> None:
     for group in [] if mesh is None or mesh is module.mesh else mesh.get_all_groups():
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+
+
+class BestWeights:
+    """Weights of a task at its best validation so far; a copy in host memory and in checkpoints.
+
+    These are the trainable parameters and the model's buffers, such as batch-norm statistics; the
+    other state of a strategy, such as a memory, is that of the last step.
+
+    Args:
+        measure: "loss" (lowest) or "score" (highest); the first of equal ones is kept.
+    """
+
+    def __init__(self, measure: KeepBest) -> None:
+        self.measure = measure
+        self.state: dict[str, Any] = {"value": None, "step": 0, "weights": {}}
+
+    def update(self, metrics: Mapping[str, float], module: Any, step: int) -> None:
+        """Copy the weights if the metrics of a validation are better than the best."""
+        value = next(v for name, v in metrics.items() if (name == "val/loss") == self.is_loss)
+        best = self.state["value"]
+        if best is None or (value < best if self.is_loss else value > best):
+            copies = {name: t.detach().cpu().clone() for name, t in _weights(module).items()}
+            self.state = {"value": value, "step": step, "weights": copies}
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether lower values are better."""
+        return self.measure == "loss"
+
+    @torch.no_grad()
+    def restore(self, module: Any) -> None:
+        """Write the best weights into the module; if there was no validation, change nothing."""
+        weights = _weights(module)
+        for name, copy in self.state["weights"].items():
+            weights[name].copy_(copy)
+
+
+def _weights(module: Any) -> dict[str, torch.Tensor]:
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    buffers = {f"model.{name}": b for name, b in module.model.named_buffers()}
+    return {**trainable, **buffers}
 
 
 def save_task_checkpoint(trainer: pl.Trainer, module: Any, path: Path) -> None:

@@ -18,7 +18,7 @@ from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-define
     MisconfigurationException,  # re-exported from Fabric
 )
 
-from mmcl.lightning.checkpoint_io import METADATA, reject_pickles
+from mmcl.lightning.checkpoint_io import METADATA, KeepBest, reject_pickles
 from mmcl.lightning.config_errors import (
     ConfigError,
     config_files,
@@ -28,6 +28,12 @@ from mmcl.lightning.config_errors import (
 )
 from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.module import ContinualModule
+from mmcl.lightning.trainer_settings import (
+    check_precision,
+    check_trainer_settings,
+    complete_settings,
+    order_unions,
+)
 from mmcl.strategies import discover
 
 _DEFAULTS = {"trainer.logger": False, "trainer.max_epochs": 1}
@@ -89,6 +95,13 @@ class ContinualCLI(LightningCLI):
             default=200,
             help="steps between mid-task checkpoints, 0 = none",
         )
+        parser.add_argument(
+            "--keep_best",
+            type=KeepBest | None,
+            help="end every task with the weights of its lowest validation loss, or of its highest "
+            "score (null: with those of its last step)",
+        )
+        order_unions(parser)
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
         parser.set_defaults(_DEFAULTS)
@@ -135,6 +148,12 @@ class ContinualCLI(LightningCLI):
             except ValueError as error:
                 raise ValueError(constructor_error(error)) from error
 
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Build the Trainer of a subcommand; the loaders divide samples over devices themselves."""
+        trainer = super().instantiate_trainer(**{**kwargs, "use_distributed_sampler": False})
+        check_precision(trainer)
+        return trainer
+
     @property
     def seed(self) -> int:
         """Seed of the run."""
@@ -152,7 +171,14 @@ class ContinualCLI(LightningCLI):
             has_group = file.parent.parent.name == "configs"
             name = f"{file.parent.name}-{file.stem}" if has_group else file.stem
             name += f"-seed{self.seed}" if self.seed else ""
+        if self.is_fast_dev_run:
+            name = f".fast_dev_run-{name}"
         return Path(str(self.config["output_dir"])) / str(name)
+
+    @property
+    def is_fast_dev_run(self) -> bool:
+        """Whether this is Lightning's ``fast_dev_run``, whose directory is removed at its end."""
+        return bool(self.config["trainer"]["fast_dev_run"])
 
     def plain(self) -> dict[str, Any]:
         """Return the whole configuration as plain values."""
@@ -192,19 +218,25 @@ class ContinualCLI(LightningCLI):
                 and loggers are only those given here.
 
         Raises:
-            ValueError: if Lightning refuses them, for example for a missing device or package.
+            ValueError: if a run cannot obey a setting, or Lightning refuses them, for example for a
+                missing device or package.
         """
         configured = dict(self._build("trainer", pl.Trainer, logger=False))
+        has_validation = bool(self.config["data"]["validation_share"])
+        check_trainer_settings(configured, has_validation)
         own = configured.get("callbacks") or []
         callbacks = [*(own if isinstance(own, list) else [own]), *settings.pop("callbacks")]
+        given = {**settings, "callbacks": callbacks}
         try:
-            return pl.Trainer(**{**configured, **settings, "callbacks": callbacks})
+            trainer = pl.Trainer(**complete_settings(configured, given, has_validation))
         except (MisconfigurationException, ModuleNotFoundError) as error:
             reason = " ".join(str(error).split()).rstrip(".!")
             raise ValueError(
                 f"Lightning refuses these trainer settings ({reason}): correct "
                 "trainer.accelerator, trainer.devices or trainer.strategy, or install what it names"
             ) from error
+        check_precision(trainer)
+        return trainer
 
     def _build(self, key: str, kind: type, **changes: Any) -> Any:
         # A run builds two Trainers per task, and parsing the options costs more than building one.
@@ -212,6 +244,7 @@ class ContinualCLI(LightningCLI):
         if cached not in self._parsed:
             parser = LightningArgumentParser()
             parser.add_lightning_class_args(kind, key)
+            order_unions(parser)
             values = parser.parse_object({key: {**self.config[key].as_dict(), **changes}})
             self._parsed[cached] = parser, values
         parser, values = self._parsed[cached]

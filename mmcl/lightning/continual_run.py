@@ -29,6 +29,7 @@ from mmcl.evaluation.cost import Ledger
 from mmcl.evaluation.run_files import read_lenient
 from mmcl.evaluation.scorers import find_scorer
 from mmcl.lightning.checkpoint_io import (
+    KeepBest,
     LostCheckpoint,
     check_resumable,
     check_whole,
@@ -44,17 +45,9 @@ from mmcl.lightning.run_dir import RunDirectory, RunState, task_fingerprint
 from mmcl.lightning.run_loggers import RunLoggers
 from mmcl.lightning.strategy_callback import EVAL_MODE_WARNING
 from mmcl.lightning.task_callback import TaskCallback
+from mmcl.lightning.trainer_settings import check_monitors, direct_checkpoints
 
 SCORES = {"captioning": "recall@1", "retrieval": "recall@1"}
-TRAINER_OVERRIDES = {
-    "use_distributed_sampler": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-    "limit_val_batches": 0,
-}
-"""Trainer arguments that a run overrides: it has its own loaders, checkpoints and progress."""
 
 
 class ContinualRun:
@@ -62,11 +55,15 @@ class ContinualRun:
 
     Args:
         make_module: builds the module from its configuration, the same every time.
-        make_trainer: builds a new Trainer; its keyword arguments override the configuration.
+        make_trainer: builds a new Trainer, from ``TRAINER_DEFAULTS`` and the configuration; its
+            keyword arguments override both.
         data: datamodule of the stream.
         folder: run directory.
         seed: seed of the run.
         checkpoint_every_n_steps: optimizer steps between mid-task checkpoints, 0 = none.
+        keep_best: end every task with the weights of its lowest validation "loss", or of its
+            highest "score"; None = with those of its last step.
+        show_progress: draw a progress line on a terminal.
         log: receives log messages; the library itself prints nothing.
         loggers: of Lightning, shared by the Trainers of all tasks, see ``RunLoggers``.
     """
@@ -80,6 +77,8 @@ class ContinualRun:
         *,
         seed: int = 0,
         checkpoint_every_n_steps: int = 200,
+        keep_best: KeepBest | None = None,
+        show_progress: bool = True,
         log: Callable[[str], None] = lambda sentence: None,
         loggers: Sequence[Logger] = (),
     ) -> None:
@@ -87,6 +86,13 @@ class ContinualRun:
         self.is_first = first_process()
         self.folder = RunDirectory(folder, writes=self.is_first)
         self.seed, self.checkpoint_every_n_steps = seed, checkpoint_every_n_steps
+        self.keep_best, self.show_progress = keep_best, show_progress
+        self._has_explained = False
+        if keep_best is not None and not data.validation_share:
+            raise ValueError(
+                f"keep_best is '{keep_best}' and there is no validation part to measure it on: set "
+                "data.validation_share, such as 0.1"
+            )
         self.log = log if self.is_first else lambda sentence: None
         self.unmeasured: list[str] = []
         self.loggers = RunLoggers(loggers, self.folder)
@@ -265,12 +271,17 @@ class ContinualRun:
             seed=self.seed,
             checkpoint_every_n_steps=self.checkpoint_every_n_steps,
             max_bad_fraction=self.data.max_bad_fraction,
+            keep_best=self.keep_best,
+            show_progress=self.show_progress,
             loggers=self.loggers,
         )
         self.data.set_task(index)
         epochs = {} if task.epochs is None else {"max_epochs": task.epochs}
         trainer = self._trainer([hooks], logger=self.loggers.loggers, **epochs)
-        trainer.accumulate_grad_batches = self.data.accumulate_grad_batches(trainer.world_size)
+        self._explain_accumulation(trainer)
+        self.data.count_global_batches(trainer)
+        check_monitors(trainer, self.data.validation_metrics)
+        direct_checkpoints(trainer, self.folder.checkpoints, index)
         last = None if state.last_checkpoint is None else self.folder.path / state.last_checkpoint
         check_resumable(trainer, last)
         with warnings.catch_warnings():
@@ -285,6 +296,17 @@ class ContinualRun:
         self._finish_task(state, hooks, trainer)
         destroy_process_groups(trainer, module)
 
+    def _explain_accumulation(self, trainer: pl.Trainer) -> None:
+        parts = trainer.accumulate_grad_batches
+        if parts > 1 and self.is_first and not self._has_explained:
+            self._has_explained = True
+            warnings.warn(
+                f"trainer.accumulate_grad_batches is {parts}: every device takes its part of a "
+                f"global batch in {parts} micro-batches, and an optimizer step is still over "
+                f"data.global_batch_size {self.data.global_batch_size} samples",
+                stacklevel=2,
+            )
+
     def _finish_task(self, state: RunState, hooks: TaskCallback, trainer: pl.Trainer) -> None:
         state.finished_tasks, state.last_checkpoint, state.step = hooks.task.index + 1, None, 0
         state.steps += hooks.counts.steps
@@ -292,6 +314,8 @@ class ContinualRun:
         state.errors += [error for error in hooks.counts.errors if error not in state.errors]
         for sentence in hooks.warnings:
             warnings.warn(sentence, stacklevel=2)
+        if hooks.validated:
+            self.log(hooks.validated)
         with raise_on_all_ranks(trainer):
             if self.is_first:
                 ledger_file = self.folder.path / "ledger.json"
@@ -305,7 +329,6 @@ class ContinualRun:
         return self.make_trainer(
             callbacks=list(callbacks),
             default_root_dir=str(self.folder.path),
-            **TRAINER_OVERRIDES,
             **{"logger": False, **settings},
         )
 

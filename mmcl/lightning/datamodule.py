@@ -31,6 +31,7 @@ from mmcl.data.shards.replay_copies import released_tasks
 from mmcl.evaluation.evaluators import EvalSpec, make_eval_spec
 from mmcl.evaluation.scorers import SCORERS
 from mmcl.lightning.strategy_callback import OnDevice
+from mmcl.lightning.trainer_settings import count_global_batches, limit_to_whole_steps
 from mmcl.streams.registry import card_path, find_stream
 
 PREVIEWED = 1024
@@ -53,7 +54,11 @@ class ContinualDataModule(pl.LightningDataModule):
         num_workers: processes that read and decode, 0 = none.
         task_order: task indices in training order, a subset is allowed; None = as on the card. The
             order of classes is set when a stream is made: mmcl data convert --class_order_seed.
-        max_samples: 200 = at most 200 samples of every split of a task, 0.02 = that fraction.
+        max_samples: 200 = at most 200 samples of every split of a task, 0.02 = that fraction,
+            1 = one sample, 1.0 = all.
+        validation_share: fraction of the training samples of every task that is held out: it is
+            never trained on, replayed or passed over by a strategy; ``fit`` measures val/loss and
+            val/<score> on it. 0 = no validation.
         max_bad_fraction: fraction of a task's samples that may be unreadable before the run ends.
         allow_pipes: let a card run ``pipe:`` commands to open shards.
         verify_hashes: read every shard once and compare it with the card's hashes.
@@ -75,7 +80,8 @@ class ContinualDataModule(pl.LightningDataModule):
         eval_batch_size: int = 256,
         num_workers: int = 0,
         task_order: Sequence[int] | None = None,
-        max_samples: float | None = None,
+        max_samples: int | float | None = None,
+        validation_share: float = 0.0,
         max_bad_fraction: float = 0.01,
         allow_pipes: bool = False,
         verify_hashes: bool = False,
@@ -95,8 +101,14 @@ class ContinualDataModule(pl.LightningDataModule):
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
         self.task_order, self.max_bad_fraction = task_order, max_bad_fraction
-        is_count = max_samples is not None and max_samples >= 1
+        is_count = max_samples is not None and max_samples > 1
         self.max_samples = int(max_samples or 0) if is_count else max_samples
+        if not 0 <= validation_share < 1:
+            raise ValueError(
+                f"data.validation_share is {validation_share}, expected a fraction of the training "
+                "samples, from 0 to less than 1"
+            )
+        self.validation_share = validation_share
         self.allow_pipes, self.verify_hashes = allow_pipes, verify_hashes
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.cache_limit = None if cache_limit is None else parse_size(cache_limit)
@@ -106,6 +118,8 @@ class ContinualDataModule(pl.LightningDataModule):
         self.on_build: Callable[[int, int], None] | None = None
         self._start = (0, 0)
         self._prepared: Any = None
+        self._counted_for: Any = None
+        self._limit_val: int | float = 1.0
 
     @property
     def card(self) -> Path:
@@ -120,18 +134,29 @@ class ContinualDataModule(pl.LightningDataModule):
             stream.builder()(self.card.parent, progress=self.on_build)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open and check the card and its shards, once."""
+        """Open and check the card and its shards, once; before a fit, see its Trainer's counts."""
+        if stage == "fit" and self.trainer is not None:
+            self.count_global_batches(self.trainer)
+            self._limit_val = self.trainer.limit_val_batches
+            if not self.validation_share:
+                self.trainer.limit_val_batches = 0
         if self._prepared is None:
             self._prepared = open_stream(
                 self.declared_stream,
                 finished=self.released_tasks,
                 max_samples=self.max_samples,
+                validation_share=self.validation_share,
                 seed=self.seed,
                 allow_pipes=self.allow_pipes,
                 verify_hashes=self.verify_hashes,
                 cache_dir=self.cache_dir,
                 cache_limit=self.cache_limit,
             )
+
+    def teardown(self, stage: str) -> None:
+        """Let the Trainer of a fit validate again, which it could not without a validation part."""
+        if stage == "fit" and self.trainer is not None:
+            self.trainer.limit_val_batches = self._limit_val
 
     @cached_property
     def declared_stream(self) -> TaskStream:
@@ -175,11 +200,33 @@ class ContinualDataModule(pl.LightningDataModule):
             with torch.inference_mode(False):
                 model.set_classes(names, seen[-1].templates, first_seen)
 
-    def accumulate_grad_batches(self, world: int) -> int:
-        """Return the number of micro-batches that each device accumulates per optimizer step."""
-        if self.micro_batch_size is None:
-            return 1
-        return -(-self.global_batch_size // (self.micro_batch_size * world))
+    def accumulate_grad_batches(self, world: int, configured: int = 1) -> int:
+        """Return the number of micro-batches that each device accumulates per optimizer step.
+
+        Args:
+            world: number of processes.
+            configured: the Trainer's ``accumulate_grad_batches``.
+
+        Raises:
+            ValueError: if that leaves larger micro-batches than ``micro_batch_size``.
+        """
+        largest = self.micro_batch_size
+        needed = 1 if largest is None else -(-self.global_batch_size // (largest * world))
+        if configured == 1:
+            return needed
+        if configured < needed:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches is {configured}, and data.micro_batch_size "
+                f"{largest} needs {needed}: set one of the two"
+            )
+        return configured
+
+    def count_global_batches(self, trainer: Any) -> None:
+        """Set a Trainer's accumulation, and let it count global batches; once per Trainer."""
+        if trainer is not self._counted_for:
+            self._counted_for, configured = trainer, trainer.accumulate_grad_batches
+            parts = self.accumulate_grad_batches(trainer.world_size, configured)
+            count_global_batches(trainer, parts)
 
     def train_dataloader(self) -> Any:
         """Return the loader of the selected task, from the resumed position."""
@@ -187,7 +234,7 @@ class ContinualDataModule(pl.LightningDataModule):
         module = trainer.lightning_module
         check_model_supports_stream(self.stream, module.model)
         replay_plan = self._replay_plan(module.strategy)
-        return train_loader(
+        loader = train_loader(
             self.prepared,
             self.task_index,
             module.model.transform(True),
@@ -201,6 +248,8 @@ class ContinualDataModule(pl.LightningDataModule):
             window=self.shuffle_window,
             group=self.group_by_length,
         )
+        limit_to_whole_steps(trainer, len(loader))
+        return loader
 
     def task_pass(self, few: int | None = None) -> Any:
         """Return this rank's loader of one unaugmented pass over the selected task.
@@ -243,9 +292,33 @@ class ContinualDataModule(pl.LightningDataModule):
         """Return the test loaders of every task until the selected one and eval-only tasks."""
         return self.test_loaders(self._default_columns())
 
+    @property
+    def validation_metrics(self) -> tuple[str, ...]:
+        """Names of what validation logs for the selected task; none without a validation part."""
+        score = self.column(self.task_index + 1, self.task_index).score
+        return ("val/loss", f"val/{score}") if self.validation_share else ()
+
     def val_dataloader(self) -> list[Any]:
-        """Return the test loader of the selected task, as a list."""
-        return self.test_loaders([self.task_index])
+        """Return the loader of the selected task's validation part, as a list.
+
+        Without such a part ``fit`` has no validation, and Lightning's ``validate`` uses the test
+        split, by whose score no setting may be chosen.
+
+        Raises:
+            ValueError: if there are more devices than samples.
+        """
+        task, trainer = self.stream[self.task_index], self._active_trainer()
+        if not self.validation_share:
+            return self.test_loaders([self.task_index])
+        check_model_supports_stream(self.stream, trainer.lightning_module.model)
+        size = len(self.prepared.reader(self.task_index, "validation"))
+        if size < trainer.world_size:
+            raise ValueError(
+                f"the validation part of '{task.name}' has {size} samples for {trainer.world_size} "
+                "devices: use fewer devices, or a larger data.validation_share"
+            )
+        options = self._evaluation_options()
+        return [eval_loader(self.prepared, self.task_index, **options, split="validation")]
 
     def predict_dataloader(self) -> Any:
         """Return the test loader of the selected task."""
@@ -290,8 +363,9 @@ class ContinualDataModule(pl.LightningDataModule):
 
     def _next_position(self) -> tuple[int, int]:
         # Called once per epoch: after the first, epochs start at their first batch.
-        position, self._start = self._start, (self._start[0] + 1, 0)
-        return position
+        (epoch, done), self._start = self._start, (self._start[0] + 1, 0)
+        # With overfit_batches every epoch is the first one again, augmentation included.
+        return (0 if self._active_trainer().overfit_batches else epoch), done
 
     def _replay_readers(self, replay_plan: ReplayPlan | None) -> dict[int, Any]:
         if replay_plan is None or replay_plan.storage != "copy" or self.memory is None:

@@ -16,7 +16,7 @@ from mmcl.core import Batch, ReplayPlan, Task, TaskStream
 from mmcl.core.strategy import tensor_bytes
 from mmcl.data.batches.batch_plan import Mixture
 from mmcl.evaluation import AccuracyMatrix
-from mmcl.lightning.continual_run import SCORES, TRAINER_OVERRIDES
+from mmcl.lightning.continual_run import SCORES
 from mmcl.lightning.datamodule import ContinualDataModule, make_supported_module
 from mmcl.lightning.evaluate import evaluate_row
 from mmcl.lightning.module import ContinualModule
@@ -107,7 +107,7 @@ def dry_run(
     module.in_continual_run = True
     few, batch_size = make_data(), data.eval_batch_size
     scores, errors, timer = _evaluate(module, make_trainer, few)
-    trainer, epochs, hooks = _train(module, make_trainer, data)
+    trainer, length, hooks = _train(module, make_trainer, data)
     replay_plan = module.strategy.replay_plan()
     seen = hooks.samples_passed
     passes = sum(task.size for task in stream) / seen if seen else 0
@@ -116,7 +116,7 @@ def dry_run(
     return DryRunReport(
         stream=stream,
         scores=scores,
-        steps=tuple(_steps(module, data, task, replay_plan, epochs) for task in stream),
+        steps=tuple(_steps(module, data, task, replay_plan, length) for task in stream),
         step_seconds=hooks.step_seconds,
         pass_seconds=hooks.pass_seconds * passes,
         test_seconds=estimate_eval_seconds(timer.seconds, few.stream, stream),
@@ -192,27 +192,44 @@ class _FirstBatches:
         return min(PASS_BATCHES, len(self.batches))  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class _TaskLength:
+    """Length of a task: epochs (-1 = any), limit of an epoch's global batches, most steps."""
+
+    epochs: int
+    limit: int | float
+    max_steps: int | None
+
+    def steps(self, epoch_steps: int, epochs: int | None) -> int:
+        """Return the steps of a task, given those of an epoch and the epochs on its card."""
+        is_count = isinstance(self.limit, int)
+        limited = min(epoch_steps, self.limit) if is_count else epoch_steps * self.limit
+        lengths = ((epochs or self.epochs) * int(limited), self.max_steps)
+        return min((n for n in lengths if n is not None and n > 0), default=int(limited))
+
+
 def _train(
     module: ContinualModule, make_trainer: Callable[..., pl.Trainer], data: ContinualDataModule
-) -> tuple[pl.Trainer, int, _TimedHooks]:
-    """Train for two steps; also return the configured number of epochs per task."""
+) -> tuple[pl.Trainer, _TaskLength, _TimedHooks]:
+    """Train for two steps; also return the configured length of a task."""
     hooks = _TimedHooks()
     data.set_task(0)
-    trainer = make_trainer(callbacks=[hooks], logger=False, **TRAINER_OVERRIDES)
-    epochs = max(1, trainer.max_epochs or 1)
-    trainer.fit_loop.max_epochs = 1
-    trainer.accumulate_grad_batches = data.accumulate_grad_batches(trainer.world_size)
-    trainer.limit_train_batches = STEPS * trainer.accumulate_grad_batches
+    settings = {"logger": False, "limit_val_batches": 0, "fast_dev_run": False}
+    trainer = make_trainer(callbacks=[hooks], **settings)
+    epochs, limit = trainer.max_epochs or 1, trainer.limit_train_batches
+    length = _TaskLength(epochs, limit, None if trainer.max_steps == -1 else trainer.max_steps)
+    trainer.fit_loop.max_epochs, trainer.limit_train_batches = 1, STEPS
+    data.count_global_batches(trainer)
     module.train()
     trainer.fit(module, datamodule=data, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    return trainer, epochs, hooks
+    return trainer, length, hooks
 
 
 def _steps(
     module: ContinualModule, data: ContinualDataModule, task: Task,
-    replay_plan: ReplayPlan | None, epochs: int
+    replay_plan: ReplayPlan | None, length: _TaskLength
 ) -> int:  # fmt: skip
     """Estimate the optimizer steps of a task, including the strategy's replay samples."""
     if not module.has_trainable:
@@ -225,7 +242,7 @@ def _steps(
     sources = [(data.stream.sources[i - 1].task.size, fraction) for i, fraction in task.mixture]
     ratio = ratio and (task.replay_ratio or ratio)
     mixture = Mixture(task.size, data.global_batch_size, buffer_size, ratio, tuple(sources))
-    return (task.epochs or epochs) * mixture.steps
+    return length.steps(mixture.steps, task.epochs)
 
 
 class _EvalTimer(pl.Callback):
@@ -250,12 +267,12 @@ def _evaluate(
 ) -> tuple[tuple[float | None, ...], list[str], _EvalTimer]:
     """Evaluate a few samples of every column before training; return scores, errors and timer."""
     limit = data.max_samples
-    data.max_samples = ROWS if limit is None or limit < 1 else min(ROWS, int(limit))
+    data.max_samples = min(ROWS, limit) if isinstance(limit, int) else ROWS
     data.max_bad_fraction = 1.0  # one of so few is a large fraction; all are named in the result
     data.setup()
     matrix = AccuracyMatrix.for_stream(data.stream, SCORES)
     timer = _EvalTimer()
-    trainer = make_trainer(callbacks=[timer], logger=False, **TRAINER_OVERRIDES)
+    trainer = make_trainer(callbacks=[timer], logger=False)
     columns = range(len(data.stream.all_tasks))
     read_only = RunDirectory(Path(), writes=False)
     errors = evaluate_row(module, data, trainer, matrix, read_only, 0, columns)

@@ -16,7 +16,13 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mmcl.core import Batch, StepOutput, Strategy, forward, generate, loss_weight, step
 from mmcl.core.step import check_trainable
-from mmcl.evaluation.evaluators import EvalSpec, Evaluator, GenerationEvaluator, make_evaluator
+from mmcl.evaluation.evaluators import (
+    EvalSpec,
+    Evaluator,
+    GenerationEvaluator,
+    ValidationLoss,
+    make_evaluator,
+)
 from mmcl.lightning.checkpoint_io import check_shardable
 from mmcl.lightning.optimizers import ParamGroup, build_optimizer, parse_param_groups
 from mmcl.lightning.strategy_callback import StrategyCallback
@@ -25,6 +31,10 @@ from mmcl.strategies.finetune import Finetune
 Schedule = Literal["constant", "cosine"]
 REPLICATED, NAMES = "replicated", "names"
 """Keys of a mid-task checkpoint: state that is never sharded, and the names of all its entries."""
+_SHARDED_VALIDATION = (
+    "weights are sharded, and devices would wait for each other if one has fewer samples to "
+    "validate: set data.validation_share or trainer.limit_val_batches to 0, and use test"
+)
 
 
 class ContinualModule(pl.LightningModule):
@@ -95,6 +105,8 @@ class ContinualModule(pl.LightningModule):
         self.dummy_parameter = None if self.has_trainable else nn.Parameter(torch.zeros(()))
         self.in_continual_run = False
         self.scorers: list[Evaluator] = []
+        self.validation: dict[str, float] = {}  # metrics of the last validation
+        self._validation_loss: ValidationLoss | None = None
         self.fsdp: Any = None
         self.mesh: Any = None  # device mesh of the first sharding
         self.last_step: StepOutput | None = None
@@ -146,6 +158,8 @@ class ContinualModule(pl.LightningModule):
                 f"torch {torch.__version__} cannot shard weights: install torch 2.6 or later, "
                 "or use strategy ddp"
             ) from error
+        if self._has_validation_part() and self.trainer.limit_val_batches:
+            raise ValueError(_SHARDED_VALIDATION)
         if self.mesh is None:
             self.mesh = self.trainer.strategy.device_mesh
         self.fsdp = FSDPWrapper(self, fsdp_mesh(self.mesh), self.fingerprint())
@@ -240,7 +254,13 @@ class ContinualModule(pl.LightningModule):
             scorer.reset(self.model)
         scorer.update(self.model, self.strategy, batch)
 
-    validation_step = test_step
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Update the evaluator of a validation loader, and the loss on a validation part."""
+        self.test_step(batch, batch_idx, dataloader_idx)
+        if self._validation_loss is not None:
+            if batch_idx == 0:  # the evaluator's classes are the same, but not their tasks
+                self._data().set_model_classes(self.model)
+            self._validation_loss.update(self.model, self.strategy, batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[tuple[str, str]]:
         """Return the key and the predicted class name, or answer, of every sample."""
@@ -262,12 +282,12 @@ class ContinualModule(pl.LightningModule):
             self._merged.enter_context(self.strategy.merged_adapters(self.model))
 
     def on_validation_epoch_start(self) -> None:
-        """Create the default evaluators; sharded weights are refused."""
+        """Create the evaluators of the selected task; sharded weights are refused."""
         if self.fsdp is not None:
-            raise ValueError(
-                "weights are sharded, and devices would wait for each other if one has fewer "
-                "samples to validate: set trainer.limit_val_batches to 0, and use test"
-            )
+            raise ValueError(_SHARDED_VALIDATION)
+        if self._has_validation_part():
+            self.score(self._data().default_columns("validate"))
+            self._validation_loss = ValidationLoss(self.device)
         self.on_test_epoch_start()
 
     def on_test_epoch_end(self) -> None:
@@ -282,9 +302,29 @@ class ContinualModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Compute and log the metrics, and give the model its training classes again."""
-        self.on_test_epoch_end()
+        if self._validation_loss is None:
+            self.on_test_epoch_end()
+        else:
+            self._merged.close()
+            self.scorers[0].compute()
+            names = self._data().validation_metrics
+            values = (self._validation_loss.compute(), float(self.scorers[0].value or 0.0))
+            self.validation, self._validation_loss = dict(zip(names, values, strict=True)), None
+            # A run's callback passes them to its loggers, with the steps of all tasks.
+            logger = False if self.in_continual_run else None
+            self.log_dict(self.validation, sync_dist=True, logger=logger)
         if self.trainer.training or self.trainer.state.fn == "fit":
             self._data().set_model_classes(self.model)
+
+    def on_fit_start(self) -> None:
+        """Let a task that is resumed take its last step after its Timer ran out.
+
+        Lightning would end the fit without ``on_train_end``, where the strategy ends the task.
+        """
+        self.trainer.should_stop = False
+
+    def _has_validation_part(self) -> bool:
+        return bool(getattr(self._data(), "validation_share", 0))
 
     def _data(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]

@@ -43,7 +43,7 @@ RESUMABLE_KEYS = (
     "trainer.num_nodes", "trainer.strategy", "trainer.logger", "trainer.callbacks",
     "trainer.profiler", "trainer.log_every_n_steps", "trainer.default_root_dir", "data.data_dir",
     "data.num_workers", "data.eval_batch_size", "data.verify_hashes", "data.max_bad_fraction",
-    "data.cache_dir", "data.cache_limit", "checkpoint_every_n_steps",
+    "data.cache_dir", "data.cache_limit", "checkpoint_every_n_steps", "trainer.enable_progress_bar",
 )  # fmt: skip
 _DATA_PATHS = ("data.stream", "data.data_dir")
 
@@ -208,7 +208,9 @@ class RunDirectory:
             digests = inputs["settings"]
             differs = {k for k in stored.keys() | new.keys() if stored.get(k) != new.get(k)}
             moved = {k for k in differs if digests.get(k) and digests[k] == _digest(new.get(k))}
-            changed = sorted(key for key in differs - moved if not _is_free(key))
+            # A setting that is newer than the run, and off: the run was made without it.
+            newer = {key for key in differs if key not in stored and not new[key]}
+            changed = sorted(key for key in differs - moved - newer if not _is_free(key))
             if changed:
                 named = "; ".join(
                     f"{k} is {stored.get(k)!r} there and {new.get(k)!r} here" for k in changed[:5]

@@ -22,6 +22,8 @@ from mmcl.core.distributed import all_gather_strings
 from mmcl.core.seeding import hash_seed
 from mmcl.evaluation.cost import TaskCost
 from mmcl.lightning.checkpoint_io import (
+    BestWeights,
+    KeepBest,
     raise_on_all_ranks,
     remove_mid_task_checkpoints,
     save_mid_task_checkpoint,
@@ -32,6 +34,7 @@ from mmcl.lightning.module import ContinualModule, lr_factor
 from mmcl.lightning.run_dir import RunDirectory, RunState
 from mmcl.lightning.run_loggers import RunLoggers
 from mmcl.lightning.strategy_callback import StrategyCallback
+from mmcl.lightning.trainer_settings import early_end, planned_steps
 
 _REDRAW_SECONDS = 0.1
 
@@ -60,6 +63,9 @@ class TaskCallback(StrategyCallback):
         checkpoint_every_n_steps: optimizer steps between two mid-task checkpoints, 0 = none.
         max_bad_fraction: fraction of the task's samples that may be unreadable.
         loggers: of the run, which are also the Trainer's.
+        keep_best: end the task with the weights of its lowest validation "loss", or of its highest
+            "score"; None = with those of its last step.
+        show_progress: draw a progress line on a terminal.
     """
 
     task: Task
@@ -78,8 +84,13 @@ class TaskCallback(StrategyCallback):
         checkpoint_every_n_steps: int,
         max_bad_fraction: float,
         loggers: RunLoggers,
+        keep_best: KeepBest | None = None,
+        show_progress: bool = True,
     ) -> None:
         super().__init__(task)
+        self.best = None if keep_best is None else BestWeights(keep_best)
+        self.validated = ""  # a sentence on the last validation
+        self.show_progress, self._is_save_due = show_progress, False
         self.folder, self.state, self.seed = folder, state, seed
         self.checkpoint_every_n_steps = checkpoint_every_n_steps
         self.max_bad_fraction, self.loggers = max_bad_fraction, loggers
@@ -113,9 +124,12 @@ class TaskCallback(StrategyCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock and the progress line."""
         module = self.module
-        accumulation = trainer.accumulate_grad_batches
-        steps_per_epoch = int(trainer.num_training_batches) // accumulation
-        self.steps = steps_per_epoch * int(trainer.max_epochs or 1)
+        self.full_steps, self.steps = planned_steps(trainer)
+        if not self.steps and module.lr_schedule != "constant":
+            raise ValueError(
+                f"lr_schedule is '{module.lr_schedule}' and trainer.max_epochs -1, so a task has "
+                "no known number of steps: set max_epochs or max_steps, or lr_schedule constant"
+            )
         self.step = self.counts.steps
         self._base_rates = [
             (group, group.get("initial_lr", group["lr"]))
@@ -131,14 +145,25 @@ class TaskCallback(StrategyCallback):
         if self._log_every:
             # Lightning's own logs get this as their step: it counts from 0 in every fit.
             trainer.fit_loop.epoch_loop._batches_that_stepped = self.state.steps + self.step + 1
+        others: Any = trainer.callbacks  # type: ignore[attr-defined]
+        self._is_not_alone = trainer.enable_validation or len(others) > 1
         title = f"task {self.task.index}: {self.task.name}"
-        self._line = ProgressLine(title, self.steps, is_shown=trainer.is_global_zero)
+        is_shown = self.show_progress and trainer.progress_bar_callback is None
+        self._line = ProgressLine(
+            title, self.steps or None, is_shown=is_shown and trainer.is_global_zero
+        )
         self._clock = time.monotonic()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Seed torch, so that a step's dropout is a function of seed, task, step and rank."""
+        """Seed torch, so that a step's dropout is a function of seed, task, step and rank.
+
+        A checkpoint that waited for validation and other callbacks is saved first.
+        """
+        if self._is_save_due:
+            self._is_save_due = False
+            self._save(trainer)
         seed = hash_seed(self.seed, self.task.index, trainer.fit_loop.total_batch_idx, self._rank)
         torch.default_generator.manual_seed(seed)
         if self._is_on_gpu:
@@ -193,14 +218,41 @@ class TaskCallback(StrategyCallback):
         every = self.checkpoint_every_n_steps
         # The last step is never saved: a resumed task must have a step left, because Lightning
         # calls on_train_end, where the strategy ends the task, only after one.
-        if every and self.step % every == 0 and self.step < self.steps:
-            self._save(trainer)
+        if every and self.step % every == 0 and (self.step < self.steps or not self.steps):
+            # Validation and other callbacks come after this one and may change their state, or end
+            # the task: then the checkpoint is saved when the next batch begins.
+            self._is_save_due = self._is_not_alone
+            if not self._is_save_due:
+                self._save(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the metrics of the validation part, and copy the weights if they are the best."""
+        module, metrics = self.module, self.module.validation
+        if trainer.sanity_checking or not metrics:
+            return
+        self._add_errors(tuple(module.scorers[0].errors))
+        if self.best is not None:
+            self.best.update(metrics, module, self.step)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=self.state.steps + self.step)
+        values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.validated = f"task '{self.task.name}' ends with {values}"
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the task and write its checkpoint."""
         module = self.module
         if self._line is not None:
             self._line.close()
+        reasons = [early_end(trainer, self.step, self.full_steps)] if module.has_trainable else []
+        self.warnings = [f"task '{self.task.name}' {reason}" for reason in reasons if reason]
+        if self.best is not None and self.best.state["value"] is None:
+            self.warnings.append(
+                f"task '{self.task.name}' ended before a validation: no best weights"
+            )
+        elif self.best is not None:
+            self.best.restore(module)
+            kept = f"step {self.best.state['step']}, of the best {self.best.measure}"
+            self.validated = f"task '{self.task.name}' ends with the weights of {kept}"
         self.run_end_task(trainer, pl_module)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         with raise_on_all_ranks(trainer):
@@ -209,7 +261,7 @@ class TaskCallback(StrategyCallback):
         self._update_seconds()
         # Each rank has its own bad samples; all of them are counted and named.
         self._add_errors(tuple(all_gather_strings(self.counts.errors, module.device)))
-        self.warnings = self.alarm.messages(module.strategy, self.task.name)
+        self.warnings += self.alarm.messages(module.strategy, self.task.name)
         if self.unsaved:
             problem = f"{self.unsaved} of its mid-task checkpoints could not be written"
             self.warnings.append(f"task '{self.task.name}': {problem}")
@@ -236,8 +288,10 @@ class TaskCallback(StrategyCallback):
         if "loops" not in checkpoint:
             return
         loops = checkpoint["loops"]["fit_loop"]
-        # Finished batches of this fit, including the current one: this is on_train_batch_end.
-        done, an_epoch = trainer.fit_loop.total_batch_idx + 1, int(trainer.num_training_batches)
+        # As after the last finished batch of this fit, in on_train_batch_end.
+        total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+        done = int(total.processed)
+        an_epoch = int(trainer.num_training_batches)
         epochs = (done - 1) // an_epoch
         in_epoch = done - epochs * an_epoch
         progress = loops["epoch_loop.batch_progress"]
@@ -256,12 +310,15 @@ class TaskCallback(StrategyCallback):
         """Return the task's counters and the state of its penalty monitor."""
         self._update_seconds()
         counts = {**vars(self.counts), "errors": list(self.counts.errors)}
-        return {"counts": counts, "alarm": self.alarm.state()}
+        best = {} if self.best is None else {"best": self.best.state}
+        return {"counts": counts, "alarm": self.alarm.state(), **best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the counters and the penalty monitor."""
         self.counts = TaskCounters(**state_dict["counts"])
         self.alarm.load(state_dict["alarm"])
+        if self.best is not None and "best" in state_dict:
+            self.best.state = dict(state_dict["best"])
 
     def _save(self, trainer: pl.Trainer) -> None:
         try:
@@ -309,7 +366,10 @@ class TaskCallback(StrategyCallback):
     def _cost(self, trainer: pl.Trainer) -> TaskCost:
         module, counts = self.module, self.counts
         samples, learns = counts.rows * trainer.world_size, module.has_trainable
-        new = min(samples, self.task.size * int(trainer.max_epochs or 1)) if learns else 0
+        # Every epoch has all new samples once, spread evenly over its batches.
+        batches = counts.steps * trainer.accumulate_grad_batches
+        epochs = batches / len(trainer.train_dataloader)  # type: ignore[arg-type]
+        new = min(samples, round(self.task.size * epochs)) if learns else 0
         trainable = [p for p in module.parameters() if learns and p.requires_grad]
         return TaskCost(
             task=self.task.name,
@@ -338,11 +398,11 @@ class ProgressLine:
 
     Args:
         title: text before the bar.
-        steps: total number of steps.
+        steps: total number of steps, None = unknown.
         is_shown: False on ranks other than 0.
     """
 
-    def __init__(self, title: str, steps: int, is_shown: bool) -> None:
+    def __init__(self, title: str, steps: int | None, is_shown: bool) -> None:
         self._next_draw, console = 0.0, Console(stderr=True)
         columns = (
             TextColumn("{task.description}"),

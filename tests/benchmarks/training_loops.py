@@ -10,6 +10,7 @@ from mmcl.lightning.cli import quiet
 from mmcl.lightning.continual_run import ContinualRun
 from mmcl.lightning.module import ContinualModule
 from mmcl.lightning.run_dir import RunState
+from mmcl.lightning.trainer_settings import TRAINER_DEFAULTS
 
 
 class Loader:
@@ -33,7 +34,7 @@ class InMemory(pl.LightningDataModule):
         ending: batches of the pass at the end of every task.
     """
 
-    max_bad_fraction = 0.01
+    max_bad_fraction, validation_share, validation_metrics = 0.01, 0.0, ()
 
     def __init__(self, stream, ending):
         super().__init__()
@@ -44,8 +45,8 @@ class InMemory(pl.LightningDataModule):
     def set_task(self, task):
         self.task = task
 
-    def accumulate_grad_batches(self, world):
-        return 1
+    def count_global_batches(self, trainer):
+        pass
 
     def set_model_classes(self, model):
         if hasattr(model, "set_classes"):
@@ -67,8 +68,8 @@ class InMemory(pl.LightningDataModule):
 
 def make_trainer(**settings):
     """Build the Trainer of a run without a logger, which is the command's default."""
-    quiet = {"logger": False, **settings}
-    return pl.Trainer(accelerator="cpu", devices=1, max_epochs=1, **quiet)
+    own = {"accelerator": "cpu", "devices": 1, "logger": False, "max_epochs": 1}
+    return pl.Trainer(**{**TRAINER_DEFAULTS, **own, **settings})
 
 
 class Sequence:

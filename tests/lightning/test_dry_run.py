@@ -4,7 +4,12 @@ import pytest
 
 from mmcl.cli.check import _memory
 from mmcl.core import Task, TaskStream
-from mmcl.lightning.dry_run import DryRunReport, estimate_eval_memory, estimate_eval_seconds
+from mmcl.lightning.dry_run import (
+    DryRunReport,
+    _TaskLength,
+    estimate_eval_memory,
+    estimate_eval_seconds,
+)
 
 
 def stream(*sizes, kind="instruction"):
@@ -39,3 +44,18 @@ def test_memory_is_printed_as_a_sentence(estimate, words):
         stream(1), (), (), 0.0, 0.0, 0.0, "cpu", 1, 0, 0, 2 * 2**30, 0, 0, 0, 0, (), estimate, 256
     )
     assert _memory(found) == words
+
+
+@pytest.mark.parametrize(
+    ("length", "steps"),
+    [
+        (_TaskLength(2, 1.0, None), 20),
+        (_TaskLength(2, 3, None), 6),
+        (_TaskLength(2, 0.55, None), 10),
+        (_TaskLength(2, 1.0, 7), 7),
+        (_TaskLength(-1, 1.0, 35), 35),
+    ],
+)
+def test_the_steps_of_a_task_respect_the_trainers_limits(length, steps):
+    assert length.steps(10, None) == steps
+    assert _TaskLength(2, 1.0, None).steps(10, 5) == 50  # epochs of the card

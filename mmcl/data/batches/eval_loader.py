@@ -1,4 +1,4 @@
-"""Loaders that visit every sample once and in order: the test splits, and ``end_task``'s pass."""
+"""Loaders that visit every sample once, in order: test, validation, and ``end_task``'s pass."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def eval_loader(
         world: number of processes.
         workers: processes that read and decode.
         max_pixels: larger images are bad samples.
-        split: train or test.
+        split: train, validation or test.
         few: samples to visit at most, a uniform subset of the split; None = all.
 
     Raises:

@@ -20,7 +20,15 @@ from mmcl.data.remote.location import (
     sha256_of,
 )
 from mmcl.data.shards.json_shard import SUFFIX, JsonShard
-from mmcl.data.shards.reader import Reader, Shard, expect_max_samples, subset_indices, subset_size
+from mmcl.data.shards.reader import (
+    Reader,
+    Shard,
+    expect_max_samples,
+    hold_out,
+    subset_indices,
+    subset_size,
+    validation_size,
+)
 from mmcl.data.shards.tar_index import is_read
 from mmcl.data.shards.tar_shard import TarShard
 from mmcl.data.stored_sample import NAMED, BadShard, ErrorList, IntArray, Split
@@ -103,7 +111,7 @@ class OpenStream:
 
     Attributes:
         stream: the same stream with exact sizes, after ``max_samples``.
-        readers: (column, train or test) -> reader of these samples.
+        readers: (column, train, validation or test) -> reader of these samples.
         sources: number of a source that some task mixes in -> reader of its samples.
     """
 
@@ -132,6 +140,7 @@ def open_stream(
     stream: TaskStream,
     *,
     max_samples: float | int | None = None,
+    validation_share: float = 0.0,
     seed: int = 0,
     allow_pipes: bool = False,
     cache_dir: Path | None = None,
@@ -149,7 +158,8 @@ def open_stream(
         stream: as its card says.
         max_samples: 200 = at most 200 samples of every split of every task, 0.02 = that fraction: a
             seeded subset that depends on the task's name alone, in recorded order.
-        seed: of that subset.
+        validation_share: fraction of every training split that is its validation split instead.
+        seed: of these subsets.
         allow_pipes: run ``pipe:`` urls, which are shell commands.
         cache_dir: folder for remote shards, and for indexes of read-only ones; None = $MMCL_CACHE
             or the user's cache folder.
@@ -172,10 +182,10 @@ def open_stream(
     mixed = sorted({number for task in stream.tasks for number, _ in task.mixture})
     own = {number: stream.sources[number - 1].task for number in mixed}
     work.open_all([*splits, *((source, "train") for source in own.values())], progress)
-    readers = {(task.index, split): work.reader(task, split) for task, split in splits}
+    readers = work.readers(splits, validation_share)
     sources = {number: work.reader(source, "train") for number, source in own.items()}
     work.errors.raise_all(stream.name)
-    return OpenStream(_counted(stream, readers, max_samples), readers, sources)
+    return OpenStream(_counted(stream, readers, max_samples, validation_share), readers, sources)
 
 
 def display_name(task: Task) -> str:
@@ -295,6 +305,18 @@ class _Work:
         except OSError as error:
             return f"cannot be read ({error})"
 
+    def readers(
+        self, splits: Sequence[tuple[Task, Split]], validation_share: float
+    ) -> dict[tuple[int, Split], Reader]:
+        """Return the readers of splits, and of the validation parts that are held out of them."""
+        readers = {(task.index, split): self.reader(task, split) for task, split in splits}
+        for task, split in splits if validation_share else ():
+            reader = readers[task.index, split]
+            if split == "train" and len(reader):  # an empty split is an error already
+                parts = hold_out(reader, task, validation_share, self.seed)
+                readers[task.index, "train"], readers[task.index, "validation"] = parts
+        return readers
+
     def reader(self, task: Task, split: Split) -> Reader:
         """Check a split as a whole and return a reader of its samples."""
         errors = [task_type_error(task)]
@@ -326,11 +348,16 @@ def _splits_of(task: Task) -> tuple[Split, ...]:
 
 
 def _counted(
-    stream: TaskStream, readers: Mapping[tuple[int, Split], Reader], max_samples: float | int | None
+    stream: TaskStream,
+    readers: Mapping[tuple[int, Split], Reader],
+    max_samples: float | int | None,
+    validation_share: float,
 ) -> TaskStream:
     def sized(task: Task) -> Task:
         train = readers.get((task.index, "train"))
         size = subset_size(task.size, max_samples) if train is None else len(train)
+        if train is None and size:
+            size -= validation_size(size, validation_share)
         return replace(task, size=size, test_size=len(readers[task.index, "test"]))
 
     counted = copy.copy(stream)

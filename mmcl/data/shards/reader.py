@@ -60,6 +60,43 @@ def subset_indices(
     return chosen
 
 
+def validation_size(count: int, validation_share: float) -> int:
+    """Return how many of ``count`` training samples are held out: at least one, and not all."""
+    return max(1, min(count - 1, round(validation_share * count))) if validation_share else 0
+
+
+def hold_out(
+    reader: Reader, task: Task, validation_share: float, seed: int
+) -> tuple[Reader, Reader]:
+    """Split the training samples of a task into those to train on and a validation part.
+
+    The samples with the smallest hashes of (seed, task's name, sample) are held out, so the part is
+    the same for any order of tasks and any number of processes.
+
+    Raises:
+        ValueError: if the share is not between 0 and 1, or the task has one sample, which cannot
+            be in both parts.
+    """
+    if not 0 < validation_share < 1:
+        raise ValueError(
+            f"validation_share is {validation_share}, expected a fraction from 0 to less than 1"
+        )
+    count = len(reader)
+    if count < 2:
+        raise ValueError(
+            f"task '{task.name}' has {count} training samples, and validation_share holds some "
+            "out: give it 2 or more, or set validation_share to 0"
+        )
+    recorded = np.arange(count, dtype=np.int64) if reader.chosen is None else reader.chosen
+    group = zlib.crc32(f"validation/{task.name}".encode())
+    hashes = hash_priorities(seed, group, torch.from_numpy(recorded))
+    is_held_out = np.zeros(count, dtype=np.bool_)
+    smallest = hashes.argsort(stable=True)[: validation_size(count, validation_share)]
+    is_held_out[smallest.numpy()] = True
+    parts = recorded[~is_held_out], recorded[is_held_out]
+    return Reader(reader.shards, parts[0]), Reader(reader.shards, parts[1])
+
+
 def evenly_spaced(count: int, max_samples: float | int | None) -> IntArray:
     """Return the indices of a subset that is spaced evenly over ``count`` samples."""
     kept = subset_size(count, max_samples)
