@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmcl.lightning.cli import ContinualCLI
+from mmcl.lightning.config.cli import ContinualCLI
 from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.module import ContinualModule
 

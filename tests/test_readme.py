@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 import mmcl
 from mmcl.cli import main
-from tests.strategies.plain_loop import loader
-from tests.test_plugin import TASKS, Foreign, Passing, answers, fit, learn_by_hand
+from tests.strategies.plain_loop import batches_of, loader
+from tests.test_plugin import TASKS, Foreign, answers, fit, learn_by_hand
 from tests.toys.toy_clip import StandIn, a_task, task_batches
 
 ROOT = Path(__file__).parent.parent
@@ -104,7 +104,7 @@ def test_the_model_of_the_docs_learns_in_a_lightning_module_as_in_a_bare_loop(na
     for task in TASKS:
         module.train()
         batches = loader(task.index, its_strategy.replay_plan(), foreign)
-        fit(module, batches, [Passing(task)])
+        fit(module, batches, [mmcl.StrategyCallback(task, batches_of(module.model)(task.index))])
     torch.testing.assert_close(answers(foreign, its_strategy), answers(model, strategy))
     after = dict(model.named_parameters())
     assert all(not torch.equal(value, after[n]) for n, value in before.items())

@@ -8,11 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mmcl.cli.train import with_progress
-from mmcl.lightning.cli import ContinualCLI
-from mmcl.lightning.continual_run import first_process, model_name, name_of
+from mmcl.lightning.config.cli import ContinualCLI
+from mmcl.lightning.continual_run import first_process
 from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.dry_run import ROWS, DryRunReport, dry_run
 from mmcl.lightning.run_dir import RunDirectory
+from mmcl.lightning.summarize import model_name, name_of
 from mmcl.report.formatting import size
 
 DESCRIPTION = (

@@ -19,7 +19,7 @@ from mmcl.evaluation.run_files import (
     read_lenient,
 )
 from mmcl.export import FORMATS, default_format
-from mmcl.lightning.cli import ContinualCLI
+from mmcl.lightning.config.cli import ContinualCLI
 from mmcl.lightning.continual_run import ContinualRun
 from mmcl.report import compare, matrix_csv, matrix_latex, matrix_table, write_report
 

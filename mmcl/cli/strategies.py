@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from mmcl.cli.parser import CommandParser, UsageError
 from mmcl.core import Strategy
-from mmcl.lightning.config_errors import unknown_strategy
+from mmcl.lightning.config.config_errors import unknown_strategy
 from mmcl.strategies import discover
 
 _GROUPS = {

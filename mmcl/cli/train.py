@@ -15,11 +15,12 @@ from rich.table import Table
 
 from mmcl.cli import COMMANDS, LIGHTNING
 from mmcl.evaluation.run_files import read_lenient
-from mmcl.lightning.cli import ContinualCLI
-from mmcl.lightning.continual_run import ContinualRun, summarize
+from mmcl.lightning.config.cli import ContinualCLI
+from mmcl.lightning.continual_run import ContinualRun
 from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.evaluate import save_sample_images
 from mmcl.lightning.module import ContinualModule
+from mmcl.lightning.summarize import summarize
 from mmcl.report import matrix_table, write_report
 
 _INTRODUCTION = (

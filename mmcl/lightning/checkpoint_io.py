@@ -43,9 +43,8 @@ _ALLOWED = {
     "torch.serialization": frozenset({"_get_layout"}),
     "torch.distributed.checkpoint.metadata": frozenset(
         {
-            "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata",
-            "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-            "_MEM_FORMAT_ENCODING",
+            "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties",
+            "BytesStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING",
         }
     ),
     "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo"}),

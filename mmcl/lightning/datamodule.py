@@ -12,12 +12,6 @@ import pytorch_lightning as pl
 import torch
 
 from mmcl.core import ReplayPlan, Strategy, Task, TaskStream
-from mmcl.core.model import (
-    STEP_MEMBERS,
-    MissingMembersError,
-    is_generative_model,
-    missing_members,
-)
 from mmcl.data import (
     ReplayCopyReader,
     eval_loader,
@@ -30,14 +24,13 @@ from mmcl.data.remote.cache import parse_size
 from mmcl.data.shards.replay_copies import released_tasks
 from mmcl.evaluation.evaluators import EvalSpec, make_eval_spec
 from mmcl.evaluation.scorers import SCORERS
+from mmcl.lightning.config.trainer_settings import count_global_batches, limit_to_whole_steps
+from mmcl.lightning.model_support import check_model_supports_stream
 from mmcl.lightning.strategy_callback import OnDevice
-from mmcl.lightning.trainer_settings import count_global_batches, limit_to_whole_steps
 from mmcl.streams.registry import card_path, find_stream
 
 PREVIEWED = 1024
 """Samples of a task that a strategy may see before the task's loader is built."""
-_NAMED_TASKS = 3
-"""Tasks named in an error message."""
 
 
 class ContinualDataModule(pl.LightningDataModule):
@@ -403,64 +396,3 @@ def check_bad_fraction(
             f"{len(errors)} {samples} cannot be read, more than data.max_bad_fraction="
             f"{max_bad_fraction:g} of {size} allows: {'; '.join(errors[:5])}"
         )
-
-
-def check_model_supports_stream(stream: TaskStream, model: object) -> None:
-    """Check that a model supports every task and eval-only task of a stream.
-
-    Raises:
-        MissingMembersError: if it lacks members that a run over the stream needs.
-        ValueError: naming the tasks that it does not support.
-    """
-    generative = [task for task in stream.all_tasks if task.task_type == "instruction"]
-    others = [task for task in stream.all_tasks if task.task_type != "instruction"]
-    name = type(model).__name__
-    if generative and not is_generative_model(model):
-        raise ValueError(
-            f"the stream '{stream.name}' has question-answering tasks ({_names(generative)}), and "
-            f"{name} cannot generate text: use a model that does, such as "
-            "mmcl.models.ImageTextToText, or a stream of classes or captions"
-        )
-    if others and is_generative_model(model):
-        raise ValueError(
-            f"the stream '{stream.name}' has tasks of task_type '{others[0].task_type}' "
-            f"({_names(others)}), and {name} generates text: use a stream of task_type "
-            "'instruction', or a contrastive model, such as mmcl.models.OpenCLIP"
-        )
-    if missing := missing_run_members(stream, model):
-        raise MissingMembersError(model, missing)
-
-
-def missing_run_members(stream: TaskStream, model: object) -> dict[str, list[str]]:
-    """Return what a run needs -> names of the members for it that a model lacks."""
-    needs: dict[str, tuple[str, ...]] = {"a run": (*STEP_MEMBERS, "transform")}
-    if any(task.task_type == "classification" for task in stream.all_tasks):
-        needs[f"a stream with classes ('{stream.name}')"] = ("set_classes",)
-    found = {what: missing_members(model, members) for what, members in needs.items()}
-    return {what: missing for what, missing in found.items() if missing}
-
-
-def make_supported_module(make_module: Callable[[], Any], stream: TaskStream) -> Any:
-    """Make a module, and check that its model has what the strategy and the stream need.
-
-    Args:
-        make_module: builds a ContinualModule.
-        stream: the stream of the run.
-
-    Raises:
-        MissingMembersError: with all members that the model lacks, for either.
-        ValueError: naming the tasks that the model does not support.
-    """
-    try:
-        module = make_module()
-    except MissingMembersError as error:
-        missing = error.missing | missing_run_members(stream, error.model)
-        raise MissingMembersError(error.model, missing) from error
-    check_model_supports_stream(stream, module.model)
-    return module
-
-
-def _names(tasks: list[Task]) -> str:
-    named = ", ".join(f"'{task.name}'" for task in tasks[:_NAMED_TASKS])
-    rest = len(tasks) - _NAMED_TASKS
-    return f"{named} and {rest} more" if rest > 0 else named

@@ -17,8 +17,9 @@ from mmcl.core.strategy import tensor_bytes
 from mmcl.data.batches.batch_plan import Mixture
 from mmcl.evaluation import AccuracyMatrix
 from mmcl.lightning.continual_run import SCORES
-from mmcl.lightning.datamodule import ContinualDataModule, make_supported_module
+from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.evaluate import evaluate_row
+from mmcl.lightning.model_support import make_supported_module
 from mmcl.lightning.module import ContinualModule
 from mmcl.lightning.run_dir import RunDirectory
 from mmcl.lightning.strategy_callback import StrategyCallback

@@ -23,7 +23,7 @@ from mmcl.core import Task, TaskStream, write_atomic
 from mmcl.core.card.card_reader import parse_yaml
 from mmcl.data.shards.shard_content import SPLITS, path_digest
 from mmcl.evaluation import strict_json
-from mmcl.lightning.config_errors import renamed_key
+from mmcl.lightning.config.config_errors import renamed_key
 
 try:
     import fcntl

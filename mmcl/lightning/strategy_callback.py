@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from mmcl.core import Batch, StepOutput, Strategy, Task, begin_task, begin_tasks, end_task
 from mmcl.core.distributed import rank_and_world
 from mmcl.core.model import frozen_modules
+from mmcl.core.step import check_trainable
 from mmcl.core.strategy import TASK_PROGRESS
 from mmcl.data import ImageCaptionCollate, ImageLabelCollate, TaskPass
 
@@ -66,7 +67,7 @@ class StrategyCallback(pl.Callback):
         """Begin the task, before the optimizer is built.
 
         Raises:
-            RuntimeError: if the Trainer has trained a task before.
+            RuntimeError: if the Trainer has trained a task before, or nothing is trainable.
             ValueError: later, if ``fit`` was given the checkpoint of a task that has ended.
         """
         if stage != "fit":
@@ -85,6 +86,8 @@ class StrategyCallback(pl.Callback):
         if callable(update_trainable):
             update_trainable()
         has_trainable = any(p.requires_grad for p in pl_module.parameters())
+        if not has_trainable:
+            check_trainable(model, strategy)
         self._is_closed_form = pl_module.automatic_optimization and not has_trainable
         if self._is_closed_form:
             # A closed-form strategy has no graph: a backward pass would be an error.

@@ -29,12 +29,12 @@ from mmcl.lightning.checkpoint_io import (
     save_mid_task_checkpoint,
     save_task_checkpoint,
 )
+from mmcl.lightning.config.trainer_settings import early_end, planned_steps
 from mmcl.lightning.datamodule import check_bad_fraction
 from mmcl.lightning.module import ContinualModule, lr_factor
 from mmcl.lightning.run_dir import RunDirectory, RunState
 from mmcl.lightning.run_loggers import RunLoggers
 from mmcl.lightning.strategy_callback import StrategyCallback
-from mmcl.lightning.trainer_settings import early_end, planned_steps
 
 _REDRAW_SECONDS = 0.1
 

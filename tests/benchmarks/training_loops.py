@@ -6,11 +6,11 @@ from pathlib import Path
 import pytorch_lightning as pl
 
 from mmcl.core import TaskStream
-from mmcl.lightning.cli import quiet
+from mmcl.lightning.config.cli import quiet
+from mmcl.lightning.config.trainer_settings import TRAINER_DEFAULTS
 from mmcl.lightning.continual_run import ContinualRun
 from mmcl.lightning.module import ContinualModule
 from mmcl.lightning.run_dir import RunState
-from mmcl.lightning.trainer_settings import TRAINER_DEFAULTS
 
 
 class Loader:

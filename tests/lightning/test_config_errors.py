@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from mmcl import models, strategies
-from mmcl.lightning.cli import ContinualCLI
-from mmcl.lightning.config_errors import ConfigError, renamed_key, validate_config
+from mmcl.lightning.config.cli import ContinualCLI
+from mmcl.lightning.config.config_errors import ConfigError, renamed_key, validate_config
 from mmcl.lightning.run_dir import RunDirectory
 
 TABLE = Path(__file__).parents[2] / "docs" / "renames.csv"

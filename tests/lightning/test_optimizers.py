@@ -12,7 +12,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau
 
 from mmcl.core import Strategy, Task, begin_task
-from mmcl.lightning.cli import ContinualCLI
+from mmcl.lightning.config.cli import ContinualCLI
 from mmcl.lightning.module import ContinualModule
 from mmcl.lightning.optimizers import ParamGroup
 from mmcl.models import OpenCLIP

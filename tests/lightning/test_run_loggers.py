@@ -9,8 +9,8 @@ from pytorch_lightning.loggers import CSVLogger, Logger
 
 from mmcl.evaluation import AccuracyMatrix
 from mmcl.evaluation.matrix import Column
-from mmcl.lightning.cli import ContinualCLI
-from mmcl.lightning.config_errors import ConfigError
+from mmcl.lightning.config.cli import ContinualCLI
+from mmcl.lightning.config.config_errors import ConfigError
 from mmcl.lightning.run_dir import RunDirectory
 from mmcl.lightning.run_loggers import RECORD, RunLoggers
 from tests.lightning.small_runs import SmallRuns

@@ -14,16 +14,16 @@ import yaml
 from pytorch_lightning.plugins.io import AsyncCheckpointIO
 
 from mmcl.cli import main, train
-from mmcl.lightning.cli import ContinualCLI
-from mmcl.lightning.datamodule import ContinualDataModule
-from mmcl.lightning.module import ContinualModule, lr_factor
-from mmcl.lightning.run_dir import RunDirectory
-from mmcl.lightning.task_callback import TaskCallback
-from mmcl.lightning.trainer_settings import (
+from mmcl.lightning.config.cli import ContinualCLI
+from mmcl.lightning.config.trainer_settings import (
     TRAINER_ARGUMENTS,
     check_trainer_settings,
     planned_steps,
 )
+from mmcl.lightning.datamodule import ContinualDataModule
+from mmcl.lightning.module import ContinualModule, lr_factor
+from mmcl.lightning.run_dir import RunDirectory
+from mmcl.lightning.task_callback import TaskCallback
 from tests.behaviour.kill_runs import KILLED
 from tests.lightning.small_runs import SmallRuns
 

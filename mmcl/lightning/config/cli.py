@@ -19,21 +19,21 @@ from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-define
 )
 
 from mmcl.lightning.checkpoint_io import METADATA, KeepBest, reject_pickles
-from mmcl.lightning.config_errors import (
+from mmcl.lightning.config.config_errors import (
     ConfigError,
     config_files,
     constructor_error,
     explain_parser_error,
     validate_config,
 )
-from mmcl.lightning.datamodule import ContinualDataModule
-from mmcl.lightning.module import ContinualModule
-from mmcl.lightning.trainer_settings import (
+from mmcl.lightning.config.trainer_settings import (
     check_precision,
     check_trainer_settings,
     complete_settings,
     order_unions,
 )
+from mmcl.lightning.datamodule import ContinualDataModule
+from mmcl.lightning.module import ContinualModule
 from mmcl.strategies import discover
 
 _DEFAULTS = {"trainer.logger": False, "trainer.max_epochs": 1}
