@@ -328,7 +328,8 @@ class ContinualDataModule(pl.LightningDataModule):
         # After a resume Lightning restarts the counters of the epoch, but not these.
         done = int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
         epoch, batches = divmod(done, max(1, int(trainer.num_training_batches)))
-        return {"task": self.task_index, "epoch": epoch, "batches": batches}
+        parts = trainer.accumulate_grad_batches
+        return {"task": self.task_index, "epoch": epoch, "batches": batches, "parts": parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume after the processed batches."""
@@ -337,7 +338,9 @@ class ContinualDataModule(pl.LightningDataModule):
                 f"the checkpoint is of task {state['task']} and task {self.task_index} is "
                 "selected: give --data.task_index the checkpoint's number"
             )
-        self._start = (state["epoch"], state["batches"])
+        # Whole steps were saved; on other devices they have another number of micro-batches.
+        now = self._active_trainer().accumulate_grad_batches
+        self._start = (state["epoch"], state["batches"] // state.get("parts", now) * now)
 
     def _replay_plan(self, strategy: Strategy) -> ReplayPlan | None:
         """Return the strategy's replay plan, with the card's replay ratio if it has one."""

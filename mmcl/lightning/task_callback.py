@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmcl.core import Task, begin_task
 from mmcl.core.atomic_write import WriteError
-from mmcl.core.distributed import all_gather_strings
+from mmcl.core.distributed import all_gather_strings, rank_and_world
 from mmcl.core.seeding import hash_seed
 from mmcl.evaluation.cost import TaskCost
 from mmcl.lightning.checkpoint_io import (
@@ -130,7 +130,7 @@ class TaskCallback(StrategyCallback):
                 f"lr_schedule is '{module.lr_schedule}' and trainer.max_epochs -1, so a task has "
                 "no known number of steps: set max_epochs or max_steps, or lr_schedule constant"
             )
-        self.step = self.counts.steps
+        self.step, self._parts = self.counts.steps, trainer.accumulate_grad_batches
         self._base_rates = [
             (group, group.get("initial_lr", group["lr"]))
             for optimizer in trainer.optimizers
@@ -306,16 +306,30 @@ class TaskCallback(StrategyCallback):
             counts["current"].update(dict.fromkeys(counts["current"], in_epoch // accumulation))
         loops["epoch_loop.state_dict"]["_batches_that_stepped"] = done // accumulation - 1
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Count finished steps in the micro-batches of this start, which may have other devices."""
+        now = trainer.accumulate_grad_batches
+        then = checkpoint["callbacks"][self.state_key].get("parts", now)
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for name in ("total", "current") if then != now else ():
+            done = progress[name]["processed"] // then * now
+            progress[name].update(ready=done, started=done, processed=done, completed=done - 1)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the task's counters and the state of its penalty monitor."""
         self._update_seconds()
-        counts = {**vars(self.counts), "errors": list(self.counts.errors)}
+        # Samples of all devices: a later start may have others.
+        samples = self.counts.rows * rank_and_world()[1]
+        counts = {**vars(self.counts), "rows": samples, "errors": list(self.counts.errors)}
         best = {} if self.best is None else {"best": self.best.state}
-        return {"counts": counts, "alarm": self.alarm.state(), **best}
+        return {"counts": counts, "alarm": self.alarm.state(), "parts": self._parts, **best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the counters and the penalty monitor."""
         self.counts = TaskCounters(**state_dict["counts"])
+        self.counts.rows //= rank_and_world()[1]
         self.alarm.load(state_dict["alarm"])
         if self.best is not None and "best" in state_dict:
             self.best.state = dict(state_dict["best"])

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ from mmcl.lightning.module import ContinualModule, lr_factor
 from mmcl.lightning.run_dir import RunDirectory
 from mmcl.lightning.task_callback import TaskCallback
 from tests.behaviour.kill_runs import KILLED
+from tests.distributed.ranks import on_ranks
 from tests.lightning.small_runs import SmallRuns
 
 PAGE = Path(__file__).parents[2] / "docs" / "trainer.md"
@@ -419,6 +421,29 @@ def test_a_resumed_task_whose_time_ran_out_is_finished(tmp_path):
     assert status == KILLED, output
     output = runs.finish("run", checkpoint_every_n_steps=1, **settings)
     assert "task 'task-a' was ended by trainer.max_time after" in output
+
+
+@pytest.mark.slow
+def test_a_run_resumes_on_two_devices_with_half_the_micro_batches(tmp_path):
+    runs = SmallRuns(tmp_path, sizes=(24, 21))
+    settings = {**SGD, "model__optimizer.lr": 0.1, "data__micro_batch_size": 2}
+    alone, moved = (runs.words(name, "Finetune", **settings) for name in ("alone", "moved"))
+    assert on_ranks(alone, tmp_path / "alone", world=1) == [0]
+    for step in (2, 5):  # of 4 micro-batches; the second one after the end of an epoch
+        shutil.rmtree(runs.path("moved"), ignore_errors=True)
+        kill = ("step", 4 * step)
+        every = ["--checkpoint_every_n_steps=1"]
+        assert on_ranks([*moved, *every], tmp_path / "killed", kill, world=1) == [KILLED]
+        assert on_ranks([*moved, *every], tmp_path / "moved") == [0, 0]
+        costs = [
+            json.loads((runs.path(name) / "ledger.json").read_text())["tasks"]
+            for name in ("alone", "moved")
+        ]
+        for one, two in zip(*costs, strict=True):
+            assert (one["steps"], one["samples_new"]) == (two["steps"], two["samples_new"])
+        left, right = runs.kept("alone"), runs.kept("moved")
+        for key in left:
+            torch.testing.assert_close(left[key], right[key], rtol=0, atol=1e-4)
 
 
 def test_a_callback_cannot_monitor_what_is_not_measured(watched, capsys):
