@@ -267,7 +267,8 @@ class Strategy(nn.Module):
 
     def state_bytes(self) -> int:
         """Return the bytes that this strategy adds to a checkpoint."""
-        return tensor_bytes(dict(self.state_dict()), with_plain=True)
+        state = {key: value for key, value in self.state_dict().items() if key != TASK_PROGRESS}
+        return tensor_bytes(state, with_plain=True)
 
 
 def _recording_frozen(attach: Callable[[Any, VLM], None]) -> Callable[[Any, VLM], None]:

@@ -122,6 +122,7 @@ def test_what_fit_saves_test_loads(desk):
     assert desk.run("--ckpt_path", saved, command=["test"])[0] == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*has an inactive part")
 @pytest.mark.parametrize("strategy", sorted(discover()))
 def test_every_strategy_is_fitted_by_lightning_alone(desk, strategy):
     desk.configure(strategy)
