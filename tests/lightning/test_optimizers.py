@@ -229,7 +229,7 @@ def test_an_entry_for_frozen_parameters_says_so(clip):
 
 
 def test_a_model_without_parts_is_told_of_the_method():
-    with pytest.raises(ValueError, match=r"DualEncoder has no method parts\(\) that names its towers"):
+    with pytest.raises(ValueError, match=r"DualEncoder has no method parts\(\) that names"):
         a_module(StandIn(), param_groups={"image": 0.1}).configure_optimizers()
 
 
