@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import subprocess
 import sys
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
@@ -56,3 +57,17 @@ def test_an_example_runs_and_prints_its_result(file, tmp_path):
     last = output.read_text().strip().splitlines()[-1]
     assert re.fullmatch(LAST_LINES[file.stem], last), last
     assert not list((tmp_path / "empty").iterdir())
+
+
+@pytest.mark.slow
+def test_the_lightning_example_runs_on_two_processes_and_resumes(tmp_path):
+    words = [sys.executable, str(ROOT / "examples" / "lightning_module.py"), str(tmp_path), "2"]
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    outputs = []
+    for _ in range(2):
+        done = subprocess.run(words, capture_output=True, text=True, env=settings, check=False)
+        assert done.returncode == 0, done.stderr
+        outputs.append([line for line in done.stdout.splitlines() if line.startswith("after")])
+        (tmp_path / "task_1.pt").unlink()  # the second command trains the last task again
+    assert sorted(set(outputs[0])) == sorted(set(outputs[1]))
+    assert len(set(outputs[0])) == 2

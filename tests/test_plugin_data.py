@@ -286,6 +286,12 @@ def test_a_trainer_that_trained_a_task_is_refused():
         trainer.fit(module, replaying(module, 1))
 
 
+def test_a_precision_that_converts_all_state_is_refused():
+    module = a_module()
+    with pytest.raises(ValueError, match=r"precision is 'bf16-true', .*: use 'bf16-mixed'"):
+        fit(module, replaying(module, 0), precision="bf16-true")
+
+
 def test_evaluation_fills_a_matrix():
     module = a_module(mmcl.strategies.Finetune())
     matrix = mmcl.AccuracyMatrix(

@@ -20,6 +20,7 @@ from mmcl.core.model import frozen_modules
 from mmcl.core.step import check_trainable
 from mmcl.core.strategy import TASK_PROGRESS
 from mmcl.data import ImageCaptionCollate, ImageLabelCollate, TaskPass
+from mmcl.lightning.config.trainer_settings import check_precision
 
 EVAL_MODE_WARNING = ".* in eval mode at the start of training"
 """Lightning's warning of modules in evaluation mode, which frozen ones are on purpose."""
@@ -68,10 +69,12 @@ class StrategyCallback(pl.Callback):
 
         Raises:
             RuntimeError: if the Trainer has trained a task before, or nothing is trainable.
-            ValueError: later, if ``fit`` was given the checkpoint of a task that has ended.
+            ValueError: if the Trainer's precision converts all state, such as "bf16-true"; later,
+                if ``fit`` was given the checkpoint of a task that has ended.
         """
         if stage != "fit":
             return
+        check_precision(trainer)
         if vars(trainer).get("_has_ended_task"):
             raise RuntimeError(
                 "this Trainer has trained a task before and would count on: make a new pl.Trainer "
