@@ -13,11 +13,13 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
 import mmcl
 from mmcl.evaluation import Column, compute_all_metrics
 
+show = rank_zero_only(print)
 COLORS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (40, 40, 220), "gray": (128,) * 3}
 
 
@@ -86,8 +88,9 @@ def main(folder: Path, devices: int) -> None:
             test = DataLoader(squares(column, seed=9), batch_size=16, collate_fn=collate)
             score = mmcl.evaluate(module.model, module.strategy, test)
             matrix.set(index + 1, column, score)
-        print(f"after task {index}:", *(f"{value:.2f}" for value in matrix.values[index + 1]))
-    print({m.name: round(m.value, 3) for m in compute_all_metrics(matrix) if m.value is not None})
+        scores = (f"{value:.2f}" for value in matrix.values[index + 1])
+        show(f"after task {index}:", *scores)
+    show({m.name: round(m.value, 3) for m in compute_all_metrics(matrix) if m.value is not None})
 
 
 if __name__ == "__main__":

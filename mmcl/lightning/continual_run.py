@@ -272,7 +272,7 @@ class ContinualRun:
         )
         self.data.set_task(index)
         epochs = {} if task.epochs is None else {"max_epochs": task.epochs}
-        trainer = self._trainer([hooks], logger=self.loggers.loggers, **epochs)
+        trainer = self._trainer([hooks], logger=self.loggers.loggers or False, **epochs)
         self._explain_accumulation(trainer)
         self.data.count_global_batches(trainer)
         check_monitors(trainer, self.data.validation_metrics)

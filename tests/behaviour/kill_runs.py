@@ -130,7 +130,7 @@ def _moments():
         "step": (TaskCallback, "on_train_batch_end", None),
         "write": (Path, "replace", _halve),
         "written": (Path, "replace", _rename),
-        "ending": (StrategyCallback, "on_train_end", None),
+        "ending": (StrategyCallback, "run_end_task", None),
         "copy": (ContinualDataModule, "save_replay_copies", None),
         "ended": (TaskCallback, "_cost", None),
         "ledger": (Ledger, "write", None),

@@ -63,7 +63,7 @@ def test_features_on_disk_are_enough_at_every_write(tmp_path):
         assert remembered_files(runs.path("killed")) == remembered_files(runs.path("alone"))
 
 
-def test_features_on_disk_that_were_changed_are_refused(runs):
+def test_changed_features_on_disk_are_refused_and_missing_ones_are_made_again(runs):
     assert runs.start("run", "FeatureReplay", ("step", 9))[0] == KILLED
     [file] = (runs.path("run") / "memory").rglob("rows_*.bin")
     content = bytearray(file.read_bytes())
@@ -74,7 +74,9 @@ def test_features_on_disk_that_were_changed_are_refused(runs):
     assert f"stored rows were changed: {file}" in output
     assert "Traceback" not in output
     file.unlink()
-    assert f"stored rows are missing: there is no {file}" in runs.start("run", "FeatureReplay")[1]
+    status, output = runs.start("run", "FeatureReplay")
+    assert status == 0
+    assert f"needs {file}, which is missing or damaged: trained again from the beginning" in output
 
 
 def test_bad_samples_are_counted_and_named(tmp_path):
