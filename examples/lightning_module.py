@@ -88,8 +88,7 @@ def main(folder: Path, devices: int) -> None:
             test = DataLoader(squares(column, seed=9), batch_size=16, collate_fn=collate)
             score = mmcl.evaluate(module.model, module.strategy, test)
             matrix.set(index + 1, column, score)
-        scores = (f"{value:.2f}" for value in matrix.values[index + 1])
-        show(f"after task {index}:", *scores)
+        show(f"after task {index}:", *(f"{value:.2f}" for value in matrix.values[index + 1]))
     show({m.name: round(m.value, 3) for m in compute_all_metrics(matrix) if m.value is not None})
 
 
