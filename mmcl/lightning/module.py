@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from mmcl.core import Batch, StepOutput, Strategy, forward, generate, loss_weight, step
 from mmcl.core.step import check_trainable
@@ -182,7 +182,8 @@ class ContinualModule(pl.LightningModule):
         make = self._adamw if self._make_optimizer is None else self._make_optimizer
         optimizer = build_optimizer(self, make, self.param_groups, self._base_names)
         # Some schedulers set the first rate themselves, so they come before `initial_lr` is set.
-        scheduler = None if self._make_scheduler is None else self._make_scheduler(optimizer)
+        make_scheduler = self._make_scheduler or self._own_scheduler()
+        scheduler = None if make_scheduler is None else make_scheduler(optimizer)
         for group in optimizer.param_groups:
             # A sharded checkpoint restores only keys that exist before it is loaded.
             group.setdefault("initial_lr", group["lr"])
@@ -197,6 +198,26 @@ class ContinualModule(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def _own_scheduler(self) -> Callable[[Optimizer], LRScheduler] | None:
+        """Return the scheduler of ``warmup_steps`` and ``lr_schedule`` outside of ``mmcl train``.
+
+        There TaskCallback sets the rate.
+        """
+        has_schedule = self.warmup_steps > 0 or self.lr_schedule != "constant"
+        if self.in_continual_run or not has_schedule:
+            return None
+        steps = self.trainer.estimated_stepping_batches if self.lr_schedule == "cosine" else 0
+        if math.isinf(steps):
+            raise ValueError(
+                "lr_schedule is 'cosine' and the Trainer has no last step: set max_epochs or "
+                "max_steps, or use lr_schedule 'constant'"
+            )
+
+        def factor(step: int) -> float:
+            return lr_factor(step, int(steps), self.warmup_steps, self.lr_schedule)
+
+        return lambda optimizer: LambdaLR(optimizer, factor)
 
     def _adamw(self, groups: Any) -> Optimizer:
         # Lightning refuses to clip in mixed precision if the optimizer is fused, in bf16 too.

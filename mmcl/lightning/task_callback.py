@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmcl.core import Task, begin_task
 from mmcl.core.atomic_write import WriteError
-from mmcl.core.distributed import all_gather_strings, rank_and_world
+from mmcl.core.distributed import all_gather_strings
 from mmcl.core.seeding import hash_seed
 from mmcl.evaluation.cost import TaskCost
 from mmcl.lightning.checkpoint_io import (
@@ -41,11 +41,15 @@ _REDRAW_SECONDS = 0.1
 
 @dataclass
 class TaskCounters:
-    """Counters of a task's cost so far, stored in its mid-task checkpoints."""
+    """Counters of a task's cost so far, stored in its mid-task checkpoints.
+
+    ``rows`` counts the samples of all steps over all devices, ``new`` those of the task itself.
+    """
 
     seconds: float = 0.0
     steps: int = 0
     rows: int = 0
+    new: int = 0
     flops_per_sample: float = 0.0
     errors: list[str] = field(default_factory=list)
 
@@ -198,7 +202,6 @@ class TaskCallback(StrategyCallback):
         """Pass the step to the strategy, count it, and save a checkpoint if one is due."""
         module, counts, samples = self.module, self.counts, len(batch)
         self._stop_flop_counter(samples)
-        counts.rows += samples
         done = module.last_step
         if done is not None:
             self.alarm.update(done.terms)
@@ -211,6 +214,9 @@ class TaskCallback(StrategyCallback):
         if self.step == counts.steps:
             return
         counts.steps = self.step
+        sizes = batch.global_batch
+        counts.rows += samples if sizes is None else sizes.samples
+        counts.new += samples if sizes is None else sizes.new
         if done is not None and self._is_logged():
             terms = {"loss": done.loss, **done.terms}
             values = {f"train/{name}": float(term.detach()) for name, term in terms.items()}
@@ -265,7 +271,7 @@ class TaskCallback(StrategyCallback):
         if self.unsaved:
             problem = f"{self.unsaved} of its mid-task checkpoints could not be written"
             self.warnings.append(f"task '{self.task.name}': {problem}")
-        self.cost = self._cost(trainer)
+        self.cost = self._cost()
         self._flush_loggers(trainer)
         save_task_checkpoint(trainer, module, self.folder.task_checkpoint(self.task.index + 1))
 
@@ -320,16 +326,13 @@ class TaskCallback(StrategyCallback):
     def state_dict(self) -> dict[str, Any]:
         """Return the task's counters and the state of its penalty monitor."""
         self._update_seconds()
-        # Samples of all devices: a later start may have others.
-        samples = self.counts.rows * rank_and_world()[1]
-        counts = {**vars(self.counts), "rows": samples, "errors": list(self.counts.errors)}
+        counts = {**vars(self.counts), "errors": list(self.counts.errors)}
         best = {} if self.best is None else {"best": self.best.state}
         return {"counts": counts, "alarm": self.alarm.state(), "parts": self._parts, **best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the counters and the penalty monitor."""
         self.counts = TaskCounters(**state_dict["counts"])
-        self.counts.rows //= rank_and_world()[1]
         self.alarm.load(state_dict["alarm"])
         if self.best is not None and "best" in state_dict:
             self.best.state = dict(state_dict["best"])
@@ -377,21 +380,17 @@ class TaskCallback(StrategyCallback):
         self.counts.seconds += now - self._clock
         self._clock = now
 
-    def _cost(self, trainer: pl.Trainer) -> TaskCost:
+    def _cost(self) -> TaskCost:
         module, counts = self.module, self.counts
-        samples, learns = counts.rows * trainer.world_size, module.has_trainable
-        # Every epoch has all new samples once, spread evenly over its batches.
-        batches = counts.steps * trainer.accumulate_grad_batches
-        epochs = batches / len(trainer.train_dataloader)  # type: ignore[arg-type]
-        new = min(samples, round(self.task.size * epochs)) if learns else 0
+        learns = module.has_trainable
         trainable = [p for p in module.parameters() if learns and p.requires_grad]
         return TaskCost(
             task=self.task.name,
             seconds=round(counts.seconds, 3),
             steps=counts.steps if learns else 0,
-            samples_new=new,
-            samples_replayed=samples - new if learns else 0,
-            flops=counts.flops_per_sample * samples if learns else None,
+            samples_new=counts.new if learns else 0,
+            samples_replayed=counts.rows - counts.new if learns else 0,
+            flops=counts.flops_per_sample * counts.rows if learns else None,
             peak_memory_bytes=peak_memory(module.device),
             trainable_parameters=sum(p.numel() for p in trainable),
             parameters_added=sum(p.numel() for p in module.parameters()) - self.parameters_before,

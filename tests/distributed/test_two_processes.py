@@ -1,5 +1,6 @@
 """Two processes remember, learn and answer as one does."""
 
+import json
 import os
 import subprocess
 import sys
@@ -225,3 +226,17 @@ def test_lightnings_own_launch_does_what_the_forked_ranks_do(tmp_path):
     assert runs.differences("launched", "forked") == []
     assert launched.stdout.count("report: ") == 1
     assert (runs.path("launched") / "report.html").is_file()
+
+
+def test_the_costs_of_two_devices_are_those_of_one(tmp_path):
+    runs = SmallRuns(tmp_path, sizes=(21, 17))
+    ledgers = []
+    for world in (1, 2):
+        words = runs.words(f"on{world}", "ExperienceReplay", **PLAIN)
+        assert on_ranks(words, tmp_path / f"out{world}", world=world) == [0] * world
+        ledgers.append(json.loads((runs.path(f"on{world}") / "ledger.json").read_text())["tasks"])
+    for one, two in zip(*ledgers, strict=True):
+        for name in ("steps", "samples_new", "samples_replayed"):
+            assert one[name] == two[name], name
+    assert [task["samples_new"] for task in ledgers[1]][0] % 21 == 0
+    assert ledgers[1][0]["samples_replayed"] == 0

@@ -1,8 +1,12 @@
 from math import cos, pi
 
 import pytest
+import pytorch_lightning as pl
 
+from mmcl.lightning import ContinualDataModule, ContinualModule
 from mmcl.lightning.module import lr_factor
+from mmcl.models import OpenCLIP
+from tests.lightning.small_runs import SmallRuns, small_model
 
 
 def test_the_rate_rises_over_the_warmup():
@@ -34,3 +38,28 @@ def test_the_cosines_last_value_is_the_documented_one_and_open_clips(steps, warm
         assert lr_factor(step, steps, warmup, "cosine") == pytest.approx(
             0.5 * (1 + cos(pi * e / es))
         )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec")
+@pytest.mark.parametrize(("warmup", "schedule"), [(2, "cosine"), (3, "constant")])
+def test_a_fit_of_lightning_alone_obeys_the_schedule(tmp_path, warmup, schedule):
+    rates = []
+
+    class Note(pl.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    data = ContinualDataModule(str(SmallRuns(tmp_path).card), global_batch_size=8)
+    model = OpenCLIP(small_model(tmp_path))
+    module = ContinualModule(model, learning_rate=0.01, warmup_steps=warmup, lr_schedule=schedule)
+    trainer = pl.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[Note()],
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    steps = trainer.global_step
+    assert steps > 4
+    assert rates == pytest.approx(
+        [0.01 * lr_factor(step, steps, warmup, schedule) for step in range(steps)]
+    )
