@@ -205,7 +205,7 @@ class ContinualModule(pl.LightningModule):
         There TaskCallback sets the rate.
         """
         has_schedule = self.warmup_steps > 0 or self.lr_schedule != "constant"
-        if self.in_continual_run or not has_schedule:
+        if self.in_continual_run or not has_schedule or self._trainer is None:
             return None
         steps = self.trainer.estimated_stepping_batches if self.lr_schedule == "cosine" else 0
         if math.isinf(steps):

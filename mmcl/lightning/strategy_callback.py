@@ -83,7 +83,7 @@ class StrategyCallback(pl.Callback):
         model, strategy = model_of(pl_module), strategy_of(pl_module)
         is_new = strategy.current_task is None
         begin_task(model, strategy, self._next_task(trainer, strategy))
-        if getattr(trainer, "datamodule", None) is None:
+        if not hasattr(getattr(trainer, "datamodule", None), "start_task"):
             _before_load(pl_module, partial(_begin_tasks_of_checkpoint, model, strategy, is_new))
         update_trainable = getattr(pl_module, "update_trainable", None)
         if callable(update_trainable):
