@@ -46,7 +46,7 @@ class MyModule(pl.LightningModule):
     def training_step(self, batch: mmcl.Batch, batch_idx: int) -> dict:
         """Return the loss, and the step that StrategyCallback passes to the strategy."""
         done = mmcl.step(self.model, self.strategy, batch)
-        return {"loss": done.loss, "step": done}
+        return {"loss": done.loss * mmcl.core.loss_weight(done.batch), "step": done}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Build a new optimizer for every task."""

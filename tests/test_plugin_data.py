@@ -2,14 +2,16 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler
 
 import mmcl
 from mmcl.core import Strategy
+from mmcl.lightning.strategy_callback import _Doubtful
 from tests.distributed.ranks import call_on_ranks
 from tests.test_plugin import Foreign, data
 from tests.toys.toy_clip import StandIn, task_batches
@@ -112,9 +114,7 @@ def test_a_plan_that_no_loader_realizes_is_named_when_the_task_ends():
     module = a_module()
     plain = [DataLoader(each, batch_size=8, collate_fn=mmcl.collate_images) for each in DATA]
     fit(module, plain[0], mmcl.StrategyCallback(eval_collate_fn=mmcl.collate_images))
-    with pytest.warns(
-        UserWarning, match="ExperienceReplay asked for 8 stored samples and no batch"
-    ):
+    with pytest.warns(UserWarning, match="planned to replay 8 stored samples and no batch"):
         fit(module, plain[1], mmcl.StrategyCallback(eval_collate_fn=mmcl.collate_images))
 
 
@@ -153,6 +153,24 @@ def test_the_pass_over_a_shuffled_loader_that_drops_its_last_batch_has_every_sam
     assert module.strategy.seen == [expected(0)] * 2
 
 
+def test_the_pass_has_the_samples_that_a_sampler_chooses_and_no_others():
+    module, chosen = a_module(Passed()), [3, 17, 4, 9]
+    loader = DataLoader(
+        DATA[0], batch_size=3, sampler=SubsetRandomSampler(chosen), collate_fn=mmcl.collate_images
+    )
+    fit(module, loader, mmcl.StrategyCallback(eval_collate_fn=mmcl.collate_images))
+    assert module.strategy.seen == [[expected(0)[number] for number in sorted(chosen)]] * 2
+
+
+def test_the_pass_with_a_sampler_that_draws_again_is_warned_of():
+    module, draws = a_module(Passed()), RandomSampler(DATA[0], replacement=True, num_samples=6)
+    loader = DataLoader(DATA[0], batch_size=3, sampler=draws, collate_fn=mmcl.collate_images)
+    _Doubtful._warned_of.clear()
+    with pytest.warns(UserWarning, match="or a sampler of its own"):
+        fit(module, loader, mmcl.StrategyCallback(eval_collate_fn=mmcl.collate_images))
+    assert len(module.strategy.seen[0]) == 6
+
+
 def test_replayed_samples_of_a_users_loader_are_no_new_ones():
     new, old = (mmcl.collate_images([DATA[t][i] for i in range(6)], task=t) for t in (1, 0))
     is_replay = torch.ones(6, dtype=torch.bool)
@@ -184,6 +202,7 @@ class Streamed(torch.utils.data.IterableDataset):
 
 def test_a_pass_that_may_not_be_exact_is_said_once():
     module = a_module(Passed())
+    _Doubtful._warned_of.clear()
     with pytest.warns(
         UserWarning, match="no map-style dataset .*: give StrategyCallback a task_lo"
     ):
@@ -342,6 +361,30 @@ def stepped(rank, world):
         mmcl.end_task(model, strategy, task, loader.task_pass())
     memory = strategy.members[0].memory
     return dict(model.state_dict()), memory.sample_ids
+
+
+def half_replayed(rank, world):
+    """A task in which only rank 0 meets a replayed sample, and one in which no rank does."""
+    said = []
+    for has_replay in (True, False):
+        model, strategy = StandIn(), a_chain()
+        strategy.attach(model)
+        strategy.members[0].memory.add_range(0, 22)
+        task = mmcl.Task(1, "one")
+        mmcl.begin_task(model, strategy, task)
+        batch = mmcl.collate_images([DATA[1][i] for i in range(4)], task=1)
+        is_replay = torch.tensor([has_replay and rank == 0, False, False, False])
+        mmcl.step(model, strategy, replace(batch, is_replay=is_replay))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            mmcl.end_task(model, strategy, task, [batch])
+        said.append(any("planned to replay" in str(one.message) for one in caught))
+    return said
+
+
+@pytest.mark.slow
+def test_a_rank_without_replayed_samples_is_no_reason_to_warn(tmp_path):
+    assert call_on_ranks(half_replayed, tmp_path) == [[False, True]] * 2
 
 
 @pytest.mark.slow

@@ -110,9 +110,9 @@ def step(model: VLM, strategy: Strategy, batch: Batch) -> StepOutput:
         if module.training:  # model.train() was called after begin_task
             module.eval()
     vars(strategy)["_has_stepped"] = True
-    if vars(strategy).get("_unreplayed") and batch.is_replay is not None:
+    if vars(strategy).get("_planned_replay") and not vars(strategy)["_has_replayed"]:
         # Looked at only until the first replayed sample: on a GPU it waits for the device.
-        vars(strategy)["_unreplayed"] *= not bool(batch.is_replay.any())
+        vars(strategy)["_has_replayed"] = _holds_replay(batch)
     batch = strategy.extend_batch(model, batch)
     output = forward(model, strategy, batch)
     loss = strategy.objective(model, batch, output)
@@ -286,7 +286,8 @@ def begin_task(model: VLM, strategy: Strategy, task: Task) -> None:
     strategy.current_task, strategy.is_task_ended = task, False
     strategy.frozen_modules = set_frozen_to_eval(model)
     plan = strategy.replay_plan()
-    vars(strategy).update(_unreplayed=0 if plan is None else len(plan), _has_stepped=False)
+    planned = 0 if plan is None else len(plan)
+    vars(strategy).update(_planned_replay=planned, _has_replayed=False, _has_stepped=False)
 
 
 def begin_tasks(model: VLM, strategy: Strategy, state: Mapping[str, Any]) -> int | None:
@@ -324,18 +325,37 @@ def end_task(model: VLM, strategy: Strategy, task: Task, batches: Iterable[Batch
         task: task that ends.
         batches: this rank's samples of the training data, see ``Strategy.end_task``.
     """
-    missed = vars(strategy).get("_unreplayed", 0)
-    if missed and vars(strategy)["_has_stepped"]:
-        warnings.warn(
-            f"{_replaying(strategy)} asked for {missed} stored samples and no batch of task "
-            f"'{task.name}' held a replayed one, so nothing was replayed: build the task's "
-            "loader with mmcl.replay_loader(datasets, strategy, batch_size)",
-            stacklevel=2,
-        )
+    _warn_of_missing_replay(model, strategy, task)
     new = NewSamples(batches, device_of(model))
     # Without a length it can be read once only, and a chain shares it out.
     strategy.end_task(model, task, new if hasattr(batches, "__len__") else iter(new))
     strategy.is_task_ended = True
+
+
+def _holds_replay(batch: Batch) -> bool:
+    """Whether some sample is a replayed one; samples of other sources are marked so as well."""
+    if batch.is_replay is None:
+        return False
+    is_old = (
+        batch.is_replay if batch.source_ids is None else batch.is_replay & (batch.source_ids == 0)
+    )
+    return bool(is_old.any())
+
+
+def _warn_of_missing_replay(model: VLM, strategy: Strategy, task: Task) -> None:
+    """Warn of a replay plan of which no batch of any rank held a sample."""
+    planned = vars(strategy).get("_planned_replay", 0)
+    if not planned or not vars(strategy)["_has_stepped"]:
+        return
+    # A rank may have none of the few replayed samples of each global batch.
+    own = torch.tensor([float(vars(strategy)["_has_replayed"])], device=device_of(model))
+    if not float(all_reduce_sum(own)):
+        warnings.warn(
+            f"{_replaying(strategy)} planned to replay {planned} stored samples and no batch of "
+            f"task '{task.name}' held a replayed one, so nothing was replayed: build the task's "
+            "loader with mmcl.replay_loader(dataset, strategy, batch_size, earlier=...)",
+            stacklevel=3,
+        )
 
 
 class NewSamples:

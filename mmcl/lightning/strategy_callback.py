@@ -13,6 +13,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.data import (
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+)
 
 from mmcl.core import Batch, StepOutput, Strategy, Task, begin_task, begin_tasks, end_task
 from mmcl.core.distributed import rank_and_world
@@ -40,8 +46,8 @@ class StrategyCallback(pl.Callback):
     resumes the task of the checkpoint.
 
     ``end_task`` is given the task's own samples, each once: those of ``task_loader``, else of the
-    training loader's dataset in order, without shuffle, ``drop_last`` and samples marked as
-    replayed. Parts of the strategy that had no effect are warned of by name.
+    training loader's dataset that its sampler chooses, in order, without shuffle, ``drop_last``
+    and samples marked as replayed. Parts of the strategy that had no effect are warned of by name.
 
     Args:
         task: the task of the next ``fit``; None = the next number after the last one.
@@ -191,17 +197,18 @@ class StrategyCallback(pl.Callback):
             rank, world = rank_and_world()
             return dataset[rank::world]  # of batches
         is_map_style = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-        if not is_map_style or batch_size is None:
+        is_known, indices = _sampled_indices(loader) if is_map_style else (False, None)
+        if batch_size is None or not is_known:
             return _Doubtful(
                 () if loader is None else loader,
-                "the training loader has no map-style dataset and batch_size, so end_task sees the "
-                "samples of one more epoch, in its order and augmented",
+                "the training loader has no map-style dataset and batch_size, or a sampler of its "
+                "own, so end_task sees the samples of one more epoch, in its order and augmented",
             )
         task = strategy_of(pl_module).current_task
         collate = self.eval_collate_fn or _without_augmentation(loader, model_of(pl_module))
         found = TaskPass(
             dataset, collate or loader.collate_fn, batch_size,
-            task=0 if task is None else task.index, num_workers=loader.num_workers,
+            task=0 if task is None else task.index, num_workers=loader.num_workers, indices=indices,
         )  # fmt: skip
         if collate is not None:
             return found
@@ -209,6 +216,21 @@ class StrategyCallback(pl.Callback):
             found, "end_task sees samples as the training loader's collate_fn makes them: if that "
             "or the dataset augments, they are augmented",
         )  # fmt: skip
+
+
+def _sampled_indices(loader: Any) -> tuple[bool, list[int] | None]:
+    """Return whether it is known which samples a DataLoader visits, and which; None = all.
+
+    On several devices Lightning wraps a sampler of the user's, whose samples are meant.
+    """
+    sampler: Any = getattr(loader, "sampler", None)
+    wrapped = getattr(getattr(sampler, "dataset", None), "_sampler", None)
+    sampler = sampler if wrapped is None else wrapped
+    if isinstance(sampler, SubsetRandomSampler):
+        return True, sorted({int(index) for index in sampler.indices})
+    if isinstance(sampler, RandomSampler):
+        return sampler.num_samples == len(loader.dataset) and not sampler.replacement, None
+    return isinstance(sampler, SequentialSampler | DistributedSampler), None
 
 
 def _before_load(pl_module: Any, prepare: Callable[[Mapping[str, Any]], None]) -> None:

@@ -37,7 +37,7 @@ from tests.toys.toy_clip import StandIn, a_batch, a_task, task_batches
 from tests.toys.toy_llava import a_llava, an_answer_task
 
 # Batches here are made one by one, without the samples that a member would replay.
-pytestmark = pytest.mark.filterwarnings("ignore:ExperienceReplay asked for")
+pytestmark = pytest.mark.filterwarnings("ignore:ExperienceReplay planned")
 SMALL = {"pool_size": 4, "prompt_length": 2, "top_k": 2}
 # Members before which a strategy stands; the model's weights learn in all of these chains.
 COMPANY = {

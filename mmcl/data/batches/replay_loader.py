@@ -207,15 +207,18 @@ class TaskPass:
         task: index of the task.
         num_workers: processes that read items.
         few: samples to visit at most, a uniform subset; None = all.
+        indices: positions of the task's samples in the dataset, rising; None = all of them.
     """
 
     def __init__(
         self, dataset: MapDataset, collate_fn: Collate, batch_size: int, *, task: int,
-        num_workers: int = 0, few: int | None = None,
+        num_workers: int = 0, few: int | None = None, indices: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         self.items = _ItemBatches([*[()] * task, dataset], collate_fn, seed=0)
         self.batch_size, self.num_workers = batch_size, num_workers
         self.numbers = few_of(len(dataset), few, task)
+        if indices is not None:
+            self.numbers = np.asarray(indices, dtype=np.int64)
 
     def _requests(self) -> DistributedSequentialSampler:
         return DistributedSequentialSampler(self.numbers, self.batch_size, *rank_and_world())
