@@ -52,7 +52,7 @@ def ours(folder: Path, workers: int) -> float:
     """mmcl's loader with its own decoder."""
     from mmcl.core import TaskStream
     from mmcl.data import open_stream, train_loader
-    from mmcl.models.open_clip.model import ClipTransform
+    from mmcl.models.open_clip.clip_transform import ClipTransform
 
     prepared = open_stream(TaskStream.read(folder / "card.yaml"))
     transform = ClipTransform(SIDE, random_crop_scale=CROP)
@@ -119,7 +119,7 @@ def litdata(folder: Path, workers: int) -> float | None:
 def bare_decoding(folder: Path, workers: int) -> float:
     """Decode, cut and stack what already lies in memory: what no reader can be faster than."""
     from mmcl.data import decode_image
-    from mmcl.models.open_clip.model import ClipTransform
+    from mmcl.models.open_clip.clip_transform import ClipTransform
 
     transform = ClipTransform(SIDE, random_crop_scale=CROP)
     files = [data for data, _ in _files(folder)]

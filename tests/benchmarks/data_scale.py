@@ -15,7 +15,7 @@ from mmcl.data import Reader, open_stream, train_loader
 from mmcl.data.batches.batch_plan import EpochPlan, Mixture
 from mmcl.data.remote.location import LocalFile
 from mmcl.data.shards.tar_shard import TarShard
-from mmcl.models.open_clip.model import ClipTransform
+from mmcl.models.open_clip.clip_transform import ClipTransform
 from tests.benchmarks.data_loops import BATCH, CROP, SIDE
 
 SAMPLES_A_SHARD = 10_000

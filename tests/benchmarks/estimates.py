@@ -20,7 +20,7 @@ from mmcl.data import decode_image, open_stream
 from mmcl.data.batches.batch_plan import EpochPlan, Mixture
 from mmcl.data.remote.location import LocalFile
 from mmcl.data.shards.tar_shard import TarShard
-from mmcl.models.open_clip.model import ClipTransform
+from mmcl.models.open_clip.clip_transform import ClipTransform
 from tests.benchmarks.data_loops import CROP, SIDE, write_pictures
 
 SIZES = (10_000_000, 100_000_000, 1_000_000_000, 10_000_000_000)

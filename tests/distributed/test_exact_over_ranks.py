@@ -27,7 +27,7 @@ from mmcl.core import (
     step,
     trainable_parameters,
 )
-from mmcl.models.open_clip.model import clip_loss
+from mmcl.models.open_clip.clip_losses import clip_loss
 from mmcl.strategies import AGEM, EWC, L2P, DarkReplay, FeatureReplay, LoRA, LwF
 from tests.distributed.ranks import on_ranks as command_on_ranks
 from tests.distributed.ranks import seen

@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from mmcl.models import OpenCLIP
-from mmcl.models.open_clip.model import ClipTransform
+from mmcl.models.open_clip.clip_transform import ClipTransform
 
 
 def random_image(height, width, seed=0):

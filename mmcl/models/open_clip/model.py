@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -13,21 +11,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmcl.core import (
-    IGNORE_INDEX,
     NO_PROMPTS,
     Batch,
-    Conversation,
     Modality,
     Output,
-    ProcessedSample,
     Prompts,
     Transform,
 )
-from mmcl.core.distributed import all_gather_with_grad
 from mmcl.core.image_values import expect_levels
 from mmcl.core.model import PromptPosition, eval_mode, set_frozen_to_eval
-from mmcl.core.seeding import generator, hash_priorities
 from mmcl.models.fingerprint import fingerprint_of, frozen_buffers
+from mmcl.models.open_clip.clip_losses import class_loss, clip_loss
+from mmcl.models.open_clip.clip_transform import ClipTransform
 from mmcl.models.open_clip.loading import image_settings, load_clip
 from mmcl.models.open_clip.towers import (
     image_embedding,
@@ -36,126 +31,6 @@ from mmcl.models.open_clip.towers import (
     token_dims,
     trim_padding,
 )
-
-
-@dataclass(frozen=True)
-class ClipTransform:
-    """Resize an image to the model's size in uint8 and tokenize a text.
-
-    Resizing is torch's antialiased bicubic one on uint8. Training takes a random crop
-    (open_clip's default: area ``random_crop_scale`` of the image, aspect 3/4 to 4/3);
-    evaluation takes the center crop.
-
-    Attributes:
-        size: side of the square image.
-        tokenizer: text -> (1, L) int64, or None for models without captions.
-        random_crop_scale: smallest area fraction of a training crop, 0 to 1; None = center crop.
-        horizontal_flip: mirror half of the training images.
-    """
-
-    size: int
-    tokenizer: Callable[[str], Tensor] | None = None
-    random_crop_scale: float | None = None
-    horizontal_flip: bool = False
-
-    def __call__(
-        self, pixels: Tensor | None, text: str | Conversation | None, seed: int
-    ) -> ProcessedSample:
-        """Return the processed sample; see ``mmcl.core.Transform``."""
-        if isinstance(text, Conversation):
-            raise TypeError(
-                "a CLIP takes classes and captions and got a conversation: a stream of task_type "
-                "'instruction' needs a generative model, such as mmcl.models.ImageTextToText"
-            )
-        image = None if pixels is None else self._image(pixels, seed)
-        tokens = None
-        if text is not None and self.tokenizer is not None:
-            tokens = self.tokenizer(text)[0]
-            tokens = tokens[: int((tokens != 0).sum())]
-        return ProcessedSample(image, tokens)
-
-    def _image(self, pixels: Tensor, seed: int) -> Tensor:
-        height, width = pixels.shape[1:]
-        if self.random_crop_scale is None:
-            short = min(height, width)
-            top, left = (height - short) // 2, (width - short) // 2
-            return self._resize(pixels[:, top : top + short, left : left + short])
-        area, aspect, down, right, mirror = torch.rand(5, generator=generator(seed)).tolist()
-        fraction = self.random_crop_scale + (1 - self.random_crop_scale) * area
-        ratio = math.exp((2 * aspect - 1) * math.log(4 / 3))
-        tall = min(height, max(1, round(math.sqrt(fraction * height * width / ratio))))
-        wide = min(width, max(1, round(math.sqrt(fraction * height * width * ratio))))
-        top, left = int(down * (height - tall + 1)), int(right * (width - wide + 1))
-        image = self._resize(pixels[:, top : top + tall, left : left + wide])
-        return image.flip(2) if self.horizontal_flip and mirror < 0.5 else image
-
-    def _resize(self, pixels: Tensor) -> Tensor:
-        if pixels.shape[1:] == (self.size, self.size):
-            return pixels.contiguous()
-        return functional.interpolate(
-            pixels[None], (self.size, self.size), mode="bicubic", antialias=True
-        )[0]
-
-
-def clip_loss(
-    image: Tensor, text: Tensor, tokens: Tensor, scale: Tensor, in_loss: Tensor | None = None
-) -> Tensor:
-    """Symmetric InfoNCE of pairs (Radford et al. 2021, arXiv:2103.00020), mean over samples.
-
-    Negatives come from all ranks. Samples with the same text are positives of each other and share
-    the target evenly; otherwise a batch with repeated captions would punish correct matches.
-
-    Args:
-        image: (B, D) unit image embeddings.
-        text: (B, D) unit text embeddings.
-        tokens: (B, L) int64 texts, padded with 0; equal tokens are equal texts.
-        scale: () logit scale.
-        in_loss: (B,) bool, the samples that take part, also as negatives; None = all.
-
-    Returns:
-        Scalar, 0 if no sample takes part. The mean over ranks, weighted by their numbers of such
-        samples, is the global loss.
-    """
-    if in_loss is not None:
-        image, text, tokens = image[in_loss], text[in_loss], tokens[in_loss]
-    all_image, _ = all_gather_with_grad(image)
-    all_text, _ = all_gather_with_grad(text)
-    hashes = _text_hashes(tokens)
-    all_hashes, _ = all_gather_with_grad(hashes)
-    same = (hashes[:, None] == all_hashes[None]).all(-1).to(image.dtype)
-    target = same / same.sum(1, keepdim=True)
-    scores = similarity(scale, image, all_text), similarity(scale, text, all_image)
-    by_image = functional.cross_entropy(scores[0], target, reduction="sum")
-    by_text = functional.cross_entropy(scores[1], target, reduction="sum")
-    return (by_image + by_text) / (2 * max(1, len(image)))
-
-
-def _text_hashes(tokens: Tensor) -> Tensor:
-    # Ranks trim texts to different lengths, so the hash must not depend on padding.
-    position = torch.arange(1, tokens.shape[1] + 1, device=tokens.device) << 32
-    return (hash_priorities(0, 0, tokens + position) * (tokens != 0)).sum(1, keepdim=True)
-
-
-def class_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross entropy over class scores, mean over samples in the loss, 0 if there are none.
-
-    Args:
-        logits: (B, C) class scores; -inf leaves a class out of the softmax.
-        labels: (B,) int64 class indices, -100 = not in the loss.
-        smoothing: fraction of the target that is spread over all classes, 0 to 1.
-    """
-    try:
-        total = functional.cross_entropy(
-            logits, labels, ignore_index=IGNORE_INDEX, label_smoothing=smoothing, reduction="sum"
-        )
-    except IndexError as error:
-        raise ValueError(
-            f"labels go from {int(labels.min())} to {int(labels.max())} and the model has "
-            f"{logits.shape[1]} classes: call model.set_classes with the names of all classes so "
-            "far, and number labels in that order"
-        ) from error
-    return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
-
 
 _MAX_SCALE = 100.0
 
