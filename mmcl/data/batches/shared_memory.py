@@ -2,8 +2,9 @@
 
 torch sends every tensor of a worker as a new file in shared memory. Its pages are new to both
 processes, and faulting them in costs more than decoding does. Here a worker stacks images into a
-shared buffer, the main process copies them out, and the buffer's pages stay mapped. The memory is
-anonymous: a killed run leaves nothing behind.
+shared buffer whose pages stay mapped, and the main process uses them there: a buffer is lent to the
+batch, and taken back when nothing of its images is referenced any more. Who keeps more batches than
+there are buffers to lend gets copies. The memory is anonymous: a killed run leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import contextlib
 import mmap
 import multiprocessing
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -42,44 +45,81 @@ class BatchMaker(Protocol):
 
 @dataclass(frozen=True)
 class SharedBatch:
-    """Result of a worker whose images are in a shared buffer.
+    """Result of a worker that was given a shared buffer.
 
     Attributes:
-        found: the result without images.
+        found: the result, without its images if they are in the buffer.
         slot: index of the buffer.
-        shape: shape of the images, uint8.
+        shape: shape of the images in it, uint8; None = there are none.
     """
 
     found: Any
     slot: int
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
 
 
 class SharedBuffers:
     """Shared-memory buffers of forked workers and the process that made them.
 
+    A buffer is free, requested (a worker may write into it) or lent (a batch refers to it).
+
     Args:
-        count: number of buffers.
+        workers: number of workers; each has buffers of its own as long as one of them is free,
+            so that its pages are mapped once.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        # A loop holds a batch while it fetches the next.
+        self._most_lent = max(2, workers)
+        # Requested at once: AHEAD of each worker, and one that has arrived when the next is asked.
+        count = workers * (AHEAD + 1) + self._most_lent
         self._maps = [mmap.mmap(-1, _BUFFER_BYTES) for _ in range(count)]
-        self._buffers = [torch.frombuffer(one, dtype=torch.uint8) for one in self._maps]
+        self._requested: dict[int, object] = {}
+        self._lent: dict[int, weakref.ref[Any]] = {}
 
     def __len__(self) -> int:
         """Return the number of buffers."""
-        return len(self._buffers)
+        return len(self._maps)
 
     def buffer(self, index: int) -> Tensor:
         """Return (bytes,) uint8, a whole buffer."""
-        return self._buffers[index]
+        return torch.frombuffer(self._maps[index], dtype=torch.uint8)
+
+    def request(self, worker: int, owner: object) -> int | None:
+        """Return the index of a free buffer for a worker, now requested; None if none is free."""
+        self._take_back()
+        free = [n for n in range(len(self)) if n not in self._requested and n not in self._lent]
+        if not free:
+            return None
+        chosen = min(free, key=lambda n: (n % self._workers != worker, n))
+        self._requested[chosen] = owner
+        return chosen
+
+    def release(self, owner: object) -> None:
+        """Free the buffers that an owner requested and did not collect."""
+        self._requested = {n: who for n, who in self._requested.items() if who is not owner}
 
     def collect(self, placed: SharedBatch) -> Any:
-        """Return a worker's result, with its images copied out of their buffer."""
+        """Return a worker's result with its images, in their buffer if one can be lent."""
+        self._requested.pop(placed.slot, None)
+        if placed.shape is None:
+            return placed.found
+        self._take_back()
         count = torch.Size(placed.shape).numel()
-        images = self.buffer(placed.slot)[:count].view(placed.shape)
-        pinned = torch.empty_like(images, pin_memory=torch.cuda.is_available()).copy_(images)
-        return _with_images(placed.found, pinned)
+        array = np.frombuffer(self._maps[placed.slot], dtype=np.uint8, count=count)
+        images = torch.from_numpy(array).view(placed.shape)
+        if torch.cuda.is_available():
+            images = torch.empty_like(images, pin_memory=True).copy_(images)
+        elif len(self._lent) >= self._most_lent:
+            images = images.clone()
+        else:
+            # The tensor's storage holds the array, so this ends with the last view of it.
+            self._lent[placed.slot] = weakref.ref(array)
+        return _with_images(placed.found, images)
+
+    def _take_back(self) -> None:
+        self._lent = {n: array for n, array in self._lent.items() if array() is not None}
 
 
 class SharedMemoryDataLoader(DataLoader[Batch]):
@@ -95,13 +135,10 @@ class SharedMemoryDataLoader(DataLoader[Batch]):
     def __init__(
         self, dataset: BatchMaker, batches: Sampler[Any], workers: int, **options: Any
     ) -> None:
-        # One batch is being copied while others are made; and each buffer stays with one worker,
-        # which has its pages mapped.
-        count = workers * (AHEAD + -(-2 // workers))
-        self.slots = SharedBuffers(count)
+        self.slots = SharedBuffers(workers)
         super().__init__(
             _SharedMemoryDataset(dataset, self.slots),
-            batch_sampler=_WithBuffers(batches, count),
+            batch_sampler=_WithBuffers(batches, self.slots, workers),
             num_workers=workers,
             prefetch_factor=AHEAD,
             **options,
@@ -153,16 +190,37 @@ def _identity(batch: Any) -> Any:
 
 
 class _WithBuffers(Sampler[Any]):
-    """Sampler of (request, index of a shared buffer); the buffers take turns."""
+    """Sampler of (request, index of a shared buffer or None)."""
 
-    def __init__(self, batches: Sampler[Any], count: int) -> None:
-        self.batches, self.count = batches, count
+    def __init__(self, batches: Sampler[Any], buffers: SharedBuffers, workers: int) -> None:
+        self.batches, self.buffers, self.workers = batches, buffers, workers
 
     def __len__(self) -> int:
         return len(self.batches)  # type: ignore[arg-type]  # ours have a length
 
     def __iter__(self) -> Iterator[Any]:
-        return ((request, n % self.count) for n, request in enumerate(self.batches))
+        return _Requests(iter(self.batches), self.buffers, self.workers)
+
+
+class _Requests(Iterator[Any]):
+    """Requests of one pass; torch gives request n to worker n modulo the workers.
+
+    Its buffers are free again once it is deleted: torch keeps it until its workers have ended or
+    have answered everything that was requested.
+    """
+
+    def __init__(self, requests: Iterator[Any], buffers: SharedBuffers, workers: int) -> None:
+        self.requests, self.buffers, self.workers = requests, buffers, workers
+        self.count, self.owner = 0, object()
+
+    def __next__(self) -> tuple[Any, int | None]:
+        request = next(self.requests)
+        buffer = self.buffers.request(self.count % self.workers, self.owner)
+        self.count += 1
+        return request, buffer
+
+    def __del__(self) -> None:
+        self.buffers.release(self.owner)
 
 
 class _SharedMemoryDataset(Dataset[Any]):
@@ -171,14 +229,16 @@ class _SharedMemoryDataset(Dataset[Any]):
     def __init__(self, dataset: BatchMaker, buffers: SharedBuffers) -> None:
         self.dataset, self.buffers = dataset, buffers
 
-    def __getitems__(self, request_and_buffer: tuple[Any, int]) -> Any:
+    def __getitems__(self, request_and_buffer: tuple[Any, int | None]) -> Any:
         request, index = request_and_buffer
+        if index is None:
+            return self.dataset.make(request)
         buffer = self.buffers.buffer(index)
         result = self.dataset.make(request, buffer)
         batch = result if isinstance(result, Batch) else result.batch
         images = None if batch is None else batch.images
         if images is None or images.data_ptr() != buffer.data_ptr():
-            return result
+            return SharedBatch(result, index, None)
         return SharedBatch(_with_images(result, None), index, tuple(images.shape))
 
 

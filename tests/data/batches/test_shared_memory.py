@@ -69,14 +69,44 @@ def test_every_batch_is_whole_and_is_not_written_over(workers, dtype):
     loader._iterator._shutdown_workers()
 
 
-def test_images_are_copied_out_of_their_buffer():
-    slots = SharedBuffers(1)
-    room = slots.buffer(0)
-    room[:12] = 7
+def filled(slots, index, value):
+    """A collected batch of one 2x2 image whose levels are all ``value``."""
+    slots.buffer(index)[:12] = value
     nothing = torch.zeros(1, dtype=torch.int64)
-    batch = slots.collect(SharedBatch(Batch(None, nothing, nothing), 0, (1, 3, 2, 2)))
-    room[:12] = 9
-    assert (batch.images == 7).all()
+    return slots.collect(SharedBatch(Batch(None, nothing, nothing), index, (1, 3, 2, 2)))
+
+
+def test_images_stay_in_their_buffer_until_the_last_view_of_them_is_gone():
+    slots, owner = SharedBuffers(1), object()
+    batch = filled(slots, slots.request(0, owner), 7)
+    assert batch.images.data_ptr() == slots.buffer(0).data_ptr()
+    view = batch.images[0, 1]
+    del batch
+    others = [slots.request(0, owner) for _ in range(len(slots) - 1)]
+    assert sorted(others) == list(range(1, len(slots)))
+    assert slots.request(0, owner) is None
+    assert (view == 7).all()
+    del view
+    assert slots.request(0, owner) == 0
+
+
+def test_who_keeps_many_batches_gets_copies():
+    slots, owner = SharedBuffers(2), object()
+    batches = []
+    for value in range(50):
+        batches.append(filled(slots, slots.request(value % 2, owner), value))
+    for value, batch in enumerate(batches):
+        assert (batch.images == value).all()
+    lent = {slots.buffer(n).data_ptr() for n in range(len(slots))}
+    assert sum(batch.images.data_ptr() in lent for batch in batches) == 2
+
+
+def test_buffers_of_an_abandoned_pass_are_free_again():
+    loader = SharedMemoryDataLoader(Maker(), IntArray(40), 1, collate_fn=identity)
+    for _ in range(5):
+        assert int(next(iter(loader)).images.max()) == 0
+    slots = loader.slots
+    assert sorted(slots.request(0, loader) for _ in range(len(slots))) == list(range(len(slots)))
 
 
 def test_without_memory_for_buffers_torch_transfers_the_batches(monkeypatch):
