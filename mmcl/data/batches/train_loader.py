@@ -18,6 +18,7 @@ from mmcl.data.batches.collate import Example, collate, make_example
 from mmcl.data.batches.shared_memory import make_dataloader
 from mmcl.data.decode import MAX_PIXELS
 from mmcl.data.remote.cache import CachedFile
+from mmcl.data.shards.caption_member import text_member
 from mmcl.data.shards.open_stream import OpenStream
 from mmcl.data.shards.reader import Reader, SampleReader
 from mmcl.data.stored_sample import BadSample, IntArray
@@ -369,7 +370,7 @@ def _lengths(dataset: TrainDataset) -> IntArray:
 
 def _text_lengths(reader: SampleReader, task: Task, numbers: IntArray | None = None) -> IntArray:
     return reader.text_bytes(
-        "json" if task.task_type == "instruction" else task.text_field.lower(), numbers
+        "json" if task.task_type == "instruction" else text_member(task.text_field), numbers
     )
 
 

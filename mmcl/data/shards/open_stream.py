@@ -19,6 +19,7 @@ from mmcl.data.remote.location import (
     resolve_url,
     sha256_of,
 )
+from mmcl.data.shards.caption_member import text_member
 from mmcl.data.shards.json_shard import SUFFIX, JsonShard
 from mmcl.data.shards.reader import (
     Reader,
@@ -213,10 +214,11 @@ def task_type_error(task: Task) -> str:
             f"{display_name(task)} has task_type '{task.task_type}', "
             f"expected {', '.join(readable)}: this version reads no others"
         )
-    if task.task_type not in ("classification", "image") and not is_read(task.text_field.lower()):
+    has_text = task.task_type not in ("classification", "image")
+    if has_text and not is_read(text_member(task.text_field)):
         return (
-            f"{display_name(task)} takes its text from .{task.text_field}, expected .txt or a "
-            "member that ends in .txt, such as .de.txt"
+            f"{display_name(task)} takes its text from .{task.text_field}, expected .txt, a member "
+            "that ends in .txt, such as .de.txt, or a key of .json, such as json.caption"
         )
     return ""
 
