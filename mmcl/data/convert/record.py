@@ -10,12 +10,17 @@ from typing import Any, Protocol
 
 from mmcl.core.card.schema import escape_unprintable
 from mmcl.data.shards.reader import expect_max_samples
-from mmcl.data.stored_sample import BadSample, IntArray
+from mmcl.data.stored_sample import BadSample, IntArray, Split
 
 _SCENARIOS = ("class", "domain", "task")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 SPLITS = ("", "train", "test")
 """Splits that an input may state for a record; "" leaves it to the held-out draw."""
+_SPLIT_OF: dict[str, Split] = {
+    "train": "train", "training": "train", "restval": "train",
+    "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
 ProgressFn = Callable[[str, int, int], None]
 """Progress callback, called with (what is done, samples done, samples in all)."""
 
@@ -144,6 +149,21 @@ class SkippedRecord:
         # Ids and paths come from the file: nothing in them may steer a terminal or fill it.
         line = f"{self.file}, sample {self.position} (id '{self.name[:60]}'): {self.reason[:300]}"
         return escape_unprintable(line)
+
+
+def split_of(name: str) -> Split | None:
+    """Return the split that a name states in the data sets of the field, in any case.
+
+    ``restval`` is the part of COCO's validation images that Karpathy and Fei-Fei 2015,
+    arXiv:1412.2306, train on.
+
+    Args:
+        name: train, training, restval; val, valid, validation, dev; test or testing.
+
+    Returns:
+        The split, None for every other name.
+    """
+    return _SPLIT_OF.get(name.strip().lower())
 
 
 def task_name(value: Any, column: str, where: str = "") -> str:
