@@ -22,10 +22,12 @@ from mmcl.core import (
     Transform,
     Turn,
 )
+from mmcl.core.card.schema import repr_short
 from mmcl.core.seeding import hash_seed
+from mmcl.data.batches.caption_member import read_captions
 from mmcl.data.decode import decode_image
-from mmcl.data.shards.caption_member import read_captions
 from mmcl.data.shards.llava_json import apply_template, read_dialogue
+from mmcl.data.shards.sample_fields import json_value
 from mmcl.data.shards.tar_index import IMAGES
 from mmcl.data.stored_sample import BadSample, Sample
 
@@ -238,14 +240,14 @@ def _image_bytes(sample: Sample) -> bytes:
 
 
 def _class_column(sample: Sample, task: Task) -> int:
-    """Return the column of a sample's class; its ``.cls`` holds the card's label."""
-    if "cls" not in sample.members:
-        raise BadSample("it has no label (.cls)")
-    stated = sample.members["cls"]
-    matched = _WHOLE_NUMBER.fullmatch(stated)
-    if matched is None:
-        raise BadSample(f"its label is {stated[:20]!r}, expected a whole number")
-    label = int(matched[1])
+    """Return the column of a sample's class, whose label is a number or a name on the card."""
+    stated = _stated_label(sample, task)
+    matched, name = _WHOLE_NUMBER.fullmatch(stated), stated.decode("utf-8", "replace").strip()
+    if matched is None and name not in task.label_names:
+        raise BadSample(
+            f"its label is {stated[:20]!r}, expected a whole number or one of the card's classes"
+        )
+    label = task.label_names.index(name) if matched is None else int(matched[1])
     if label >= len(task.label_to_class):
         raise BadSample(
             f"its label is {label}, the card has classes 0 to {len(task.label_to_class) - 1}"
@@ -253,6 +255,18 @@ def _class_column(sample: Sample, task: Task) -> int:
     if task.label_to_class[label] < 0:
         raise BadSample(f"its label is {label}, which is not a class of task '{task.name}'")
     return task.label_to_class[label]
+
+
+def _stated_label(sample: Sample, task: Task) -> bytes:
+    field = task.label_field.strip(" .")
+    if field.lower().startswith("json.") and "json" in sample.members:
+        label = json_value(sample.members["json"], field)
+        if isinstance(label, bool) or not isinstance(label, int | str):
+            raise BadSample(f"its label ({field}) is {repr_short(label, 40)}, expected a number")
+        return str(label).encode("utf-8", "surrogatepass")
+    if "cls" not in sample.members:
+        raise BadSample("it has no label (.cls)")
+    return sample.members["cls"]
 
 
 def draw_caption(texts: str | Sequence[str], seed: int) -> str:

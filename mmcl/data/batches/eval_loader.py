@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmcl.core import Batch, Task, Transform
 from mmcl.core.seeding import hash_priorities, hash_seed
+from mmcl.data.batches.caption_member import text_member
 from mmcl.data.batches.collate import Example, collate, make_example, make_pairs
 from mmcl.data.batches.shared_memory import make_dataloader
 from mmcl.data.decode import MAX_PIXELS
-from mmcl.data.shards.caption_member import text_member
 from mmcl.data.shards.open_stream import OpenStream
 from mmcl.data.shards.reader import Reader
 from mmcl.data.stored_sample import BadSample, IntArray, Split

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mmcl.core import IGNORE_INDEX, Batch, DataSource, GlobalBatch, ReplayPlan, Task, Transform
 from mmcl.core.seeding import hash_seed
 from mmcl.data.batches.batch_plan import EpochPlan, Mixture, WindowedShuffle, rank_slice
+from mmcl.data.batches.caption_member import text_member
 from mmcl.data.batches.collate import Example, collate, make_example
 from mmcl.data.batches.shared_memory import make_dataloader
 from mmcl.data.decode import MAX_PIXELS
 from mmcl.data.remote.cache import CachedFile
-from mmcl.data.shards.caption_member import text_member
 from mmcl.data.shards.open_stream import OpenStream
 from mmcl.data.shards.reader import Reader, SampleReader
 from mmcl.data.stored_sample import BadSample, IntArray

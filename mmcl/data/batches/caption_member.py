@@ -11,6 +11,7 @@ from typing import Any
 
 from mmcl.core.card.schema import escape_unprintable
 from mmcl.data.shards.llava_json import has_visible_text
+from mmcl.data.shards.sample_fields import member_name
 from mmcl.data.stored_sample import BadSample, one_line
 
 MAX_CAPTIONS = 1000
@@ -19,9 +20,8 @@ _LISTED_KEYS = 12
 
 
 def text_member(text_field: str) -> str:
-    """Return the member that holds a card's ``text_field``: "json" for "json.captions"."""
-    first, _, keys = text_field.partition(".")
-    return "json" if keys and first.lower() == "json" else text_field.lower()
+    """Return the name of a text among ``Sample.members``: "json" of "json.captions"."""
+    return "json" if member_name(text_field) == "json" else text_field.lower()
 
 
 def read_captions(members: Mapping[str, bytes], text_field: str) -> list[str]:
@@ -30,7 +30,8 @@ def read_captions(members: Mapping[str, bytes], text_field: str) -> list[str]:
     Args:
         members: of the sample, extension in lower case -> content.
         text_field: a text member, which is one caption; or ``json.<key>[.<key>...]``, a text or a
-            list of texts in the ``.json`` member. A key below a list is looked up in each entry.
+            list of texts in the ``.json`` member. A key below a list is looked up in each entry, a
+            number is the place of one.
 
     Raises:
         BadSample: if the member or a key is missing, or a caption is no text, empty, not UTF-8, or
@@ -45,7 +46,7 @@ def read_captions(members: Mapping[str, bytes], text_field: str) -> list[str]:
         raise BadSample(f"its caption (.{member}) is not UTF-8 ({error.reason})") from None
     if member != "json":
         return [_visible(text, f"caption (.{member})")]
-    _, *keys = text_field.split(".")
+    _, *keys = text_field.strip().removeprefix(".").split(".")
     found = _values(_parsed(text), keys, text_field)
     if not found:
         raise BadSample(f"its captions ({text_field}) are an empty list: give it one or more")
@@ -66,6 +67,13 @@ def _parsed(text: str) -> Any:
 
 def _values(found: Any, keys: Sequence[str], text_field: str) -> list[Any]:
     """Return the values below a path of keys; the entries of a list are looked into one by one."""
+    if isinstance(found, list) and keys and keys[0].isdecimal():
+        if int(keys[0]) >= len(found):
+            raise BadSample(
+                f"its list in .json has no entry {keys[0]} of text_field {text_field}: it has "
+                f"{len(found)}"
+            )
+        return _values(found[int(keys[0])], keys[1:], text_field)
     if isinstance(found, list):
         return [value for each in found for value in _values(each, keys, text_field)]
     if not keys:
