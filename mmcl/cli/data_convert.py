@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from rich.progress import Progress
 
 from mmcl.cli.parser import CommandParser, UsageError, count_or_fraction
+from mmcl.data.convert.columns import ColumnOptions
 from mmcl.data.convert.convert import ConvertedTasks, convert, is_instructions, open_input
 from mmcl.data.convert.record import ConvertOptions, InputData
 from mmcl.data.convert.task_files import InPlace
@@ -25,16 +26,22 @@ Made = TypeVar("Made")
 _LISTED = 5
 _EXAMPLES = """\
 SOURCE is one of
-  a folder   <class>/image.jpg, or train/<class>/... and test/<class>/...
-  a table    .csv, .tsv or .parquet (or a folder of these) with the columns path,text (captions),
-             path,label (classes) or path,question,answer; also task and split (train, test)
+  a folder   <class>/image.jpg, or train/<class>/... and test/<class>/...; or images with a text
+             beside each (1.jpg and 1.txt), or listed in metadata.csv or metadata.jsonl
+  a table    .csv, .tsv or .parquet (or a folder of parquet) with the columns path,text (captions),
+             path,label (classes) or path,question,answer; also task and split (train, val, test)
   a JSON     LLaVA-style list or lines of {id, image, conversations: [{from, value}, ...]}, or of
-             {question_id, image, text, answer}
+             {question_id, image, text, answer}; or of rows with the columns of a table
+
+Other usual names of columns are known (filepath, title, fine_label), see docs/data.md. What is not
+used is listed; what looks as if it should be is refused unless you choose or ignore it.
 
   mmcl data convert flowers/ --out data/flowers --classes_per_task 10
   mmcl data convert cifar100/ --out data/cifar100 --class_order_seed 1993 \\
       --first_task_classes 50 --classes_per_task 10          # B50-Inc10, as in PILOT
   mmcl data convert captions.csv --images images --out data/captions --task_column year
+  mmcl data convert cc3m.tsv --image_column url_path --text_column title --out data/cc3m
+  mmcl data convert imagenet100/ --class_names names.txt --out data/imagenet100
   mmcl data convert llava.json --images images --out data/llava --in_place
   mmcl data convert more.json --images images --test test.json --references coco.json \\
       --scorer caption --out data/llava --name more --append
@@ -59,11 +66,12 @@ def main(argv: Sequence[str]) -> int:
     _expect_consistent(given)
     options = _options(given)
     train, test = _inputs(given)
-    images = given.images or given.source.parent
-    in_place = InPlace(images, given.test_images or images, given.answer_field)
+    images = (given.images or [given.source.parent])[0]
+    test_images = (given.test_images or [images])[0]
+    in_place = InPlace(images, test_images, given.answer_field)
     card, converted = with_bar(
         convert, train, test, given.out, options, append=given.append, card=given.card,
-        in_place=in_place if given.in_place else None,
+        in_place=in_place if given.in_place else None, look_up=_known_names,
     )  # fmt: skip
     report(card, [converted])
     return 0
@@ -73,9 +81,11 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     add, add_group = parser.add_argument, parser.add_mutually_exclusive_group
     add("source", type=Path, metavar="SOURCE", help="folder, csv, tsv, parquet or JSON")
     add("--out", type=Path, required=True, help="folder of shards and card")
-    add("--images", type=Path, help="folder from which image paths start (that of SOURCE)")
+    add("--images", type=Path, nargs="+", metavar="FOLDER",
+        help="folders from which image paths start, in this order (that of SOURCE)")  # fmt: skip
     add("--test", type=Path, help="source of the test samples")
-    add("--test_images", type=Path, help="folder of the images of --test (as --images)")
+    add("--test_images", type=Path, nargs="+", metavar="FOLDER",
+        help="folders of the images of --test (as --images)")  # fmt: skip
     levels = add_group()
     levels.add_argument("--tasks_are_folders", action="store_const", const=1, dest="task_level",
         help="SOURCE has the layout <task>/<class>/image.jpg, as --task_level 1")  # fmt: skip
@@ -83,6 +93,15 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         help="folders: level that names the task; 2: <class>/<task>/image.jpg")  # fmt: skip
     add("--task_column", metavar="NAME",
         help="tables: column that states the task; JSON: key of each record")  # fmt: skip
+    for use in ("image", "text", "label", "split"):
+        add(f"--{use}_column", metavar="NAME",
+            help=f"tables: column of the {use} (by its name); JSON: key")  # fmt: skip
+    add("--ignore_columns", nargs="+", default=(), metavar="NAME",
+        help="columns or keys that are harmless; folders: names of files or folders")  # fmt: skip
+    add("--columns", metavar="NAMES",
+        help="names of the columns of a csv or txt without a header: path,label")  # fmt: skip
+    add("--class_names", type=Path, metavar="FILE",
+        help="names of classes in prompts: a line each, csv or JSON, see docs/data.md")  # fmt: skip
     add("--in_place", action="store_true",
         help="write no shards: the card refers to the JSON and its images")  # fmt: skip
     add("--answer_field", default="answer",
@@ -146,6 +165,8 @@ def _expect_consistent(given: argparse.Namespace) -> None:
         raise UsageError("--card names a card to append to: give --append as well")
     if given.in_place and not all(map(is_instructions, filter(None, (given.source, given.test)))):
         raise UsageError("--in_place needs LLaVA-style JSON, folders and tables become shards")
+    if given.in_place and max(len(given.images or ()), len(given.test_images or ())) > 1:
+        raise UsageError("--in_place uses one folder of images: give one with --images")
     if given.in_place and given.references is not None:
         raise UsageError("--in_place cannot add --references to a JSON: leave out one of them")
 
@@ -154,7 +175,7 @@ def _options(given: argparse.Namespace) -> ConvertOptions:
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", given.source.resolve().stem).strip("-_")[:64]
     own = (
         *CLASS_SPLIT, "task", "scenario", "test_fraction", "shard_samples", "license", "scorer",
-        "max_new_tokens",
+        "max_new_tokens", "class_names",
     )  # fmt: skip
     return ConvertOptions(
         name=given.name or stem or "mine",
@@ -166,14 +187,30 @@ def _options(given: argparse.Namespace) -> ConvertOptions:
 
 def _inputs(given: argparse.Namespace) -> tuple[InputData, InputData | None]:
     """Open SOURCE, and --test or None."""
+    names = ("image_column", "text_column", "label_column", "split_column")
+    columns = ColumnOptions(
+        **{name: getattr(given, name) for name in names},
+        ignore_columns=tuple(given.ignore_columns),
+        columns=tuple(name.strip() for name in (given.columns or "").split(",") if name.strip()),
+    )
     opened = partial(
         open_input, task_type=given.task_type, task_column=given.task_column,
-        task_level=given.task_level, answer_field=given.answer_field,
+        task_level=given.task_level, answer_field=given.answer_field, options=columns,
+        in_place=given.in_place,
     )  # fmt: skip
     if given.test is None:
         return opened(given.source, images=given.images, references=given.references), None
     train, images = opened(given.source, images=given.images), given.test_images or given.images
     return train, opened(given.test, images=images, references=given.references)
+
+
+def _known_names(classes: Sequence[str]) -> dict[str, str]:
+    """Return the names of the WordNet ids among classes."""
+    if not any(re.fullmatch(r"n\d{8}", name) for name in classes):
+        return {}
+    from mmcl.models.open_clip.wordnet_names import wordnet_names  # takes seconds to import
+
+    return wordnet_names(classes)
 
 
 def with_bar(work: Callable[..., Made], *arguments: Any, **options: Any) -> Made:
@@ -199,7 +236,7 @@ def report(card: Path, converted: Sequence[ConvertedTasks]) -> None:
                 f"{entry['test_size']:,} test samples{classes}{scorer}"
             )
         for note in one.notes:
-            print(note)
+            print(sanitize(note))
         if one.num_leaked:
             print(f"{one.num_leaked:,} test samples have an image that is also a training image")
         if one.num_bad:

@@ -127,6 +127,8 @@ def _print(found: StreamFindings) -> None:
             console.print(f"  - {sanitize(error)}")
     for warning in found.warnings:
         console.print(f"warning: {sanitize(warning)}")
+    for note in found.notes:
+        console.print(f"note: {sanitize(note)}")
     if not found.errors:
         wide = console.width if console.is_terminal else _WIDTH
         Console(highlight=False, markup=False, width=wide).print(_table(found.tasks))

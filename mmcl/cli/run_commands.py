@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mmcl.cli.parser import CommandParser, UsageError, refuse_renamed_options
-from mmcl.cli.train import with_progress
+from mmcl.cli.train import print_recalls, with_progress
 from mmcl.evaluation import AccuracyMatrix
 from mmcl.evaluation.run_files import (
     CLASSES,
@@ -46,6 +46,7 @@ def evaluate(argv: Sequence[str]) -> int:
         output = run.folder.path / EVALUATION
         lenient = read_lenient(matrix, output)
         print(matrix_table(matrix, lenient=lenient, width=Console().width))
+        print_recalls(matrix, output)
         print(f"predictions: {output}")
     return 0
 
@@ -72,6 +73,7 @@ def report(argv: Sequence[str]) -> int:
     page = write_report(folder, given.after_task)
     if given.form == "text":
         print(matrix_table(matrix, lenient=read_lenient(matrix, folder)))
+        print_recalls(matrix, folder)
         print(f"report: {page}")
         tables = [str(folder / name) for name in (CLASSES, CONFUSION) if (folder / name).is_file()]
         if tables:

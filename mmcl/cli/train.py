@@ -14,14 +14,15 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mmcl.cli import COMMANDS, LIGHTNING
-from mmcl.evaluation.run_files import read_lenient
+from mmcl.evaluation import AccuracyMatrix
+from mmcl.evaluation.run_files import RECALLS, RETRIEVAL, read_lenient, read_retrieval
 from mmcl.lightning.config.cli import ContinualCLI
 from mmcl.lightning.continual_run import ContinualRun
 from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.evaluate import save_sample_images
 from mmcl.lightning.module import ContinualModule
 from mmcl.lightning.summarize import summarize
-from mmcl.report import matrix_table, write_report
+from mmcl.report import matrix_table, retrieval_table, write_report
 
 _INTRODUCTION = (
     "Train a vision-language model on a stream of tasks, from one YAML file. The same command "
@@ -65,11 +66,21 @@ def main(argv: Sequence[str]) -> int:
             summarize(run, cli.plain(), matrix, images)
             page = write_report(folder)
             print(matrix_table(matrix, lenient=read_lenient(matrix, folder), width=console.width))
+            print_recalls(matrix, folder)
             print(f"report: {page}")
     if run.is_first and cli.is_fast_dev_run:
         batches = int(cli.config["trainer"]["fast_dev_run"])
         print(f"fast_dev_run: everything ran on {batches} batches of every task; nothing was kept")
     return 0
+
+
+def print_recalls(matrix: AccuracyMatrix, folder: Path) -> None:
+    """Print the recalls of a run with captions, and the file that has those of all rows."""
+    scores = read_retrieval(matrix, folder)
+    if scores:
+        print(retrieval_table(scores, width=Console().width))
+        name = RECALLS if (folder / RECALLS).is_file() else RETRIEVAL
+        print(f"recalls of all rows: {folder / name}")
 
 
 @contextmanager

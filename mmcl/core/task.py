@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, overload
 
-from mmcl.core.card import Card, Decoding, Scenario, Stage, TaskEntry, read_card
+from mmcl.core.card import Card, Decoding, KeyUntil, Scenario, Stage, TaskEntry, read_card
 
 TaskType = Literal[
     "captioning", "classification", "retrieval", "instruction", "preference", "editing", "image"
 ]
 _SHARED_FIELDS = (
     "name", "task_type", "stage", "train", "test", "size", "test_size", "templates", "text_field",
-    "decoding", "replay_ratio",
+    "image_field", "label_field", "key_until", "ignore_members", "decoding", "replay_ratio",
 )  # fmt: skip
 """Fields of a task that are equal to those of its entry on the card."""
 
@@ -37,8 +37,13 @@ class Task:
         class_ids: class numbers (columns of the class scores) of all classes of this task,
             ascending.
         label_to_class: class number of each label on the card, -1 if the label is not of this task.
+        label_names: class name of each label on the card.
         templates: prompt templates, each with one ``{}``.
+        image_field: member of a sample that holds its image, "" = the only one.
         text_field: member of a sample that holds its text, a webdataset extension.
+        label_field: member of a sample that holds its class, as a number or a name.
+        key_until: where the key of a sample ends in the names of its members.
+        ignore_members: members of samples that are of no use.
         scorer: name of the scorer of generated answers; "" for samples classified or matched.
         decoding: "generate" free text, or "candidates": the likeliest of the task's classes.
         max_new_tokens: tokens of a generated answer, at most.
@@ -59,8 +64,13 @@ class Task:
     classes: tuple[str, ...] = ()
     class_ids: tuple[int, ...] = ()
     label_to_class: tuple[int, ...] = ()
+    label_names: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
+    image_field: str = ""
     text_field: str = "txt"
+    label_field: str = "cls"
+    key_until: KeyUntil = "first_dot"
+    ignore_members: tuple[str, ...] = ()
     scorer: str = ""
     decoding: Decoding = "generate"
     max_new_tokens: int = 64
@@ -233,7 +243,8 @@ def _numbered(card: Card, entries: Sequence[TaskEntry]) -> list[Task]:
         columns = tuple(seen[name] if name in own else -1 for name in card.classes)
         labels = tuple(sorted(column for column in columns if column >= 0))
         task = _entry(card, entry, index)
-        tasks.append(replace(task, classes=new, class_ids=labels, label_to_class=columns))
+        task = replace(task, classes=new, class_ids=labels, label_to_class=columns)
+        tasks.append(replace(task, label_names=tuple(card.classes)))
     return tasks
 
 
@@ -244,7 +255,8 @@ def _eval_only_task(card: Card, entry: TaskEntry, index: int) -> Task:
     column_of = {name: column for column, name in enumerate(names)}
     columns = tuple(column_of.get(name, -1) for name in listed)
     task, labels = _entry(card, entry, index), tuple(range(len(names)))
-    return replace(task, classes=names, class_ids=labels, label_to_class=columns, is_eval_only=True)
+    task = replace(task, classes=names, class_ids=labels, label_to_class=columns)
+    return replace(task, label_names=tuple(listed), is_eval_only=True)
 
 
 def _sources(card: Card, tasks: Sequence[Task]) -> list[DataSource]:
@@ -262,8 +274,13 @@ def _sources(card: Card, tasks: Sequence[Task]) -> list[DataSource]:
             train=entry.shards,
             size=entry.size,
             label_to_class=columns if entry.task_type == "classification" else (),
+            label_names=card.classes,
             templates=entry.templates,
+            image_field=entry.image_field,
             text_field=entry.text_field,
+            label_field=entry.label_field,
+            key_until=entry.key_until,
+            ignore_members=entry.ignore_members,
         )
         sources.append(DataSource(number, name, samples, entry.in_loss))
     return sources

@@ -6,7 +6,7 @@ order, and ``check_stream`` validates a stream without training. A batch is a fu
 task, epoch, step), so a run resumes exactly with any number of processes.
 """
 
-from mmcl.data.batches.collate import (
+from mmcl.data.batches.dataset_collate import (
     ImageCaptionCollate,
     ImageLabelCollate,
     collate_captions,

@@ -24,6 +24,7 @@ from mmcl.core import (
     forward,
     generate,
 )
+from mmcl.core.batch import text_ids
 from mmcl.core.distributed import (
     all_gather_samples,
     all_gather_strings,
@@ -31,9 +32,8 @@ from mmcl.core.distributed import (
     rank_and_world,
 )
 from mmcl.core.model import VLM, eval_mode
-from mmcl.core.seeding import hash_priorities
 from mmcl.evaluation.predictions import Prediction
-from mmcl.evaluation.retrieval import recall_at_k
+from mmcl.evaluation.retrieval import Retrieval, recall_at_k
 from mmcl.evaluation.scorers import find_scorer
 
 
@@ -81,12 +81,14 @@ class Evaluator:
     Attributes:
         value: the metric, 0 to 1, the same on all ranks; None before ``compute``.
         predictions: sample ids, targets, predictions and scores in sample order, after ``compute``.
+        retrieval: recalls at 1, 5 and 10 both ways, after ``compute``; None if none was computed.
     """
 
     def __init__(self, column: EvalSpec) -> None:
         self.column = column
         self.value: float | None = None
         self.predictions: dict[str, Tensor] = {}
+        self.retrieval: Retrieval | None = None
         self.errors: list[str] = []
         self._batches: list[dict[str, Tensor]] = []
         self._seen = 0
@@ -143,8 +145,10 @@ class Evaluator:
         if "answer" in samples:
             self.value = float((samples["answer"] == samples["truth"]).double().mean())
         else:
-            recall = recall_at_k(samples["image"], samples["text"], samples["caption"], ks=(1,))
-            self.value = (recall.image_to_text[1] + recall.text_to_image[1]) / 2
+            self.retrieval = recall_at_k(
+                samples["image"], samples["text"], samples["caption"], image_ids=samples["shown"]
+            )
+            self.value = self.retrieval.mean
         kept = ("sample", "truth", "answer", "score")
         self.predictions = {name: samples[name] for name in kept if name in samples}
 
@@ -155,7 +159,8 @@ class Evaluator:
         all_ranks = {n: all_gather_samples(t.to(self._device)).cpu() for n, t in own.items()}
         if not all_ranks:
             return {}
-        order = torch.argsort(all_ranks["sample"])
+        # Stable, since the captions of one sample share its id.
+        order = torch.argsort(all_ranks["sample"], stable=True)
         return {name: tensor[order] for name, tensor in all_ranks.items()}
 
 
@@ -176,9 +181,10 @@ def _embeddings(output: Output, batch: Batch) -> dict[str, Tensor]:
             "retrieval needs an image and a text embedding of every sample, got None: use a model "
             "that returns Output.image and Output.text"
         )
-    position = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device) << 32
-    caption = (hash_priorities(1, 0, batch.input_ids + position) * (batch.input_ids != 0)).sum(1)
-    return {"image": output.image.float(), "text": output.text.float(), "caption": caption}
+    caption = text_ids(batch.input_ids, batch.attention_mask)
+    shown = torch.full_like(caption, -1) if batch.image_ids is None else batch.image_ids
+    own = {"image": output.image.float(), "text": output.text.float()}
+    return {**own, "caption": caption, "shown": shown}
 
 
 class GenerationEvaluator(Evaluator):
@@ -313,9 +319,9 @@ def evaluate(
 ) -> float:
     """Evaluate a model and its strategy on a loader: one cell of an ``AccuracyMatrix``.
 
-    Accuracy of samples with classes; mean recall@1 of both directions for captions; the scorer's
-    strict score of answers. Model and strategy are in evaluation mode meanwhile. On several
-    processes each takes its own samples, and all get the score over all of them.
+    Accuracy of samples with classes; for captions mean recall@1 of both directions, every image
+    once (``Batch.image_ids``); the scorer's strict score of answers. Model and strategy are in
+    evaluation mode meanwhile. Processes take their own samples, and all get the score over all.
 
     Args:
         model: on its device, with the classes that compete set.

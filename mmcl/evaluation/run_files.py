@@ -17,16 +17,19 @@ from mmcl.evaluation.continual_metrics import MetricValue
 from mmcl.evaluation.cost import Ledger
 from mmcl.evaluation.matrix import AccuracyMatrix, Cell
 from mmcl.evaluation.predictions import Prediction, predictions_path, read_predictions
+from mmcl.evaluation.retrieval import RetrievalScores
 from mmcl.evaluation.strict_json import Amount
 
 CONFIG = "config.yaml"
 MATRIX = "matrix.json"
 LENIENT = "lenient.json"
+RETRIEVAL = "retrieval.json"
 SUMMARY = "summary.json"
 LEDGER = "ledger.json"
 REPORT = "report.html"
 CLASSES = "classes.csv"
 CONFUSION = "confusion.csv"
+RECALLS = "retrieval.csv"
 FIGURES = "figures"
 SAMPLES = "figures/samples.json"
 EVALUATION = "evaluation"
@@ -62,6 +65,45 @@ def read_lenient(matrix: AccuracyMatrix, folder: Path) -> AccuracyMatrix | None:
     """
     file = folder / LENIENT
     return align_lenient_matrix(matrix, file) if file.is_file() else None
+
+
+def read_retrieval(matrix: AccuracyMatrix, folder: Path) -> list[RetrievalScores]:
+    """Read the recalls both ways of the cells of captions that a matrix has measured.
+
+    Args:
+        matrix: the scores; cells that it lacks are left out.
+        folder: run directory.
+
+    Returns:
+        by row and column, empty if the run has no captions.
+
+    Raises:
+        ValueError: if the file is not a list of recalls.
+    """
+    file = folder / RETRIEVAL
+    if not file.is_file():
+        return []
+    raw = strict_json.read(file)
+    if not isinstance(raw, list):
+        raise ValueError(f"{file} is not valid: expected a list of recalls")
+    found = [strict_json.load(RetrievalScores, each, str(file)) for each in raw]
+    of_cell = {(each.after, each.task): each for each in found}
+    unmeasured = set(matrix.missing())
+    cells = [
+        (row, column) for row in range(len(matrix.rows)) for column in range(len(matrix.names))
+    ]
+    names = [(matrix.rows[r], matrix.names[c]) for r, c in cells if (r, c) not in unmeasured]
+    return [of_cell[name] for name in names if name in of_cell]
+
+
+def write_retrieval(
+    matrix: AccuracyMatrix, folder: Path, scores: Sequence[RetrievalScores]
+) -> None:
+    """Put recalls of cells into a run's file; those of other measured cells stay."""
+    new = {(each.after, each.task) for each in scores}
+    kept = [e for e in read_retrieval(matrix, folder) if (e.after, e.task) not in new]
+    plain = [asdict(each) for each in (*kept, *scores)]
+    write_atomic(folder / RETRIEVAL, strict_json.to_bytes(plain))
 
 
 @dataclass(frozen=True)
@@ -172,6 +214,7 @@ class RunFiles:
         folder: run directory.
         matrix: from matrix.json.
         lenient: from lenient.json, of the matrix's shape.
+        retrieval: from retrieval.json, of measured cells.
         summary: from summary.json, written when a run ends.
         ledger: from ledger.json.
         config: text of config.yaml.
@@ -184,6 +227,7 @@ class RunFiles:
     folder: Path
     matrix: AccuracyMatrix | None = None
     lenient: AccuracyMatrix | None = None
+    retrieval: list[RetrievalScores] = field(default_factory=list)
     summary: RunSummary | None = None
     ledger: Ledger | None = None
     config: str | None = None
@@ -204,6 +248,8 @@ class RunFiles:
         run.matrix = run._read(MATRIX, AccuracyMatrix.read)
         if run.matrix is not None:
             run.lenient = run._read(LENIENT, partial(align_lenient_matrix, run.matrix))
+            read = partial(read_retrieval, run.matrix)
+            run.retrieval = run._read(RETRIEVAL, lambda path: read(path.parent)) or []
         run.summary = run._read(SUMMARY, RunSummary.read)
         run.ledger = run._read(LEDGER, Ledger.read)
         run.config = run._read(CONFIG, _read_config)

@@ -17,7 +17,8 @@ from mmcl.data.batches.collate import make_example
 from mmcl.evaluation import AccuracyMatrix
 from mmcl.evaluation.evaluators import Evaluator, GenerationEvaluator
 from mmcl.evaluation.predictions import Prediction, predictions_path, write_predictions
-from mmcl.evaluation.run_files import LENIENT, align_lenient_matrix
+from mmcl.evaluation.retrieval import RetrievalScores
+from mmcl.evaluation.run_files import LENIENT, align_lenient_matrix, write_retrieval
 from mmcl.lightning.checkpoint_io import raise_on_all_ranks
 from mmcl.lightning.datamodule import ContinualDataModule, check_bad_fraction
 from mmcl.lightning.module import ContinualModule
@@ -67,6 +68,13 @@ def evaluate_row(
                 if predictions:
                     write_predictions(predictions_path(folder.path, row, column), predictions)
             _write_lenient(matrix, folder, row, scorers)
+            recalls = [
+                RetrievalScores.of(scorer.retrieval, matrix.rows[row], matrix.names[column])
+                for column, scorer in scorers.items()
+                if scorer.retrieval is not None
+            ]
+            if recalls:
+                write_retrieval(matrix, folder.path, recalls)
             # The matrix comes last: a cell in it is not evaluated again.
             matrix.write(folder.path / "matrix.json")
     return [error for scorer in scorers.values() for error in scorer.errors]

@@ -306,6 +306,9 @@ def task_fingerprint(stream: TaskStream, task: Task) -> str:
     if task.replay_ratio is not None or task.mixture:
         sources = [(stream.sources[i - 1].name, fraction) for i, fraction in task.mixture]
         facts.append([task.replay_ratio, sources])
+    members = (task.image_field, task.label_field, task.key_until, task.ignore_members)
+    if members != (Task.image_field, Task.label_field, Task.key_until, Task.ignore_members):
+        facts.append(members)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return f"{digest} {task.name}"
 

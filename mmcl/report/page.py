@@ -28,6 +28,7 @@ from mmcl.evaluation.run_files import (
     CLASSES,
     CONFUSION,
     FIGURES,
+    RECALLS,
     REPORT,
     RunFiles,
     SamplePredictions,
@@ -35,7 +36,7 @@ from mmcl.evaluation.run_files import (
 from mmcl.report import plots
 from mmcl.report.formatting import format_metric, percent
 from mmcl.report.html import inline_svg, render_template
-from mmcl.report.tables import UNMEASURED, classes_csv, confusion_csv
+from mmcl.report.tables import UNMEASURED, classes_csv, confusion_csv, retrieval_csv
 
 # Captions have several right answers, VQA those of ten annotators.
 _MAX_RIGHT = 5
@@ -93,7 +94,7 @@ def write_report(folder: Path, after_task: int | None = None) -> Path:
 
     Reads the files of ``mmcl.evaluation.run_files``. A missing file leaves its section out; one
     that cannot be read is named on the page. A run with classification tasks gets ``classes.csv``
-    and, up to 1,000 classes, ``confusion.csv``.
+    and, up to 1,000 classes, ``confusion.csv``; one with captions gets ``retrieval.csv``.
 
     Args:
         folder: run directory, finished or not.
@@ -143,8 +144,10 @@ def _class_results(run: RunFiles, after_task: int | None) -> _Classes | None:
 
 
 def _write_classes(run: RunFiles, classes: _Classes | None) -> None:
-    """Write classes.csv and confusion.csv; one that cannot be made now is removed."""
-    files = dict.fromkeys((CLASSES, CONFUSION), "")
+    """Write classes.csv, confusion.csv, retrieval.csv; one that cannot be made now is removed."""
+    files = dict.fromkeys((CLASSES, CONFUSION, RECALLS), "")
+    if run.retrieval:
+        files[RECALLS] = retrieval_csv(run.retrieval)
     if classes is not None and run.matrix is not None:
         if classes.metrics:
             files[CLASSES] = classes_csv(classes.metrics)
@@ -197,6 +200,7 @@ def _values(run: RunFiles, drawn: dict[str, bytes], classes: _Classes | None) ->
         },
         "scores": sorted({column.score for column in matrix.columns}) if matrix else [],
         "forms": _forms(run),
+        "recalls": [each for each in run.retrieval if each.after == run.retrieval[-1].after],
         "classes": _class_values(run, classes),
         "after": (matrix.last_complete_row or 0) if matrix else 0,
         "costs": list(run.ledger) if run.ledger else [],

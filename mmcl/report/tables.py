@@ -18,6 +18,7 @@ from mmcl.evaluation.continual_metrics import (
     compute_lenient_metrics,
 )
 from mmcl.evaluation.matrix import AccuracyMatrix
+from mmcl.evaluation.retrieval import KS, RetrievalScores
 from mmcl.report.formatting import format_metric, percent, sanitize
 
 UNMEASURED = "·"
@@ -100,6 +101,43 @@ def matrix_latex(matrix: AccuracyMatrix) -> str:
         for row, name in enumerate(matrix.rows)
     ]
     return latex_table(["After", *map(latex, matrix.names)], rows)
+
+
+def retrieval_table(scores: Sequence[RetrievalScores], *, width: int = 100) -> str:
+    """Draw the recalls of the last row that has captions, in percent, both ways.
+
+    Args:
+        scores: by row and column; not empty.
+        width: characters of a line, at least 60.
+
+    Returns:
+        the text, without a final newline.
+    """
+    after = scores[-1].after
+    title = f"retrieval after {sanitize(after)}, %"
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column(title, overflow="ellipsis", min_width=12)
+    for name in ("images", "texts", *(f"{way} R@{k}" for way in ("i2t", "t2i") for k in KS)):
+        table.add_column(name, justify="right")
+    for each in scores:
+        if each.after == after:
+            recalls = [percent(value) for value in _recalls(each)]
+            table.add_row(Text(sanitize(each.task)), str(each.images), str(each.texts), *recalls)
+    return render([table], max(width, 60), is_colored=False)
+
+
+def retrieval_csv(scores: Sequence[RetrievalScores]) -> str:
+    """Write the recalls of every cell of captions as CSV: a line for each, with all digits."""
+    ways = [f"{way} R@{k}" for way in ("image to text", "text to image") for k in KS]
+    rows: list[list[str | float | None]] = [
+        [each.after, each.task, each.images, each.texts, *_recalls(each)] for each in scores
+    ]
+    return csv_text(["after", "task", "images", "texts", *ways], rows)
+
+
+def _recalls(scores: RetrievalScores) -> list[float]:
+    ways = (scores.image_to_text, scores.text_to_image)
+    return [way[str(k)] for way in ways for k in KS]
 
 
 def classes_csv(classes: Sequence[ClassMetrics]) -> str:

@@ -15,7 +15,7 @@ from mmcl.core import ProcessedSample, Task
 from mmcl.data.batches.collate import collate, make_example
 from mmcl.data.remote.location import LocalFile
 from mmcl.data.shards.reader import Reader
-from mmcl.data.shards.tar_index import split
+from mmcl.data.shards.tar_scan import split
 from mmcl.data.shards.tar_shard import TarShard
 from mmcl.data.stored_sample import BadSample, BadShard
 from tests.data.small_stream import dialogue, picture, write_tar

@@ -6,6 +6,7 @@ from mmcl.core.card.schema import (
     MAX_SHARDS,
     Card,
     Decoding,
+    KeyUntil,
     Scenario,
     SourceEntry,
     Stage,
@@ -14,6 +15,6 @@ from mmcl.core.card.schema import (
 )
 
 __all__ = [
-    "MAX_CARD_BYTES", "MAX_ERRORS", "MAX_SHARDS", "Card", "Decoding", "Scenario", "SourceEntry",
+    "MAX_CARD_BYTES", "MAX_ERRORS", "MAX_SHARDS", "Card", "Decoding", "KeyUntil", "KeyUntil", "Scenario", "SourceEntry",
     "Stage", "TaskEntry", "card_schema", "expand", "read_card", "validate_card",
 ]  # fmt: skip

@@ -190,6 +190,7 @@ def _with_one_gap(templates: tuple[str, ...]) -> tuple[str, ...]:
 
 Text = Annotated[str, Field(pattern=rf"^[^{_CONTROLS}]*[^{_CONTROLS}\s][^{_CONTROLS}]*$")]
 Name = Annotated[str, Field(pattern=rf"^[^{_CONTROLS}\t\n]*[^{_CONTROLS}\s][^{_CONTROLS}\t\n]*$")]
+Member = Annotated[str, Field(pattern=rf"^[^{_CONTROLS}\t\n/]*$")]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple), AfterValidator(_without_repeats)]
@@ -206,6 +207,7 @@ TaskType = Literal[
 Stage = Literal["cpt", "dap", "cft"]
 Scenario = Literal["task", "class", "domain"]
 Decoding = Literal["generate", "candidates"]
+KeyUntil = Literal["first_dot", "last_dot"]
 SourceType = Literal["image", "classification", "captioning", "retrieval", "instruction"]
 
 
@@ -284,7 +286,11 @@ class _Described(_Entry):
     description: Text = Field("", description="for people")
     classes: Names = Field((), description="names of the classes")
     templates: Templates = Field(("{}",), description="prompts, each with one {} for the name")
+    image_field: Member = Field("", description="member with the image, default: the only one")
     text_field: Text = Field("txt", description="member of a sample that holds its text")
+    label_field: Text = Field("cls", description="member of a sample that holds its class")
+    key_until: KeyUntil = Field("first_dot", description="where the keys of samples end")
+    ignore_members: Names = Field((), description="members of samples that are of no use")
 
 
 class _Inherited(_Described):

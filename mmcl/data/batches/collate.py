@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -23,10 +22,12 @@ from mmcl.core import (
     Transform,
     Turn,
 )
-from mmcl.core.image_values import ImagesAre, as_uint8, stack_images
+from mmcl.core.card.schema import repr_short
 from mmcl.core.seeding import hash_seed
+from mmcl.data.batches.caption_member import read_captions
 from mmcl.data.decode import decode_image
-from mmcl.data.shards.llava_json import apply_template, has_visible_text, read_dialogue
+from mmcl.data.shards.llava_json import apply_template, read_dialogue
+from mmcl.data.shards.sample_fields import json_value
 from mmcl.data.shards.tar_index import IMAGES
 from mmcl.data.stored_sample import BadSample, Sample
 
@@ -48,6 +49,7 @@ class Example:
         source_id: see ``Batch.source_ids``.
         in_loss: False where it is not in the task loss.
         num_bytes: bytes of the sample's members.
+        image_id: see ``Batch.image_ids``.
     """
 
     processed: ProcessedSample
@@ -60,6 +62,7 @@ class Example:
     source_id: int = 0
     in_loss: bool = True
     num_bytes: int = 0
+    image_id: int = -1
 
 
 def make_example(
@@ -78,16 +81,16 @@ def make_example(
         sample: the sample as it is stored.
         number: number of the sample in its task.
         task: says which members are needed: ``.cls`` to classify, ``.json`` to answer, none
-            besides the image for "image", else the text member.
+            besides the image for "image", else that of ``text_field``.
         transform: the model's transform.
-        seed: seed of the sample's augmentation.
+        seed: seed of the sample's augmentation, and of the draw of one of several captions.
         max_pixels: largest image that is decoded.
         is_replay: marks the example as replayed.
 
     Raises:
         BadSample: if a member is missing or broken, or the label is not one of the task's.
     """
-    label, reference = IGNORE_INDEX, None
+    label, reference, image_id = IGNORE_INDEX, None, -1
     if task.task_type == "instruction":
         dialogue, pixels = _conversation(sample, task, max_pixels)
         row = transform(pixels, dialogue, seed)
@@ -99,12 +102,45 @@ def make_example(
         if task.task_type == "classification":
             label = _class_column(sample, task)
         elif task.task_type != "image":
-            text = _text(sample, task.text_field.lower())
-        row = transform(decode_image(_image_bytes(sample), max_pixels), text, seed)
+            text = draw_caption(read_captions(sample.members, task.text_field), seed)
+        image = _image_bytes(sample)
+        image_id = -1 if text is None else hash_image(image)
+        row = transform(decode_image(image, max_pixels), text, seed)
     size = sum(map(len, sample.members.values()))
     return Example(
-        row, label, task.index, number, sample.key, is_replay, num_bytes=size, reference=reference
-    )
+        row, label, task.index, number, sample.key, is_replay, num_bytes=size, reference=reference,
+        image_id=image_id,
+    )  # fmt: skip
+
+
+def make_pairs(
+    sample: Sample, number: int, task: Task, transform: Transform, *, seed: int, max_pixels: int
+) -> list[Example]:
+    """Make one example for every caption of a sample, all with its image, decoded once.
+
+    A sample of another task, or of one caption, gives the one example of ``make_example``, whose
+    arguments and errors these are.
+    """
+    if task.task_type not in ("captioning", "retrieval"):
+        return [make_example(sample, number, task, transform, seed=seed, max_pixels=max_pixels)]
+    captions = read_captions(sample.members, task.text_field)
+    image = _image_bytes(sample)
+    pixels, size = decode_image(image, max_pixels), sum(map(len, sample.members.values()))
+    rows = [transform(pixels, text, seed) for text in captions]
+    return [
+        Example(
+            replace(row, image=rows[0].image), IGNORE_INDEX, task.index, number, sample.key,
+            num_bytes=size, image_id=hash_image(image),
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def hash_image(data: bytes | memoryview) -> int:
+    """Hash the bytes of an image to its identity in [0, 2**63), the same in every process."""
+    # sha1 takes half the time of blake2b, about a hundredth of decoding a JPEG.
+    digest = hashlib.sha1(data, usedforsecurity=False).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def collate(
@@ -126,9 +162,10 @@ def collate(
     owners = [n for n, example in enumerate(examples) if example.processed.image is not None]
     images = [e.processed.image for e in examples if e.processed.image is not None]
     texts = [example.processed.input_ids for example in examples]
-    tokens, mask = _padded(texts) if any(text is not None for text in texts) else (None, None)
+    tokens, mask = pad_texts(texts) if any(text is not None for text in texts) else (None, None)
     is_mixed = any(example.source_id for example in examples)
     in_loss = [example.in_loss for example in examples]
+    image_ids = [example.image_id for example in examples]
     return Batch(
         images=_stacked(images, room) if images else None,
         image_owner=torch.tensor(owners) if 0 < len(images) < len(examples) else None,
@@ -141,6 +178,7 @@ def collate(
         source_ids=torch.tensor([example.source_id for example in examples]) if is_mixed else None,
         in_loss=None if all(in_loss) else torch.tensor(in_loss),
         num_bytes=torch.tensor([example.num_bytes for example in examples]),
+        image_ids=torch.tensor(image_ids) if max(image_ids) >= 0 else None,
         keys=tuple(example.key for example in examples),
         references=tuple(e.reference for e in examples if e.reference is not None),
         errors=tuple(errors),
@@ -155,8 +193,8 @@ def _stacked(images: Sequence[Tensor], room: Tensor | None) -> Tensor:
     return torch.stack(list(images), out=room[:size].view(len(images), *images[0].shape))
 
 
-def _padded(texts: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """Return (B, L) int64 token ids, padded with 0, and (B, L) bool mask; None is all padding."""
+def pad_texts(texts: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Pad texts with 0 to (B, L) int64 token ids and (B, L) bool mask; None is all padding."""
     known = [torch.zeros(0, dtype=torch.int64) if text is None else text for text in texts]
     input_ids = pad_sequence(known, batch_first=True)
     lengths = torch.tensor([len(text) for text in known])
@@ -202,14 +240,14 @@ def _image_bytes(sample: Sample) -> bytes:
 
 
 def _class_column(sample: Sample, task: Task) -> int:
-    """Return the column of a sample's class; its ``.cls`` holds the card's label."""
-    if "cls" not in sample.members:
-        raise BadSample("it has no label (.cls)")
-    stated = sample.members["cls"]
-    matched = _WHOLE_NUMBER.fullmatch(stated)
-    if matched is None:
-        raise BadSample(f"its label is {stated[:20]!r}, expected a whole number")
-    label = int(matched[1])
+    """Return the column of a sample's class, whose label is a number or a name on the card."""
+    stated = _stated_label(sample, task)
+    matched, name = _WHOLE_NUMBER.fullmatch(stated), stated.decode("utf-8", "replace").strip()
+    if matched is None and name not in task.label_names:
+        raise BadSample(
+            f"its label is {stated[:20]!r}, expected a whole number or one of the card's classes"
+        )
+    label = task.label_names.index(name) if matched is None else int(matched[1])
     if label >= len(task.label_to_class):
         raise BadSample(
             f"its label is {label}, the card has classes 0 to {len(task.label_to_class) - 1}"
@@ -219,194 +257,26 @@ def _class_column(sample: Sample, task: Task) -> int:
     return task.label_to_class[label]
 
 
-def _text(sample: Sample, member: str) -> str:
-    if member not in sample.members:
-        raise BadSample(f"it has no caption (.{member})")
-    try:
-        text = sample.members[member].decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise BadSample(f"its caption (.{member}) is not UTF-8 ({error.reason})") from None
-    if not has_visible_text(text):
-        raise BadSample(f"its caption (.{member}) is empty")
-    return text
+def _stated_label(sample: Sample, task: Task) -> bytes:
+    field = task.label_field.strip(" .")
+    if field.lower().startswith("json.") and "json" in sample.members:
+        label = json_value(sample.members["json"], field)
+        if isinstance(label, bool) or not isinstance(label, int | str):
+            raise BadSample(f"its label ({field}) is {repr_short(label, 40)}, expected a number")
+        return str(label).encode("utf-8", "surrogatepass")
+    if "cls" not in sample.members:
+        raise BadSample("it has no label (.cls)")
+    return sample.members["cls"]
 
 
-@dataclass(frozen=True)
-class ImageLabelCollate:
-    """Collate function for a dataset of (image, label) pairs, such as torchvision's.
-
-    ``DataLoader(dataset, batch_size=32, collate_fn=ImageLabelCollate(model.transform(True)))``
-    yields ``Batch``. Augmentation is seeded by torch's generator, which a DataLoader seeds in every
-    worker.
-
-    Attributes:
-        transform: of the model, ``model.transform(train)``.
-        task: index of the task that the samples come from.
-    """
-
-    transform: Transform
-    task: int = 0
-
-    def __call__(self, pairs: Sequence[Any], seeds: Sequence[int] | None = None) -> Batch:
-        """Batch of B pairs.
-
-        Args:
-            pairs: image, a PIL image or a tensor (3, H, W) of uint8 or of floats from 0 to 1, of
-                any size; and class index.
-            seeds: B seeds of augmentation; None = drawn from torch's generator.
-        """
-        known = [_pair(item) for item in pairs]
-        seeds = [_seed() for _ in pairs] if seeds is None else seeds
-        images = [
-            cast(Tensor, self.transform(_pixels(image), None, seed).image)
-            for (image, _), seed in zip(known, seeds, strict=True)
-        ]
-        return Batch.from_images(images, [_label(label) for _, label in known], task=self.task)
-
-
-@dataclass(frozen=True)
-class ImageCaptionCollate:
-    """Collate function for a dataset of (image, caption) pairs, such as torchvision's.
-
-    Of an image with several captions, as in ``CocoCaptions``, one is drawn at random.
-
-    Attributes:
-        transform: of the model, ``model.transform(train)``.
-        task: index of the task that the samples come from.
-    """
-
-    transform: Transform
-    task: int = 0
-
-    def __call__(self, pairs: Sequence[Any], seeds: Sequence[int] | None = None) -> Batch:
-        """Batch of B pairs.
-
-        Args:
-            pairs: image as in ``ImageLabelCollate``; and its caption, or a list of captions.
-            seeds: B seeds of the draw and of augmentation; None = from torch's generator.
-
-        Raises:
-            ValueError: if a sample has no caption, or the model has no tokenizer.
-        """
-        seeds = [_seed() for _ in pairs] if seeds is None else seeds
-        samples = [
-            self.transform(_pixels(image), _one_of(text, seed), seed)
-            for (image, text), seed in zip(map(_pair, pairs), seeds, strict=True)
-        ]
-        if any(sample.input_ids is None for sample in samples):
-            raise ValueError(
-                "the transform gives no token ids: use model.transform(...) of a model with a "
-                "tokenizer, or ImageLabelCollate for class labels"
-            )
-        input_ids, mask = _padded([sample.input_ids for sample in samples])
-        images = [cast(Tensor, sample.image) for sample in samples]
-        batch = Batch.from_images(images, task=self.task)
-        return replace(batch, input_ids=input_ids, attention_mask=mask)
-
-
-def collate_images(
-    pairs: Sequence[Any], *, task: int = 0, images_are: ImagesAre | None = None,
-    mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
-) -> Batch:  # fmt: skip
-    """Collate (image, label) pairs of a dataset that has resized its images, as torchvision's can.
-
-    ``DataLoader(dataset, batch_size=32, collate_fn=mmcl.collate_images)`` yields ``Batch``;
-    ``functools.partial`` sets arguments. ``ImageLabelCollate`` applies the model's own transform.
-
-    Args:
-        pairs: B pairs (or mappings with "image" and "label"): an image, (3, H, W) uint8 or floating
-            or a PIL image, all of one size; and a class index.
-        task: index of the task that the samples come from.
-        images_are: as in ``Batch.from_images``, with ``mean`` and ``std``.
-        mean: of the three channels.
-        std: of the three channels.
+def draw_caption(texts: str | Sequence[str], seed: int) -> str:
+    """Draw one of the captions of an image by a seed.
 
     Raises:
-        ValueError: if an item is no pair, sizes differ, or the images are not ``images_are``.
+        ValueError: if there are none.
     """
-    known = [_pair(item) for item in pairs]
-    images = stack_images([_tensor(image) for image, _ in known])
-    labels = [_label(label) for _, label in known]
-    return Batch.from_images(images, labels, task=task, images_are=images_are, mean=mean, std=std)
-
-
-def collate_captions(
-    pairs: Sequence[Any], *, tokenizer: Callable[[Sequence[str]], Tensor], task: int = 0,
-    images_are: ImagesAre | None = None, mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> Batch:  # fmt: skip
-    """Collate (image, caption) pairs of a dataset that has resized its images.
-
-    Use it as ``functools.partial(mmcl.collate_captions, tokenizer=model.tokenizer)``. Of several
-    captions of an image one is drawn by torch's generator.
-
-    Args:
-        pairs: as in ``collate_images``, with a caption or a list of captions for the label.
-        tokenizer: B texts -> (B, L) token ids padded with 0.
-        task: index of the task that the samples come from.
-        images_are: as in ``Batch.from_images``, with ``mean`` and ``std``.
-        mean: of the three channels.
-        std: of the three channels.
-
-    Raises:
-        ValueError: if an item is no pair, a caption is missing, sizes differ, or the images are not
-            ``images_are``.
-    """
-    known = [_pair(item) for item in pairs]
-    images = stack_images([_tensor(image) for image, _ in known])
-    texts = [_one_of(text, _seed()) for _, text in known]
-    return Batch.from_texts(
-        texts, images, tokenizer=tokenizer, task=task, images_are=images_are, mean=mean, std=std
-    )
-
-
-def _pair(item: Any) -> tuple[Any, Any]:
-    """Return the image and the label or text of a dataset's item."""
-    if isinstance(item, Mapping) and "image" in item:
-        for name in ("label", "labels", "caption", "text"):
-            if name in item:
-                return item["image"], item[name]
-    if isinstance(item, tuple | list) and len(item) == 2:
-        return item[0], item[1]
-    has = f"keys {', '.join(map(str, item))}" if isinstance(item, Mapping) else "no two parts"
-    raise ValueError(
-        f"an item of the dataset is {type(item).__name__} with {has}, expected (image, label) or a "
-        "mapping with 'image' and 'label': write a collate_fn that returns mmcl.Batch.from_images"
-    )
-
-
-def _label(label: Any) -> int:
-    if isinstance(label, str) or not hasattr(label, "__int__"):
-        raise ValueError(
-            f"a label is {label!r}, expected a class index: map names to 0, 1, ... in the order of "
-            "model.set_classes"
-        )
-    return int(label)
-
-
-def _tensor(image: Any) -> Tensor:
-    return image if isinstance(image, Tensor) else _pixels(image)
-
-
-def _pixels(image: Any) -> Tensor:
-    """Pixels (3, H, W) uint8 of a PIL image or a tensor."""
-    if isinstance(image, Tensor):
-        return as_uint8(image)
-    if not hasattr(image, "convert"):
-        raise ValueError(
-            f"an image is {type(image).__name__}, expected a PIL image or a tensor (3, H, W): give "
-            "the dataset a transform that makes one"
-        )
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-
-
-def _one_of(texts: str | Sequence[str], seed: int) -> str:
     if isinstance(texts, str):
         return texts
     if not texts:
         raise ValueError("a sample has an empty list of captions: give it one, or leave it out")
     return texts[hash_seed(seed) % len(texts)]
-
-
-def _seed() -> int:
-    return int(torch.randint(1 << 31, ()))

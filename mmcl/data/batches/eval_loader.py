@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmcl.core import Batch, Task, Transform
 from mmcl.core.seeding import hash_priorities, hash_seed
-from mmcl.data.batches.collate import Example, collate, make_example
+from mmcl.data.batches.caption_member import text_member
+from mmcl.data.batches.collate import Example, collate, make_example, make_pairs
 from mmcl.data.batches.shared_memory import make_dataloader
 from mmcl.data.decode import MAX_PIXELS
 from mmcl.data.shards.open_stream import OpenStream
@@ -31,6 +32,9 @@ class _WorkerResult:
 class EvalLoader:
     """Loader of one rank's batches, each sample once; can be iterated again and again.
 
+    At evaluation a sample gives one pair of image and text for each of its captions, and a batch
+    of more pairs than its size is cut.
+
     The samples are cut into global batches of nearly equal size, the same number on every rank, and
     each is split over the ranks by stride. Bad samples are left out and named in ``Batch.errors``.
     A batch without a readable sample is left out as well and its errors go to a neighboring batch,
@@ -39,14 +43,22 @@ class EvalLoader:
     Args:
         loader: gives a worker's result for each batch.
         name: name of the split, for messages.
+        size: samples or pairs of a batch, at most; None = batches are not cut.
     """
 
-    def __init__(self, loader: DataLoader[Batch], name: str) -> None:
+    def __init__(self, loader: DataLoader[Batch], name: str, size: int | None = None) -> None:
         self.loader = loader
         self.name = name
+        self.size = size
 
     def __len__(self) -> int:
-        """Return the number of batches if every one has a readable sample."""
+        """Return the number of batches if every one has a readable sample.
+
+        Raises:
+            TypeError: if samples may have several captions, which are counted when they are read.
+        """
+        if self.size is not None:
+            raise TypeError(f"{self.name} has a batch for every {self.size} captions, not counted")
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -56,22 +68,38 @@ class EvalLoader:
             errors += result.errors
             if result.batch is not None:
                 if waiting is not None:
-                    yield waiting
+                    yield from self._cut(waiting)
                 waiting, errors = replace(result.batch, errors=errors), ()
         if waiting is not None:
-            yield replace(waiting, errors=waiting.errors + errors)
+            yield from self._cut(replace(waiting, errors=waiting.errors + errors))
         elif errors:
             raise ValueError(
                 f"no sample of {self.name} could be read, {errors[0]} for one: repair its shards"
             )
 
+    def _cut(self, batch: Batch) -> Iterator[Batch]:
+        """Yield a batch in parts of nearly equal size, its errors with the first."""
+        parts = 1 if self.size is None else -(-len(batch) // self.size)
+        if parts == 1:
+            yield batch
+            return
+        for part in range(parts):
+            rows = torch.arange(part * len(batch) // parts, (part + 1) * len(batch) // parts)
+            own = batch.take(rows)
+            yield own if part == 0 else replace(own, errors=())
+
 
 class _EvalDataset(Dataset[Batch]):
-    """Dataset of batches of the requested samples, without the bad ones."""
+    """Dataset of batches of the requested samples, without the bad ones.
 
-    def __init__(self, reader: Reader, task: Task, transform: Transform, max_pixels: int) -> None:
+    ``all_captions`` makes a pair of each caption of a sample, else one is drawn.
+    """
+
+    def __init__(
+        self, reader: Reader, task: Task, transform: Transform, max_pixels: int, all_captions: bool
+    ) -> None:
         self.reader, self.task, self.transform = reader, task, transform
-        self.max_pixels = max_pixels
+        self.max_pixels, self.all_captions = max_pixels, all_captions
 
     def __getitems__(self, numbers: IntArray) -> _WorkerResult:
         return self.make(numbers)
@@ -81,13 +109,17 @@ class _EvalDataset(Dataset[Batch]):
         errors: list[str] = []
         for number in numbers.tolist():
             try:
-                examples.append(make_example(
-                    self.reader.read(number), number, self.task, self.transform,
-                    seed=hash_seed(0, self.task.index, number), max_pixels=self.max_pixels,
-                ))  # fmt: skip
+                examples += self._examples(number)
             except BadSample as bad:
                 errors.append(f"{self.reader.describe(number)}: {bad}")
         return _WorkerResult(collate(examples, room=room) if examples else None, tuple(errors))
+
+    def _examples(self, number: int) -> list[Example]:
+        sample, seed = self.reader.read(number), hash_seed(0, self.task.index, number)
+        arguments = (sample, number, self.task, self.transform)
+        if self.all_captions:
+            return make_pairs(*arguments, seed=seed, max_pixels=self.max_pixels)
+        return [make_example(*arguments, seed=seed, max_pixels=self.max_pixels)]
 
 
 class DistributedSequentialSampler(Sampler[IntArray]):
@@ -118,13 +150,15 @@ def eval_loader(
 ) -> EvalLoader:  # fmt: skip
     """Return the loader of a split of a task, in order: the test split for a cell of the matrix.
 
-    The training split is what a strategy's hooks pass over at the end of a task.
+    The training split is what a strategy's hooks pass over at the end of a task; of a sample with
+    several captions it has one, drawn by its number. Elsewhere each caption makes a pair with the
+    image, and the loader has no length.
 
     Args:
         prepared: the stream.
         column: column of the accuracy matrix: a task, or an eval-only task after the tasks.
         transform: the model's transform without augmentation.
-        batch: samples of one rank's batch, at most.
+        batch: samples or pairs of one rank's batch, at most.
         rank: rank of this process.
         world: number of processes.
         workers: processes that read and decode.
@@ -139,10 +173,12 @@ def eval_loader(
         raise ValueError(f"batch is {batch}, expected at least 1")
     task, reader = prepared.stream.evaluated_task(column), prepared.reader(column, split)
     numbers = few_of(len(reader), few, column)
-    dataset = _EvalDataset(reader, task, transform, max_pixels)
+    is_pairs = split != "train" and task.task_type in ("captioning", "retrieval")
+    dataset = _EvalDataset(reader, task, transform, max_pixels, is_pairs)
     sampler = DistributedSequentialSampler(numbers, batch, rank, world)
     loader = make_dataloader(dataset, sampler, workers, seed=0, stay=False)
-    return EvalLoader(loader, f"the {split} split of '{task.name}'")
+    size = batch if is_pairs and text_member(task.text_field) == "json" else None
+    return EvalLoader(loader, f"the {split} split of '{task.name}'", size)
 
 
 def few_of(count: int, few: int | None, task: int) -> range | IntArray:

@@ -17,7 +17,11 @@ from mmcl.core import VLM, Batch, Strategy, device_of
 from mmcl.core.distributed import rank_and_world
 from mmcl.core.seeding import hash_seed
 from mmcl.data.batches.batch_plan import EpochPlan, Mixture
-from mmcl.data.batches.collate import ImageCaptionCollate, ImageLabelCollate, collate_images
+from mmcl.data.batches.dataset_collate import (
+    ImageCaptionCollate,
+    ImageLabelCollate,
+    collate_images,
+)
 from mmcl.data.batches.eval_loader import DistributedSequentialSampler, few_of
 from mmcl.data.batches.train_loader import BatchRequest, ResumableBatchSampler
 from mmcl.data.stored_sample import IntArray
@@ -278,6 +282,11 @@ class _ItemBatches(Dataset[Batch]):
 
     def _collated(self, items: list[Any], seeds: list[int]) -> Batch:
         collate = self.collate_fn
+        if isinstance(collate, ImageCaptionCollate) and collate.all_captions:
+            raise ValueError(
+                "collate_fn has all_captions=True, which makes several samples of one, and batches "
+                "of training are planned in samples: leave it out, so that one caption is drawn"
+            )
         if isinstance(collate, ImageLabelCollate | ImageCaptionCollate):
             return collate(items, seeds)
         batch = collate(items)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mmcl.core import IGNORE_INDEX, Batch, DataSource, GlobalBatch, ReplayPlan, Task, Transform
 from mmcl.core.seeding import hash_seed
 from mmcl.data.batches.batch_plan import EpochPlan, Mixture, WindowedShuffle, rank_slice
+from mmcl.data.batches.caption_member import text_member
 from mmcl.data.batches.collate import Example, collate, make_example
 from mmcl.data.batches.shared_memory import make_dataloader
 from mmcl.data.decode import MAX_PIXELS
@@ -369,7 +370,7 @@ def _lengths(dataset: TrainDataset) -> IntArray:
 
 def _text_lengths(reader: SampleReader, task: Task, numbers: IntArray | None = None) -> IntArray:
     return reader.text_bytes(
-        "json" if task.task_type == "instruction" else task.text_field.lower(), numbers
+        "json" if task.task_type == "instruction" else text_member(task.text_field), numbers
     )
 
 

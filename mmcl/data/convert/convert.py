@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ import numpy as np
 
 from mmcl.core.atomic_write import write_atomic
 from mmcl.core.card import read_card
-from mmcl.data.convert.image_folder_input import open_folder
-from mmcl.data.convert.llava_input import open_instructions
-from mmcl.data.convert.parquet_input import open_parquet, parquet_files
+from mmcl.data.convert.class_names import ClassNames, LookUp, name_classes
+from mmcl.data.convert.columns import expect_harmless_key, list_names
+from mmcl.data.convert.image_folder_input import natural
+from mmcl.data.convert.open_input import is_instructions, open_input
 from mmcl.data.convert.record import ConvertOptions, InputData, ProgressFn, SkippedRecord
-from mmcl.data.convert.scan import ScanResult, scan_input
-from mmcl.data.convert.table_input import open_table
+from mmcl.data.convert.scan import ScanResult, scan_input, take_splits
 from mmcl.data.convert.task_files import InPlace, plan_task, unique_names, write_in_place
 from mmcl.data.convert.task_split import TaskSplits, assign_tasks, class_positions, task_notes
 from mmcl.data.parallel import WorkerPool
@@ -34,8 +34,7 @@ from mmcl.data.shards.stream_writer import (
     save_card,
 )
 
-_TABLES = (".csv", ".tsv")
-_INSTRUCTIONS = (".json", ".jsonl")
+__all__ = ["ConvertedTasks", "convert", "convert_tasks", "is_instructions", "open_input"]
 RECIPE = 1  # counts up whenever the same input would give other bytes
 _LISTED = 10
 _MIN_SAMPLES_PER_WORKER = 10_000
@@ -43,87 +42,9 @@ _MIN_SAMPLES_PER_WORKER = 10_000
 _TEMPLATE = "a photo of a {}."
 _NOT_IN_SHARDS = (
     "num_workers", "max_bad_fraction", "license", "scorer", "max_new_tokens", "scenario",
-    "first_task_classes", "class_order_seed", "task_order",
+    "first_task_classes", "class_order_seed", "task_order", "class_names",
 )  # fmt: skip
 """Options that do not change the bytes of a shard, or only by its task and classes."""
-
-
-def is_instructions(path: Path) -> bool:
-    """Return whether a path is taken for LLaVA-style JSON."""
-    return path.suffix.lower() in _INSTRUCTIONS
-
-
-def open_input(
-    path: Path,
-    task_type: str | None = None,
-    images: Path | None = None,
-    *,
-    task_column: str | None = None,
-    task_level: int | None = None,
-    answer_field: str = "answer",
-    references: Path | None = None,
-) -> InputData:
-    """Open the input of a conversion: an image folder, a table or an instruction file.
-
-    Args:
-        path: a folder, or a file whose extension says what it is.
-        task_type: of the tasks; None = what the input allows.
-        images: folder from which image paths start; None = that of the input.
-        task_column: of a table: column that states the task; of JSON: key of each record.
-        task_level: of an image folder: level whose folders are the tasks, see `open_folder`.
-        answer_field: of JSON: key of the right answer in records with ``text``.
-        references: of JSON: file with all reference answers.
-
-    Raises:
-        FileNotFoundError: if a file or folder is missing.
-        ValueError: if it is of no known type, has another layout, or an option does not fit it.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"there is nothing at {path}: correct SOURCE")
-    is_folder = path.is_dir() and not parquet_files(path)
-    _expect_task_place(path, is_folder, task_column, task_level)
-    if references is not None and not is_instructions(path):
-        raise ValueError(
-            f"--references is for LLaVA-style JSON, and {path} is none: put the answers into a "
-            "column answer"
-        )
-    if path.suffix.lower() in _TABLES and path.is_file():
-        return open_table(path, task_type, images, task_column)
-    if is_folder:
-        _expect_task_type(path, task_type, "classification", "a folder of classes")
-        return open_folder(path, task_level)
-    if path.suffix.lower() == ".parquet" or path.is_dir():
-        return open_parquet(path, task_type, images, task_column)
-    if is_instructions(path):
-        _expect_task_type(path, task_type, "instruction", "an instruction file")
-        return open_instructions(path, images, answer_field, references, task_column)
-    raise ValueError(
-        f"{path} is no folder and ends in {path.suffix or 'nothing'!r}: expected .csv, .tsv, "
-        ".parquet, .json or .jsonl"
-    )
-
-
-def _expect_task_place(
-    path: Path, is_folder: bool, task_column: str | None, task_level: int | None
-) -> None:
-    if task_level is not None and not is_folder:
-        raise ValueError(
-            f"--tasks_are_folders and --task_level are for image folders, and {path} is none: give "
-            "tables a column task, or say with --task_column which column or key it is"
-        )
-    if task_column is not None and is_folder:
-        raise ValueError(
-            f"--task_column is for tables and JSON, and {path} is an image folder: give "
-            "--task_level if its folders are the tasks"
-        )
-
-
-def _expect_task_type(path: Path, task_type: str | None, own: str, what: str) -> None:
-    if task_type not in (None, own):
-        raise ValueError(
-            f"--task_type is {task_type}, and {path} is {what}, which is {own}: "
-            "leave --task_type out, or list images with their texts in a csv"
-        )
 
 
 @dataclass(frozen=True)
@@ -141,6 +62,7 @@ class ConvertedTasks:
         num_leaked: test samples whose image is, byte for byte, also a training image; only where
             a test input was given.
         notes: on how the tasks were made, a sentence each.
+        class_names: names of classes in prompts.
     """
 
     entries: Sequence[dict[str, Any]]
@@ -152,6 +74,7 @@ class ConvertedTasks:
     left_out_file: Path
     num_leaked: int
     notes: Sequence[str] = ()
+    class_names: ClassNames = field(default_factory=ClassNames)
 
 
 def convert(
@@ -163,6 +86,7 @@ def convert(
     append: bool = False,
     card: Path | None = None,
     in_place: InPlace | None = None,
+    look_up: LookUp = lambda _: {},
     progress: ProgressFn = lambda *_: None,
 ) -> tuple[Path, ConvertedTasks]:
     """Convert an input to shards, and put its tasks on a card.
@@ -178,6 +102,7 @@ def convert(
         append: put the tasks at the end of an existing card; else the card is ``<name>.yaml``.
         card: to append to; None takes the only one of the folder.
         in_place: write no shards, use the samples in place.
+        look_up: returns the names in prompts of those classes that are known ids.
         progress: called with (what is done, samples done, samples in all).
 
     Returns:
@@ -192,7 +117,7 @@ def convert(
     known = read_card(path).classes if path.is_file() else ()
     converted = convert_tasks(
         train, test, folder, options,
-        known=known, append=append, in_place=in_place, progress=progress,
+        known=known, append=append, in_place=in_place, look_up=look_up, progress=progress,
     )  # fmt: skip
     with file_lock(folder):
         _put_on_card(path, load_card(path), converted, train, options, append)
@@ -208,6 +133,7 @@ def convert_tasks(
     known: Sequence[str] = (),
     append: bool = False,
     in_place: InPlace | None = None,
+    look_up: LookUp = lambda _: {},
     progress: ProgressFn = lambda *_: None,
 ) -> ConvertedTasks:
     """Convert an input as `convert` does, but leave it to the caller to put its tasks on a card.
@@ -220,6 +146,8 @@ def convert_tasks(
     total = sum(subset_size(count, options.max_samples) for count in in_all)
     with WorkerPool(min(options.num_workers, 1 + total // _MIN_SAMPLES_PER_WORKER)) as workers:
         scans = _scan(sources, options, progress, workers)
+        notes = [*_input_notes(scans), *take_splits(scans[0], scans[1] if test else None)]
+        names = _class_names(scans, options, look_up)
         tasks, classes = assign_tasks(scans[0], scans[1] if test else None, options, known)
         name = unique_names([tasks[0].name])[0] if append else options.name
         if in_place is not None:
@@ -246,7 +174,7 @@ def convert_tasks(
     num_bad = sum(scan.num_bad for scan in scans)
     return ConvertedTasks(
         entries, classes, hashes, counts, left_out, num_bad, left_out_file, num_leaked,
-        task_notes(tasks, options),
+        [*notes, *task_notes(tasks, options), *names.notes], names,
     )  # fmt: skip
 
 
@@ -269,13 +197,54 @@ def _scan(
             f"--max_new_tokens is for answers, and {train.where} has none: leave it out"
         )
     # Answers are scored only in the input from which the test samples are taken.
-    scorers = [*("" for _ in sources[1:]), options.scorer]
+    scorer = options.scorer if train.task_type == "instruction" else ""
+    scorers = [*("" for _ in sources[1:]), scorer]
     scans = [
         scan_input(source, options, progress, workers.map, scorer)
         for source, scorer in zip(sources, scorers, strict=True)
     ]
     _expect_few_bad(scans, options.max_bad_fraction)
     return scans
+
+
+def _input_notes(scans: Sequence[ScanResult]) -> list[str]:
+    """Return what a user may not expect of the inputs, each sentence once.
+
+    Raises:
+        ValueError: if records have a key that is not used and may be expected to count.
+    """
+    notes: list[str] = []
+    for scan in scans:
+        where = Path(scan.source.where).name
+        for key in sorted(scan.unused):
+            expect_harmless_key(scan.source.where, key)
+        notes += scan.source.notes
+        if scan.unused:
+            notes.append(f"not used of {where}: {list_names(sorted(scan.unused))}")
+        notes += [f"{where}, {count:,} samples: {text}" for text, count in scan.remarks.items()]
+    return list(dict.fromkeys(notes))
+
+
+def _class_names(
+    scans: Sequence[ScanResult], options: ConvertOptions, look_up: LookUp
+) -> ClassNames:
+    """Return the names of the classes of all inputs in prompts.
+
+    Raises:
+        ValueError: if a file of names is given and a class has none in it, or there are no classes.
+    """
+    source = scans[0].source
+    if source.task_type != "classification":
+        if options.class_names is not None:
+            raise ValueError(
+                f"--class_names names classes, and {source.where} is {source.task_type}: leave it "
+                "out"
+            )
+        return ClassNames()
+    met = {scan.labels[n] for scan in scans for n in np.unique(scan.label[scan.size > 0])}
+    stated = [name for name in source.classes if name in met]
+    own = list(dict.fromkeys([*stated, *sorted(met, key=natural)]))
+    return name_classes(own, source.class_names, options.class_names, look_up, _TEMPLATE)
 
 
 def _card_path(folder: Path, options: ConvertOptions, append: bool, card: Path | None) -> Path:
@@ -300,7 +269,7 @@ def _expect_few_bad(scans: Sequence[ScanResult], max_bad_fraction: float) -> Non
     listed = [bad for scan in scans for bad in scan.left_out][:_LISTED]
     lines = "".join(f"\n  - {bad}" for bad in listed)
     more = f"\n  - and {num_bad - len(listed):,} more" if num_bad > len(listed) else ""
-    if all(str(bad).endswith("is missing") for bad in listed):
+    if all(" is missing (no file " in bad.reason for bad in listed):
         more += "\nImage paths start from the folder of --images: is it the right one?"
     fix = "correct them"
     if max(fractions) < 1:
@@ -396,8 +365,8 @@ def _put_on_card(
             about = entry.get("description")
             entry["description"] = f"{about}; " * bool(about) + f"license: {options.license}"
     if not content:
-        named = [name for entry in converted.entries for name in entry.get("classes", ())]
-        is_class_incremental = bool(named) and len(set(named)) == len(named)
+        listed = [name for entry in converted.entries for name in entry.get("classes", ())]
+        is_class_incremental = bool(listed) and len(set(listed)) == len(listed)
         content = {
             "name": options.name,
             "scenario": options.scenario or ("class" if is_class_incremental else "domain"),
@@ -408,6 +377,9 @@ def _put_on_card(
             **({"templates": [_TEMPLATE]} if train.task_type == "classification" else {}),
         }
     content.setdefault("tasks", [])
+    if content.get("text_field", "txt") != train.text_field:
+        for entry in converted.entries:
+            entry["text_field"] = train.text_field
     if options.scenario not in (None, content["scenario"]):
         raise ValueError(
             f"--scenario is {options.scenario} and card {path} says {content['scenario']}: leave "
@@ -415,6 +387,9 @@ def _put_on_card(
         )
     if converted.classes:
         content["classes"] = list(converted.classes)
+        named = converted.class_names.on_card(content.pop("class_names", {}), converted.classes)
+        if named:
+            content["class_names"] = named
     made = f"Made by: mmcl data convert {Path(train.where).name}"
     content = put_tasks(content, converted.entries, converted.hashes, converted.counts)
     save_card(path, content, [made])

@@ -1,18 +1,21 @@
-"""LLaVA-style JSON as an input of ``mmcl data convert``; records are parsed one at a time."""
+"""JSON as an input of ``mmcl data convert``: LLaVA-style records, or rows of a table."""
 
 from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mmcl.data.convert.columns import ColumnOptions, find_columns, find_split, stated_split
+from mmcl.data.convert.image_search import ImageSearch, open_images
 from mmcl.data.convert.record import Chunk, InputData, InvalidRecord, Record, task_name
-from mmcl.data.shards.image_folder import ImageFolder, extension_of, open_image_folder, read_file
+from mmcl.data.convert.table_input import TableRows, list_captions, table_input
+from mmcl.data.shards.image_folder import extension_of, read_file
 from mmcl.data.shards.json_index import JsonRecords, find_records
 from mmcl.data.shards.llava_json import ReferenceFile, open_references, read_sample, record_id
 from mmcl.data.stored_sample import BadSample, IntArray
@@ -30,8 +33,10 @@ class ImageFolders:
 
     paths: tuple[Path, ...]
 
-    def read(self, stated: str) -> tuple[str, bytes]:
+    def read(self, stated: str, remarks: list[str] | None = None) -> tuple[str, bytes]:
         """Return the extension of the format, and the bytes, of an image of an instruction file.
+
+        The first folder that has the file is by definition the right one, so ``remarks`` get none.
 
         Raises:
             BadSample: if the path is absolute or leads outside, or as `read_file` says.
@@ -51,15 +56,18 @@ class ImageFolders:
 class InstructionChunk:
     """About a thousand records of an instruction file, and their numbers (n,) in it.
 
-    ``task_key`` is the key of the task that a record belongs to, "" if records state none.
+    ``task_key`` and ``split_key`` are keys of the task and the split of a record, "" if records
+    state none; ``known`` are keys that are used or harmless, None = all.
     """
 
     records: JsonRecords
     numbers: IntArray
-    images: ImageFolder | ImageFolders
+    images: ImageSearch | ImageFolders
     answer_field: str
     references: ReferenceFile | None
     task_key: str = ""
+    split_key: str = ""
+    known: frozenset[str] | None = None
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -76,7 +84,7 @@ class InstructionChunk:
             RuntimeError: if the file, or that of the references, changed since it was opened.
         """
         for index, number in enumerate(self.numbers.tolist()):
-            name = ""
+            name, remarks = "", list[str]()
             try:
                 raw = self.records.read(index)
                 name = record_id(raw)
@@ -84,9 +92,11 @@ class InstructionChunk:
                 sample = read_sample(raw, answers, self.answer_field)
                 members = {"json": sample.data}
                 if sample.image is not None:
-                    extension, data = self.images.read(sample.image)
+                    extension, data = self.images.read(sample.image, remarks)
                     members[extension] = data
-                yield Record(name, members, self._task(raw, number))
+                task, split = self._task(raw, number), self._split(raw, number)
+                unused = () if self.known is None else tuple(raw.keys() - self.known)
+                yield Record(name, members, task, "", split, tuple(remarks), unused)
             except BadSample as error:
                 yield InvalidRecord(name, str(error))
 
@@ -95,10 +105,156 @@ class InstructionChunk:
             return ""
         return task_name(raw.get(self.task_key), self.task_key, f"record {number + 1}")
 
+    def _split(self, raw: Mapping[str, Any], number: int) -> str:
+        if not self.split_key:
+            return ""
+        stated = str(raw.get(self.split_key, ""))
+        split = stated_split(self.split_key, stated)
+        if split is None:
+            raise BadSample(
+                f"its split is {stated[:40]!r}, expected train, val or test (record {number + 1})"
+            )
+        return split
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonRows(TableRows):
+    """About a thousand records that are rows of a table, and the number of the first.
+
+    ``known`` are keys that are used or named already.
+    """
+
+    records: JsonRecords
+    first: int
+    known: frozenset[str]
+
+    def read(self) -> Iterator[Record | InvalidRecord]:
+        """Yield the records.
+
+        Raises:
+            RuntimeError: if the file changed since it was opened.
+        """
+        for index in sorted(self.wanted()):
+            try:
+                raw = self.records.read(index)
+            except BadSample as error:
+                yield InvalidRecord("", str(error))
+                continue
+            if not isinstance(raw, Mapping):
+                yield InvalidRecord("", "it is not a mapping of keys and values")
+                continue
+            row = {use: raw.get(name) for use, name in self.columns.names.items()}
+            unused = tuple(raw.keys() - self.known)
+            yield self.record(row, f"record {self.first + index + 1}", unused)
+
+
+def open_json(
+    path: Path,
+    options: ColumnOptions,
+    images: Path | Sequence[Path] | None,
+    *,
+    answer_field: str = "answer",
+    references: Path | None = None,
+    in_place: bool = False,
+    split: str = "",
+) -> InputData:
+    """Open a JSON list or JSON lines: instruction records, or rows of a table of other tasks.
+
+    Args:
+        path: of the file.
+        options: see `find_columns`; the keys of the records are the columns.
+        images: folders from which image paths start; None = that of the file.
+        answer_field: key of the right answer in records with ``text``.
+        references: file with all reference answers, see `open_references`.
+        in_place: whether paths are taken as they are stated, as a run in place does.
+        split: of a table's rows, "" if it states none.
+
+    Raises:
+        FileNotFoundError: if a file or the folder is missing.
+        ValueError: if it is no JSON list, holds no records, or keys do not say what they are.
+    """
+    records = find_records(path)
+    head = _head(records)
+    keys = list(dict.fromkeys(key for raw in head for key in raw))
+    folder = open_images(images, path.parent, is_exact=in_place)
+
+    def peek(key: str) -> set[str]:
+        return {str(raw.get(key, "")) for raw in head}
+
+    own = {"conversations", "text", "question_id", "video"}
+    answers = {"answer", "answers", answer_field}
+    is_quiz = "text" in keys and bool({"question_id", *answers} & set(keys))
+    is_llava = not keys or "conversations" in keys or is_quiz or references is not None
+    if not is_llava:
+        if in_place:
+            raise ValueError(
+                f"{path} has no conversations, which --in_place needs: leave --in_place out"
+            )
+        return _open_rows(path, records, head, options, folder, split)
+    if options.task_type not in (None, "instruction"):
+        raise ValueError(
+            f"--task_type is {options.task_type}, and {path} is an instruction file, which is "
+            "instruction: leave --task_type out, or list images with their texts in a csv"
+        )
+    options.expect_none(str(path), "task_column", "split_column", "ignore_columns")
+    split_key = find_split(keys, replace(options, task_column=None), str(path), peek) or ""
+    used = {*own, *answers, "id", "image", "images", split_key, options.task_column or ""}
+    opened = open_instructions(path, folder, answer_field, references, options.task_column)
+    known = frozenset({*used, *options.ignore_columns})
+    chunks = [
+        replace(chunk, split_key=split_key, known=known)
+        for chunk in opened.chunks
+        if isinstance(chunk, InstructionChunk)
+    ]
+    return replace(opened, chunks=chunks)
+
+
+def _head(records: JsonRecords) -> list[Mapping[str, Any]]:
+    """Return the first records, those that are mappings."""
+    found = []
+    for index in range(min(len(records), _CHUNK_RECORDS)):
+        try:
+            raw = records.read(index)
+        except BadSample:
+            continue
+        if isinstance(raw, Mapping):
+            found.append(raw)
+    return found
+
+
+def _open_rows(
+    path: Path,
+    records: JsonRecords,
+    head: Sequence[Mapping[str, Any]],
+    options: ColumnOptions,
+    folder: ImageSearch,
+    split: str,
+) -> InputData:
+    keys = list(dict.fromkeys(key for raw in head for key in raw))
+
+    def peek(key: str) -> set[str]:
+        return {str(raw.get(key, "")) for raw in head}
+
+    columns = find_columns(keys, options, str(path), peek=peek)
+    text = columns.names.get("text")
+    has_lists = text is not None and any(list_captions(raw.get(text)) for raw in head)
+    columns = replace(columns, has_lists=has_lists)
+    numbers = np.arange(len(records))
+    chunks = []
+    for first in range(0, len(records), _CHUNK_RECORDS):
+        part = records.part(numbers[first : first + _CHUNK_RECORDS])
+        chunks.append(
+            JsonRows(
+                path=path, count=len(part), columns=columns, images=folder, records=part,
+                first=first, known=frozenset({*keys, *options.ignore_columns}), split=split,
+            )
+        )  # fmt: skip
+    return table_input(path, chunks, columns, options)
+
 
 def open_instructions(
     path: Path,
-    images: Path | ImageFolders | None,
+    images: Path | ImageFolders | ImageSearch | None,
     answer_field: str = "answer",
     references: Path | None = None,
     task_key: str | None = None,
@@ -118,9 +274,9 @@ def open_instructions(
             layout.
     """
     records = find_records(path)
-    folder = (
-        images if isinstance(images, ImageFolders) else open_image_folder(images or path.parent)
-    )
+    folder = images
+    if not isinstance(folder, ImageFolders | ImageSearch):
+        folder = open_images(folder, path.parent)
     answers = None if references is None else open_references(references)
     numbers = np.arange(len(records))
     chunks: list[Chunk] = []

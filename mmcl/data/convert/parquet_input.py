@@ -1,35 +1,46 @@
-"""Input from parquet tables, read one row group at a time by pyarrow."""
+"""Input from parquet tables and saved data sets of Hugging Face, read in parts by pyarrow."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from mmcl.data.convert.record import Chunk, InputData, InvalidRecord, Record
-from mmcl.data.convert.table_input import Columns, TableRows, find_columns, record_of, row_name
-from mmcl.data.shards.image_folder import open_image_folder
-from mmcl.data.stored_sample import BadSample, one_line
+from mmcl.data.convert.columns import ColumnOptions, Columns, find_columns
+from mmcl.data.convert.image_search import ImageSearch, open_images
+from mmcl.data.convert.record import (
+    Chunk,
+    InputData,
+    InvalidRecord,
+    Record,
+    file_split,
+    file_splits,
+    without_validation,
+)
+from mmcl.data.convert.table_input import TableRows, table_input
+from mmcl.data.stored_sample import one_line
 
-_SPLIT = re.compile(r"(train|test)([-_.].*)?", re.IGNORECASE)
+_MAX_VALUES = 100
+Classes = tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetChunk(TableRows):
     """One row group of one file, behind ``rows_before`` other rows of it.
 
-    ``classes`` and ``tasks`` name the numbers in the columns of labels and of tasks, () = as is.
+    ``classes`` and ``tasks`` name the numbers in the columns of labels and of tasks, () = as is;
+    ``splits`` those in the column of splits.
     """
 
     group: int
     rows_before: int
-    classes: tuple[str, ...]
-    tasks: tuple[str, ...]
-    split: str
+    classes: Classes
+    tasks: Classes
+    splits: Classes
 
     def read(self) -> Iterator[Record | InvalidRecord]:
         """Yield the rows.
@@ -37,18 +48,12 @@ class ParquetChunk(TableRows):
         Raises:
             RuntimeError: if the file changed or cannot be read any more.
         """
-        parquet, wanted = _library(), self.wanted()
+        wanted = self.wanted()
         first = 0
         names = self.columns.names
         try:
-            with parquet.ParquetFile(self.path) as file:
-                batches = file.iter_batches(
-                    batch_size=64,
-                    row_groups=[self.group],
-                    columns=list(dict.fromkeys(names.values())),
-                    use_threads=False,
-                )
-                for batch in batches:
+            with _open(self.path) as file:
+                for batch in file.batches(self.group, list(dict.fromkeys(names.values()))):
                     for index in [n for n in range(batch.num_rows) if first + n in wanted]:
                         yield self._record(
                             {use: batch.column(name)[index].as_py() for use, name in names.items()},
@@ -62,106 +67,228 @@ class ParquetChunk(TableRows):
             raise RuntimeError(f"{self.path} changed while it was read: start again")
 
     def _record(self, row: dict[str, Any], number: int) -> Record | InvalidRecord:
-        for use, names in (("label", self.classes), ("task", self.tasks)):
+        for use, names in (("label", self.classes), ("task", self.tasks), ("split", self.splits)):
             value = row.get(use)
+            value = value[0] if isinstance(value, list) and len(value) == 1 else value
             if isinstance(value, int) and not isinstance(value, bool) and names:
-                row[use] = names[value] if 0 <= value < len(names) else None
-        if self.split and not row.get("split"):
-            row["split"] = self.split
-        try:
-            place = f"row {number} of {self.path.name}"
-            return record_of(row, self.columns, self.images, place)
-        except BadSample as error:
-            return InvalidRecord(row_name(row), str(error))
+                if not 0 <= value < len(names):
+                    reason = f"its {use} is {value}, and the table names {len(names)}"
+                    return InvalidRecord("", f"{reason} (row {number} of {self.path.name})")
+                row[use] = names[value]
+        return self.record(row, f"row {number} of {self.path.name}")
+
+
+class _Table:
+    """An open parquet file, or an arrow file as `datasets` saves it."""
+
+    def __init__(self, file: Any, is_parquet: bool) -> None:
+        self.file, self.is_parquet = file, is_parquet
+        self.schema = file.schema_arrow if is_parquet else file.schema
+
+    def counts(self) -> list[int]:
+        """Return the number of rows of every part."""
+        if not self.is_parquet:
+            return [batch.num_rows for batch in self.file]
+        about = self.file.metadata
+        return [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+
+    def batches(self, group: int, names: list[str]) -> Iterator[Any]:
+        """Yield the rows of a part, some at a time."""
+        if self.is_parquet:
+            yield from self.file.iter_batches(
+                batch_size=64, row_groups=[group], columns=names, use_threads=False
+            )
+            return
+        # A stream has no table of contents; its parts are mapped into memory, not copied.
+        for number, batch in enumerate(self.file):
+            if number == group:
+                yield batch.select(names)
+                return
+
+    def values(self, column: str) -> set[str]:
+        """Return the distinct values of a column, at most some hundred."""
+        found: set[str] = set()
+        rows = self.file.iter_batches(columns=[column]) if self.is_parquet else self.file
+        for batch in rows:
+            found |= {str(value).strip() for value in batch.column(column).unique().to_pylist()}
+            if len(found) > _MAX_VALUES:
+                break
+        return found
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[_Table]:
+    arrow, parquet = _library()
+    if path.suffix == ".arrow":
+        with arrow.memory_map(str(path)) as source:
+            yield _Table(arrow.ipc.open_stream(source), is_parquet=False)
+        return
+    with parquet.ParquetFile(path) as file:
+        yield _Table(file, is_parquet=True)
 
 
 def open_parquet(
     path: Path,
-    task_type: str | None = None,
-    images: Path | None = None,
-    task_column: str | None = None,
+    options: ColumnOptions,
+    images: Path | Sequence[Path] | None = None,
+    split: str = "",
 ) -> InputData:
-    """Open a parquet file, or all ``.parquet`` files of a folder.
+    """Open a parquet file, a folder of them, or a data set that `datasets` saved to disk.
 
-    Files named ``train...`` and ``test...`` are these splits. Class names are taken from the
-    metadata that the hub's library writes, if they are there.
+    Files and folders named train, val, test and so on are these splits. Class names are taken from
+    the metadata that the hub's library writes, if they are there.
 
     Args:
         path: of the file or folder.
-        task_type: see `find_columns`.
-        images: folder from which image paths start; None = that of the file.
-        task_column: see `find_columns`.
+        options: see `find_columns`.
+        images: folders from which image paths start; None = that of the file.
+        split: of a file, "" if it states none.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ImportError: if pyarrow is not installed.
-        ValueError: if columns are missing, or a file is not parquet.
+        ValueError: if columns are missing, a file is not parquet, or of a split of unknown name.
     """
-    files = parquet_files(path) if path.is_dir() else [path]
+    files = table_files(path) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise FileNotFoundError(f"there is no file {path}: correct the path")
+    splits = file_splits(path, files) if path.is_dir() else [split]
     chunks: list[Chunk] = []
-    columns: Columns | None = None
-    classes: tuple[str, ...] = ()
-    for file in files:
-        own, classes, tasks, counts = _read_schema(file, task_type, task_column)
-        if columns is not None and own != columns:
+    first: tuple[Columns, list[Classes]] | None = None
+    for file, own_split in zip(files, splits, strict=True):
+        columns, named, counts = _read_schema(file, options)
+        if first is not None and (columns, named) != first:
             raise ValueError(f"{file} has other columns than {files[0]}: convert them one by one")
-        columns = own
-        named = _SPLIT.fullmatch(file.stem)
-        split = named[1].lower() if named and len(files) > 1 else ""
-        folder = open_image_folder(images or file.parent)
-        before = accumulate(counts, initial=0)
-        chunks += [
-            ParquetChunk(
-                path=file, count=count, columns=columns, images=folder, group=group,
-                rows_before=rows_before, classes=classes, tasks=tasks, split=split,
-            )
-            for group, (count, rows_before) in enumerate(zip(counts, before, strict=False))
-            if count
-        ]  # fmt: skip
-    if columns is None or not chunks:
+        first = columns, named
+        folder = open_images(images, file.parent)
+        chunks += _chunks(file, columns, named, counts, folder, own_split)
+    if first is None or not chunks:
         raise ValueError(f"{path} has no rows")
-    return InputData(columns.task_type, str(path), chunks, classes, task_column=task_column or "")
+    chunks, notes = without_validation(chunks)
+    columns, (classes, _, _) = first
+    labels = _unique(classes)
+    names = {own: name for own, name in zip(labels, classes, strict=True) if own != name}
+    return table_input(
+        path, chunks, columns, options, classes=labels, class_names=names, notes=notes
+    )
 
 
-def parquet_files(folder: Path) -> list[Path]:
-    """Return the parquet files of a folder, or of its ``data`` folder as on the hub."""
-    return sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
+def _chunks(
+    file: Path,
+    columns: Columns,
+    named: Sequence[Classes],
+    counts: Sequence[int],
+    folder: ImageSearch,
+    split: str,
+) -> list[Chunk]:
+    classes, tasks, splits = named
+    before = accumulate(counts, initial=0)
+    return [
+        ParquetChunk(
+            path=file, count=count, columns=columns, images=folder, group=group,
+            rows_before=rows_before, classes=_unique(classes), tasks=tasks, splits=splits,
+            split=split,
+        )
+        for group, (count, rows_before) in enumerate(zip(counts, before, strict=False))
+        if count
+    ]  # fmt: skip
 
 
-def _read_schema(
-    path: Path, task_type: str | None, task_column: str | None
-) -> tuple[Columns, tuple[str, ...], tuple[str, ...], list[int]]:
-    """Return the columns, names of classes and tasks, and the number of rows of every row group."""
-    parquet = _library()
+def _unique(classes: Classes) -> Classes:
+    """Return names by which classes are told apart: of two equal names their numbers."""
+    return tuple(
+        str(number) if classes.count(name) > 1 else name for number, name in enumerate(classes)
+    )
+
+
+def table_files(folder: Path) -> list[Path]:
+    """Return the parquet or arrow files of a folder of tables, () if it is none.
+
+    They may be in ``data``, in the folder of one configuration as on the hub, or in folders of
+    splits. A parquet file beside a folder of its name describes the images in it.
+
+    Raises:
+        ValueError: if there are several configurations.
+    """
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return sorted(folder.glob("*.arrow")) or sorted(folder.glob("*/*.arrow"))
+    found = sorted(
+        path
+        for depth in ("*", "*/*", "*/*/*")
+        for path in folder.glob(f"{depth}.parquet")
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    found = [path for path in found if path.stem != "metadata"]
+    if all(path.with_suffix("").is_dir() for path in found):
+        return []
+    homes: dict[str, None] = {}
+    for path in found:
+        parts = [part for part in path.relative_to(folder).parts[:-1] if not file_split(part)]
+        homes["/".join(parts)] = None
+    if len(homes) > 1:
+        listed = ", ".join(str(folder / home) for home in homes)
+        raise ValueError(f"{folder} has tables in several folders: give one of {listed}")
+    return found
+
+
+def _read_schema(path: Path, options: ColumnOptions) -> tuple[Columns, list[Classes], list[int]]:
+    """Return the columns, names of classes, tasks and splits, and the rows of every part."""
+    arrow, _ = _library()
     try:
-        with parquet.ParquetFile(path) as file:
-            schema, about = file.schema_arrow, file.metadata
-            counts = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
-            names, notes = list(schema.names), dict(schema.metadata or {})
+        with _open(path) as file:
+            counts, schema = file.counts(), file.schema
     except Exception as error:
-        raise ValueError(f"{path} is no parquet file ({one_line(error)})") from None
-    columns = find_columns(names, task_type, str(path), task_column)
-    classes = _class_names(notes, columns.names.get("label", ""))
-    return columns, classes, _class_names(notes, columns.names.get("task", "")), counts
+        kind = "arrow" if path.suffix == ".arrow" else "parquet"
+        raise ValueError(f"{path} is no {kind} file ({one_line(error)})") from None
+
+    def peek(column: str) -> set[str]:
+        with _open(path) as file:
+            names = _class_names(schema.metadata or {}, column)
+            values = file.values(column)
+            return {
+                names[int(value)] if value.isdigit() and int(value) < len(names) else value
+                for value in values
+            }
+
+    of_type = {name: schema.field(name).type for name in set(schema.names)}
+    images = {name for name, kind in of_type.items() if _holds_images(arrow.types, kind)}
+    lists = {name for name, kind in of_type.items() if _holds_lists(arrow.types, kind)}
+    columns = find_columns(schema.names, options, str(path), images=images, lists=lists, peek=peek)
+    notes = dict(schema.metadata or {})
+    named = [_class_names(notes, columns.names.get(use, "")) for use in ("label", "task", "split")]
+    return columns, named, counts
 
 
-def _class_names(notes: Mapping[bytes, bytes], column: str) -> tuple[str, ...]:
+def _holds_images(types: Any, kind: Any) -> bool:
+    """Return whether a type is that of images: bytes, or a mapping with ``bytes``."""
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        return True
+    return bool(types.is_struct(kind)) and kind.get_field_index("bytes") >= 0
+
+
+def _holds_lists(types: Any, kind: Any) -> bool:
+    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
+
+
+def _class_names(notes: Mapping[bytes, bytes], column: str) -> Classes:
     """Return the class names that the hub's library stored for a column of numbers, or ()."""
     try:
-        noted = json.loads(notes[b"huggingface"])["info"]["features"][column]["names"]
-    except (KeyError, TypeError, ValueError, RecursionError):
+        noted = json.loads(notes[b"huggingface"])["info"]["features"][column]
+        noted = noted[0] if isinstance(noted, list) else noted.get("feature", noted)
+        names = noted["names"]
+    except (KeyError, TypeError, ValueError, RecursionError, IndexError, AttributeError):
         return ()
-    is_good = isinstance(noted, list) and all(isinstance(name, str) and name for name in noted)
-    return tuple(noted) if is_good and len(set(noted)) == len(noted) else ()
+    is_good = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+    return tuple(names) if is_good else ()
 
 
-def _library() -> Any:
+def _library() -> tuple[Any, Any]:
     try:
+        import pyarrow
+        import pyarrow.ipc
         import pyarrow.parquet
     except ImportError:
         raise ImportError(
             "parquet files are read by pyarrow, which is not installed: pip install mmcl[parquet]"
         ) from None
-    return pyarrow.parquet
+    return pyarrow, pyarrow.parquet

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, datetime, time
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from mmcl.core.card.schema import escape_unprintable
 from mmcl.data.shards.reader import expect_max_samples
-from mmcl.data.stored_sample import BadSample, IntArray
+from mmcl.data.stored_sample import MAX_TEXT_BYTES, BadSample, IntArray, Split
 
 _SCENARIOS = ("class", "domain", "task")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-SPLITS = ("", "train", "test")
+SPLITS = ("", "train", "test", "validation")
 """Splits that an input may state for a record; "" leaves it to the held-out draw."""
+_SPLIT_OF: dict[str, Split] = {
+    "train": "train", "training": "train", "restval": "train",
+    "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+_LIKE_A_SPLIT = re.compile(r"(train|val|valid|validation|dev|test)\d", re.IGNORECASE)
 ProgressFn = Callable[[str, int, int], None]
 """Progress callback, called with (what is done, samples done, samples in all)."""
 
@@ -44,6 +52,7 @@ class ConvertOptions:
         license: of the data, for the card.
         scorer: of answers.
         max_new_tokens: of an answer, for the card; None = the card's default.
+        class_names: file of the names of classes in prompts; None = the classes, or known ids.
     """
 
     name: str
@@ -63,6 +72,7 @@ class ConvertOptions:
     license: str = ""
     scorer: str = "exact"
     max_new_tokens: int | None = None
+    class_names: Path | None = None
 
     def __post_init__(self) -> None:
         for what, name in (("name", self.name), ("task", self.task or self.name)):
@@ -109,6 +119,8 @@ class Record:
         task: stated task, "" if none.
         label: name of its class, "" if it has none.
         split: one of ``SPLITS``.
+        remarks: what a user may not expect of it; each is counted and reported once.
+        unused: keys of the record that are not used.
     """
 
     name: str
@@ -116,6 +128,8 @@ class Record:
     task: str = ""
     label: str = ""
     split: str = ""
+    remarks: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,6 +158,83 @@ class SkippedRecord:
         # Ids and paths come from the file: nothing in them may steer a terminal or fill it.
         line = f"{self.file}, sample {self.position} (id '{self.name[:60]}'): {self.reason[:300]}"
         return escape_unprintable(line)
+
+
+def split_of(name: str) -> Split | None:
+    """Return the split that a name states in the data sets of the field, in any case.
+
+    ``restval`` is the part of COCO's validation images that Karpathy and Fei-Fei 2015,
+    arXiv:1412.2306, train on.
+
+    Args:
+        name: train, training, restval; val, valid, validation, dev; test or testing.
+
+    Returns:
+        The split, None for every other name.
+    """
+    return _SPLIT_OF.get(name.strip().lower())
+
+
+def file_split(name: str) -> Split | None:
+    """Return the split that a word in a file's or folder's name states: ``train-00000.parquet``."""
+    found = {split_of(word) for word in re.split(r"[\W_]+", name)} - {None}
+    return found.pop() if len(found) == 1 else None
+
+
+def file_splits(folder: Path, files: Sequence[Path]) -> list[str]:
+    """Return the split of each file by its name or its folder, "" if no name states one.
+
+    Raises:
+        ValueError: if only some names state one, or one looks like a split and is none.
+    """
+    splits: list[str] = []
+    for file in files:
+        *above, name = file.relative_to(folder).parts
+        words = (file_split(part) for part in (Path(name).stem, *reversed(above)))
+        splits.append(next(filter(None, words), ""))
+    unknown = [file for file, split in zip(files, splits, strict=True) if not split]
+    if not any(splits):
+        unknown = [file for file in files if _LIKE_A_SPLIT.match(file.stem)]
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]} is of no known split among the {len(files)} files of {folder}: name it "
+            "train, val or test, or move it away"
+        )
+    return splits
+
+
+Splitting = TypeVar("Splitting", bound="Chunk")
+
+
+def without_validation(chunks: Sequence[Splitting]) -> tuple[list[Splitting], list[str]]:
+    """Leave out the chunks of the validation split where there is a test split.
+
+    Returns:
+        The other chunks, and what was left out.
+    """
+    splits = [getattr(chunk, "split", "") for chunk in chunks]
+    if "test" not in splits or "validation" not in splits:
+        return list(chunks), []
+    kept = [chunk for chunk, own in zip(chunks, splits, strict=True) if own != "validation"]
+    count = sum(map(len, chunks)) - sum(map(len, kept))
+    return kept, [f"{count:,} validation samples left out: there is a test split"]
+
+
+def captions_member(captions: Sequence[str]) -> bytes:
+    """Return the ``json`` member of an image with several captions: ``{"captions": [...]}``.
+
+    Raises:
+        BadSample: if there is none, or one is empty, too long or not UTF-8.
+    """
+    if not captions or not all(caption.strip() for caption in captions):
+        raise BadSample("one of its captions is empty" if captions else "it has no caption")
+    try:
+        data = json.dumps({"captions": list(captions)}, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise BadSample("its captions are not UTF-8: save the file as UTF-8") from None
+    if len(data) > MAX_TEXT_BYTES:
+        raise BadSample(f"its captions have {len(data)} bytes, more than {MAX_TEXT_BYTES}")
+    return data
 
 
 def task_name(value: Any, column: str, where: str = "") -> str:
@@ -212,6 +303,9 @@ class InputData:
         tasks: in their order, if that is known; others come in the order in which they are met.
         task_column: column or key that was chosen to state the task, or "folder": tasks are
             ordered by its values; "" = as above.
+        text_field: member of a sample that holds its text, or ``json.captions``.
+        class_names: class -> its name in prompts, where that is another.
+        notes: what a user may not expect of the input, a sentence each.
         interleaved: whether each shard is to hold samples of every class; False where taking
             single records out of a chunk is slow.
     """
@@ -222,4 +316,7 @@ class InputData:
     classes: Sequence[str] = ()
     tasks: Sequence[str] = ()
     task_column: str = ""
+    text_field: str = "txt"
+    class_names: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
     interleaved: bool = False

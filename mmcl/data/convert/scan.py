@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +35,8 @@ MAX_LISTED = 10_000
 """Bad samples that are listed; more are only counted."""
 
 _EDGE = 1 << 16
+_TRAIN, _TEST, _VALIDATION = map(SPLITS.index, ("train", "test", "validation"))
+_USED = {"training": "are trained on", "test": "are the test samples", "": "are left out"}
 
 
 @dataclass
@@ -74,6 +77,8 @@ class ScanResult(_Scan):
         left_out: the first ``MAX_LISTED`` bad records.
         num_read: records that were read, n unless ``max_samples`` is set.
         num_bad: how many of these are bad.
+        remarks: sentence -> records that it is about.
+        unused: keys of records that are not used.
         digest: sha256 of everything that was read, in hex.
     """
 
@@ -83,6 +88,8 @@ class ScanResult(_Scan):
     left_out: list[SkippedRecord] = field(default_factory=list)
     num_read: int = 0
     num_bad: int = 0
+    remarks: Counter[str] = field(default_factory=Counter)
+    unused: set[str] = field(default_factory=set)
     digest: str = ""
 
 
@@ -93,6 +100,8 @@ class _ChunkScan(_Scan):
     tasks: dict[str, int] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
     unusable: list[tuple[int, InvalidRecord]] = field(default_factory=list)
+    remarks: Counter[str] = field(default_factory=Counter)
+    unused: set[str] = field(default_factory=set)
     digest: bytes = b""
 
 
@@ -130,11 +139,52 @@ def scan_input(
         for index, bad in glance.unusable[: MAX_LISTED - len(scan.left_out)]:
             scan.left_out.append(SkippedRecord(source.where, int(own[index]), bad.name, bad.reason))
         digest.update(glance.digest)
+        scan.remarks.update(glance.remarks)
+        scan.unused |= glance.unused
         scan.num_read += glance.count
         scan.num_bad += len(glance.unusable)
         progress(f"reading {source.where}", scan.num_read, len(chosen))
     scan.tasks, scan.labels, scan.digest = list(tasks), list(labels), digest.hexdigest()
     return scan
+
+
+def take_splits(train: ScanResult, test: ScanResult | None = None) -> list[str]:
+    """Decide what each stated split is used for; samples that are used for nothing are left out.
+
+    Validation samples are the test split where there is no test split, and never training samples.
+    Where a test input is given, its own test or validation split is used, or all of it if it
+    states none, and of the first input only what may be trained on.
+
+    Args:
+        train: scan of the input; splits of records are changed.
+        test: scan of a separate test input.
+
+    Returns:
+        A sentence for each input that states splits.
+    """
+    return [
+        f"splits of {scan.source.where}: {', '.join(uses)}"
+        for scan, is_only in ((train, test is None), (test, False))
+        if scan is not None and (uses := _use_splits(scan, is_only, scan is test))
+    ]
+
+
+def _use_splits(scan: ScanResult, is_only: bool, is_test: bool) -> list[str]:
+    counts = np.bincount(scan.split[scan.size > 0], minlength=len(SPLITS))
+    scored = _TEST if counts[_TEST] else _VALIDATION
+    use = {_TRAIN: "training", scored: "test"} if is_only else {_TRAIN: "training"}
+    if is_test:
+        use = {scored: "test"} if counts[scored] else {_TRAIN: "test"}
+    uses = []
+    for split in (_TRAIN, _VALIDATION, _TEST):
+        if not counts[split]:
+            continue
+        uses.append(f"{counts[split]:,} {SPLITS[split]} samples {_USED[use.get(split, '')]}")
+        if split not in use:
+            scan.size[scan.split == split] = 0
+    if is_only and scored == _VALIDATION:
+        scan.split[scan.split == _VALIDATION] = _TEST
+    return uses
 
 
 def _chosen_numbers(source: InputData, total: int, options: ConvertOptions) -> IntArray:
@@ -179,6 +229,8 @@ def scan_chunk(chunk: Chunk, scorer: str = "") -> _ChunkScan:
         glance.task[index] = glance.tasks.setdefault(record.task, len(glance.tasks))
         glance.label[index] = glance.labels.setdefault(record.label, len(glance.labels))
         glance.split[index] = SPLITS.index(record.split)
+        glance.remarks.update(record.remarks)
+        glance.unused.update(record.unused)
     glance.digest = digest.digest()
     return glance
 

@@ -22,6 +22,7 @@ from mmcl.data.remote.location import ShardLocation
 from mmcl.data.shards.image_folder import ImageFolder, open_image_folder
 from mmcl.data.shards.json_index import JsonIndex, open_json_index
 from mmcl.data.shards.llava_json import read_sample, record_id
+from mmcl.data.shards.sample_fields import SampleFields
 from mmcl.data.stored_sample import BadSample, BadShard, IntArray, Sample, are_increasing
 
 FORMAT = "mmcl-loose/1"
@@ -95,8 +96,10 @@ class JsonShard:
         """Return (n,) numbers of the records in the JSON, which are hashes without collisions."""
         return self._open().numbers.astype(np.uint64)
 
-    def read(self, index: int) -> Sample:
+    def read(self, index: int, fields: SampleFields | None = None) -> Sample:
         """Return a sample: its conversation, and its image as jpg, png or webp if it has one.
+
+        Its members have no other names, so ``fields`` choose none.
 
         Raises:
             BadSample: if the record cannot be used, or its image is missing, outside of the
@@ -112,7 +115,7 @@ class JsonShard:
             members[extension] = data
         return Sample(sample_key(opened.stated.keys, number, record.name), self.name, members)
 
-    def text_bytes(self, member: str) -> IntArray:
+    def text_bytes(self, member: str, fields: SampleFields | None = None) -> IntArray:
         """Return (n,) bytes of a text member as a tar would hold it, 0 for all but "json"."""
         opened = self._open()
         if member.lower() != "json":

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmcl.core import Task, TaskStream
+from mmcl.core.card import KeyUntil
 from mmcl.data.remote.location import (
     default_cache,
     is_remote,
@@ -29,7 +30,7 @@ from mmcl.data.shards.reader import (
     subset_size,
     validation_size,
 )
-from mmcl.data.shards.tar_index import is_read
+from mmcl.data.shards.sample_fields import SampleFields, UnusedMembers, field_error
 from mmcl.data.shards.tar_shard import TarShard
 from mmcl.data.stored_sample import NAMED, BadShard, ErrorList, IntArray, Split
 
@@ -51,6 +52,7 @@ class OpenOptions:
         allow_pipes: see ``open_stream``.
         sha256: of the card in lower case, "" = not stated.
         count: samples as the card says, None = not stated.
+        key_until: where the keys of its samples end.
     """
 
     cache: Path
@@ -58,6 +60,7 @@ class OpenOptions:
     allow_pipes: bool = False
     sha256: str = ""
     count: int | None = None
+    key_until: KeyUntil = "first_dot"
 
 
 def open_shard(
@@ -85,7 +88,7 @@ def open_shard(
     if name.endswith(SUFFIX):
         shard = JsonShard(origin, name, options.cache)
     else:
-        shard = TarShard(origin, name, options.cache, options.count)
+        shard = TarShard(origin, name, options.cache, options.count, options.key_until)
         if options.count is None or not is_lazy:
             _ = shard.index
         elif not origin.is_remote:
@@ -113,11 +116,13 @@ class OpenStream:
         stream: the same stream with exact sizes, after ``max_samples``.
         readers: (column, train, validation or test) -> reader of these samples.
         sources: number of a source that some task mixes in -> reader of its samples.
+        notes: members that no task uses, as far as shards are open.
     """
 
     stream: TaskStream
     readers: Mapping[tuple[int, Split], Reader]
     sources: Mapping[int, Reader] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def reader(self, column: int, split: Split) -> Reader:
         """Return the reader of one split of a task or eval-only task.
@@ -185,7 +190,8 @@ def open_stream(
     readers = work.readers(splits, validation_share)
     sources = {number: work.reader(source, "train") for number, source in own.items()}
     work.errors.raise_all(stream.name)
-    return OpenStream(_counted(stream, readers, max_samples, validation_share), readers, sources)
+    counted = _counted(stream, readers, max_samples, validation_share)
+    return OpenStream(counted, readers, sources, work.unused.lines())
 
 
 def display_name(task: Task) -> str:
@@ -198,11 +204,12 @@ def shard_names(task: Task, split: Split) -> tuple[str, ...]:
     return task.train if split == "train" else task.test
 
 
-def stated_options(stream: TaskStream, name: str, options: OpenOptions) -> OpenOptions:
-    """Add the hash and the sample count that the card states for a shard."""
+def stated_options(stream: TaskStream, task: Task, name: str, options: OpenOptions) -> OpenOptions:
+    """Add what the card states for a shard of a task: hash, sample count, and end of the keys."""
     return replace(
-        options, sha256=stream.hashes.get(name, "").lower(), count=stream.counts.get(name)
-    )
+        options, sha256=stream.hashes.get(name, "").lower(), count=stream.counts.get(name),
+        key_until=task.key_until,
+    )  # fmt: skip
 
 
 def task_type_error(task: Task) -> str:
@@ -213,12 +220,8 @@ def task_type_error(task: Task) -> str:
             f"{display_name(task)} has task_type '{task.task_type}', "
             f"expected {', '.join(readable)}: this version reads no others"
         )
-    if task.task_type not in ("classification", "image") and not is_read(task.text_field.lower()):
-        return (
-            f"{display_name(task)} takes its text from .{task.text_field}, expected .txt or a "
-            "member that ends in .txt, such as .de.txt"
-        )
-    return ""
+    error = field_error(task)
+    return f"{display_name(task)} {error}" if error else ""
 
 
 def count_error(task: Task, split: Split, counted: int) -> str:
@@ -281,22 +284,26 @@ class _Work:
     max_samples: float | int | None
     seed: int
     errors: ErrorList = field(default_factory=ErrorList)
-    opened: dict[str, Shard | str] = field(default_factory=dict)
+    opened: dict[tuple[str, KeyUntil], Shard | str] = field(default_factory=dict)
+    unused: UnusedMembers = field(default_factory=UnusedMembers)
 
     def open_all(self, splits: Sequence[tuple[Task, Split]], progress: Progress | None) -> None:
         """Open every shard once; of one that cannot be opened the reason is stored."""
-        names = list(dict.fromkeys(n for task, split in splits for n in shard_names(task, split)))
-        is_eager = len(names) <= EAGER
+        tasks: dict[tuple[str, KeyUntil], Task] = {}
+        for task, split in splits:
+            tasks |= {(name, task.key_until): task for name in shard_names(task, split)}
+        is_eager = len(tasks) <= EAGER
         with ThreadPoolExecutor(min(_THREADS, 2 * (os.cpu_count() or 1))) as pool:
-            found = pool.map(lambda name: self.open_shard(name, is_eager), names)
-            for done, (name, shard) in enumerate(zip(names, found, strict=True), start=1):
-                self.opened[name] = shard
+            found = pool.map(lambda key: self.open_shard(tasks[key], key[0], is_eager), tasks)
+            for done, (key, shard) in enumerate(zip(tasks, found, strict=True), start=1):
+                self.opened[key] = shard
                 if progress is not None:
-                    progress(done, len(names))
+                    progress(done, len(tasks))
 
-    def open_shard(self, name: str, is_eager: bool) -> Shard | str:
+    def open_shard(self, task: Task, name: str, is_eager: bool) -> Shard | str:
         """Return a shard, or why it cannot be opened."""
-        url, options = self.stream.shard(name), stated_options(self.stream, name, self.options)
+        options = stated_options(self.stream, task, name, self.options)
+        url = self.stream.shard(name)
         is_lazy = not is_eager or is_remote(url)
         try:
             return open_shard(name, url, options, verify_hash=self.verify_hashes, is_lazy=is_lazy)
@@ -322,7 +329,7 @@ class _Work:
         errors = [task_type_error(task)]
         shards = []
         for name in shard_names(task, split):
-            found = self.opened[name]
+            found = self.opened[name, task.key_until]
             if isinstance(found, str):
                 errors.append(f"{display_name(task)}: shard {name} {found}")
             else:
@@ -333,7 +340,25 @@ class _Work:
         for error in errors:
             self.errors.add(error)
         self.check_keys(f"{display_name(task)} ({split})", shards)
-        return Reader(shards, subset_indices(task, split, count, self.max_samples, self.seed))
+        fields = SampleFields.of(task)
+        if not errors[0]:
+            self.check_fields(task, fields, shards)
+        indices = subset_indices(task, split, count, self.max_samples, self.seed)
+        return Reader(shards, indices, fields)
+
+    def check_fields(self, task: Task, fields: SampleFields, shards: Sequence[Shard]) -> None:
+        """Check that the members of opened shards hold the task's fields, and note the others."""
+        lines = []
+        for shard in shards:
+            if not isinstance(shard, TarShard) or not shard.nbytes:
+                continue
+            error = shard.field_error(fields)
+            if error:
+                lines.append(f"{display_name(task)}: shard {shard.name} {error}")
+            else:
+                counts, used = shard.index.counts(), shard.members(fields)
+                self.unused.add(shard.name, counts, used, task.ignore_members)
+        self.errors.add_some(lines, f"shards of {display_name(task)} whose members do not fit")
 
     def check_keys(self, where: str, shards: Sequence[Shard]) -> None:
         # Shards that are opened later are left to `mmcl data validate`.

@@ -14,6 +14,7 @@ from mmcl.core import Task
 from mmcl.core.card.schema import escape_unprintable
 from mmcl.core.seeding import hash_priorities
 from mmcl.data.shards.json_shard import JsonShard
+from mmcl.data.shards.sample_fields import SampleFields
 from mmcl.data.shards.tar_shard import TarShard
 from mmcl.data.stored_sample import BadShard, IntArray, Sample, Split, are_increasing
 
@@ -94,7 +95,8 @@ def hold_out(
     smallest = hashes.argsort(stable=True)[: validation_size(count, validation_share)]
     is_held_out[smallest.numpy()] = True
     parts = recorded[~is_held_out], recorded[is_held_out]
-    return Reader(reader.shards, parts[0]), Reader(reader.shards, parts[1])
+    train, validation = (Reader(reader.shards, part, reader.fields) for part in parts)
+    return train, validation
 
 
 def evenly_spaced(count: int, max_samples: float | int | None) -> IntArray:
@@ -135,10 +137,12 @@ class Reader:
     Args:
         shards: in the order of the card.
         chosen: (n,) increasing indices into all shards: samples 0 to n - 1; None = all.
+        fields: of the task, whose members alone are read; None = all members.
 
     Attributes:
         shards: in the order of the card.
         chosen: as given.
+        fields: as given.
         sizes: (K,) int64, samples of each shard among those that are read.
         in_windows: whether training shuffles the shards in windows: if some are remote, or were
             at the first start of a run.
@@ -147,9 +151,12 @@ class Reader:
         ValueError: if the chosen indices do not increase or are outside the shards.
     """
 
-    def __init__(self, shards: Sequence[Shard], chosen: IntArray | None = None) -> None:
+    def __init__(
+        self, shards: Sequence[Shard], chosen: IntArray | None = None,
+        fields: SampleFields | None = None,
+    ) -> None:  # fmt: skip
         self.shards = tuple(shards)
-        self.chosen = chosen
+        self.chosen, self.fields = chosen, fields
         self._starts = np.zeros(len(self.shards) + 1, dtype=np.int64)
         np.cumsum(np.fromiter(map(len, self.shards), dtype=np.int64), out=self._starts[1:])
         edges = self._starts
@@ -183,7 +190,7 @@ class Reader:
             RuntimeError: if the shard changed since it was indexed.
         """
         shard, index = self._find(number)
-        return shard.read(index)
+        return shard.read(index) if self.fields is None else shard.read(index, self.fields)
 
     def key(self, number: int) -> str:
         """Return the key of a sample."""
@@ -222,7 +229,11 @@ class Reader:
         for shard in np.flatnonzero(np.diff(edges)).tolist():
             in_shard = slice(edges[shard], edges[shard + 1])
             try:
-                of_shard = self.shards[shard].text_bytes(member)
+                of_shard = (
+                    self.shards[shard].text_bytes(member)
+                    if self.fields is None
+                    else self.shards[shard].text_bytes(member, self.fields)
+                )
             except BadShard as error:
                 raise RuntimeError(f"shard {self.shards[shard].name} {error}") from None
             lengths[order[in_shard]] = of_shard[indices[in_shard] - self._starts[shard]]

@@ -1,9 +1,4 @@
-"""Index of a tar shard: offsets and lengths of every sample's members, for random access.
-
-Samples follow webdataset's convention: members of one key are adjacent, the key is everything up
-to the first dot of the file name (folders included), the extension is the rest in lower case. Only
-members of known harmless extensions are listed; others, pickles above all, are never read.
-"""
+"""Index of a tar shard: offsets and lengths of every sample's members, and the index file."""
 
 from __future__ import annotations
 
@@ -14,9 +9,9 @@ import os
 import re
 import struct
 import zlib
-from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -24,24 +19,25 @@ import numpy as np
 import numpy.typing as npt
 
 from mmcl.core.atomic_write import write_atomic
+from mmcl.core.card import KeyUntil
 from mmcl.data.remote.location import ShardLocation
-from mmcl.data.shards.tar import BLOCK, members, padded
-from mmcl.data.stored_sample import BadShard, IntArray, hash_bytes
+from mmcl.data.shards.tar import BLOCK, padded
+from mmcl.data.stored_sample import IntArray
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 Hashes = npt.NDArray[np.uint64]
 UInts = npt.NDArray[np.uint32]
 
-MAX_BYTES = BLOCK << 32
-"""Largest shard whose blocks can be numbered with 32 bits."""
 IN_LARGE = (1 << 32) - 1
 """Placeholder for the length of a member that is too long for 32 bits."""
-MAX_EXTENSIONS = 256
-_OTHERS = frozenset({"cls", "txt", "json"})
+_NEVER_READ = frozenset({
+    "pyd", "pickle", "pkl", "pk", "dill", "joblib", "pth", "pt", "ckpt", "bin", "ten", "tenbin",
+    "npy", "npz", "mp", "msgpack", "gz", "bz2", "xz", "zst", "zip", "tar", "tgz", "csv", "tsv",
+    "parquet", "md", "rst", "yaml", "yml", "toml", "log", "py", "sh", "idx", "index",
+})  # fmt: skip
+"""Pickles, arrays, archives, and files about a shard that are no part of a sample."""
 _EDGE = 1 << 16
-_KEY_AND_EXTENSION = re.compile(rb"^((?:.*/|)[^./]+)[.]([^/]*)$", re.DOTALL)
-_META = re.compile(rb"__[^/]*__($|/)")
-_MAGIC = b"mmclidx2"
+_MAGIC = b"mmclidx3"
 """Magic number and version of the file format."""
 _SUMS = struct.Struct("<8sII")
 _FIELDS = struct.Struct("<QqIIII32s")
@@ -50,8 +46,8 @@ _TYPES = ("<i8", "<u4", "<u4", "<u4", "|u1")
 
 
 def is_read(extension: str) -> bool:
-    """Return whether members of this extension are ever read."""
-    return extension in IMAGES or extension in _OTHERS or extension.endswith(".txt")
+    """Return whether a card may name members of this extension; pickles are never read."""
+    return bool(extension) and extension.rpartition(".")[2] not in _NEVER_READ
 
 
 @dataclass(frozen=True)
@@ -70,6 +66,8 @@ class ShardIndex:
         length: (m,) bytes of a member, 2**32 - 1 where ``large`` has them.
         kind: (m,) uint8 index of a member's extension in ``extensions``.
         large: (k, 2) int64 index and true length of the members of 4 GiB and more.
+        unread: extension -> number of members that are never read.
+        key_until: where the keys end.
         key_hash: (n,) hashes of the keys where no file has them, 8 n bytes more; else None.
     """
 
@@ -81,6 +79,8 @@ class ShardIndex:
     length: UInts
     kind: npt.NDArray[np.uint8]
     large: IntArray
+    unread: Mapping[str, int] = field(default_factory=dict)
+    key_until: KeyUntil = "first_dot"
     key_hash: Hashes | None = None
 
     def __len__(self) -> int:
@@ -101,9 +101,17 @@ class ShardIndex:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} is outside 0 to {len(self) - 1}")
-        for member in range(int(self.first[index]), int(self.first[index + 1])):
-            extension = self.extensions[int(self.kind[member])]
-            yield extension, int(self.block[member]) * BLOCK, self._length(member)
+        start, end = int(self.first[index]), int(self.first[index + 1])
+        kinds, blocks = self.kind[start:end].tolist(), self.block[start:end].tolist()
+        lengths = self.length[start:end].tolist()
+        for place, (kind, block, length) in enumerate(zip(kinds, blocks, lengths, strict=True)):
+            true = length if length < IN_LARGE else self._length(start + place)
+            yield self.extensions[kind], block * BLOCK, true
+
+    @cached_property
+    def is_sorted(self) -> bool:
+        """Whether the members of every sample are adjacent, as webdataset's own reader needs."""
+        return bool((self.block[1:] > self.block[:-1]).all())
 
     def before(self, index: int) -> int:
         """Return the offset after the last listed member before a sample; its headers follow.
@@ -111,7 +119,24 @@ class ShardIndex:
         Members that are not read may be in between.
         """
         member = int(self.first[index]) - 1
+        if not self.is_sorted:
+            own = self.block[int(self.first[index])]
+            earlier = self.block < own
+            member = int(np.where(earlier, self.block, 0).argmax()) if earlier.any() else -1
         return 0 if member < 0 else int(self.block[member]) * BLOCK + padded(self._length(member))
+
+    def counts(self) -> dict[str, int]:
+        """Return extension -> number of members, also of those that are never read."""
+        listed = np.bincount(self.kind, minlength=len(self.extensions)).tolist()
+        return {**dict(zip(self.extensions, listed, strict=True)), **self.unread}
+
+    def several(self, members: Collection[str]) -> IntArray:
+        """Return the indices of the samples that have more than one of these members."""
+        kinds = [kind for kind, name in enumerate(self.extensions) if name in members]
+        if len(kinds) < 2 or len(self) == 0:
+            return np.zeros(0, dtype=np.int64)
+        counts = np.add.reduceat(np.isin(self.kind, kinds).astype(np.int64), self.first[:-1])
+        return np.flatnonzero(counts > 1)
 
     def lengths(self, member: str) -> IntArray:
         """Return (n,) bytes of one member, such as "txt", of each sample, 0 where it has none."""
@@ -135,37 +160,6 @@ class ShardIndex:
         return int(self.large[np.searchsorted(self.large[:, 0], member), 1])
 
 
-def scan(file: BinaryIO) -> tuple[ShardIndex, Hashes]:
-    """Index a shard by walking over its headers.
-
-    Args:
-        file: a plain tar, open for reading; a buffer of a few KiB holds neighboring headers.
-
-    Returns:
-        the index, and (n,) hashes of the keys.
-
-    Raises:
-        BadShard: if it is not a whole tar, or too large, or has too many extensions.
-        OSError: if it cannot be read.
-    """
-    size = os.fstat(file.fileno()).st_size
-    if size > MAX_BYTES:
-        raise BadShard(f"has {size} bytes, more than {MAX_BYTES}: write it in several shards")
-    builder = _IndexBuilder()
-
-    def read_range(offset: int, length: int) -> bytes:
-        file.seek(offset)
-        return file.read(length)
-
-    for name, offset, length in members(read_range, size):
-        key, extension = split(name)
-        if extension:
-            builder.add(key, extension, offset, length)
-    return builder.index(size, head_tail_hash(file, size)), np.array(
-        builder.key_hash, dtype=np.uint64
-    )
-
-
 def head_tail_hash(file: BinaryIO, size: int, prefix: bytes = b"") -> bytes:
     """Return the sha256 of ``prefix`` and of the first and the last 64 KiB of a file."""
     digest = hashlib.sha256(prefix)
@@ -174,58 +168,6 @@ def head_tail_hash(file: BinaryIO, size: int, prefix: bytes = b"") -> bytes:
     file.seek(max(0, size - _EDGE))
     digest.update(file.read(_EDGE))
     return digest.digest()
-
-
-def split(name: bytes) -> tuple[bytes, str]:
-    """Return key and extension of a member name; the extension is "" for those never read."""
-    found = _KEY_AND_EXTENSION.match(name)
-    if found is None or _META.match(name):
-        return b"", ""
-    extension = found[2].decode("ascii", "replace").lower()
-    return found[1], extension if is_read(extension) else ""
-
-
-class _IndexBuilder:
-    """Index builder: the members of a shard as a scan finds them."""
-
-    def __init__(self) -> None:
-        self.first, self.offset, self.length = array("q"), array("q"), array("q")
-        self.kind, self.key_hash = array("B"), array("Q")
-        self.extensions: dict[str, int] = {}
-        self.key: bytes | None = None
-        self.own: set[str] = set()
-
-    def add(self, key: bytes, extension: str, offset: int, length: int) -> None:
-        # A member named twice starts another sample of the same key, which is reported.
-        if key != self.key or extension in self.own:
-            self.first.append(len(self.offset))
-            self.key_hash.append(hash_bytes(key))
-            self.key, self.own = key, set()
-        self.own.add(extension)
-        self.offset.append(offset)
-        self.length.append(length)
-        kind = self.extensions.setdefault(extension, len(self.extensions))
-        if kind >= MAX_EXTENSIONS:
-            raise BadShard(
-                f"has more than {MAX_EXTENSIONS} extensions of members, .{extension} for one: a "
-                "key ends at the first dot of a file name, so write keys without dots"
-            )
-        self.kind.append(kind)
-
-    def index(self, size: int, edges: bytes) -> ShardIndex:
-        self.first.append(len(self.offset))
-        length = np.array(self.length, dtype=np.int64)
-        large = np.flatnonzero(length >= IN_LARGE)
-        return ShardIndex(
-            size,
-            edges,
-            tuple(self.extensions),
-            first=np.array(self.first, dtype=np.uint32),
-            block=(np.array(self.offset, dtype=np.int64) // BLOCK).astype(np.uint32),
-            length=np.minimum(length, IN_LARGE).astype(np.uint32),
-            kind=np.array(self.kind, dtype=np.uint8),
-            large=np.stack([large, length[large]], axis=1),
-        )
 
 
 def index_paths(origin: ShardLocation, cache: Path | None) -> list[Path]:
@@ -266,13 +208,16 @@ def write_index(
     return replace(index, key_hash=key_hash)
 
 
-def read_index(paths: Sequence[Path], file: BinaryIO | None) -> ShardIndex | None:
+def read_index(
+    paths: Sequence[Path], file: BinaryIO | None, key_until: KeyUntil = "first_dot"
+) -> ShardIndex | None:
     """Return the index of a shard from its file, None if there is no valid one.
 
     Args:
         paths: see ``index_paths``.
         file: a local shard, whose size, time and edges must be as at the scan; None = a remote
             one, which is compared when it is fetched.
+        key_until: where the keys end, as at the scan.
     """
     for path in paths:
         with contextlib.suppress(OSError):
@@ -282,7 +227,8 @@ def read_index(paths: Sequence[Path], file: BinaryIO | None) -> ShardIndex | Non
                 header = _header(stored)
                 if header is not None and _is_of(header, file):
                     index = _index(stored, header)
-                    if index is not None and _is_consistent(index):
+                    is_same = index is not None and index.key_until == key_until
+                    if index is not None and is_same and _is_consistent(index):
                         return index
     return None
 
@@ -315,7 +261,7 @@ class _Header(NamedTuple):
 
 
 def _packed(index: ShardIndex, key_hash: Hashes, time: int) -> bytes:
-    text = json.dumps(index.extensions).encode()
+    text = json.dumps([index.extensions, index.unread, index.key_until]).encode()
     counts = (len(index), len(index.block), len(index.large), len(text))
     arrays = [index.large, index.first, index.block, index.length, index.kind]
     packed = [np.ascontiguousarray(a, t).tobytes() for a, t in zip(arrays, _TYPES, strict=True)]
@@ -364,14 +310,15 @@ def _index(stored: BinaryIO, header: _Header) -> ShardIndex | None:
         start += length
     large, first, block, lengths, kinds = arrays
     try:
-        extensions = json.loads(body[start:])
-    except (ValueError, RecursionError):
+        extensions, unread, key_until = json.loads(body[start:])
+        counts = {name: int(count) for name, count in unread.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
     if not isinstance(extensions, list) or not all(isinstance(one, str) for one in extensions):
         return None
     return ShardIndex(
         header.size, header.head_tail_hash, tuple(extensions), first, block, lengths, kinds,
-        large.reshape(-1, 2),
+        large.reshape(-1, 2), counts, key_until,
     )  # fmt: skip
 
 
@@ -388,8 +335,14 @@ def _is_consistent(index: ShardIndex) -> bool:
     in_large = np.flatnonzero(index.length == IN_LARGE)
     if not np.array_equal(in_large, large[:, 0]) or (large[:, 1] < IN_LARGE).any():
         return False
-    start = index.block.astype(np.int64) * BLOCK
-    ends = start + index.true_lengths()
+    # Samples follow each other by their first members, and the members of a sample rise.
+    rises = np.diff(index.block.astype(np.int64)) > 0
+    rises[first[1:-1] - 1] = True
+    if not rises.all() or (np.diff(index.block[first[:-1]].astype(np.int64)) <= 0).any():
+        return False
+    order = slice(None) if index.is_sorted else np.argsort(index.block)
+    start = (index.block.astype(np.int64) * BLOCK)[order]
+    ends = start + index.true_lengths()[order]
     # Between two members there is at least the header of the second.
     follows = (start[1:] >= ends[:-1] + BLOCK).all()
     return bool(

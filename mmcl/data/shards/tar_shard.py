@@ -6,10 +6,21 @@ import contextlib
 import mmap
 import os
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
+from mmcl.core.card import KeyUntil
 from mmcl.data.remote.location import ShardLocation
+from mmcl.data.shards.image_folder import extension_of
+from mmcl.data.shards.sample_fields import (
+    SampleFields,
+    StoredAs,
+    UnfitMembers,
+    two_images,
+)
 from mmcl.data.shards.tar import BLOCK, members, plain_header
 from mmcl.data.shards.tar_index import (
     IMAGES,
@@ -19,10 +30,9 @@ from mmcl.data.shards.tar_index import (
     index_paths,
     read_index,
     read_key_hashes,
-    scan,
-    split,
     write_index,
 )
+from mmcl.data.shards.tar_scan import scan, split
 from mmcl.data.stored_sample import MAX_TEXT_BYTES, BadSample, BadShard, IntArray, Sample
 
 MAX_IMAGE_MEMBER_BYTES = 1 << 28
@@ -35,6 +45,8 @@ _ATTEMPTS = 3
 _BUFFER_BYTES = 1 << 12
 _LONG_NAMES = (b"path=", b"@LongLink")
 """Bytes that occur before a header whose name field is not the member's whole name."""
+_START_BYTES = 64
+"""Bytes by which an image is recognized."""
 _NEAR = 8 * BLOCK
 """Most bytes before a member that are searched for these; beyond, the headers are walked."""
 
@@ -53,12 +65,14 @@ class TarShard:
         cache: cache folder for indexes that cannot be next to their shard; None = no index files,
             every process scans the tar.
         count: number of its samples on the card; None = not stated, open the tar to count them.
+        key_until: where the keys of its samples end.
     """
 
     def __init__(
-        self, origin: ShardLocation, name: str, cache: Path | None, count: int | None = None
-    ) -> None:
-        self.origin, self.name = origin, name
+        self, origin: ShardLocation, name: str, cache: Path | None, count: int | None = None,
+        key_until: KeyUntil = "first_dot",
+    ) -> None:  # fmt: skip
+        self.origin, self.name, self.key_until = origin, name, key_until
         self.is_remote = origin.is_remote
         self._cache = cache
         self._count = count
@@ -66,6 +80,7 @@ class TarShard:
         self._edges: bytes | None = None
         self._compared: tuple[int, int] | None = None
         self._map_key = object()
+        self._members: dict[SampleFields, dict[str, StoredAs]] = {}
 
     @property
     def index(self) -> ShardIndex:
@@ -117,36 +132,127 @@ class TarShard:
         self._expect_unchanged(scanned)
         return hashes
 
-    def read(self, index: int) -> Sample:
+    def read(self, index: int, fields: SampleFields | None = None) -> Sample:
         """Return a sample.
 
+        Args:
+            index: 0 to n - 1.
+            fields: read only the members of these, under their usual names: the image under its
+                format, the label as "cls"; None = all members, under their own.
+
         Raises:
-            BadSample: if one of its members is too large for its extension.
+            BadSample: if one of its members is too large for its extension, or a field of it has
+                none or several.
             RuntimeError: if the shard changed since it was indexed or cannot be opened.
         """
         shard_index = self._opened()
         data = self._map(shard_index)
-        members: dict[str, bytes] = {}
         listed = list(shard_index.members(index))
+        key = self._key(shard_index, data, index, listed[0])
+        if fields is not None:
+            return Sample(key, self.name, self._read_fields(data, listed, fields))
+        own: dict[str, bytes] = {}
         for extension, offset, length in listed:
-            limit = MAX_IMAGE_MEMBER_BYTES if extension in IMAGES else MAX_TEXT_BYTES
-            if length > limit:
-                raise BadSample(f"its .{extension} has {length} bytes, more than {limit}")
-            members[extension] = data[offset : offset + length]
-        return Sample(self._key(shard_index, data, index, listed[0]), self.name, members)
+            limit = MAX_IMAGE_MEMBER_BYTES if _is_image(extension) else MAX_TEXT_BYTES
+            own[extension] = _content(data, extension, offset, length, limit)
+        return Sample(key, self.name, own)
 
-    def text_bytes(self, member: str) -> IntArray:
-        """Return (n,) bytes of a member, "txt" or "json" or "de.txt", 0 where a sample has none."""
-        return self.index.lengths(member)
+    def members(self, fields: SampleFields) -> dict[str, StoredAs]:
+        """Return the members that hold these fields: extension -> its use.
+
+        Raises:
+            UnfitMembers: if there are none or several that may be meant.
+            BadShard: as ``index``.
+        """
+        found = self._members.get(fields)
+        if found is None:
+            extensions = self.index.extensions
+            found = fields.members(extensions, self._holds_image)
+            if len(self.index):
+                read_json = partial(self._first, "json", MAX_TEXT_BYTES)
+                fields.expect_required(found, extensions, read_json)
+            self._members[fields] = found
+        return found
+
+    def field_error(self, fields: SampleFields) -> str:
+        """Return why a task cannot take its fields from this shard, "" if it can."""
+        try:
+            found = self.members(fields)
+        except UnfitMembers as error:
+            return str(error)
+        images = {name for name, use in found.items() if use.field == "image"}
+        several = self.index.several(images) if not fields.image else ()
+        if len(several) == 0:
+            return ""
+        first = [name for name, _, _ in self.index.members(int(several[0])) if name in images]
+        return two_images(first)
+
+    def text_bytes(self, member: str, fields: SampleFields | None = None) -> IntArray:
+        """Return (n,) bytes of a member, "txt" or "json" or "de.txt", 0 where a sample has none.
+
+        With ``fields`` it is the member that holds their text, whatever its name.
+        """
+        if fields is None:
+            return self.index.lengths(member)
+        try:
+            found = self.members(fields)
+        except UnfitMembers:
+            return np.zeros(len(self), dtype=np.int64)
+        texts = [self.index.lengths(name) for name, use in found.items() if use.field == "text"]
+        return np.max([np.zeros(len(self), dtype=np.int64), *texts], axis=0)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out index and map; the hash of the shard's first and last bytes is included."""
-        return {**self.__dict__, "_index": None, "_map_key": None}
+        return {**self.__dict__, "_index": None, "_map_key": None, "_members": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Create a new key for the map, which belongs to this process."""
         self.__dict__.update(state)
         self._map_key = object()
+
+    def _read_fields(
+        self, data: mmap.mmap, listed: list[tuple[str, int, int]], fields: SampleFields
+    ) -> dict[str, bytes]:
+        """Return the members of a sample that hold its fields, under their usual names."""
+        try:
+            uses = self.members(fields)
+        except UnfitMembers as error:
+            raise BadSample(f"its shard {error}") from None
+        best: dict[str, tuple[int, str, str, int, int]] = {}
+        for extension, offset, length in listed:
+            use = uses.get(extension)
+            if use is None:
+                continue
+            before = best.get(use.field)
+            if before is not None and use.field == "image" and before[0] == use.rank:
+                raise BadSample(f"it {two_images([before[1], extension])}")
+            if before is None or use.rank < before[0]:
+                best[use.field] = (use.rank, extension, use.name, offset, length)
+        own: dict[str, bytes] = {}
+        for field, (_, extension, name, offset, length) in best.items():
+            limit = MAX_IMAGE_MEMBER_BYTES if field == "image" else MAX_TEXT_BYTES
+            content = _content(data, extension, offset, length, limit)
+            own[name or extension_of(content)] = content
+        for field in fields.required:
+            if field not in best:
+                raise BadSample(
+                    fields.missing(field, uses, [extension for extension, _, _ in listed])
+                )
+        return own
+
+    def _holds_image(self, extension: str) -> bool:
+        try:
+            extension_of(self._first(extension, _START_BYTES))
+        except BadSample:
+            return False
+        return True
+
+    def _first(self, extension: str, limit: int) -> bytes:
+        """Return at most ``limit`` bytes of the first member of an extension."""
+        index = self.index
+        member = int((index.kind == index.extensions.index(extension)).argmax())
+        start = int(index.block[member]) * BLOCK
+        return self._map(index)[start : start + min(int(index.length[member]), limit)]
 
     def _index_paths(self) -> list[Path]:
         return index_paths(self.origin, self._cache)
@@ -155,10 +261,10 @@ class TarShard:
         """Return the index from its file, None if there is no valid one."""
         paths = self._index_paths()
         if self.is_remote:
-            index = read_index(paths, None)
+            index = read_index(paths, None, self.key_until)
         else:
             with open_at_once(self.origin) as file:
-                index = read_index(paths, file)
+                index = read_index(paths, file, self.key_until)
                 self._compared = _identity_of(file)
         # A remote shard may have been replaced since, together with its card.
         return None if index is not None and self._count not in (None, len(index)) else index
@@ -167,7 +273,7 @@ class TarShard:
         """Scan the shard and write its index file."""
         with open_at_once(self.origin) as file:
             self._compared = _identity_of(file)
-            index, key_hash = scan(file)
+            index, key_hash = scan(file, self.key_until)
         time = 0 if self.is_remote else self._compared[1]
         return write_index(self._index_paths(), index, key_hash, time), key_hash
 
@@ -226,13 +332,15 @@ class TarShard:
         between = data[start : offset - BLOCK] if offset - start <= _NEAR else _LONG_NAMES[0]
         if not any(mark in between for mark in _LONG_NAMES):
             header = plain_header(data[offset - BLOCK : offset])
-            key, read_extension = split(header.name) if header is not None else (b"", "")
+            key, read_extension = (
+                split(header.name, self.key_until) if header is not None else (b"", "")
+            )
             if read_extension == extension:
                 return key.decode("utf-8", "backslashreplace")
         with contextlib.suppress(BadShard):
             walk = members(lambda at, length: data[at : at + length], index.size, start)
             name = next((name for name, begins, _ in walk if begins == offset), b"")
-            key, read_extension = split(name)
+            key, read_extension = split(name, self.key_until)
             if read_extension == extension:
                 return key.decode("utf-8", "backslashreplace")
         raise self._changed()
@@ -261,6 +369,16 @@ def open_at_once(origin: ShardLocation) -> BinaryIO:
         f"vanished {_ATTEMPTS} times before it could be opened: give the cache more space, or "
         "stop what empties it"
     )
+
+
+def _is_image(extension: str) -> bool:
+    return extension.rpartition(".")[2] in IMAGES
+
+
+def _content(data: mmap.mmap, extension: str, offset: int, length: int, limit: int) -> bytes:
+    if length > limit:
+        raise BadSample(f"its .{extension} has {length} bytes, more than {limit}")
+    return data[offset : offset + length]
 
 
 def _identity_of(file: BinaryIO) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from mmcl.data.shards.open_stream import (
     task_type_error,
 )
 from mmcl.data.shards.reader import Reader
+from mmcl.data.shards.sample_fields import UnusedMembers
 from mmcl.data.stored_sample import NAMED, ErrorList, IntArray, Split
 from mmcl.data.validate.results import (
     SplitFindings,
@@ -230,6 +231,7 @@ class ResultAggregator:
         self.splits: dict[tuple[int, Split], SplitAccumulator] = {}
         self.current: tuple[Task, Split] | None = None
         self.unusable: set[str] = set()
+        self.unused, self.unsorted = UnusedMembers(), dict[str, None]()
 
     def add(self, job: ShardJob, found: ShardFindings) -> None:
         """Add the result of the next shard."""
@@ -242,6 +244,10 @@ class ResultAggregator:
         )
         if not found.error:
             split.add(job, found)
+            ignored = job.task.ignore_members
+            self.unused.add(job.name, found.members, found.used, ignored)
+            if not found.is_sorted:
+                self.unsorted[job.name] = None
         elif job.name not in self.unusable:
             self.unusable.add(job.name)
             self.errors.add(f"{display_name(job.task)}: shard {job.name} {found.error}")
@@ -278,9 +284,16 @@ class ResultAggregator:
         tasks = tuple(self.task_findings(task) for task in everything)
         absent = [line for each in tasks for line in _absent_classes(each)]
         self.warnings.add_some(absent, "splits of tasks lack classes")
+        if self.unsorted:
+            self.warnings.add(
+                f"members of a sample lie apart in {len(self.unsorted)} shards, such as "
+                f"{next(iter(self.unsorted))}: mmcl reads them, other readers of webdataset do "
+                "not; write them with tar --sort=name"
+            )
         self.check_hashes({name for task in everything for name in (*task.train, *task.test)})
         errors, warnings = tuple(self.errors.lines), tuple(self.warnings.lines)
-        return StreamFindings(self.stream.name, self.stream, errors, warnings, tasks)
+        notes = self.unused.lines()
+        return StreamFindings(self.stream.name, self.stream, errors, warnings, tasks, notes)
 
     def task_findings(self, task: Task) -> TaskFindings:
         """Summarize a task, eval-only task or source."""

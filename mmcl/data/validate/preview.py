@@ -18,6 +18,7 @@ from mmcl.data.decode import MAX_PIXELS
 from mmcl.data.remote.location import default_cache
 from mmcl.data.shards.open_stream import OpenOptions, open_shard, shard_names
 from mmcl.data.shards.reader import Reader
+from mmcl.data.shards.sample_fields import SampleFields
 from mmcl.data.stored_sample import BadSample, BadShard, Split
 from mmcl.data.validate.shard_check import decode_as_training
 
@@ -81,11 +82,14 @@ def draw_samples(
     draw = np.random.default_rng([seed, group])
     names = shard_names(task, split)
     readers: list[Reader] = []
-    options = OpenOptions(cache_dir or default_cache(), cache_limit, allow_pipes)
+    options = OpenOptions(
+        cache_dir or default_cache(), cache_limit, allow_pipes, key_until=task.key_until
+    )
     for index in draw.permutation(len(names))[:count].tolist():
         try:
             url = stream.shard(names[index])
-            readers.append(Reader([open_shard(names[index], url, options)]))
+            shard = open_shard(names[index], url, options)
+            readers.append(Reader([shard], fields=SampleFields.of(task)))
         except (BadShard, OSError):
             continue
     found: list[DrawnSample] = []

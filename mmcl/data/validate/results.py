@@ -87,6 +87,7 @@ class StreamFindings:
         errors: errors that keep the stream from being used, a line each; few of a sort in full.
         warnings: warnings, a line each.
         tasks: every task, eval-only task and source.
+        notes: what is in the stream and not used, a line each.
     """
 
     name: str
@@ -94,6 +95,7 @@ class StreamFindings:
     errors: tuple[str, ...]
     warnings: tuple[str, ...]
     tasks: tuple[TaskFindings, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def splits(self) -> tuple[SplitFindings, ...]:
@@ -107,6 +109,7 @@ class StreamFindings:
             "is_good": not self.errors,
             "errors": list(self.errors),
             "warnings": list(self.warnings),
+            "notes": list(self.notes),
             "tasks": [
                 {
                     "name": each.task.name,

@@ -14,6 +14,7 @@ from mmcl.core import Conversation, ProcessedSample, Task
 from mmcl.data.batches.collate import make_example
 from mmcl.data.shards.open_stream import OpenOptions, open_shard, task_type_error
 from mmcl.data.shards.reader import Reader, Shard, evenly_spaced
+from mmcl.data.shards.sample_fields import SampleFields
 from mmcl.data.shards.tar_index import IMAGES
 from mmcl.data.shards.tar_shard import TarShard
 from mmcl.data.stored_sample import (
@@ -124,6 +125,9 @@ class ShardFindings:
         fingerprints: (k, 3) fingerprints; zeros where a sample cannot be read.
         contents: (k,) hashes of everything in a sample, 0 where it cannot be read.
         counts: of the samples that were decoded.
+        members: extension -> how often it occurs in the shard.
+        used: members that the task uses.
+        is_sorted: whether the members of every sample are adjacent.
     """
 
     error: str = ""
@@ -133,6 +137,9 @@ class ShardFindings:
     fingerprints: Fingerprints = field(default_factory=lambda: np.zeros((0, 3), np.uint64))
     contents: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
     counts: SampleCounts = field(default_factory=SampleCounts)
+    members: dict[str, int] = field(default_factory=dict)
+    used: tuple[str, ...] = ()
+    is_sorted: bool = True
 
 
 def check_shard(job: ShardJob) -> ShardFindings:
@@ -188,6 +195,13 @@ def decode_as_training(sample: Sample, task: Task, max_pixels: int) -> DecodedSa
 def _scan(job: ShardJob, shard: Shard, is_first: bool) -> ShardFindings:
     """Decode the samples of a job and collect what they hold."""
     found, reader = ShardFindings(in_shard=len(shard)), Reader([shard])
+    task_error, fields = task_type_error(job.task), SampleFields.of(job.task)
+    if isinstance(shard, TarShard) and not task_error:
+        error = shard.field_error(fields)
+        if error:
+            raise BadShard(error)
+        found.is_sorted, found.used = shard.index.is_sorted, tuple(shard.members(fields))
+        found.members = shard.index.counts() if is_first else {}
     columns = job.task.class_ids if job.task.task_type == "classification" else ()
     class_index = {column: index for index, column in enumerate(columns)}
     counts = found.counts
@@ -195,12 +209,12 @@ def _scan(job: ShardJob, shard: Shard, is_first: bool) -> ShardFindings:
     if is_first:
         found.samples, found.keys = len(shard), shard.key_hashes()
         counts.size_bytes = shard.index.size if isinstance(shard, TarShard) else 0
-    indices = np.zeros(0, np.int64) if task_type_error(job.task) else job.indices(len(shard))
+    indices = np.zeros(0, np.int64) if task_error else job.indices(len(shard))
     found.fingerprints = np.zeros((len(indices), 3), np.uint64)
     found.contents = np.zeros(len(indices), np.uint64)
     for number, index in enumerate(indices.tolist()):
         try:
-            sample = shard.read(index)
+            sample = shard.read(index, fields)
             decoded = decode_as_training(sample, job.task, job.max_pixels)
         except BadSample as error:
             # Errors of one sort differ in names, numbers and details only.

@@ -127,9 +127,10 @@ class _Jobs:
         if max_samples is not None and not (isinstance(max_samples, float) and max_samples <= 1):
             max_samples = -(-int(max_samples) // max(1, len(indices)))
         for index in indices:
-            name, options = names[index], self.options
+            name = names[index]
+            options = replace(self.options, key_until=task.key_until)
             if self.shards is None:
-                options = stated_options(self.stream, name, options)
+                options = stated_options(self.stream, task, name, options)
             url = self.stream.shard(name)
             yield ShardJob(
                 task, split, name, url, options, max_samples, self.max_pixels, self.by_pixels

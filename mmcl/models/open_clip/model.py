@@ -18,6 +18,7 @@ from mmcl.core import (
     Prompts,
     Transform,
 )
+from mmcl.core.batch import text_ids
 from mmcl.core.image_values import expect_levels
 from mmcl.core.model import PromptPosition, eval_mode, set_frozen_to_eval
 from mmcl.models.fingerprint import fingerprint_of, frozen_buffers
@@ -161,8 +162,10 @@ class OpenCLIP(nn.Module):
                     "the caption loss needs output.image and output.text, got None: pass the "
                     "output of model(batch) for a batch with captions"
                 )
-            pairs = (output.image, output.text, batch.input_ids)
-            return clip_loss(*pairs, self._scale(), batch.in_loss)
+            return clip_loss(
+                output.image, output.text, self._scale(), image_ids=batch.image_ids,
+                text_ids=text_ids(batch.input_ids, batch.attention_mask), in_loss=batch.in_loss,
+            )  # fmt: skip
         logits = output.logits
         if self.logit_scope == "task" and len(self._class_task) == logits.shape[1]:
             # Samples of another source have no task (-1) and are compared with all classes.

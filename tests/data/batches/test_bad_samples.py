@@ -76,7 +76,7 @@ def test_a_replacement_is_drawn_from_seed_task_sample_and_attempt(broken):
 
 
 def test_the_run_ends_after_a_hundred_bad_samples_in_a_row(tmp_path):
-    members = [(f"k{n}.png", b"") for n in range(5)]
+    members = [(f"k{n}.{kind}", b"") for n in range(5) for kind in ("png", "cls")]
     prepared = open_stream(write_stream(tmp_path, sizes=(4,), a_train=members))
     with pytest.raises(ValueError, match="100 samples in a row could not be read in task"):
         list(load(prepared, 0, None))

@@ -63,6 +63,9 @@ def bad(*numbers):
     return [(f"bad{number}.png", picture(number)) for number in numbers]
 
 
+EMPTY = [("empty.png", b""), ("empty.cls", b"0")]
+
+
 def test_bad_samples_are_left_out_and_named_and_all_bad_batches_are_skipped(tmp_path):
     members = bad(0, 1) + labelled(3) + bad(2, 3, 4, 5) + labelled(1, start=3) + bad(6, 7)
     prepared = open_stream(write_stream(tmp_path, sizes=(4,), a_test=members))
@@ -72,11 +75,13 @@ def test_bad_samples_are_left_out_and_named_and_all_bad_batches_are_skipped(tmp_
     assert [batch.sample_ids.tolist() for batch in batches] == [[2, 3], [4], [9]]
     named = [[error.split(" ")[0] for error in batch.errors] for batch in batches]
     assert named == [["bad0", "bad1"], ["bad2"], ["bad3", "bad4", "bad5", "bad6", "bad7"]]
-    assert batches[0].errors[0] == "bad0 in a-test.tar: it has no label (.cls)"
+    assert batches[0].errors[0] == (
+        "bad0 in a-test.tar: it has no label (.cls): its members are .png"
+    )
 
 
 def test_a_split_without_a_readable_sample_is_an_error(tmp_path):
-    prepared = open_stream(write_stream(tmp_path, sizes=(4,), a_test=bad(0, 1, 2)))
+    prepared = open_stream(write_stream(tmp_path, sizes=(4,), a_test=bad(0, 1, 2) + EMPTY))
     with pytest.raises(ValueError, match="no sample of the test split of 'task-a' could be"):
         list(eval_loader(prepared, 0, CutAndNoise(), batch=2))
 

@@ -48,7 +48,7 @@ def test_all_errors_are_told_before_anything_is_written_and_may_be_left_out(tmp_
 @pytest.mark.parametrize(
     ("header", "said"),
     [
-        ("image_path,caption", "columns image_path, caption: expected path,text .captions., "),
+        ("photo_id,words", "columns photo_id, words: expected path,text .captions., "),
         ("path", "has the columns path: expected path,text"),
         ("path,text,label", "could be captioning or classification: choose one with --task_type"),
         ("", "has the columns 1, 2, 3: expected"),
@@ -186,11 +186,11 @@ def test_a_bad_record_between_good_ones_is_named(tmp_path):
         ({"image": [{"bytes": None, "path": None}] * 2, "text": ["a", "b"]}, "'None'"),
         ({"image": [{"bytes": b"", "path": "/etc/passwd"}] * 2, "text": ["a", "b"]}, "outside"),
         ({"image": [b"no picture"] * 2, "text": ["a", "b"]}, "is not JPEG, PNG or WebP"),
-        ({"image": [jpeg(0)] * 2, "text": [["a"], ["b"]]}, "its text is a list, expected a text"),
+        ({"image": [jpeg(0)] * 2, "text": [[], []]}, "its text is a list, expected a text"),
         ({"image": [jpeg(0)] * 2, "text": [None, ""]}, "its text is empty"),
         ({"image": [jpeg(0)] * 2, "label": [None, None]}, "its label is empty"),
-        ({"image": [jpeg(0)] * 2, "text": ["a", "b"], "split": ["validation"] * 2},
-         "its split is 'validation', expected train or test"),
+        ({"image": [jpeg(0)] * 2, "text": ["a", "b"], "split": ["extra"] * 2},
+         "its split is 'extra', expected train, val or test (row 1 of t.parquet)"),
     ],
 )  # fmt: skip
 def test_a_parquet_of_wrong_types_is_told_row_by_row(tmp_path, columns, said):

@@ -33,8 +33,8 @@ def test_sizes_are_filled_in_and_samples_stand_in_recorded_order(tmp_path):
     for number in range(7):
         sample = reader.read(number)
         assert (sample.key, sample.shard) == (f"btrain{number:03d}", "b-train.tar")
-        assert sample.members["txt"].startswith(f"picture {number}".encode())
-        assert set(sample.members) == {"png", "cls", "txt", "de.txt"}
+        assert sample.members["cls"] == str(2 + number % 2).encode()
+        assert set(sample.members) == {"png", "cls"}
 
 
 def test_shards_of_a_task_follow_each_other_as_on_the_card(tmp_path):
@@ -122,7 +122,8 @@ def test_a_damaged_tar_is_never_taken_for_a_shorter_one(tmp_path, change, words)
     whole = (tmp_path / "a-train.tar").read_bytes()
     (tmp_path / "a-train.tar").write_bytes(change(whole))
     if words is None:
-        assert open_stream(stream).stream[0].size == 6
+        shard = TarShard(LocalFile(tmp_path / "a-train.tar"), "a-train.tar", None)
+        assert len(shard.index) == 6
         return
     with pytest.raises(ValueError, match=words):
         open_stream(stream)

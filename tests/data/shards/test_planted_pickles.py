@@ -66,6 +66,8 @@ def test_in_place_of_any_member_that_is_read(tmp_path, planted):
     members = [(f"a.{kind}", planted) for kind in ("png", "cls", "txt", "json", "de.txt", "npy")]
     stream = write_stream(tmp_path, sizes=(4,), a_train=[*labelled(3), *members])
     sample = open_stream(stream).reader(0, "train").read(3)
+    assert set(sample.members) == {"png", "cls"}
+    sample = TarShard(LocalFile(tmp_path / "a-train.tar"), "x.tar", None).read(3)
     assert set(sample.members) == {"png", "cls", "txt", "json", "de.txt"}
 
 

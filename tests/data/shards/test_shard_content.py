@@ -9,7 +9,7 @@ from mmcl.core import TaskStream
 from mmcl.data import open_stream
 from mmcl.data.shards.shard_content import content_change, path_digest, task_content
 from mmcl.data.shards.stream_writer import write_shard
-from tests.data.small_stream import labelled, write_stream, write_tar
+from tests.data.small_stream import labelled, picture, write_stream, write_tar
 from tests.toys.http_server import serving
 
 BIG = 400
@@ -134,7 +134,7 @@ def test_the_digest_of_a_path_is_of_what_is_there(tmp_path):
 
 
 def test_written_shards_of_the_same_samples_have_the_same_content(card):
-    samples = [{"__key__": f"k{n}", "cls": str(n % 2), "txt": f"text {n}"} for n in range(6)]
+    samples = [{"__key__": f"k{n}", "cls": str(n % 2), "png": picture(n)} for n in range(6)]
     found = []
     for _ in range(2):
         write_shard(card.parent / "a-train.tar", samples)

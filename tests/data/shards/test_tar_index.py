@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import mmcl.data.shards.tar_index
+import mmcl.data.shards.tar_scan
 import mmcl.data.shards.tar_shard
 from mmcl.data import open_stream
 from mmcl.data.remote.location import LocalFile
-from mmcl.data.shards.tar_index import MAX_EXTENSIONS, read_index
+from mmcl.data.shards.tar_index import read_index
+from mmcl.data.shards.tar_scan import MAX_EXTENSIONS
 from mmcl.data.shards.tar_shard import TarShard
 from mmcl.data.stored_sample import hash_bytes
 from tests.data.small_stream import labelled, write_stream, write_tar
@@ -201,7 +203,7 @@ def test_a_deeply_nested_list_of_extensions_is_no_crash(tmp_path):
     good = contents(shard_of(path).index)
     whole = place.read_bytes()
     nested = b"[" * 100_000
-    start = whole.index(b'["png"')
+    start = whole.index(b'[["png"')
     guarded = bytearray(whole[16:start] + nested)
     struct.pack_into("<I", guarded, 28, len(nested))
     sums = struct.pack("<8sI", whole[:8], zlib.crc32(guarded)) + whole[12:16]
@@ -275,6 +277,6 @@ def test_keys_with_dots_in_them_are_reported_not_taken_for_many_extensions(tmp_p
 
 
 def test_a_shard_beyond_two_tebibytes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(mmcl.data.shards.tar_index, "MAX_BYTES", 1000)
+    monkeypatch.setattr(mmcl.data.shards.tar_scan, "MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="bytes, more than 1000: write it in several shards"):
         len(shard_of(write_tar(tmp_path / "x.tar", labelled(1))))

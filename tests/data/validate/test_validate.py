@@ -124,11 +124,13 @@ def test_every_sort_of_fault_is_told_in_one_go(tmp_path):
         f"{where}2 in a-train.tar: its image is 400 x 300, more than 10000 pixels: shrink it or "
         "raise max_pixels",
         f"{where}3 in a-train.tar: its image is not JPEG, PNG or WebP (it starts with b'GIF89a')",
-        f"{where}4 in a-train.tar: it has no image (.jpg, .jpeg, .png, .webp)",
-        f"{where}5 in a-train.tar: its label is b'one', expected a whole number",
+        f"{where}4 in a-train.tar: it has no image (.jpg, .jpeg, .png, .webp): its members are "
+        ".cls, .de.txt, .txt",
+        f"{where}5 in a-train.tar: its label is b'one', expected a whole number or one of the "
+        "card's classes",
         f"{where}6 in a-train.tar: its label is 77, the card has classes 0 to 5",
         f"{where}7 in a-train.tar: its label is 2, which is not a class of task 'task-a'",
-        f"{where}8 in a-train.tar: it has no label (.cls)",
+        f"{where}8 in a-train.tar: it has no label (.cls): its members are .png, .de.txt, .txt",
         "task 'task-b' (train): key 'btrain000' comes twice, in b-train.tar and in b-train.tar: "
         "give every sample its own key",
         "task 'task-b': shard b-test.tar is truncated: it ends at byte 3000 without the end mark "
@@ -160,7 +162,7 @@ def test_every_sort_of_fault_of_questions_is_told_in_one_go(tmp_path):
     write_answer_stream(tmp_path, a_train=replaced(members, bad))
     reasons = [line.partition("a-train.tar: ")[2] for line in check(tmp_path).errors]
     assert [reason[:46] for reason in reasons] == [
-        "it has no conversation (.json)",
+        "it has no conversation (.json): its members ar",
         "its conversation (.json) is not JSON (Expectin",
         "its conversation (.json) is not JSON ('utf-8' ",
         "its conversation has 0 turns, expected 'conver",
@@ -179,7 +181,7 @@ def test_empty_and_undecodable_captions_are_errors(tmp_path):
     assert [line.partition("a-train.tar: ")[2] for line in found.errors] == [
         "its caption (.txt) is empty",
         "its caption (.txt) is not UTF-8 (invalid start byte)",
-        "it has no caption (.txt)",
+        "it has no caption (.txt): its members are .png, .cls, .de.txt",
     ]
     assert found.tasks[0].test.lengths == (15, 21)
 
