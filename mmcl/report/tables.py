@@ -108,22 +108,22 @@ def retrieval_table(scores: Sequence[RetrievalScores], *, width: int = 100) -> s
 
     Args:
         scores: by row and column; not empty.
-        width: characters of a line, at least 60.
+        width: characters of a line, at least 80.
 
     Returns:
         the text, without a final newline.
     """
     after = scores[-1].after
-    title = f"retrieval after {sanitize(after)}, %"
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    table.add_column(title, overflow="ellipsis", min_width=12)
+    table.add_column("task", no_wrap=True, overflow="ellipsis")
     for name in ("images", "texts", *(f"{way} R@{k}" for way in ("i2t", "t2i") for k in KS)):
         table.add_column(name, justify="right")
     for each in scores:
         if each.after == after:
             recalls = [percent(value) for value in _recalls(each)]
             table.add_row(Text(sanitize(each.task)), str(each.images), str(each.texts), *recalls)
-    return render([table], max(width, 60), is_colored=False)
+    title = Text(f"retrieval after {sanitize(after)}, %")
+    return render([title, table], max(width, 80), is_colored=False)
 
 
 def retrieval_csv(scores: Sequence[RetrievalScores]) -> str:

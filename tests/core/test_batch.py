@@ -1,11 +1,13 @@
 import io
 import pickle
+from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
 
 from mmcl.core import IGNORE_INDEX, Batch
+from mmcl.core.batch import text_ids
 from tests.toys.toy_clip import a_batch
 
 
@@ -72,3 +74,25 @@ def test_a_pickled_batch_is_the_same_and_holds_no_shared_files():
     for name, value in vars(batch).items():
         other = getattr(again, name)
         assert value.equal(other) if isinstance(value, torch.Tensor) else value == other
+
+
+def test_image_ids_go_with_their_samples():
+    batch = replace(a_batch(4), image_ids=torch.tensor([7, 7, 8, -1]))
+    assert batch.take(torch.tensor([2, 0])).image_ids.tolist() == [8, 7]
+    assert batch.join(a_batch(2)).image_ids.tolist() == [7, 7, 8, -1, -1, -1]
+    assert a_batch(2).join(batch).image_ids.tolist() == [-1, -1, 7, 7, 8, -1]
+    assert a_batch(2).join(a_batch(2)).image_ids is None
+    assert pickle.loads(pickle.dumps(batch)).image_ids.tolist() == [7, 7, 8, -1]
+    assert batch.to("meta").image_ids.device.type == "meta"
+
+
+def test_the_id_of_a_text_depends_on_its_real_tokens_alone():
+    texts = torch.tensor([[4, 0, 9, 0], [4, 0, 9, 3], [4, 9, 0, 0], [9, 4, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)
+    ids = text_ids(texts, mask).tolist()
+    assert ids[0] == ids[1]
+    assert len(set(ids)) == 3  # token 0 counts where it is real, and so does the order
+    shorter = text_ids(texts[:1, :3], mask[:1, :3])
+    left = text_ids(torch.tensor([[5, 5, 4, 0, 9]]), torch.tensor([[0, 0, 1, 1, 1]]).bool())
+    assert shorter.tolist() == left.tolist() == ids[:1]
+    assert text_ids(texts, None).tolist() == text_ids(texts, torch.ones_like(mask)).tolist()

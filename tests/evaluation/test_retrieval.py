@@ -92,3 +92,82 @@ def test_wrong_input_is_named(shapes, ks, sentence):
     image, text, rows = shapes
     with pytest.raises(ValueError, match=sentence):
         recall_at_k(torch.ones(image), torch.ones(text), torch.zeros(rows, dtype=torch.long), ks)
+
+
+def benchmark(image, text, owner, k):
+    """R@k both ways as open_clip's and CLIP_benchmark's loops count it; owner[n] = text n's image.
+
+    ``image`` has every image once.
+    """
+    scores = text.double() @ image.double().T
+    ways = []
+    for table, right in (
+        (scores.T, [{n for n, own in enumerate(owner) if own == m} for m in range(len(image))]),
+        (scores, [{own} for own in owner]),
+    ):
+        best = [sorted(range(len(row)), key=lambda n: -float(row[n]))[:k] for row in table]
+        hits = [bool(right[q] & set(found)) for q, found in enumerate(best)]
+        ways.append(sum(hits) / len(hits))
+    return ways
+
+
+def five_captions(images=12, dim=6, noise=1.2, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    unit = torch.nn.functional.normalize
+    image = unit(torch.randn(images, dim, generator=draw, dtype=torch.float64), dim=1)
+    owner = torch.randperm(5 * images, generator=draw) % images
+    spread = noise * torch.randn(5 * images, dim, generator=draw, dtype=torch.float64)
+    return image, unit(image[owner] + spread, dim=1), owner
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_five_captions_an_image_are_counted_as_the_field_counts_them(chunk):
+    image, text, owner = five_captions()
+    captions, ids = torch.arange(len(owner)), owner * 1000 + 3
+    found = recall_at_k(image[owner], text, captions, image_ids=ids, chunk=chunk)
+    assert (found.images, found.texts) == (12, 60)
+    for k in (1, 5, 10):
+        expected = benchmark(image, text, owner.tolist(), k)
+        assert [found.image_to_text[k], found.text_to_image[k]] == expected
+    assert 0 < found.text_to_image[1] < 1
+    assert found.mean == (found.image_to_text[1] + found.text_to_image[1]) / 2
+
+
+def test_a_perfect_model_of_five_captions_scores_1():
+    image, text, owner = five_captions(noise=0.01)
+    ids = {"captions": torch.arange(60), "image_ids": owner}
+    found = recall_at_k(image[owner], text, ks=(1,), **ids)
+    assert (found.image_to_text[1], found.text_to_image[1]) == (1.0, 1.0)
+    alone = recall_at_k(image[owner], text, torch.arange(60), ks=(1,))
+    assert alone.text_to_image[1] == 0.0  # the same image in five pairs would rival itself
+
+
+def test_two_images_solved_by_hand():
+    image = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    # Of the first image one caption is right and one nearer to the second; of the second both are.
+    text = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.1, 1.0], [0.3, 0.7]])
+    shown = torch.tensor([8, 8, 9, 9])
+    found = recall_at_k(image, text, torch.arange(4), ks=(1, 2), image_ids=shown)
+    assert found.image_to_text == {1: 1.0, 2: 1.0}
+    assert found.text_to_image == {1: 0.75, 2: 1.0}
+    assert (found.images, found.texts) == (2, 4)
+
+
+def test_a_caption_that_two_images_share_hits_both():
+    image = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    text = torch.tensor([[0.0, 1.0], [1.0, 0.1], [0.0, 1.0]])
+    ids = {"image_ids": torch.tensor([0, 1, 1])}
+    pairs = image[[0, 1, 1]]
+    apart = recall_at_k(pairs, text, torch.tensor([0, 1, 2]), ks=(1,), **ids)
+    assert (apart.image_to_text[1], apart.text_to_image[1]) == (0.0, 1 / 3)
+    shared = recall_at_k(pairs, text, torch.tensor([0, 1, 0]), ks=(1,), **ids)
+    assert (shared.image_to_text[1], shared.text_to_image[1]) == (0.5, 2 / 3)
+
+
+def test_pairs_without_an_id_show_their_own_images():
+    image = torch.eye(3)
+    ids = torch.tensor([-1, 5, -1])
+    found = recall_at_k(image, image, torch.arange(3), ks=(1,), image_ids=ids)
+    assert (found.images, found.mean) == (3, 1.0)
+    with pytest.raises(ValueError, match="image_ids 2: pair them"):
+        recall_at_k(image, image, torch.arange(3), image_ids=ids[:2])

@@ -195,6 +195,7 @@ class SmallRuns:
     def _texts(self, name):
         folder = self.path(name)
         matrices = [folder / "matrix.json", *folder.glob("lenient.json")]
+        matrices += folder.glob("retrieval.json")
         files = [*matrices, *(folder / "answers").rglob("*.jsonl")]
         return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 

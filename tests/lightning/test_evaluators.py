@@ -1,12 +1,22 @@
+import csv
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.utils.data import DataLoader
 
+import mmcl
 from mmcl.core import Output, Strategy, Task, TaskStream
+from mmcl.data import eval_loader
+from mmcl.data.convert.convert import convert, open_input
+from mmcl.data.convert.record import ConvertOptions
 from mmcl.evaluation.evaluators import EvalSpec, Evaluator
 from mmcl.lightning.datamodule import ContinualDataModule
+from mmcl.models import OpenCLIP
 from tests.toys.toy_clip import StandIn, a_batch, a_task
 
 
@@ -108,3 +118,65 @@ def test_samples_without_ids_are_numbered_by_the_pass():
         evaluator.compute()
         assert evaluator.predictions["sample"].tolist() == list(range(8))
         assert torch.equal(evaluator.predictions["answer"], truth)
+
+
+class KnowsColors(torch.nn.Module):
+    """Both towers give the mean color of a sample's image; captions differ by a hair."""
+
+    def forward(self, batch, prompts=None):
+        image = torch.nn.functional.normalize(batch.images.float().mean((2, 3)) - 127, dim=1)
+        draw = torch.Generator().manual_seed(len(batch))
+        text = image + 1e-3 * torch.randn(image.shape, generator=draw)
+        return Output(image @ text.T, image, text)
+
+
+def color_stream(folder, with_lists):
+    """Six images of one color each with five captions, as a csv of pairs or with lists."""
+    draw = np.random.default_rng(0)
+    rows = []
+    for number in range(12):
+        color = np.tile(draw.integers(0, 255, 3, dtype=np.uint8), (64, 64, 1))
+        Image.fromarray(color).save(folder / f"{number}.png")
+        split = "test" if number >= 6 else "train"
+        texts = [f"image {number}, in way {way}" for way in "abcde"]
+        texts = [json.dumps(texts)] if with_lists else texts
+        rows += [(f"{number}.png", text, split) for text in texts]
+    with (folder / "c.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "captions", "split"), *rows])
+    convert(open_input(folder / "c.csv"), None, folder / "s", ConvertOptions("c"))
+    return ContinualDataModule(str(folder / "s" / "c.yaml"))
+
+
+@pytest.mark.parametrize("with_lists", [False, True])
+@pytest.mark.parametrize("batch", [4, 64])
+def test_a_perfect_model_of_five_captions_an_image_scores_1(tmp_path, batch, with_lists):
+    data = color_stream(tmp_path, with_lists)
+    task = data.prepared.stream[0]
+    assert task.test_size == (6 if with_lists else 30)
+    model, evaluator = KnowsColors(), Evaluator(EvalSpec(task, ()))
+    transform = OpenCLIP("tiny", "built-in").transform(False)
+    evaluator.reset(model)
+    for each in eval_loader(data.prepared, 0, transform, batch=batch):
+        evaluator.update(model, Strategy(), each)
+    evaluator.compute()
+    assert evaluator.value == 1.0
+    found = evaluator.retrieval
+    assert (found.images, found.texts) == (6, 30)
+    assert found.text_to_image == {1: 1.0, 5: 1.0, 10: 1.0}
+
+
+def test_pairs_of_a_users_own_dataset_are_evaluated_by_image():
+    """One item for every caption, and one item with all captions of an image."""
+    draw = torch.Generator().manual_seed(0)
+    colors = torch.randint(0, 256, (6, 3, 1, 1), generator=draw, dtype=torch.uint8)
+    images = [color.expand(3, 20, 20) for color in colors]
+    transform = OpenCLIP("tiny", "built-in").transform(False)
+    texts = [[f"image {n} {way}" for way in "abcde"] for n in range(6)]
+    apart = [(image, text) for image, own in zip(images, texts, strict=True) for text in own]
+    together = list(zip(images, texts, strict=True))
+    for items, collate in (
+        (apart, mmcl.ImageCaptionCollate(transform)),
+        (together, mmcl.ImageCaptionCollate(transform, all_captions=True)),
+    ):
+        loader = DataLoader(items, batch_size=4, collate_fn=collate)
+        assert mmcl.evaluate(KnowsColors(), Strategy(), loader) == 1.0

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.behaviour.kill_runs import KILLED
-from tests.data.small_stream import labelled, write_tar
+from tests.data.small_stream import labelled, picture, write_tar
 from tests.lightning.small_runs import SmallRuns
 
 pytestmark = pytest.mark.slow
@@ -57,6 +57,35 @@ def test_captions_of_like_length_come_together_and_a_killed_run_resumes_exactly(
     assert status == KILLED, output
     runs.finish("killed", "ExperienceReplay", **options)
     assert runs.differences("killed", "alone") == []
+
+
+@pytest.mark.parametrize("storage", ["reference", "copy"])
+def test_a_killed_run_over_images_of_several_captions_resumes_exactly(tmp_path, storage):
+    runs = SmallRuns(tmp_path, sizes=(20, 17), kind="captioning")
+    runs.card.write_text("text_field: json.texts\n" + runs.card.read_text())
+    for shard in runs.card.parent.glob("*.tar"):
+        members = []
+        for number in range(int(shard.stem[0] == "a") * 3 + 17 if "train" in shard.stem else 5):
+            texts = [f"{shard.stem} {number} {way}" for way in "abc"[: 1 + number % 3]]
+            members += [
+                # Every second image is in two samples.
+                (f"{shard.stem}{number}.png", picture(number - number % 4 // 3)),
+                (f"{shard.stem}{number}.json", json.dumps({"texts": texts}).encode()),
+            ]
+        write_tar(shard, members)
+    replay = {
+        "class_path": "mmcl.strategies.ExperienceReplay",
+        "init_args": {"buffer_size": 12, "storage": storage},
+    }
+    options = {"data__num_workers": 1, "trainer__max_epochs": 2}
+    runs.finish("alone", replay, **options)
+    status, output = runs.start("killed", replay, kill=("step", 7), **options)
+    assert status == KILLED, output
+    runs.finish("killed", replay, **options)
+    assert runs.differences("killed", "alone") == []
+    recalls = json.loads((runs.path("alone") / "retrieval.json").read_text())
+    assert {each["texts"] for each in recalls} == {9}
+    assert {each["images"] for each in recalls} == {4}
 
 
 def test_the_ledger_counts_rows_of_sources_and_the_share_of_the_card(tmp_path):

@@ -86,7 +86,7 @@ def _values(found: Any, keys: Sequence[str], text_field: str) -> list[Any]:
     if not isinstance(found, dict):
         raise BadSample(
             f"its .json has no key {keys[0]!r} of text_field {text_field}: there is a "
-            f"{type(found).__name__} and no mapping"
+            f"value of type {type(found).__name__}"
         )
     if keys[0] not in found:
         raise BadSample(
@@ -103,7 +103,7 @@ def _listed(found: Mapping[str, Any]) -> str:
 
 def _visible(text: Any, name: str) -> str:
     if not isinstance(text, str):
-        kind = "null" if text is None else f"a {type(text).__name__}"
+        kind = "null" if text is None else f"of type {type(text).__name__}"
         raise BadSample(f"its {name} is {kind}, expected a text")
     if not has_visible_text(text):
         raise BadSample(f"its {name} is empty")

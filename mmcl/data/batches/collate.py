@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -138,9 +138,10 @@ def make_pairs(
 
 def hash_image(data: bytes | memoryview) -> int:
     """Hash the bytes of an image to its identity in [0, 2**63), the same in every process."""
-    # sha1 takes half the time of blake2b, about a hundredth of decoding a JPEG.
-    digest = hashlib.sha1(data, usedforsecurity=False).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    # A checksum of each half: a tenth of the time of blake2b, a hundredth of decoding a JPEG.
+    plain = memoryview(data).cast("B")
+    half = len(plain) // 2
+    return (zlib.crc32(plain[:half]) << 32 | zlib.crc32(plain[half:])) >> 1
 
 
 def collate(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mmcl.data.convert.caption_input import caption_layout, open_caption_file
 from mmcl.data.convert.columns import ColumnOptions
 from mmcl.data.convert.image_folder_input import open_folder
 from mmcl.data.convert.llava_input import open_json
@@ -89,12 +90,22 @@ def _open_file(
     references: Path | None,
     in_place: bool,
 ) -> InputData:
-    """Open a table, a folder of tables or a JSON file."""
+    """Open a table, a folder of tables, a JSON file or a caption file."""
     if task_level is not None:
         raise ValueError(
             f"--tasks_are_folders and --task_level are for image folders, and {path} is none: give "
             "tables a column task, or say with --task_column which column or key it is"
         )
+    layout = caption_layout(path) if path.is_file() and not columns.columns else None
+    if layout is not None:
+        of_answers = (
+            ("references", references is not None), ("in_place", in_place),
+            ("answer_field", answer_field != "answer"),
+        )  # fmt: skip
+        for option, is_given in of_answers:
+            if is_given:
+                raise ValueError(f"--{option} is for answers, {path} has captions: leave it out")
+        return open_caption_file(path, layout, columns, images)
     if columns.columns and path.suffix.lower() not in _TABLES:
         raise ValueError(f"--columns is for .csv, .tsv and .txt, and {path} is none: leave it out")
     if path.is_dir() or path.suffix.lower() == ".parquet":

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import mmcl
 from mmcl import Batch, ImageCaptionCollate, ImageLabelCollate
 from mmcl.models import OpenCLIP
 
@@ -88,3 +89,61 @@ def test_a_sample_without_a_caption_and_a_model_without_words_are_refused(model)
 
     with pytest.raises(ValueError, match="the transform gives no token ids: use model.transform"):
         ImageCaptionCollate(Wordless())([(pixels(1), "a word")])
+
+
+def test_images_of_equal_pixels_are_the_same_image(model):
+    collate = ImageCaptionCollate(model.transform(True))
+    torch.manual_seed(0)
+    batch = collate([(pixels(1), "one"), (as_pil(pixels(1)), "two"), (pixels(2), "three")])
+    ids = batch.image_ids.tolist()
+    assert ids[0] == ids[1] != ids[2]
+    assert not torch.equal(batch.images[0], batch.images[1])  # augmentation changes no identity
+    other = collate([(pixels(1), "four")])
+    assert other.image_ids.tolist() == ids[:1]
+
+
+def test_an_image_id_may_be_stated(model):
+    collate = ImageCaptionCollate(model.transform(False))
+    items = [(pixels(1), "one", 5), {"image": pixels(2), "caption": "two", "image_id": 5}]
+    named = [(pixels(n), "one", "000000391895.jpg") for n in (1, 2)]
+    assert collate(items).image_ids.tolist() == [5, 5]
+    ids = collate([*named, (pixels(3), "x", np.int64(7))]).image_ids.tolist()
+    assert ids[0] == ids[1] > 0
+    assert ids[2] == 7
+    for wrong in (-1, 2.5, True, b"x"):
+        with pytest.raises(ValueError, match="an image_id is .*expected a whole number"):
+            collate([(pixels(1), "one", wrong)])
+
+
+def test_all_captions_of_an_image_are_pairs_where_that_is_wanted(model):
+    collate = ImageCaptionCollate(model.transform(False), all_captions=True)
+    batch = collate([(pixels(1), ["one", "two", "three"]), (pixels(2), "four")])
+    assert len(batch) == 4
+    ids = batch.image_ids.tolist()
+    assert ids[0] == ids[1] == ids[2] != ids[3]
+    assert torch.equal(batch.images[0], batch.images[2])
+    own = [model.transform(False)(pixels(1), text, 0).input_ids for text in ("one", "three")]
+    for row, tokens in zip((0, 2), own, strict=True):
+        assert batch.input_ids[row, : len(tokens)].tolist() == tokens.tolist()
+
+
+def test_resized_images_have_identities_as_well(model):
+    small = [pixels(n, (16, 16)) for n in (1, 1, 2)]
+    texts = ["one", ["two", "three"], "four"]
+    batch = mmcl.collate_captions(list(zip(small, texts, strict=True)), tokenizer=model.tokenizer)
+    ids = batch.image_ids.tolist()
+    assert ids[0] == ids[1] != ids[2]
+    stated = mmcl.collate_captions(
+        [(small[0], "one", 3), (small[2], "two", 3)], tokenizer=model.tokenizer
+    )
+    assert stated.image_ids.tolist() == [3, 3]
+
+
+def test_training_batches_refuse_a_pair_for_every_caption(model):
+    collate = ImageCaptionCollate(model.transform(True), all_captions=True)
+    dataset = [(pixels(n), ["one", "two"]) for n in range(4)]
+    strategy = mmcl.strategies.Finetune()
+    mmcl.begin_task(model, strategy, mmcl.Task(0, "t", task_type="captioning"))
+    loader = mmcl.replay_loader(dataset, strategy, collate_fn=collate, batch_size=2)
+    with pytest.raises(ValueError, match="all_captions=True, which makes several samples of one"):
+        next(iter(loader))
