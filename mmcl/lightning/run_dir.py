@@ -306,6 +306,8 @@ def task_fingerprint(stream: TaskStream, task: Task) -> str:
     if task.replay_ratio is not None or task.mixture:
         sources = [(stream.sources[i - 1].name, fraction) for i, fraction in task.mixture]
         facts.append([task.replay_ratio, sources])
+    if named := [stream.class_names[name] for name in task.classes if name in stream.class_names]:
+        facts.append(named)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return f"{digest} {task.name}"
 

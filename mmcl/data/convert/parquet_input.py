@@ -195,7 +195,7 @@ def _chunks(
 
 
 def _unique(classes: Classes) -> Classes:
-    """Return names by which classes are told apart: of two equal names their numbers."""
+    """Return names that are all different: instead of two equal ones their numbers."""
     return tuple(
         str(number) if classes.count(name) > 1 else name for number, name in enumerate(classes)
     )
