@@ -139,8 +139,9 @@ class _Choice:
         self.by_key: dict[str, list[str]] = {}
         for name in self.found:
             self.by_key.setdefault(key_of(name), []).append(name)
-        ignored = {self.named("ignore_columns", name) for name in self.options.ignore_columns}
-        self.free = [name for name in self.found if name not in ignored]
+        # One that this table lacks may be in that of --test; a misspelt one is refused again.
+        ignored = set(map(key_of, self.options.ignore_columns))
+        self.free = [name for name in self.found if key_of(name) not in ignored]
         self.shown = list_names(self.found)
 
     def named(self, option: str, name: str) -> str:

@@ -193,9 +193,8 @@ def open_json(
     split_key = find_split(head.keys, options, str(path), head.values) or ""
     used = {*_KEYS, *answers, split_key, options.task_column or "", *options.ignore_columns}
     opened = open_instructions(path, folder, answer_field, references, options.task_column)
-    known = frozenset(used)
     chunks = [
-        replace(chunk, split_key=split_key, known=known)
+        replace(chunk, split_key=split_key, known=frozenset(used))
         for chunk in opened.chunks
         if isinstance(chunk, InstructionChunk)
     ]
