@@ -254,11 +254,11 @@ def test_keys_of_conversations_are_listed_or_refused(tmp_path):
     rows = [{"id": n, "image": f"{n}.jpg", "conversations": turns, "origin": 1} for n in range(4)]
     _, notes = made(put(tmp_path / "t.json", rows), tmp_path / "out")
     assert notes == ["not used of t.json: origin"]
-    rows[3]["bbox"] = [0, 0, 1, 1]
+    rows[3]["loss_weight"] = 2
     source = put(tmp_path / "u.json", rows)
-    with pytest.raises(ValueError, match="with the key 'bbox', .* --ignore_columns bbox"):
+    with pytest.raises(ValueError, match="with the key 'loss_weight', .* --ignore_columns loss_w"):
         made(source, tmp_path / "two")
-    made(source, tmp_path / "two", ignore_columns=("bbox",))
+    made(source, tmp_path / "two", ignore_columns=("loss_weight",))
     with pytest.raises(ValueError, match="--text_column is for tables, and .*u.json is none"):
         made(source, tmp_path / "two", text_column="x")
 

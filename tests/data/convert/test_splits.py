@@ -168,6 +168,13 @@ def test_train_among_vehicles_is_a_class(tmp_path):
     assert card["classes"] == ["bus", "car", "train"]
 
 
+def test_splits_without_classes_are_no_classes(tmp_path):
+    for n in range(4):
+        put(tmp_path / "set" / ["train", "test"][n // 2] / f"{n}.jpg", jpeg(n))
+    with pytest.raises(ValueError, match="only folders of splits .test, train. and no folders of"):
+        open_input(tmp_path / "set")
+
+
 def test_a_split_that_is_laid_out_otherwise_is_refused(tmp_path):
     for n in range(4):
         put(tmp_path / "set" / "train" / f"n0{n % 2}" / "images" / f"{n}.jpg", jpeg(n))
