@@ -162,7 +162,7 @@ def _count(found: TaskFindings, part: SplitFindings | None) -> int:
 def _column_names(stream: TaskStream, found: TaskFindings) -> dict[int, str]:
     if found.task.index >= 0:
         return dict(zip(found.task.class_ids, found.classes, strict=True))
-    return dict(enumerate(stream.classes_seen(len(stream.tasks))))
+    return dict(enumerate(stream.display_names(stream.classes_seen(len(stream.tasks)))))
 
 
 def _sample(drawn: DrawnSample, names: dict[int, str]) -> ShownSample:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, overload
@@ -114,6 +114,7 @@ class TaskStream(Sequence[Task]):
         license: license of the data.
         sources: general and reference sets that tasks mix in.
         counts: shard name -> number of samples, for shards whose count the card states.
+        class_names: class -> its name in prompts, for classes that have another there.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class TaskStream(Sequence[Task]):
         license: str = "",
         sources: Sequence[DataSource] = (),
         counts: dict[str, int] | None = None,
+        class_names: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
         self.scenario = scenario
@@ -138,6 +140,7 @@ class TaskStream(Sequence[Task]):
         self.license = license
         self.sources = tuple(sources)
         self.counts = dict(counts or {})
+        self.class_names = dict(class_names or {})
 
     @classmethod
     def read(
@@ -191,11 +194,24 @@ class TaskStream(Sequence[Task]):
             license=read.license,
             sources=_sources(read, tasks),
             counts={name: count for name, count in read.counts.items() if count},
+            class_names=read.class_names,
         )
 
     def classes_seen(self, index: int) -> tuple[str, ...]:
         """Return the names of all classes of tasks 0 to ``index``, in order of class number."""
         return tuple(name for task in self.tasks[: index + 1] for name in task.classes)
+
+    def prompt_names(self, classes: Iterable[str]) -> tuple[str, ...]:
+        """Return the names of classes as prompts have them; two may be equal."""
+        return tuple(self.class_names.get(each, each) for each in classes)
+
+    def display_names(self, classes: Iterable[str]) -> tuple[str, ...]:
+        """Return the names of classes for people, all different: ``crane (n02012849)``.
+
+        They do not depend on the other classes, so they stay when tasks are appended.
+        """
+        stated = ((each, self.class_names.get(each, each)) for each in classes)
+        return tuple(name if name == own else f"{name} ({own})" for own, name in stated)
 
     def evaluated_task(self, number: int) -> Task:
         """Return the task or eval-only task of a column of the accuracy matrix."""

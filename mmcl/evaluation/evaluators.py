@@ -43,15 +43,17 @@ class EvalSpec:
 
     Attributes:
         task: its test data are scored.
-        names: class names that compete, in the order of the logits.
+        names: class names that compete, in the order of the logits, all different.
         allowed: logit indices that may be predicted, None = all (class- and domain-incremental).
         knows_task: True if the model may know the task of a sample (task-incremental).
+        prompt_names: names of the same classes in prompts; () = ``names``.
     """
 
     task: Task
     names: tuple[str, ...]
     allowed: tuple[int, ...] | None = None
     knows_task: bool = False
+    prompt_names: tuple[str, ...] = ()
 
     @property
     def score(self) -> str:
@@ -68,11 +70,15 @@ def make_eval_spec(stream: TaskStream, row: int, column: int) -> EvalSpec:
     later. Task-incremental: the classes of the column's task. Eval-only tasks: their own classes.
     """
     task = stream.evaluated_task(column)
-    if task.is_eval_only:
-        return EvalSpec(task, task.classes)
-    names = stream.classes_seen(max(row - 1, column))
-    knows_task = stream.scenario == "task"
-    return EvalSpec(task, names, task.class_ids if knows_task else None, knows_task)
+    seen = task.classes if task.is_eval_only else stream.classes_seen(max(row - 1, column))
+    knows_task = stream.scenario == "task" and not task.is_eval_only
+    return EvalSpec(
+        task,
+        stream.display_names(seen),
+        task.class_ids if knows_task else None,
+        knows_task,
+        stream.prompt_names(seen),
+    )
 
 
 class Evaluator:
@@ -99,7 +105,8 @@ class Evaluator:
         self._batches, self._seen = [], 0
         if self.column.names and hasattr(model, "set_classes"):
             with torch.inference_mode(False):
-                model.set_classes(self.column.names, self.column.task.templates)
+                names = self.column.prompt_names or self.column.names
+                model.set_classes(names, self.column.task.templates)
 
     def update(self, model: Any, strategy: Strategy, batch: Batch) -> None:
         """Update with the predictions for a batch."""

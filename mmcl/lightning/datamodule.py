@@ -186,7 +186,7 @@ class ContinualDataModule(pl.LightningDataModule):
     def set_model_classes(self, model: Any) -> None:
         """Set the model's classes: all classes seen until the selected task."""
         seen = self.stream.tasks[: self.task_index + 1]
-        names = self.stream.classes_seen(self.task_index)
+        names = self.stream.prompt_names(self.stream.classes_seen(self.task_index))
         if names and hasattr(model, "set_classes"):
             first_seen = [task.index for task in seen for _ in task.classes]
             # Tensors made in the inference mode of a validation could not be used in training.

@@ -289,7 +289,8 @@ class ContinualModule(pl.LightningModule):
         if batch.is_generative:
             answers = generate(self.model, self.strategy, batch)
             return list(zip(batch.keys, answers, strict=True))
-        names: list[str] = list(self._data().stream.classes_seen(self._data().task_index))
+        stream = self._data().stream
+        names = stream.display_names(stream.classes_seen(self._data().task_index))
         if batch_idx == 0:
             self._data().set_model_classes(self.model)
         predicted = forward(self.model, self.strategy, batch).logits.argmax(1).tolist()

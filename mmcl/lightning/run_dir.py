@@ -309,6 +309,8 @@ def task_fingerprint(stream: TaskStream, task: Task) -> str:
     members = (task.image_field, task.label_field, task.key_until, task.ignore_members)
     if members != (Task.image_field, Task.label_field, Task.key_until, Task.ignore_members):
         facts.append(members)
+    if named := [stream.class_names[name] for name in task.classes if name in stream.class_names]:
+        facts.append(named)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return f"{digest} {task.name}"
 

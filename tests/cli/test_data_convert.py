@@ -1,5 +1,7 @@
 """`mmcl data convert`: from your own data to a stream, in one command."""
 
+import json
+
 import pytest
 
 from mmcl.core import TaskStream
@@ -113,7 +115,7 @@ def test_images_in_both_given_splits_are_counted(desk):
         (["u.csv", "--out", "o", "--task_level", "2"], 1, "or say with --task_column which column"),
         (["pics", "--out", "o", "--task_level", "2"], 1, "expected pics/<class>/<task>/image.jpg"),
         (["pics", "--out", "o", "--task_level", "3"], 2, "invalid choice: 3"),
-        (["pics", "--out", "o", "--task_column", "a"], 1, "image folder: give --task_level if"),
+        (["pics", "--out", "o", "--task_column", "a"], 1, "--task_column is for tables, and pics"),
         (
             ["u.csv", "--out", "o", "--task_column", "a"],
             1,
@@ -157,7 +159,7 @@ def test_a_mistake_is_reported_in_one_sentence(desk, words, status, sentence):
 def test_help_has_examples_and_every_action_is_listed(desk):
     status, out, _ = desk.give("data", "convert", "--help")
     assert status == 0
-    assert out.count("  mmcl data convert ") == 5
+    assert out.count("  mmcl data convert ") == 7
     status, out, _ = desk.give("data", "--help")
     assert status == 0
     assert all(name in out for name in ("convert", "validate", "preview", "list", "build"))
@@ -194,3 +196,43 @@ def test_the_answer_field_of_a_test_file_is_named(desk):
     words = ("data", "convert", "train.json", "--images", "pictures", "--test", "test.json")
     assert desk.give(*words, "--answer_field", "box", "--out", "out", "--name", "vqa")[0] == 0
     assert b'"answers": ["b0"]' in (desk.folder / "out" / "vqa-test-00000.tar").read_bytes()
+
+
+def test_columns_and_class_names_are_chosen_and_what_is_not_used_is_listed(desk):
+    pictures(desk.folder / "one", 6)
+    for number in range(6, 12):
+        put(desk.folder / "two" / f"{number}.jpg", jpeg(number))
+    rows = [f"{n}.jpg,{n % 2},{n % 3},8,{('train', 'val')[n > 8]}" for n in range(12)]
+    put(desk.folder / "t.csv", "where,fine_label,coarse_label,width,set\n" + "\n".join(rows))
+    put(desk.folder / "names.txt", "crane\ncrane\n")
+    words = ("data", "convert", "t.csv", "--out", "out", "--images", "one", "two")
+    status, _, err = desk.give(*words, "--image_column", "where")
+    assert status == 1
+    assert "'fine_label' and 'coarse_label', which could each be the label" in err
+    status, out, err = desk.give(
+        *words, "--image_column", "where", "--label_column", "fine_label",
+        "--class_names", "names.txt",
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    assert "not used of t.csv: coarse_label, width\n" in out
+    assert "9 train samples are trained on, 3 validation samples are the test samples\n" in out
+    stream = TaskStream.read(desk.folder / "out" / "t.yaml")
+    assert stream.class_names == {"0": "crane", "1": "crane"}
+
+
+def test_a_run_shows_names_of_classes_that_are_told_apart_and_keeps_to_them(desk):
+    ids = ["n01440764", "n02012849", "n03126707", "n00005787"]
+    class_folders(desk.folder / "imagenet", dict.fromkeys(ids, 6))
+    words = ("data", "convert", "imagenet", "--out", "out", "--classes_per_task", 2)
+    status, out, err = desk.give(*words)
+    assert (status, err) == (0, "")
+    assert "4 WordNet ids are named in prompts ('n00005787': benthos)\n" in out
+    status, _, err = desk.run("--data.stream", "out/imagenet.yaml")
+    assert (status, err) == (0, "")
+    (predictions,) = desk.results.glob("predictions/row_02/*00*.jsonl")
+    targets = {json.loads(line)["target"] for line in predictions.read_text().splitlines()}
+    assert targets == {"benthos (n00005787)", "tench (n01440764)"}
+    card = desk.folder / "out" / "imagenet.yaml"
+    card.write_text(card.read_text().replace("benthos", "sea floor"))
+    status, _, err = desk.run("--data.stream", "out/imagenet.yaml")
+    assert status != 0

@@ -107,6 +107,7 @@ def _check_entries(card: Card, errors: CardErrors) -> Card:
     for name in sorted(name for name, count in names.items() if count > 1):
         errors.add(f"has two tasks named {repr_short(name)}: give each its own name")
     classes = card.classes or tuple(dict.fromkeys(n for task in tasks for n in task.classes))
+    _check_class_names(card, [*tasks, *eval_only], {*classes, *card.classes}, errors)
     entries = {"sources": sources, "tasks": tuple(tasks), "eval_only": tuple(eval_only)}
     return card.model_copy(update={**entries, "classes": classes})
 
@@ -132,6 +133,21 @@ def _check_task(task: TaskEntry, card: Card, errors: CardErrors, known: Sequence
         hint = nearest(task.scorer, errors.scorers)
         errors.add(f"has the unknown scorer {repr_short(task.scorer)}: {hint}")
     return task.model_copy(update={"classes": classes})
+
+
+def _check_class_names(
+    card: Card, tasks: Sequence[Any], classes: set[str], errors: CardErrors
+) -> None:
+    """Note names of classes that the card does not have, and of answers, which are the classes."""
+    every = classes.union(*(task.classes for task in tasks))
+    if unknown := sorted(card.class_names.keys() - every):
+        errors.add(f"has class_names for {repr_short(unknown)}, which are none of its 'classes'")
+    for task in tasks:
+        if task.decoding == "candidates" and card.class_names.keys() & set(task.classes):
+            errors.add(
+                f"has class_names for classes of task {repr_short(task.name)}, whose answers "
+                "(decoding: candidates) are the classes: name these in 'classes'"
+            )
 
 
 def _check_mixture(task: TaskEntry, card: Card, errors: CardErrors) -> None:

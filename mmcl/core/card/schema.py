@@ -362,6 +362,7 @@ class Card(_Inherited, _Origin):
     sources: dict[Name, SourceEntry] = Field({}, description="sets that tasks mix in, by name")
     tasks: tuple[TaskEntry, ...] = Field((), min_length=1, description="in training order")
     eval_only: tuple[EvalOnlyEntry, ...] = Field((), description="test-only tasks")
+    class_names: dict[Text, Text] = Field({}, description="class: its name in prompts")
     hashes: dict[Name, Text] = Field({}, description="shard name: sha256")
     counts: dict[Name, Count] = Field({}, description="shard name: samples")
     notes: Any = Field(None, description="for people, not read")

@@ -34,20 +34,19 @@ def is_readable(name: str) -> bool:
     return not (_UNREADABLE.fullmatch(name) or _CAMEL.fullmatch(name))
 
 
-def naming_remark(classes: Sequence[str], template: str, what: str = "") -> str:
+def naming_remark(classes: Sequence[str], template: str) -> str:
     """Return a remark on class names in prompts that no caption would hold, "" if all are good.
 
     Args:
         classes: names as prompts have them.
         template: a prompt with one ``{}``.
-        what: whose classes they are, for the remark.
     """
     odd = [name for name in classes if not is_readable(name)]
     if not odd:
         return ""
     listed = ", ".join(f"'{name[:60]}'" for name in odd[:_NAMED])
     return (
-        f"remark: {len(odd)} of {len(classes)} class names{what} are as no caption has them "
+        f"remark: {len(odd)} of {len(classes)} class names are as no caption has them "
         f'({listed}): prompts read "{template.replace("{}", odd[0][:60])}"; name them with '
         "--class_names FILE, or as class_names on the card"
     )

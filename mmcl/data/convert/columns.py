@@ -58,10 +58,12 @@ _TASKS = ("tasks", "taskid", "taskname", "taskindex", "domain", "domains", "sess
 _MEANINGFUL = {
     "": {"bbox", "bboxes", "box", "boxes", "mask", "masks", "segmentation", "objects", "keypoints",
          "polygon", "roi", "weight", "weights", "negative", "negatives"},
+    "record": {"mask", "masks", "weight", "weights", "negative", "negatives"},
     "text": {"caption", "captions", "sentence", "sentences"},
     "label": {"label", "labels", "class", "classes", "category", "species"},
 }  # fmt: skip
-"""Use, or "" for every sample -> words in a name of a column that a user may expect to count."""
+"""Use -> words in a name that a user may expect to count; "" for tables, "record" for questions,
+whose records often keep the boxes that they were made from."""
 _ABOUT = {"id", "ids", "len", "length", "num", "count", "url", "score", "similarity", "hash",
           "lang", "language", "source", "index", "idx", "name"}  # fmt: skip
 """Words in a name of a column about a text or label that is none itself."""
@@ -139,8 +141,9 @@ class _Choice:
         self.by_key: dict[str, list[str]] = {}
         for name in self.found:
             self.by_key.setdefault(key_of(name), []).append(name)
-        ignored = {self.named("ignore_columns", name) for name in self.options.ignore_columns}
-        self.free = [name for name in self.found if name not in ignored]
+        # One that this table lacks may be in that of --test; a misspelt one is refused again.
+        ignored = set(map(key_of, self.options.ignore_columns))
+        self.free = [name for name in self.found if key_of(name) not in ignored]
         self.shown = list_names(self.found)
 
     def named(self, option: str, name: str) -> str:
@@ -200,7 +203,9 @@ def is_image_name(name: str) -> bool:
 def list_names(names: Iterable[str]) -> str:
     """Return names for a message; at most twenty, none of them long or unprintable."""
     listed = list(names)
-    short = [name[:40] if name.isprintable() else repr(name[:40]) for name in listed[:_NAMED]]
+    short = [
+        name[:40] if name and name.isprintable() else repr(name[:40]) for name in listed[:_NAMED]
+    ]
     return ", ".join(short) + (f" and {len(listed) - _NAMED} more" * (len(listed) > _NAMED))
 
 
@@ -341,7 +346,7 @@ def find_split(found: Sequence[str], options: ColumnOptions, where: str, peek: P
 
 def expect_harmless_key(where: str, key: str) -> None:
     """Refuse a key of JSON records that is not used and that a user may expect to count."""
-    if is_meaningful(key) or key_of(key) in _TASKS:
+    if is_meaningful(key, "record") or key_of(key) in _TASKS:
         raise ValueError(
             f"{where} has records with the key {key!r}, which is not used: give --ignore_columns "
             f"{key} if that is right, or --task_column {key} if it states the task"

@@ -164,18 +164,22 @@ def convert_tasks(
         if options.max_new_tokens is not None:
             entry["max_new_tokens"] = options.max_new_tokens
     left_out = [bad for scan in scans for bad in scan.left_out]
-    left_out_file = folder / f"{name}.left_out.txt"
-    if left_out:
-        write_atomic(left_out_file, "".join(f"{bad}\n" for bad in left_out))
-    else:
-        left_out_file.unlink(missing_ok=True)
-    leaked = (np.isin(task.test.content, task.train.content).sum() for task in tasks)
-    num_leaked = sum(map(int, leaked)) if test else 0
+    left_out_file = _write_left_out(folder / f"{name}.left_out.txt", left_out)
+    leaked = (np.isin(task.test.content, task.train.content).sum() for task in tasks if test)
     num_bad = sum(scan.num_bad for scan in scans)
     return ConvertedTasks(
-        entries, classes, hashes, counts, left_out, num_bad, left_out_file, num_leaked,
+        entries, classes, hashes, counts, left_out, num_bad, left_out_file, sum(map(int, leaked)),
         [*notes, *task_notes(tasks, options), *names.notes], names,
     )  # fmt: skip
+
+
+def _write_left_out(path: Path, left_out: Sequence[SkippedRecord]) -> Path:
+    """Write the list of bad samples, or remove an old one; return its path."""
+    if left_out:
+        write_atomic(path, "".join(f"{bad}\n" for bad in left_out))
+    else:
+        path.unlink(missing_ok=True)
+    return path
 
 
 def _scan(

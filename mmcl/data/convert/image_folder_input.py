@@ -213,6 +213,12 @@ def _split_folders(
         tree.unused += [tree.name(folder) for _, folder in inner if folder not in chosen]
         _expect_no_images(tree, path)
         return splits
+    if inner and all(split_of(name) for name, _ in inner):
+        raise ValueError(
+            f"{path} has only folders of splits ({', '.join(name for name, _ in inner)}) and no "
+            "folders of classes in them: put a text beside each image, or list images with texts "
+            "or labels in a csv"
+        )
     if may_descend:
         homes = [folder for _, folder in inner if _holds_splits(tree, folder)]
         rest = [folder for _, folder in inner if folder not in homes]

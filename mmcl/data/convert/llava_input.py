@@ -21,6 +21,7 @@ from mmcl.data.shards.llava_json import ReferenceFile, open_references, read_sam
 from mmcl.data.stored_sample import BadSample, IntArray
 
 _CHUNK_RECORDS = 1000
+_KEYS = ("conversations", "text", "question_id", "video", "id", "image", "images")
 
 
 @dataclass(frozen=True)
@@ -174,18 +175,10 @@ def open_json(
         ValueError: if it is no JSON list, holds no records, or keys do not say what they are.
     """
     records = find_records(path)
-    head = _head(records)
-    keys = list(dict.fromkeys(key for raw in head for key in raw))
+    head = _Head(records)
     folder = open_images(images, path.parent, is_exact=in_place)
-
-    def peek(key: str) -> set[str]:
-        return {str(raw.get(key, "")) for raw in head}
-
-    own = {"conversations", "text", "question_id", "video"}
     answers = {"answer", "answers", answer_field}
-    is_quiz = "text" in keys and bool({"question_id", *answers} & set(keys))
-    is_llava = not keys or "conversations" in keys or is_quiz or references is not None
-    if not is_llava:
+    if references is None and head.is_table(answers):
         if in_place:
             raise ValueError(
                 f"{path} has no conversations, which --in_place needs: leave --in_place out"
@@ -197,47 +190,52 @@ def open_json(
             "instruction: leave --task_type out, or list images with their texts in a csv"
         )
     options.expect_none(str(path), "task_column", "split_column", "ignore_columns")
-    split_key = find_split(keys, replace(options, task_column=None), str(path), peek) or ""
-    used = {*own, *answers, "id", "image", "images", split_key, options.task_column or ""}
+    split_key = find_split(head.keys, options, str(path), head.values) or ""
+    used = {*_KEYS, *answers, split_key, options.task_column or "", *options.ignore_columns}
     opened = open_instructions(path, folder, answer_field, references, options.task_column)
-    known = frozenset({*used, *options.ignore_columns})
     chunks = [
-        replace(chunk, split_key=split_key, known=known)
+        replace(chunk, split_key=split_key, known=frozenset(used))
         for chunk in opened.chunks
         if isinstance(chunk, InstructionChunk)
     ]
     return replace(opened, chunks=chunks)
 
 
-def _head(records: JsonRecords) -> list[Mapping[str, Any]]:
-    """Return the first records, those that are mappings."""
-    found = []
-    for index in range(min(len(records), _CHUNK_RECORDS)):
-        try:
-            raw = records.read(index)
-        except BadSample:
-            continue
-        if isinstance(raw, Mapping):
-            found.append(raw)
-    return found
+class _Head:
+    """The first records that are mappings, about a thousand, and their keys."""
+
+    def __init__(self, records: JsonRecords) -> None:
+        self.records: list[Mapping[str, Any]] = []
+        for index in range(min(len(records), _CHUNK_RECORDS)):
+            try:
+                raw = records.read(index)
+            except BadSample:
+                continue
+            self.records += [raw] if isinstance(raw, Mapping) else []
+        self.keys = list(dict.fromkeys(key for raw in self.records for key in raw))
+
+    def is_table(self, answers: set[str]) -> bool:
+        """Return whether the records are rows: no conversations, no ``text`` with an answer."""
+        keys = set(self.keys)
+        is_quiz = "text" in keys and bool({"question_id", *answers} & keys)
+        return bool(keys) and "conversations" not in keys and not is_quiz
+
+    def values(self, key: str) -> set[str]:
+        """Return the values of a key as texts."""
+        return {str(raw.get(key, "")) for raw in self.records}
 
 
 def _open_rows(
     path: Path,
     records: JsonRecords,
-    head: Sequence[Mapping[str, Any]],
+    head: _Head,
     options: ColumnOptions,
     folder: ImageSearch,
     split: str,
 ) -> InputData:
-    keys = list(dict.fromkeys(key for raw in head for key in raw))
-
-    def peek(key: str) -> set[str]:
-        return {str(raw.get(key, "")) for raw in head}
-
-    columns = find_columns(keys, options, str(path), peek=peek)
+    columns = find_columns(head.keys, options, str(path), peek=head.values)
     text = columns.names.get("text")
-    has_lists = text is not None and any(list_captions(raw.get(text)) for raw in head)
+    has_lists = text is not None and any(list_captions(raw.get(text)) for raw in head.records)
     columns = replace(columns, has_lists=has_lists)
     numbers = np.arange(len(records))
     chunks = []
@@ -246,7 +244,7 @@ def _open_rows(
         chunks.append(
             JsonRows(
                 path=path, count=len(part), columns=columns, images=folder, records=part,
-                first=first, known=frozenset({*keys, *options.ignore_columns}), split=split,
+                first=first, known=frozenset({*head.keys, *options.ignore_columns}), split=split,
             )
         )  # fmt: skip
     return table_input(path, chunks, columns, options)

@@ -195,7 +195,7 @@ def _chunks(
 
 
 def _unique(classes: Classes) -> Classes:
-    """Return names by which classes are told apart: of two equal names their numbers."""
+    """Return names that are all different: instead of two equal ones their numbers."""
     return tuple(
         str(number) if classes.count(name) > 1 else name for number, name in enumerate(classes)
     )
@@ -221,12 +221,13 @@ def table_files(folder: Path) -> list[Path]:
     found = [path for path in found if path.stem != "metadata"]
     if all(path.with_suffix("").is_dir() for path in found):
         return []
-    homes: dict[str, None] = {}
+    homes: dict[Path, None] = {}
     for path in found:
         parts = [part for part in path.relative_to(folder).parts[:-1] if not file_split(part)]
-        homes["/".join(parts)] = None
-    if len(homes) > 1:
-        listed = ", ".join(str(folder / home) for home in homes)
+        homes[folder.joinpath(*parts)] = None
+    # A folder beside those of splits is no configuration, but a split of unknown name.
+    if len([home for home in homes if not homes.keys() & set(home.parents)]) > 1:
+        listed = ", ".join(map(str, homes))
         raise ValueError(f"{folder} has tables in several folders: give one of {listed}")
     return found
 

@@ -164,10 +164,40 @@ def open_captions(path: Path, options: ColumnOptions, task_level: int | None = N
         ValueError: if there are no images or texts, or folders of splits stand beside others.
     """
     tree = ImageTree(path, options.ignore_columns)
+    chunks = _caption_chunks(tree, task_level)
+    used = {
+        os.path.splitext(tree.name(Path(chunk.folder, os.fsdecode(raw))))[0]
+        for chunk in chunks
+        for raw in chunk.joined.split(b"\0")
+    }
+    others = [
+        name
+        for name in tree.others
+        if not (name.endswith(_TEXTS) and os.path.splitext(name)[0] in used)
+    ]
+    if len(others) == len(tree.others):
+        raise ValueError(
+            f"--task_type is {options.task_type}, and {path} is a folder whose images have no text "
+            "beside them: put 1.txt beside 1.jpg, or list images with their texts in a csv"
+        )
+    tree.others = others
+    chunks, notes = without_validation(chunks)
+    return InputData(
+        options.task_type or "captioning",
+        str(path),
+        list[Chunk](chunks),
+        task_column="folder" if task_level else "",
+        notes=[*notes, *tree.notes()],
+        interleaved=True,
+    )
+
+
+def _caption_chunks(tree: ImageTree, task_level: int | None) -> list[CaptionChunk]:
+    """Return the images of all folders, with their splits and tasks."""
     chunks: list[CaptionChunk] = []
     unknown = ""
     for folder, names in _walk(tree):
-        parts = list(folder.relative_to(path).parts)
+        parts = list(folder.relative_to(tree.top).parts)
         split = next((part for part in parts[:2] if split_of(part)), "")
         unknown = unknown if split else str(folder)
         if split:
@@ -182,23 +212,8 @@ def open_captions(path: Path, options: ColumnOptions, task_level: int | None = N
             "train, val or test"
         )
     if not chunks:
-        raise ValueError(f"{path} has no images: correct SOURCE")
-    used = {os.path.splitext(tree.name(Path(chunk.folder, os.fsdecode(raw))))[0]
-            for chunk in chunks for raw in chunk.joined.split(b"\0")}  # fmt: skip
-    tree.others = [
-        name
-        for name in tree.others
-        if not (name.endswith(_TEXTS) and os.path.splitext(name)[0] in used)
-    ]
-    chunks, notes = without_validation(chunks)
-    return InputData(
-        options.task_type or "captioning",
-        str(path),
-        list[Chunk](chunks),
-        task_column="folder" if task_level else "",
-        notes=[*notes, *tree.notes()],
-        interleaved=True,
-    )
+        raise ValueError(f"{tree.top} has no images: correct SOURCE")
+    return chunks
 
 
 def _walk(tree: ImageTree, path: Path | None = None) -> Iterator[tuple[Path, list[str]]]:

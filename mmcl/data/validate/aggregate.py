@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mmcl.core import Task, TaskStream
+from mmcl.data.convert.class_names import naming_remark
 from mmcl.data.shards.open_stream import (
     add_repeated_keys,
     count_error,
@@ -290,6 +291,7 @@ class ResultAggregator:
                 f"{next(iter(self.unsorted))}: mmcl reads them, other readers of webdataset do "
                 "not; write them with tar --sort=name"
             )
+        self.check_class_names()
         self.check_hashes({name for task in everything for name in (*task.train, *task.test)})
         errors, warnings = tuple(self.errors.lines), tuple(self.warnings.lines)
         notes = self.unused.lines()
@@ -300,6 +302,13 @@ class ResultAggregator:
         splits = (self.splits.get((task.index, split)) for split in SPLITS)
         train, test = (None if split is None else split.summarize() for split in splits)
         return TaskFindings(task, class_names(self.stream, task), train, test)
+
+    def check_class_names(self) -> None:
+        """Add a warning if prompts would have names of classes that no caption has."""
+        tasks = [task for task in self.stream.all_tasks if task.task_type == "classification"]
+        classes = dict.fromkeys(name for task in tasks for name in task.classes)
+        template = next((text for task in tasks for text in task.templates), "{}")
+        self.warnings.add(naming_remark(self.stream.prompt_names(classes), template))
 
     def check_hashes(self, used: set[str]) -> None:
         """Add warnings for shards without a hash on the card, and for hashes without a shard."""

@@ -132,7 +132,7 @@ def tasks_and_sources(stream: TaskStream) -> tuple[Task, ...]:
 def class_names(stream: TaskStream, task: Task) -> tuple[str, ...]:
     """Return the names of all classes of a task, in the order of its ``labels``."""
     names = task.classes if task.is_eval_only else stream.classes_seen(max(0, task.index))
-    return tuple(names[column] for column in task.class_ids)
+    return stream.display_names(names[column] for column in task.class_ids)
 
 
 def value_range(
