@@ -181,8 +181,8 @@ class TarShard:
         except UnfitMembers as error:
             return str(error)
         images = {name for name, use in found.items() if use.field == "image"}
-        several = self.index.several(images) if not fields.image else ()
-        if len(several) == 0:
+        several = self.index.several(images)
+        if fields.image or len(several) == 0:
             return ""
         first = [name for name, _, _ in self.index.members(int(several[0])) if name in images]
         return two_images(first)
@@ -198,8 +198,10 @@ class TarShard:
             found = self.members(fields)
         except UnfitMembers:
             return np.zeros(len(self), dtype=np.int64)
-        texts = [self.index.lengths(name) for name, use in found.items() if use.field == "text"]
-        return np.max([np.zeros(len(self), dtype=np.int64), *texts], axis=0)
+        lengths = np.zeros(len(self), dtype=np.int64)
+        for name in (name for name, use in found.items() if use.field == "text"):
+            lengths = np.maximum(lengths, self.index.lengths(name))
+        return lengths
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out index and map; the hash of the shard's first and last bytes is included."""
