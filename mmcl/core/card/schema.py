@@ -138,7 +138,7 @@ def _shard_names(names: tuple[str, ...], info: Any) -> tuple[str, ...]:
         most = MAX_SHARDS - info.context.num_shards - len(found)
         found += find_shards(name, info.context.folder, most)
     info.context.num_shards += len(found)
-    return tuple(found)
+    return _without_repeats(tuple(found))
 
 
 def _without_repeats(names: tuple[str, ...]) -> tuple[str, ...]:

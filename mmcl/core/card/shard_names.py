@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,7 @@ def find_shards(name: str, folder: Path, most: int) -> list[str]:
     if is_command(name):
         return expand(name, most)
     variable = _VARIABLE.search(name)
-    if variable and not (folder / name).exists():
+    if variable and not os.path.exists(folder / name):
         raise ValueError(
             f"{_quoted(name)} holds the environment variable {variable[0]}, which a card does "
             "not read: write the path out"
@@ -196,8 +197,12 @@ def _matches(name: str, folder: Path) -> list[str]:
                 "lists: write {000..099}, or list the addresses"
             )
         return [name]
-    if not glob.has_magic(name) or (folder / name).exists():
+    if not name.endswith(SUFFIXES) and os.path.isdir(folder / name):
+        raise ValueError(f"{_quoted(name)} is a folder: write {_quoted(f'{name}/*.tar')}")
+    if not glob.has_magic(name) or os.path.exists(folder / name):
         return [name]
+    if name.count("**") > 1:
+        raise ValueError(f"{_quoted(name)} has ** more than once: write it once")
     pattern = str(Path(name).expanduser()) if name.startswith("~/") else name
     found = glob.glob(pattern, root_dir=folder, recursive=True)
     shards = [each for each in found if each.endswith(SUFFIXES) and (folder / each).is_file()]

@@ -350,14 +350,14 @@ class _Work:
         """Check that the members of opened shards hold the task's fields, and note the others."""
         lines = []
         for shard in shards:
-            if not isinstance(shard, TarShard) or not shard.nbytes:
+            if isinstance(shard, TarShard) and not shard.nbytes:  # opened at its first read
                 continue
             error = shard.field_error(fields)
             if error:
                 lines.append(f"{display_name(task)}: shard {shard.name} {error}")
-            else:
+            elif isinstance(shard, TarShard):
                 counts, used = shard.index.counts(), shard.members(fields)
-                self.unused.add(shard.name, counts, used, task.ignore_members)
+                self.unused.add(shard.name, len(shard), counts, used, task.ignore_members)
         self.errors.add_some(lines, f"shards of {display_name(task)} whose members do not fit")
 
     def check_keys(self, where: str, shards: Sequence[Shard]) -> None:

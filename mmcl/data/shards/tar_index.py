@@ -33,7 +33,7 @@ IN_LARGE = (1 << 32) - 1
 _NEVER_READ = frozenset({
     "pyd", "pickle", "pkl", "pk", "dill", "joblib", "pth", "pt", "ckpt", "bin", "ten", "tenbin",
     "npy", "npz", "mp", "msgpack", "gz", "bz2", "xz", "zst", "zip", "tar", "tgz", "csv", "tsv",
-    "parquet", "md", "rst", "yaml", "yml", "toml", "log", "py", "sh", "idx", "index",
+    "parquet", "md", "rst", "yaml", "yml", "toml", "log", "py", "sh",
 })  # fmt: skip
 """Pickles, arrays, archives, and files about a shard that are no part of a sample."""
 _EDGE = 1 << 16
