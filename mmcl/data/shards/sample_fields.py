@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from mmcl.core import Task
@@ -74,7 +75,12 @@ class SampleFields:
             task.task_type, task.image_field.lower(), text, task.label_field.lower(), ignored
         )
 
-    @property
+    @cached_property
+    def has_alternatives(self) -> bool:
+        """Whether a field names several members, as in ``jpg;png``."""
+        return any(";" in name for name in (self.image, self.text, self.label))
+
+    @cached_property
     def used(self) -> tuple[Field, ...]:
         """The fields that this type of task reads."""
         if self.task_type == "image":
