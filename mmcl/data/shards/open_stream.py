@@ -166,15 +166,14 @@ def open_stream(
         validation_share: fraction of every training split that is its validation split instead.
         seed: of these subsets.
         allow_pipes: run ``pipe:`` urls, which are shell commands.
-        cache_dir: folder for remote shards, and for indexes of read-only ones; None = $MMCL_CACHE
-            or the user's cache folder.
+        cache_dir: of remote shards and indexes of read-only ones; None = $MMCL_CACHE or the user's.
         cache_limit: bytes that remote shards may take there; None = no limit.
         verify_hashes: read every shard that has a hash on the card and compare.
         finished: tasks whose training shards are not opened; they may be gone.
         progress: called after every shard.
 
     Returns:
-        The stream with exact sizes, and readers of its samples.
+        the stream with exact sizes, readers of its samples, and notes.
 
     Raises:
         ValueError: one line for every error of the stream, or a bad max_samples.
@@ -185,13 +184,13 @@ def open_stream(
     all_splits: list[tuple[Task, Split]] = [(t, p) for t in stream.all_tasks for p in _splits_of(t)]
     splits = [(t, p) for t, p in all_splits if p == "test" or t.index not in finished]
     mixed = sorted({number for task in stream.tasks for number, _ in task.mixture})
-    own = {number: stream.sources[number - 1].task for number in mixed}
+    own = {n: stream.sources[n - 1].task for n in mixed}
     work.open_all([*splits, *((source, "train") for source in own.values())], progress)
     readers = work.readers(splits, validation_share)
-    sources = {number: work.reader(source, "train") for number, source in own.items()}
+    sources = {number: work.reader(each, "train") for number, each in own.items()}
     work.errors.raise_all(stream.name)
-    counted = _counted(stream, readers, max_samples, validation_share)
-    return OpenStream(counted, readers, sources, work.unused.lines())
+    stream = _counted(stream, readers, max_samples, validation_share)
+    return OpenStream(stream, readers, sources, work.unused.lines())
 
 
 def display_name(task: Task) -> str:

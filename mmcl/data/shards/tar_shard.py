@@ -208,7 +208,7 @@ class TarShard:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out index and map; the hash of the shard's first and last bytes is included."""
-        own = {"_index": None, "_map_key": None, "_members": {}, "_latest": None}
+        own: dict[str, Any] = {"_index": None, "_map_key": None, "_members": {}, "_latest": None}
         return {**self.__dict__, **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
