@@ -224,7 +224,9 @@ class TaskStream(Sequence[Task]):
 
     def shard(self, name: str) -> str:
         """Return the path or url of a shard, given its name on the card."""
-        return name if "://" in name or name.startswith("pipe:") else str(self.folder / name)
+        if "://" in name or name.startswith("pipe:"):
+            return name
+        return str(self.folder / (Path(name).expanduser() if name.startswith("~/") else name))
 
     @overload
     def __getitem__(self, index: int) -> Task: ...

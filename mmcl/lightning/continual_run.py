@@ -114,6 +114,8 @@ class ContinualRun:
             matrix = fresh.with_cells_of(self.folder.path / "matrix.json")
             check_data(self.folder, self.data, state, matrix.measured_names())
             module = self._load_to_resume(state, matrix)
+            for note in self.data.prepared.notes:
+                self.log(note)
             self._log_start(state)
             rows = state.finished_tasks + 1
             self.loggers.resume(state.steps + (state.step if state.last_checkpoint else 0), rows)

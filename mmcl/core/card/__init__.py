@@ -3,7 +3,6 @@
 from mmcl.core.card.card_reader import MAX_CARD_BYTES, card_schema, read_card, validate_card
 from mmcl.core.card.schema import (
     MAX_ERRORS,
-    MAX_SHARDS,
     Card,
     Decoding,
     KeyUntil,
@@ -11,10 +10,10 @@ from mmcl.core.card.schema import (
     SourceEntry,
     Stage,
     TaskEntry,
-    expand,
 )
+from mmcl.core.card.shard_names import MAX_SHARDS, expand
 
 __all__ = [
-    "MAX_CARD_BYTES", "MAX_ERRORS", "MAX_SHARDS", "Card", "Decoding", "KeyUntil", "KeyUntil", "Scenario", "SourceEntry",
-    "Stage", "TaskEntry", "card_schema", "expand", "read_card", "validate_card",
+    "MAX_CARD_BYTES", "MAX_ERRORS", "MAX_SHARDS", "Card", "Decoding", "KeyUntil", "Scenario",
+    "SourceEntry", "Stage", "TaskEntry", "card_schema", "expand", "read_card", "validate_card",
 ]  # fmt: skip

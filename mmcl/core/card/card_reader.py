@@ -79,7 +79,7 @@ def validate_card(path: Path, scorers: Sequence[str] = ()) -> tuple[Card, list[s
         raw = parse_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not YAML: {escape_unprintable(str(error))}") from None
-    errors = CardErrors(scorers)
+    errors = CardErrors(scorers, path.parent)
     card = _check_entries(Card.model_validate(raw, context=errors), errors)
     more = len(errors.found) - MAX_ERRORS
     return card, errors.found[:MAX_ERRORS] + [f"and {more} more"] * (more > 0)

@@ -6,14 +6,12 @@ card is still read. The same models give the JSON schema for editors.
 
 from __future__ import annotations
 
-import itertools
-import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from reprlib import Repr
 from typing import Annotated, Any, ClassVar, Literal, get_origin
 
@@ -30,8 +28,8 @@ from pydantic import (
     model_validator,
 )
 
-MAX_SHARDS = 10_000_000
-"""Names of shards on one card."""
+from mmcl.core.card.shard_names import MAX_SHARDS, find_shards
+
 MAX_ERRORS = 100
 """Errors of a card that are written out; the others are counted."""
 MAX_NAME = 80
@@ -55,7 +53,6 @@ RENAMED_VALUES: dict[str, dict[str, str]] = {
 _SHORT = Repr()
 _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong, _SHORT.maxlevel = 120, 120, 60, 3
 _MAX_ERRORS_OF_KEY = 5
-_RANGE = re.compile(r"[{]([0-9]+)[.][.]([0-9]+)[}]")
 _CONTROLS = r"\x00-\x08\x0b-\x1f\x7f-\x9f"
 _EXPECTED = {
     "string_type": "text: put names like 'yes' or '3' in quotes",
@@ -76,9 +73,13 @@ _EXPECTED = {
 
 @dataclass
 class CardErrors:
-    """Errors of one card, one sentence each in ``found``; ``where`` is the entry in hand."""
+    """Errors of one card, one sentence each in ``found``; ``where`` is the entry in hand.
+
+    Relative shard names start in ``folder``.
+    """
 
     scorers: Sequence[str] = ()
+    folder: Path = Path()
     where: str = "the card"
     found: list[str] = field(default_factory=list)
     num_shards: int = 0
@@ -121,41 +122,6 @@ def nearest(name: Any, known: Iterable[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
 
 
-def expand(name: str, most: int = MAX_SHARDS) -> list[str]:
-    """Expand the ``{000..004}`` ranges of a shard name, keeping leading zeros.
-
-    Args:
-        name: shard name as written on the card.
-        most: largest number of names to return.
-
-    Returns:
-        The names, or the name itself if it has no range.
-
-    Raises:
-        ValueError: if there would be more names, or a range descends.
-    """
-    parts = _RANGE.split(name)
-    texts, bounds = parts[::3], list(zip(parts[1::3], parts[2::3], strict=True))
-    if any(max(map(len, pair)) > 18 for pair in bounds):
-        raise ValueError(f"{repr_short(name)} counts beyond {10**18}: correct the range")
-    ranges = [range(int(first), int(last) + 1) for first, last in bounds]
-    if not all(ranges):
-        raise ValueError(f"{repr_short(name)} names no shard: write the smaller number first")
-    if math.prod(map(len, ranges)) > most:
-        raise ValueError(
-            f"{repr_short(name)} names more than {MAX_SHARDS} shards, with those before it: write "
-            "larger shards"
-        )
-    digits = [len(first) if first.startswith("0") else 0 for first, _ in bounds]
-    return [
-        texts[0] + "".join(
-            str(number).zfill(count) + text
-            for number, count, text in zip(numbers, digits, texts[1:], strict=True)
-        )
-        for numbers in itertools.product(*ranges)
-    ]  # fmt: skip
-
-
 def _quoted(name: str) -> str:
     return repr_short(name[:MAX_NAME])
 
@@ -169,9 +135,10 @@ def _shard_names(names: tuple[str, ...], info: Any) -> tuple[str, ...]:
         raise ValueError("an empty list, expected one shard name or more")
     found: list[str] = []
     for name in names:
-        found += expand(name, MAX_SHARDS - info.context.num_shards - len(found))
+        most = MAX_SHARDS - info.context.num_shards - len(found)
+        found += find_shards(name, info.context.folder, most)
     info.context.num_shards += len(found)
-    return tuple(found)
+    return _without_repeats(tuple(found))
 
 
 def _without_repeats(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -122,6 +122,12 @@ class JsonShard:
             return np.zeros(len(opened.numbers), dtype=np.int64)
         return opened.index.text_bytes[opened.numbers]
 
+    def field_error(self, fields: SampleFields) -> str:
+        """Return why a task cannot take its fields from this shard, "" if it can."""
+        if not fields.image:
+            return ""
+        return f"is a JSON whose records name their images: leave out image_field '{fields.image}'"
+
     def digest(self) -> str:
         """Return a hash of the JSON's content, the records used and the way of reading them."""
         opened = self._open()

@@ -166,15 +166,14 @@ def open_stream(
         validation_share: fraction of every training split that is its validation split instead.
         seed: of these subsets.
         allow_pipes: run ``pipe:`` urls, which are shell commands.
-        cache_dir: folder for remote shards, and for indexes of read-only ones; None = $MMCL_CACHE
-            or the user's cache folder.
+        cache_dir: of remote shards and indexes of read-only ones; None = $MMCL_CACHE or the user's.
         cache_limit: bytes that remote shards may take there; None = no limit.
         verify_hashes: read every shard that has a hash on the card and compare.
         finished: tasks whose training shards are not opened; they may be gone.
         progress: called after every shard.
 
     Returns:
-        The stream with exact sizes, and readers of its samples.
+        the stream with exact sizes, readers of its samples, and notes.
 
     Raises:
         ValueError: one line for every error of the stream, or a bad max_samples.
@@ -185,13 +184,13 @@ def open_stream(
     all_splits: list[tuple[Task, Split]] = [(t, p) for t in stream.all_tasks for p in _splits_of(t)]
     splits = [(t, p) for t, p in all_splits if p == "test" or t.index not in finished]
     mixed = sorted({number for task in stream.tasks for number, _ in task.mixture})
-    own = {number: stream.sources[number - 1].task for number in mixed}
+    own = {n: stream.sources[n - 1].task for n in mixed}
     work.open_all([*splits, *((source, "train") for source in own.values())], progress)
     readers = work.readers(splits, validation_share)
-    sources = {number: work.reader(source, "train") for number, source in own.items()}
+    sources = {number: work.reader(each, "train") for number, each in own.items()}
     work.errors.raise_all(stream.name)
-    counted = _counted(stream, readers, max_samples, validation_share)
-    return OpenStream(counted, readers, sources, work.unused.lines())
+    stream = _counted(stream, readers, max_samples, validation_share)
+    return OpenStream(stream, readers, sources, work.unused.lines())
 
 
 def display_name(task: Task) -> str:
@@ -350,14 +349,14 @@ class _Work:
         """Check that the members of opened shards hold the task's fields, and note the others."""
         lines = []
         for shard in shards:
-            if not isinstance(shard, TarShard) or not shard.nbytes:
+            if isinstance(shard, TarShard) and not shard.nbytes:  # opened at its first read
                 continue
             error = shard.field_error(fields)
             if error:
                 lines.append(f"{display_name(task)}: shard {shard.name} {error}")
-            else:
+            elif isinstance(shard, TarShard):
                 counts, used = shard.index.counts(), shard.members(fields)
-                self.unused.add(shard.name, counts, used, task.ignore_members)
+                self.unused.add(shard.name, len(shard), counts, used, task.ignore_members)
         self.errors.add_some(lines, f"shards of {display_name(task)} whose members do not fit")
 
     def check_keys(self, where: str, shards: Sequence[Shard]) -> None:

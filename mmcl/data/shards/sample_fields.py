@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from mmcl.core import Task
@@ -74,7 +75,12 @@ class SampleFields:
             task.task_type, task.image_field.lower(), text, task.label_field.lower(), ignored
         )
 
-    @property
+    @cached_property
+    def has_alternatives(self) -> bool:
+        """Whether a field names several members, as in ``jpg;png``."""
+        return any(";" in name for name in (self.image, self.text, self.label))
+
+    @cached_property
     def used(self) -> tuple[Field, ...]:
         """The fields that this type of task reads."""
         if self.task_type == "image":
@@ -144,10 +150,9 @@ class SampleFields:
             hint = f"name it with {field}_field on the card"
             if self.task_type == "instruction":
                 hint = "a conversation is a .json member, or set another task_type"
-            elif field != "image" and "json" in extensions and (keys := _keys(read_json())):
+            elif field != "image" and "json" in extensions and (keys := _keys(read_json(), field)):
                 hint += f"; .json has the keys {', '.join(keys)}, such as json.{keys[0]}"
-            if any("." in name and name.rpartition(".")[2] in IMAGES for name in extensions):
-                hint += ", or set key_until: last_dot if keys hold dots"
+            hint += _hint_of_dots(extensions)
             raise UnfitMembers(
                 f"has no {_WORDS[field]} member{_stated(field, getattr(self, field))}: its samples "
                 f"have {dotted(extensions) or 'no member that can be read'}; {hint}"
@@ -179,6 +184,7 @@ class SampleFields:
             raise UnfitMembers(
                 f"has {len(rivals)} members that may be the {_WORDS[field]}, {dotted(rivals)}: "
                 f"name one with {field}_field on the card, or the others under ignore_members"
+                f"{_hint_of_dots(rivals)}"
             )
         return rivals
 
@@ -189,16 +195,19 @@ class UnusedMembers:
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
         self.used: set[str] = set()
+        self.samples = 0
         self._shards: set[str] = set()
 
     def add(
-        self, shard: str, counts: Mapping[str, int], used: Collection[str], ignored: Sequence[str]
-    ) -> None:
+        self, shard: str, samples: int, counts: Mapping[str, int], used: Collection[str],
+        ignored: Sequence[str],
+    ) -> None:  # fmt: skip
         """Add the members of a shard: how often each occurs, and those that its task uses."""
         self.used.update(used, map(member_name, ignored))
         if shard in self._shards or not counts:
             return
         self._shards.add(shard)
+        self.samples += samples
         for name, count in counts.items():
             self.counts[name] = self.counts.get(name, 0) + count
 
@@ -209,7 +218,9 @@ class UnusedMembers:
             return ()
         named = [f".{escape_unprintable(name)} ({self.counts[name]:,})" for name in unused[:_SHOWN]]
         more = f" and {len(unused) - _SHOWN} more" if len(unused) > _SHOWN else ""
-        return (f"members of samples that no task uses: {', '.join(named)}{more}",)
+        return (
+            f"of {self.samples:,} samples these members are not used: {', '.join(named)}{more}",
+        )
 
 
 def two_images(names: Iterable[str]) -> str:
@@ -217,8 +228,13 @@ def two_images(names: Iterable[str]) -> str:
     names = list(names)
     return (
         f"has {len(names)} image members, {dotted(names)}: name one with image_field on the card, "
-        "or the others under ignore_members"
+        f"or the others under ignore_members{_hint_of_dots(names)}"
     )
+
+
+def _hint_of_dots(names: Iterable[str]) -> str:
+    is_dotted = any("." in name and name.rpartition(".")[2] in (*IMAGES, *TEXTS) for name in names)
+    return ", or set key_until: last_dot if keys hold dots" if is_dotted else ""
 
 
 def alternatives(stated: str) -> list[str]:
@@ -287,25 +303,18 @@ def json_value(data: bytes, path: str) -> Any:
     return value
 
 
-def _keys(data: bytes) -> list[str]:
-    """Return some keys of a JSON mapping whose values are texts, or lists of texts."""
+def _keys(data: bytes, field: Field) -> list[str]:
+    """Return some keys of a JSON mapping whose values may be a field: the usual ones first."""
     try:
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError):
         return []
     if not isinstance(value, Mapping):
         return []
-    is_text = {
-        key: isinstance(held, str) or (isinstance(held, list) and all(_is_str(x) for x in held))
-        for key, held in value.items()
-    }
-    usual = [key for key in value if is_text[key] and key.lower() in TEXTS]
-    others = [key for key in value if is_text[key] and key not in usual]
+    kinds = str | list if field == "text" else str | int
+    usual = [key for key in value if key.lower() in (TEXTS if field == "text" else LABELS)]
+    others = [key for key, held in value.items() if isinstance(held, kinds) and key not in usual]
     return [repr_short(key)[1:-1] for key in (usual + others)[:_SHOWN]]
-
-
-def _is_str(value: Any) -> bool:
-    return isinstance(value, str)
 
 
 def _stated(field: Field, stated: str) -> str:

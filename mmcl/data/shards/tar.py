@@ -22,6 +22,12 @@ Piece = Callable[[int, int], bytes]
 """Function (offset, length) -> the bytes of this range, fewer at the end of the file."""
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
+_UNPACK = {"gzip": "gunzip", "bzip2": "bunzip2", "xz": "unxz", "zstd": "unzstd"}
+_OTHER_FILES = {
+    b"PK\x03\x04": "is a zip archive: there is no tar header at byte 0; unpack it and write a tar",
+    b"PAR1": "is a parquet file: there is no tar header at byte 0; give it to mmcl data convert",
+    b"version https://git-lfs": "is a pointer of Git LFS, not the shard: run git lfs pull",
+}
 _EMPTY = bytes(BLOCK)
 _REGULAR = frozenset({tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE})
 _WITHOUT_CONTENT = frozenset(tarfile.SUPPORTED_TYPES) - _REGULAR
@@ -104,10 +110,15 @@ def padded(length: int) -> int:
 def _expect_tar(piece: Piece, size: int) -> None:
     if size == 0:
         raise BadShard("is empty (0 bytes): fetch or build it again")
-    start = piece(0, 6)
+    start = piece(0, 32)
     for mark, method in _COMPRESSED.items():
         if start.startswith(mark):
-            raise BadShard(f"is compressed with {method}: unpack it to a plain .tar first")
+            raise BadShard(
+                f"is compressed with {method}: unpack it to a plain .tar first ({_UNPACK[method]})"
+            )
+    for mark, reason in _OTHER_FILES.items():
+        if start.startswith(mark):
+            raise BadShard(reason)
 
 
 def _header(piece: Piece, offset: int, size: int) -> Header | None:
@@ -126,8 +137,9 @@ def _header(piece: Piece, offset: int, size: int) -> Header | None:
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
+        hint = "" if offset else f", it starts with {block[:16]!r} and may be another file"
         raise BadShard(
-            f"is damaged: there is no tar header at byte {offset} ({error}): "
+            f"is damaged: there is no tar header at byte {offset} ({error}){hint}: "
             "fetch or build it again"
         ) from None
     return Header(header.name.encode("utf-8", "surrogateescape"), header.type, header.size)

@@ -9,7 +9,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +33,7 @@ IN_LARGE = (1 << 32) - 1
 _NEVER_READ = frozenset({
     "pyd", "pickle", "pkl", "pk", "dill", "joblib", "pth", "pt", "ckpt", "bin", "ten", "tenbin",
     "npy", "npz", "mp", "msgpack", "gz", "bz2", "xz", "zst", "zip", "tar", "tgz", "csv", "tsv",
-    "parquet", "md", "rst", "yaml", "yml", "toml", "log", "py", "sh", "idx", "index",
+    "parquet", "md", "rst", "yaml", "yml", "toml", "log", "py", "sh",
 })  # fmt: skip
 """Pickles, arrays, archives, and files about a shard that are no part of a sample."""
 _EDGE = 1 << 16
@@ -93,8 +93,8 @@ class ShardIndex:
         arrays = (self.first, self.block, self.length, self.kind, self.large, self.key_hash)
         return sum(array.nbytes for array in arrays if array is not None)
 
-    def members(self, index: int) -> Iterator[tuple[str, int, int]]:
-        """Yield extension, offset and length of each member of a sample.
+    def members(self, index: int) -> list[tuple[str, int, int]]:
+        """Return extension, offset and length of each member of a sample.
 
         Raises:
             IndexError: if there is no such sample.
@@ -102,11 +102,16 @@ class ShardIndex:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} is outside 0 to {len(self) - 1}")
         start, end = int(self.first[index]), int(self.first[index + 1])
-        kinds, blocks = self.kind[start:end].tolist(), self.block[start:end].tolist()
-        lengths = self.length[start:end].tolist()
-        for place, (kind, block, length) in enumerate(zip(kinds, blocks, lengths, strict=True)):
-            true = length if length < IN_LARGE else self._length(start + place)
-            yield self.extensions[kind], block * BLOCK, true
+        extensions, kind, block, length = self.extensions, self.kind, self.block, self.length
+        found = [
+            (extensions[kind[member]], int(block[member]) * BLOCK, int(length[member]))
+            for member in range(start, end)
+        ]
+        if len(self.large):
+            return [
+                (*each[:2], self._length(member)) for member, each in enumerate(found, start=start)
+            ]
+        return found
 
     @cached_property
     def is_sorted(self) -> bool:

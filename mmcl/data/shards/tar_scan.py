@@ -72,9 +72,10 @@ def scan(file: BinaryIO, key_until: KeyUntil = "first_dot") -> tuple[ShardIndex,
 def split(name: bytes, key_until: KeyUntil = "first_dot") -> tuple[bytes, str]:
     """Return key and extension of a member name; both are empty for a file that is no member."""
     found = _KEY_AND_EXTENSION[key_until].match(name)
-    if found is None or not found[2] or _META.match(name):
+    if found is None or (b"__" in name and _META.match(name)):
         return b"", ""
-    return found[1], found[2].decode("utf-8", "replace").lower()
+    key, extension = found.groups()
+    return (key, extension.decode("utf-8", "replace").lower()) if extension else (b"", "")
 
 
 class _IndexBuilder:

@@ -43,7 +43,7 @@ _MAPS, _REMOTE_MAPS = 128, 8
 the disk space of a file that the cache may have evicted."""
 _ATTEMPTS = 3
 _BUFFER_BYTES = 1 << 12
-_LONG_NAMES = (b"path=", b"@LongLink")
+_PAX_PATH, _GNU_NAME = b"path=", b"@LongLink"
 """Bytes that occur before a header whose name field is not the member's whole name."""
 _START_BYTES = 64
 """Bytes by which an image is recognized."""
@@ -81,6 +81,7 @@ class TarShard:
         self._compared: tuple[int, int] | None = None
         self._map_key = object()
         self._members: dict[SampleFields, dict[str, StoredAs]] = {}
+        self._latest: tuple[SampleFields, dict[str, StoredAs]] | None = None
 
     @property
     def index(self) -> ShardIndex:
@@ -117,7 +118,7 @@ class TarShard:
             RuntimeError: if the shard changed since it was indexed or cannot be opened.
         """
         shard_index = self._opened()
-        first = next(shard_index.members(index))
+        first = shard_index.members(index)[0]
         return self._key(shard_index, self._map(shard_index), index, first)
 
     def key_hashes(self) -> Hashes:
@@ -147,14 +148,16 @@ class TarShard:
         """
         shard_index = self._opened()
         data = self._map(shard_index)
-        listed = list(shard_index.members(index))
+        listed = shard_index.members(index)
         key = self._key(shard_index, data, index, listed[0])
         if fields is not None:
             return Sample(key, self.name, self._read_fields(data, listed, fields))
         own: dict[str, bytes] = {}
         for extension, offset, length in listed:
             limit = MAX_IMAGE_MEMBER_BYTES if _is_image(extension) else MAX_TEXT_BYTES
-            own[extension] = _content(data, extension, offset, length, limit)
+            if length > limit:
+                raise _too_long(extension, length, limit)
+            own[extension] = data[offset : offset + length]
         return Sample(key, self.name, own)
 
     def members(self, fields: SampleFields) -> dict[str, StoredAs]:
@@ -181,8 +184,8 @@ class TarShard:
         except UnfitMembers as error:
             return str(error)
         images = {name for name, use in found.items() if use.field == "image"}
-        several = self.index.several(images) if not fields.image else ()
-        if len(several) == 0:
+        several = self.index.several(images)
+        if fields.image or len(several) == 0:
             return ""
         first = [name for name, _, _ in self.index.members(int(several[0])) if name in images]
         return two_images(first)
@@ -198,12 +201,15 @@ class TarShard:
             found = self.members(fields)
         except UnfitMembers:
             return np.zeros(len(self), dtype=np.int64)
-        texts = [self.index.lengths(name) for name, use in found.items() if use.field == "text"]
-        return np.max([np.zeros(len(self), dtype=np.int64), *texts], axis=0)
+        lengths = np.zeros(len(self), dtype=np.int64)
+        for name in (name for name, use in found.items() if use.field == "text"):
+            lengths = np.maximum(lengths, self.index.lengths(name))
+        return lengths
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out index and map; the hash of the shard's first and last bytes is included."""
-        return {**self.__dict__, "_index": None, "_map_key": None, "_members": {}}
+        own: dict[str, Any] = {"_index": None, "_map_key": None, "_members": {}, "_latest": None}
+        return {**self.__dict__, **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Create a new key for the map, which belongs to this process."""
@@ -214,31 +220,40 @@ class TarShard:
         self, data: mmap.mmap, listed: list[tuple[str, int, int]], fields: SampleFields
     ) -> dict[str, bytes]:
         """Return the members of a sample that hold its fields, under their usual names."""
-        try:
-            uses = self.members(fields)
-        except UnfitMembers as error:
-            raise BadSample(f"its shard {error}") from None
-        best: dict[str, tuple[int, str, str, int, int]] = {}
-        for extension, offset, length in listed:
-            use = uses.get(extension)
-            if use is None:
-                continue
-            before = best.get(use.field)
-            if before is not None and use.field == "image" and before[0] == use.rank:
-                raise BadSample(f"it {two_images([before[1], extension])}")
-            if before is None or use.rank < before[0]:
-                best[use.field] = (use.rank, extension, use.name, offset, length)
+        # By identity: a reader gives the same object for every sample, and hashing it takes time.
+        if self._latest is None or self._latest[0] is not fields:
+            try:
+                self._latest = fields, self.members(fields)
+            except UnfitMembers as error:
+                raise BadSample(f"its shard {error}") from None
+        uses, images, members = self._latest[1], 0, listed
         own: dict[str, bytes] = {}
-        for field, (_, extension, name, offset, length) in best.items():
-            limit = MAX_IMAGE_MEMBER_BYTES if field == "image" else MAX_TEXT_BYTES
-            content = _content(data, extension, offset, length, limit)
+        if fields.has_alternatives:
+            members = _preferred(listed, uses)
+        for extension, offset, length in members:
+            if extension not in uses:
+                continue
+            field, _, name = uses[extension]
+            limit = MAX_TEXT_BYTES
+            if field == "image":
+                limit, images = MAX_IMAGE_MEMBER_BYTES, images + 1
+            if length > limit:
+                raise _too_long(extension, length, limit)
+            content = data[offset : offset + length]
             own[name or extension_of(content)] = content
-        for field in fields.required:
-            if field not in best:
-                raise BadSample(
-                    fields.missing(field, uses, [extension for extension, _, _ in listed])
-                )
+        if images > 1 or len(own) != len(fields.used):
+            self._expect_fields(fields, uses, [extension for extension, _, _ in listed])
         return own
+
+    @staticmethod
+    def _expect_fields(fields: SampleFields, uses: dict[str, StoredAs], listed: list[str]) -> None:
+        """Check that a sample has every required field, and no field twice."""
+        images = [name for name in listed if name in uses and uses[name].field == "image"]
+        if len(images) > 1 and not fields.image:
+            raise BadSample(f"it {two_images(images)}")
+        for field in fields.required:
+            if not any(uses[name].field == field for name in listed if name in uses):
+                raise BadSample(fields.missing(field, uses, listed))
 
     def _holds_image(self, extension: str) -> bool:
         try:
@@ -329,8 +344,8 @@ class TarShard:
         """Read the key of a sample from the headers before its first member."""
         extension, offset, _ = first
         start = index.before(number)
-        between = data[start : offset - BLOCK] if offset - start <= _NEAR else _LONG_NAMES[0]
-        if not any(mark in between for mark in _LONG_NAMES):
+        between = data[start : offset - BLOCK] if offset - start <= _NEAR else _PAX_PATH
+        if _PAX_PATH not in between and _GNU_NAME not in between:
             header = plain_header(data[offset - BLOCK : offset])
             key, read_extension = (
                 split(header.name, self.key_until) if header is not None else (b"", "")
@@ -375,10 +390,20 @@ def _is_image(extension: str) -> bool:
     return extension.rpartition(".")[2] in IMAGES
 
 
-def _content(data: mmap.mmap, extension: str, offset: int, length: int, limit: int) -> bytes:
-    if length > limit:
-        raise BadSample(f"its .{extension} has {length} bytes, more than {limit}")
-    return data[offset : offset + length]
+def _preferred(
+    listed: list[tuple[str, int, int]], uses: dict[str, StoredAs]
+) -> list[tuple[str, int, int]]:
+    """Return the members of a sample that hold its fields, of alternatives the first stated."""
+    known = [member for member in listed if member[0] in uses]
+    best: dict[str, int] = {}
+    for extension, *_ in known:
+        field, rank, _ = uses[extension]
+        best[field] = min(rank, best.get(field, rank))
+    return [each for each in known if uses[each[0]].rank == best[uses[each[0]].field]]
+
+
+def _too_long(extension: str, length: int, limit: int) -> BadSample:
+    return BadSample(f"its .{extension} has {length} bytes, more than {limit}")
 
 
 def _identity_of(file: BinaryIO) -> tuple[int, int]:

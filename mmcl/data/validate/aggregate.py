@@ -246,7 +246,7 @@ class ResultAggregator:
         if not found.error:
             split.add(job, found)
             ignored = job.task.ignore_members
-            self.unused.add(job.name, found.members, found.used, ignored)
+            self.unused.add(job.name, found.samples, found.members, found.used, ignored)
             if not found.is_sorted:
                 self.unsorted[job.name] = None
         elif job.name not in self.unusable:

@@ -87,8 +87,7 @@ def draw_samples(
     )
     for index in draw.permutation(len(names))[:count].tolist():
         try:
-            url = stream.shard(names[index])
-            shard = open_shard(names[index], url, options)
+            shard = open_shard(names[index], stream.shard(names[index]), options)
             readers.append(Reader([shard], fields=SampleFields.of(task)))
         except (BadShard, OSError):
             continue

@@ -196,10 +196,10 @@ def _scan(job: ShardJob, shard: Shard, is_first: bool) -> ShardFindings:
     """Decode the samples of a job and collect what they hold."""
     found, reader = ShardFindings(in_shard=len(shard)), Reader([shard])
     task_error, fields = task_type_error(job.task), SampleFields.of(job.task)
+    error = "" if task_error else shard.field_error(fields)
+    if error:
+        raise BadShard(error)
     if isinstance(shard, TarShard) and not task_error:
-        error = shard.field_error(fields)
-        if error:
-            raise BadShard(error)
         found.is_sorted, found.used = shard.index.is_sorted, tuple(shard.members(fields))
         found.members = shard.index.counts() if is_first else {}
     columns = job.task.class_ids if job.task.task_type == "classification" else ()
