@@ -6,8 +6,10 @@ import json
 import logging
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,7 +17,16 @@ from urllib.parse import urlsplit
 import open_clip
 import torch
 from huggingface_hub import constants
+from open_clip.model import set_model_preprocess_cfg
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
+
+from mmcl.models.open_clip.pretrained_facts import (
+    create_options,
+    expect_activation,
+    preprocess_of,
+    uses_quick_gelu,
+)
 
 TINY = Path(__file__).parent.parent / "tiny_clip"
 BUILT_IN = "built-in"
@@ -24,7 +35,11 @@ CONFIG = "open_clip_config.json"
 
 
 def load_clip(
-    model: str, pretrained: str | None, seed: int
+    model: str,
+    pretrained: str | None,
+    seed: int,
+    quick_gelu: bool | None = None,
+    preprocess: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Callable[..., Tensor]]:
     """Load an open_clip model and its tokenizer.
 
@@ -34,27 +49,43 @@ def load_clip(
         pretrained: "built-in" (tiny only), a tag of open_clip such as "openai", a local checkpoint
             file (.pt, .safetensors), or None for random weights from ``seed``.
         seed: of random weights.
+        quick_gelu: see ``OpenCLIP``.
+        preprocess: see ``OpenCLIP``.
 
     Raises:
         FileNotFoundError: if a local path does not exist.
-        ValueError: if ``pretrained`` is "built-in" and the model is not "tiny".
+        ValueError: if ``pretrained`` is "built-in" and the model is not "tiny", or ``quick_gelu``
+            or ``preprocess`` do not fit.
         RuntimeError: if weights cannot be loaded or downloaded.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if model == "tiny":
-            return _tiny(pretrained)
+            return _tiny(pretrained, quick_gelu, preprocess)
         if pretrained == BUILT_IN:
             raise ValueError(
                 f"pretrained is '{BUILT_IN}' but model is '{model}': only 'tiny' ships with mmcl; "
                 "give a tag such as 'openai' or a local checkpoint file"
             )
-        return _named(model, pretrained)
+        return _named(model, pretrained, quick_gelu, preprocess)
 
 
-def _tiny(pretrained: str | None) -> tuple[nn.Module, Callable[..., Tensor]]:
+def _tiny(
+    pretrained: str | None, quick_gelu: bool | None, preprocess: Mapping[str, Any] | None
+) -> tuple[nn.Module, Callable[..., Tensor]]:
     config = json.loads((TINY / "tiny-clip.json").read_text())
+    if pretrained == BUILT_IN and (quick_gelu or preprocess):
+        raise ValueError(
+            f"pretrained is '{BUILT_IN}', whose weights were trained with GELU and their own "
+            "preprocessing: leave quick_gelu and preprocess out"
+        )
+    _, options = create_options(
+        "tiny", None, is_file=False, quick_gelu=quick_gelu, preprocess=preprocess
+    )
+    facts = merge_preprocess_dict(PreprocessCfg(), options.pop("force_preprocess_cfg", {}))
+    config |= options
     clip = open_clip.model.CLIP(**{k: v for k, v in config.items() if k in _CLIP_ARGUMENTS})
+    set_model_preprocess_cfg(clip, {**facts, "size": clip.visual.image_size})
     tokenizer = open_clip.tokenizer.SimpleTokenizer(
         bpe_path=str(TINY / "bpe.txt.gz"), context_length=clip.context_length
     )
@@ -67,7 +98,12 @@ def _tiny(pretrained: str | None) -> tuple[nn.Module, Callable[..., Tensor]]:
 _CLIP_ARGUMENTS = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale")
 
 
-def _named(model: str, pretrained: str | None) -> tuple[nn.Module, Callable[..., Tensor]]:
+def _named(
+    model: str,
+    pretrained: str | None,
+    quick_gelu: bool | None,
+    preprocess: Mapping[str, Any] | None,
+) -> tuple[nn.Module, Callable[..., Tensor]]:
     path = Path(model).expanduser()
     if path.suffix == ".json":
         _add_architecture(path)
@@ -81,6 +117,9 @@ def _named(model: str, pretrained: str | None) -> tuple[nn.Module, Callable[...,
         )
     file = Path(pretrained).expanduser() if pretrained else None
     is_file = file is not None and (file.suffix in _SUFFIXES or file.exists())
+    model, options = create_options(
+        model, pretrained, is_file=is_file, quick_gelu=quick_gelu, preprocess=preprocess
+    )
     try:
         with quiet_hub_access():
             clip = open_clip.create_model(
@@ -88,10 +127,12 @@ def _named(model: str, pretrained: str | None) -> tuple[nn.Module, Callable[...,
                 pretrained=None if is_file else pretrained,
                 precision="fp32",
                 weights_only=True,
+                **options,
             )
             tokenizer = open_clip.get_tokenizer(model, **_own_vocabulary(path))
     except Exception as error:  # every hub client raises errors of its own
         raise RuntimeError(_unavailable(model, pretrained, error)) from error
+    expect_activation(clip, model, quick_gelu)
     if is_file and file is not None:
         _load_file(clip, file)
     return clip.float(), tokenizer
@@ -109,8 +150,12 @@ def _own_vocabulary(folder: Path) -> dict[str, str]:
     return {"bpe_path": str(folder / name)} if name and is_inside else {}
 
 
-def architecture_of(model: str) -> dict[str, Any]:
+def architecture_of(model: str, clip: Any) -> dict[str, Any]:
     """Return the architecture of a model that ``load_clip`` loaded, as open_clip's ``model_cfg``.
+
+    Args:
+        model: what ``load_clip`` was given.
+        clip: what it returned, whose activation may be another than that of the name.
 
     Raises:
         ValueError: if open_clip does not know it.
@@ -118,7 +163,7 @@ def architecture_of(model: str) -> dict[str, Any]:
     if model == "tiny":
         config: dict[str, Any] = json.loads((TINY / "tiny-clip.json").read_text())
         config["text_cfg"]["tokenizer_kwargs"] = {"bpe_path": str(TINY / "bpe.txt.gz")}
-        return config
+        return _with_activation(config, clip)
     path = Path(model).expanduser()
     name = f"local-dir:{path}" if path.is_dir() else path.stem if path.suffix == ".json" else model
     found: dict[str, Any] | None = open_clip.get_model_config(name)
@@ -126,7 +171,14 @@ def architecture_of(model: str) -> dict[str, Any]:
         raise ValueError(
             f"open_clip does not know the architecture {model}: load the model with load_clip"
         )
-    return found
+    return _with_activation(found, clip)
+
+
+def _with_activation(architecture: dict[str, Any], clip: Any) -> dict[str, Any]:
+    is_quick = uses_quick_gelu(clip)
+    if is_quick != bool(architecture.get("quick_gelu")):
+        architecture["quick_gelu"] = is_quick
+    return architecture
 
 
 def save_architecture(clip: Any, tokenizer: Any, model: str, folder: Path) -> None:
@@ -143,7 +195,7 @@ def save_architecture(clip: Any, tokenizer: Any, model: str, folder: Path) -> No
     Raises:
         ValueError: if open_clip does not know the architecture.
     """
-    architecture, (side, mean, std) = architecture_of(model), image_settings(clip)
+    architecture = architecture_of(model, clip)
     options = architecture.get("text_cfg", {}).get("tokenizer_kwargs", {})
     if vocabulary := options.get("bpe_path"):
         within = Path(model).expanduser() / vocabulary
@@ -152,9 +204,7 @@ def save_architecture(clip: Any, tokenizer: Any, model: str, folder: Path) -> No
     wrapped: Any = getattr(tokenizer, "tokenizer", None)  # of transformers
     if hasattr(wrapped, "save_pretrained"):
         wrapped.save_pretrained(folder)
-    images = {"size": side, "mean": mean.tolist(), "std": std.tolist()}
-    images |= {"interpolation": "bicubic", "resize_mode": "shortest"}
-    config = {"model_cfg": architecture, "preprocess_cfg": images}
+    config = {"model_cfg": architecture, "preprocess_cfg": asdict(preprocess_of(clip))}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -172,7 +222,10 @@ def quiet_hub_access() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = True
     logging.disable(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            # open_clip warns by the name's activation, and the tag's is what the model gets.
+            warnings.filterwarnings("ignore", "QuickGELU mismatch")
+            yield
     finally:
         constants.HF_HUB_OFFLINE = was_offline
         logging.disable(was_disabled)
@@ -211,12 +264,3 @@ def _unavailable(model: str, pretrained: str | None, error: Exception) -> str:
 def one_line(error: Exception) -> str:
     """Return an error's message as one line of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def image_settings(clip: Any) -> tuple[int, Tensor, Tensor]:
-    """Return the image side in pixels, and mean and standard deviation (3,) of normalization."""
-    size = clip.visual.image_size
-    side = int(size[0] if isinstance(size, tuple | list) else size)
-    mean = getattr(clip.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
-    std = getattr(clip.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
-    return side, torch.tensor(mean), torch.tensor(std)
