@@ -135,6 +135,19 @@ def test_the_bias_is_in_state_fingerprint_and_export(architecture, tmp_path):
     torch.testing.assert_close(again(pairs(again)).logits, model(pairs(model)).logits)
 
 
+def test_an_architecture_with_siglip_in_its_name_may_have_clips_vocabulary(tmp_path):
+    text = {**SMALL["text_cfg"], "no_causal_mask": True, "pool_type": "last", "context_length": 16}
+    config = {**SMALL, "text_cfg": text, "custom_text": True, "init_logit_bias": -10.0}
+    (tmp_path / "my-siglip.json").write_text(json.dumps(config))
+    model = OpenCLIP(str(tmp_path / "my-siglip.json"))
+    known = open_clip.tokenizer.SimpleTokenizer(context_length=16)
+    assert torch.equal(model.tokenizer(CAPTIONS), known(CAPTIONS))
+    torch.testing.assert_close(
+        model.embed(Batch.from_texts(CAPTIONS, tokenizer=model.tokenizer), "text"),
+        model.clip.encode_text(known(CAPTIONS), normalize=True).detach(),
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_gradient_on_several_processes_is_that_of_one(model, tmp_path, world):

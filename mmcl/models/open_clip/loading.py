@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import open_clip
@@ -30,6 +30,8 @@ from mmcl.models.open_clip.pretrained_facts import (
 
 TINY = Path(__file__).parent.parent / "tiny_clip"
 BUILT_IN = "built-in"
+CLIP_VOCABULARY = 49408
+"""Tokens of CLIP's own vocabulary."""
 CONFIG = "open_clip_config.json"
 """File that open_clip expects in a ``local-dir:``."""
 
@@ -129,13 +131,28 @@ def _named(
                 weights_only=True,
                 **options,
             )
-            tokenizer = open_clip.get_tokenizer(model, **_own_vocabulary(path))
+            tokenizer = _load_tokenizer(model, **_own_vocabulary(path))
     except Exception as error:  # every hub client raises errors of its own
         raise RuntimeError(_unavailable(model, pretrained, error)) from error
     expect_activation(clip, model, quick_gelu)
     if is_file and file is not None:
         _load_file(clip, file)
     return clip.float(), tokenizer
+
+
+def _load_tokenizer(name: str, **options: Any) -> Callable[..., Tensor]:
+    """Return open_clip's tokenizer of an architecture."""
+    is_named_siglip = "siglip" in name.lower() and name in open_clip.list_models()
+    text = open_clip.get_model_config(name)["text_cfg"] if is_named_siglip else {}
+    has_clips_vocabulary = text.get("vocab_size", CLIP_VOCABULARY) == CLIP_VOCABULARY
+    if is_named_siglip and has_clips_vocabulary and not text.get("hf_tokenizer_name"):
+        # open_clip takes Google's vocabularies, from the network, for every name with "siglip".
+        length = text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
+        options = {**text.get("tokenizer_kwargs", {}), **options}
+        tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=length, **options)
+    else:
+        tokenizer = open_clip.get_tokenizer(name, **options)
+    return cast(Callable[..., Tensor], tokenizer)
 
 
 def _own_vocabulary(folder: Path) -> dict[str, str]:

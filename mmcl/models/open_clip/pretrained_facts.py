@@ -171,8 +171,8 @@ def _facts_of_file(
     if differing:
         warnings.warn(
             f"{Path(file).name} does not tell how its weights were trained, and weights of {name} "
-            f"differ in {', '.join(differing)}: give quick_gelu and preprocess as these weights "
-            f"need them, or the tag that they come from ({', '.join(tags[:3])}, ...)",
+            f"differ in {', '.join(differing)}: give quick_gelu (or a name with {_QUICK}) and "
+            f"preprocess as they need them, or the tag that they are ({', '.join(tags[:3])}, ...)",
             stacklevel=6,
         )
     return agreed
