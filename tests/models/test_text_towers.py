@@ -1,11 +1,13 @@
 """Texts of every kind of tokenizer and text tower are embedded as by open_clip itself."""
 
 import json
+import pickle
 import warnings
 
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional
 
@@ -191,6 +193,13 @@ def test_collated_samples_are_embedded_as_by_open_clip(model):
         close(model.embed(batch.take(torch.tensor([row])), "text")[0], theirs(model, TEXTS)[row])
 
 
+def test_a_transform_can_be_sent_to_a_loaders_worker(model):
+    transform = model.transform(False)
+    sent = pickle.loads(pickle.dumps(transform))
+    for text in TEXTS:
+        assert torch.equal(sent(None, text, 0).input_ids, transform(None, text, 0).input_ids)
+
+
 def test_the_ids_of_padding_do_not_count(model):
     batch = collate([Example(model.transform(False)(None, t, 0), -100, 0, 0, "k") for t in TEXTS])
     other = torch.where(batch.attention_mask, batch.input_ids, 7)
@@ -237,6 +246,16 @@ def test_the_pad_token_is_the_tokenizers(tmp_path, make, pad):
     model = OpenCLIP(str(tmp_path / "tower.json"))
     assert (model.pad_id, pad_id_of(model.tokenizer)) == (pad, pad)
     assert int(model.tokenizer(["a"])[0, -1]) == pad
+
+
+def test_a_file_with_a_tower_of_transformers_needs_no_other_weights(tmp_path):
+    (tmp_path / "tower.json").write_text(json.dumps({**SMALL, **xlm_r(tmp_path / "text")}))
+    first = OpenCLIP(str(tmp_path / "tower.json"), freeze=["image", "text"])
+    file = tmp_path / "weights.safetensors"
+    save_file({name: value.contiguous() for name, value in first.clip.state_dict().items()}, file)
+    (tmp_path / "text" / "model.safetensors").unlink()
+    again = OpenCLIP(str(tmp_path / "tower.json"), str(file), freeze=["image", "text"])
+    assert again.fingerprint() == first.fingerprint()
 
 
 def test_a_text_is_real_up_to_its_last_token_that_is_not_padding():

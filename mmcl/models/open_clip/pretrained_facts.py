@@ -155,14 +155,15 @@ def _facts_of_file(
 ) -> dict[str, Any]:
     """Return the preprocessing on which all tags of an architecture agree; warn of the rest."""
     tags = open_clip.list_pretrained_tags_by_model(name)
-    architecture = open_clip.get_model_config(name) or {}
+    if not tags:
+        return {}
     differing = []
-    is_quick = bool(architecture.get("quick_gelu"))
+    is_quick = bool(open_clip.get_model_config(name).get("quick_gelu"))
     if quick_gelu is None and any(tag_activation(name, tag) != is_quick for tag in tags):
         differing.append(f"quick_gelu (now {str(is_quick).lower()})")
     known = [merge_preprocess_dict(PreprocessCfg(), get_pretrained_cfg(name, tag)) for tag in tags]
     agreed = {}
-    for fact in _SETTABLE if known else ():
+    for fact in _SETTABLE:
         values = {_hashable(each[fact]) for each in known}
         if len(values) == 1:
             agreed[fact] = known[0][fact]
