@@ -11,6 +11,7 @@ from open_clip.transformer import QuickGELU
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from transformers import CLIPConfig, CLIPModel
 
 from mmcl.core import Batch
 from mmcl.export import write_clip
@@ -133,7 +134,8 @@ def test_a_file_gets_the_preprocessing_on_which_all_tags_of_its_name_agree(
     hollow, monkeypatch, tmp_path, name, expected
 ):
     file = tmp_path / "weights.safetensors"
-    monkeypatch.setattr("mmcl.models.open_clip.loading._load_file", lambda *_: None)
+    file.touch()
+    monkeypatch.setattr("mmcl.models.open_clip.loading.load_weights", lambda *_: None)
     found = preprocess_of(OpenCLIP(name, pretrained=str(file)).clip)
     assert (found.resize_mode, found.interpolation, found.mean[0]) == expected
 
@@ -142,7 +144,8 @@ def test_a_file_of_a_name_whose_tags_differ_warns_of_what_it_does_not_tell(
     hollow, monkeypatch, tmp_path
 ):
     file = str(tmp_path / "weights.pt")
-    monkeypatch.setattr("mmcl.models.open_clip.loading._load_file", lambda *_: None)
+    torch.save({}, file)
+    monkeypatch.setattr("mmcl.models.open_clip.loading.load_weights", lambda *_: None)
     with pytest.warns(UserWarning, match=r"weights\.pt does not tell .*quick_gelu \(now false\)"):
         model = OpenCLIP("ViT-B-32", pretrained=file)
     assert not isinstance(model.clip.act, QuickGELU)
@@ -257,6 +260,44 @@ def small_tag(monkeypatch, tmp_path):
     tag = {"file": str(file), "quick_gelu": True, **FACTS}
     monkeypatch.setitem(pretrained._PRETRAINED, "ViT-Small", {"openai": tag})
     return native, file
+
+
+@pytest.mark.parametrize("given", ["folder", "file"])
+def test_weights_of_a_folder_bring_the_facts_that_it_states(small_tag, tmp_path, given):
+    native, _ = small_tag
+    model = OpenCLIP("ViT-Small", pretrained="openai")
+    folder = tmp_path / "exported"
+    write_clip(ContinualModule(model), folder, half=False)
+    weights = folder if given == "folder" else folder / "open_clip_model.safetensors"
+    # the architecture by another way, which states nothing
+    again = OpenCLIP(str(write_small(tmp_path)), pretrained=str(weights))
+    assert again.fingerprint() == model.fingerprint()
+    batch = Batch.from_images(IMAGES[0][None, :, :32, :32])
+    with torch.no_grad():
+        wanted = native.encode_image(again._pixels(batch), normalize=True)
+    torch.testing.assert_close(again.eval().embed(batch, "image"), wanted)
+    with pytest.raises(ValueError, match="quick_gelu is False and the weights .* with QuickGELU"):
+        OpenCLIP(str(write_small(tmp_path)), pretrained=str(weights), quick_gelu=False)
+    told = OpenCLIP(str(write_small(tmp_path)), str(weights), preprocess={"mean": [0.1, 0.2, 0.3]})
+    assert preprocess_of(told.clip).mean == (0.1, 0.2, 0.3)
+    assert preprocess_of(told.clip).resize_mode == "squash"
+
+
+def test_a_folder_of_transformers_states_its_facts_and_the_users_preprocessing_is_obeyed(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "projection_dim": 24}
+    config = CLIPConfig(
+        text_config={**sizes, "vocab_size": 49408},
+        vision_config={**sizes, "image_size": 32, "patch_size": 16}, projection_dim=24,
+    )  # fmt: skip
+    CLIPModel(config).save_pretrained(tmp_path / "hf")
+    model = OpenCLIP(str(tmp_path / "hf"))
+    assert any(isinstance(module, QuickGELU) for module in model.clip.modules())
+    told = OpenCLIP(str(tmp_path / "hf"), preprocess={"resize_mode": "squash"})
+    assert told.transform(False).resize_mode == "squash"
+    assert told.transform(False).interpolation == model.transform(False).interpolation
+    with pytest.raises(ValueError, match="quick_gelu is False"):
+        OpenCLIP(str(tmp_path / "hf"), quick_gelu=False)
 
 
 def test_weights_of_a_tag_give_the_embeddings_that_they_were_trained_for(small_tag, tmp_path):

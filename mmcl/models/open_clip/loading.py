@@ -17,23 +17,24 @@ from urllib.parse import urlsplit
 import open_clip
 import torch
 from huggingface_hub import constants
-from open_clip.model import set_model_preprocess_cfg
-from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
 
+from mmcl.models.open_clip.checkpoint_keys import load_weights
+from mmcl.models.open_clip.model_source import find_model, find_weights
 from mmcl.models.open_clip.pretrained_facts import (
+    CONFIG,
     create_options,
     expect_activation,
     preprocess_of,
+    set_preprocess,
     uses_quick_gelu,
 )
+from mmcl.models.open_clip.transformers_models import build_model, exportable_architecture
 
 TINY = Path(__file__).parent.parent / "tiny_clip"
 BUILT_IN = "built-in"
 CLIP_VOCABULARY = 49408
 """Tokens of CLIP's own vocabulary."""
-CONFIG = "open_clip_config.json"
-"""File that open_clip expects in a ``local-dir:``."""
 
 
 def load_clip(
@@ -47,17 +48,20 @@ def load_clip(
 
     Args:
         model: "tiny" (ships with mmcl), an open_clip architecture such as "ViT-B-16", a local
-            folder with ``open_clip_config.json`` and weights, or a ``.json`` architecture file.
-        pretrained: "built-in" (tiny only), a tag of open_clip such as "openai", a local checkpoint
-            file (.pt, .safetensors), or None for random weights from ``seed``.
+            folder of open_clip (``open_clip_config.json``) or transformers (CLIPModel,
+            SiglipModel), a repository of the hub in one of these forms ("hf-hub:owner/name"), or
+            a ``.json`` architecture file.
+        pretrained: "built-in" (tiny only), a tag of open_clip such as "openai", a checkpoint file
+            or folder, "hf-hub:owner/name", or None: the weights of the folder or repository, else
+            random weights from ``seed``.
         seed: of random weights.
         quick_gelu: see ``OpenCLIP``.
         preprocess: see ``OpenCLIP``.
 
     Raises:
         FileNotFoundError: if a local path does not exist.
-        ValueError: if ``pretrained`` is "built-in" and the model is not "tiny", or ``quick_gelu``
-            or ``preprocess`` do not fit.
+        ValueError: if ``pretrained`` is "built-in" and the model is not "tiny", either names
+            something else than a model and weights, or ``quick_gelu`` or ``preprocess`` do not fit.
         RuntimeError: if weights cannot be loaded or downloaded.
     """
     with torch.random.fork_rng(devices=[]):
@@ -81,19 +85,15 @@ def _tiny(
             f"pretrained is '{BUILT_IN}', whose weights were trained with GELU and their own "
             "preprocessing: leave quick_gelu and preprocess out"
         )
-    _, options = create_options(
-        "tiny", None, is_file=False, quick_gelu=quick_gelu, preprocess=preprocess
-    )
-    facts = merge_preprocess_dict(PreprocessCfg(), options.pop("force_preprocess_cfg", {}))
-    config |= options
+    config |= {} if quick_gelu is None else {"quick_gelu": quick_gelu}
     clip = open_clip.model.CLIP(**{k: v for k, v in config.items() if k in _CLIP_ARGUMENTS})
-    set_model_preprocess_cfg(clip, {**facts, "size": clip.visual.image_size})
+    set_preprocess(clip, preprocess)
     tokenizer = open_clip.tokenizer.SimpleTokenizer(
         bpe_path=str(TINY / "bpe.txt.gz"), context_length=clip.context_length
     )
     weights = str(TINY / "tiny-clip.safetensors") if pretrained == BUILT_IN else pretrained
     if weights is not None:
-        _load_file(clip, Path(weights))
+        load_weights(clip, Path(weights).expanduser(), "tiny")
     return clip.float(), tokenizer
 
 
@@ -106,37 +106,33 @@ def _named(
     quick_gelu: bool | None,
     preprocess: Mapping[str, Any] | None,
 ) -> tuple[nn.Module, Callable[..., Tensor]]:
-    path = Path(model).expanduser()
-    if path.suffix == ".json":
-        _add_architecture(path)
-        model = path.stem
-    elif path.is_dir():
-        model = f"local-dir:{path}"
-    elif "/" in model and ":" not in model:
-        raise FileNotFoundError(
-            f"there is no folder {model}: give a folder with open_clip_config.json, an "
-            "architecture such as 'ViT-B-16', or 'hf-hub:owner/name'"
-        )
-    file = Path(pretrained).expanduser() if pretrained else None
-    is_file = file is not None and (file.suffix in _SUFFIXES or file.exists())
-    model, options = create_options(
-        model, pretrained, is_file=is_file, quick_gelu=quick_gelu, preprocess=preprocess
+    with quiet_hub_access():
+        source = find_model(model)
+        file = find_weights(pretrained, source)
+    if source.is_transformers and source.folder is not None:
+        clip, tokenizer = build_model(source.folder)
+        expect_activation(clip, model, quick_gelu)
+        set_preprocess(clip, preprocess)
+        load_weights(clip, file or source.folder, model)
+        return clip.float(), tokenizer
+    name, options = create_options(
+        source.name, pretrained, file=file, quick_gelu=quick_gelu, preprocess=preprocess
     )
     try:
         with quiet_hub_access():
             clip = open_clip.create_model(
-                model,
-                pretrained=None if is_file else pretrained,
+                name,
+                pretrained=None if file is not None else pretrained,
                 precision="fp32",
                 weights_only=True,
                 **options,
             )
-            tokenizer = _load_tokenizer(model, **_own_vocabulary(path))
+            tokenizer = _load_tokenizer(source.name, **_own_vocabulary(source.folder))
     except Exception as error:  # every hub client raises errors of its own
         raise RuntimeError(_unavailable(model, pretrained, error)) from error
     expect_activation(clip, model, quick_gelu)
-    if is_file and file is not None:
-        _load_file(clip, file)
+    if file is not None:
+        load_weights(clip, file, model)
     return clip.float(), tokenizer
 
 
@@ -155,10 +151,9 @@ def _load_tokenizer(name: str, **options: Any) -> Callable[..., Tensor]:
     return cast(Callable[..., Tensor], tokenizer)
 
 
-def _own_vocabulary(folder: Path) -> dict[str, str]:
+def _own_vocabulary(folder: Path | None) -> dict[str, str]:
     """Return the vocabulary within a model folder as an argument of ``get_tokenizer``, if any."""
-    file = folder / CONFIG
-    if not file.is_file():
+    if folder is None or not (file := folder / CONFIG).is_file():
         return {}
     text = json.loads(file.read_text(encoding="utf-8")).get("model_cfg", {}).get("text_cfg", {})
     name = text.get("tokenizer_kwargs", {}).get("bpe_path", "")
@@ -181,9 +176,11 @@ def architecture_of(model: str, clip: Any) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((TINY / "tiny-clip.json").read_text())
         config["text_cfg"]["tokenizer_kwargs"] = {"bpe_path": str(TINY / "bpe.txt.gz")}
         return _with_activation(config, clip)
-    path = Path(model).expanduser()
-    name = f"local-dir:{path}" if path.is_dir() else path.stem if path.suffix == ".json" else model
-    found: dict[str, Any] | None = open_clip.get_model_config(name)
+    with quiet_hub_access():
+        source = find_model(model)
+    if source.is_transformers and source.folder is not None:
+        return exportable_architecture(source.folder)
+    found: dict[str, Any] | None = open_clip.get_model_config(source.name)
     if found is None:
         raise ValueError(
             f"open_clip does not know the architecture {model}: load the model with load_clip"
@@ -246,29 +243,6 @@ def quiet_hub_access() -> Iterator[None]:
     finally:
         constants.HF_HUB_OFFLINE = was_offline
         logging.disable(was_disabled)
-
-
-_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".npz")
-
-
-def _add_architecture(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no architecture file {path}: give an open_clip .json")
-    open_clip.add_model_config(str(path))
-
-
-def _load_file(clip: nn.Module, file: Path) -> None:
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"there is no checkpoint {file}: give a .pt or .safetensors file of this architecture"
-        )
-    try:
-        open_clip.load_checkpoint(clip, str(file), weights_only=True)
-    except Exception as error:
-        reason = one_line(error)
-        raise RuntimeError(
-            f"{file} does not load into this architecture ({reason}): check model and pretrained"
-        ) from error
 
 
 def _unavailable(model: str, pretrained: str | None, error: Exception) -> str:

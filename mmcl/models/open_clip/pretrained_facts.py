@@ -6,6 +6,7 @@ open_clip states them for every pretrained tag, and a folder or hub repository i
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,11 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-from open_clip.model import get_model_preprocess_cfg
+from open_clip.model import get_model_preprocess_cfg, set_model_preprocess_cfg
 from open_clip.pretrained import get_pretrained_cfg
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from open_clip.transformer import QuickGELU
 
+from mmcl.models.open_clip.checkpoint_files import PREFERRED_FILES, activation_in_file
+from mmcl.models.open_clip.transformers_models import (
+    model_type,
+    open_clip_architecture,
+    preprocess_settings,
+)
+
+CONFIG = "open_clip_config.json"
+"""File of facts that open_clip expects in a ``local-dir:``."""
 _QUICK = "-quickgelu"
 _CHOICES = {
     "mode": ("RGB",),
@@ -31,20 +41,21 @@ def create_options(
     model: str,
     pretrained: str | None,
     *,
-    is_file: bool,
+    file: Path | None,
     quick_gelu: bool | None,
     preprocess: Mapping[str, Any] | None,
 ) -> tuple[str, dict[str, Any]]:
     """Return the architecture and the options with which open_clip creates a model for its weights.
 
     A tag's activation is that of its configuration, whether or not the name ends in "-quickgelu".
-    A file does not tell how its weights were trained: it gets the activation of the name, and the
-    preprocessing on which all tags of the name agree; a warning names what they do not agree on.
+    A file alone does not tell how its weights were trained, unless it is OpenAI's archive: it gets
+    the activation of the name, and the preprocessing on which all tags of the name agree; a warning
+    names what they do not agree on.
 
     Args:
         model: architecture, or "hf-hub:..." or "local-dir:..." with a configuration of its own.
-        pretrained: tag, file or None.
-        is_file: whether ``pretrained`` is a file.
+        pretrained: tag, or what else names the weights, or None.
+        file: file or folder of the weights; None for a tag or random weights.
         quick_gelu: activation that the user gives; None = that of the weights.
         preprocess: preprocessing that the user gives, see ``OpenCLIP``; None = that of the weights.
 
@@ -52,28 +63,33 @@ def create_options(
         The name for ``open_clip.create_model``, and its keyword arguments.
 
     Raises:
-        ValueError: if ``quick_gelu`` contradicts the tag, or ``preprocess`` has an unknown key.
+        ValueError: if ``quick_gelu`` contradicts the weights, or ``preprocess`` has an unknown key.
     """
-    options: dict[str, Any] = {} if quick_gelu is None else {"quick_gelu": quick_gelu}
-    given = _checked_preprocess(preprocess)
-    if pretrained is not None and is_file:
-        options["pretrained_hf"] = False  # no weights of a hub for a text tower, either
-        given = {**_facts_of_file(model, pretrained, quick_gelu, preprocess), **given}
-    elif pretrained is not None:
-        plain = model.removesuffix(_QUICK)
-        if not get_pretrained_cfg(model, pretrained) and get_pretrained_cfg(plain, pretrained):
-            model = plain
-        if get_pretrained_cfg(model, pretrained):
-            trained_with = tag_activation(model, pretrained)
-            if quick_gelu not in (None, trained_with):
-                raise ValueError(
-                    f"quick_gelu is {quick_gelu} and the weights '{pretrained}' of {model} were "
-                    f"trained with {'QuickGELU' if trained_with else 'GELU'}: leave quick_gelu out"
-                )
-            options["quick_gelu"] = trained_with
+    options: dict[str, Any] = {}
+    given, is_quick = _checked_preprocess(preprocess), quick_gelu
+    if file is not None:
+        # No weights of the hub for a text tower of transformers, either.
+        options |= {"load_weights": False, "pretrained_hf": False}
+        is_quick, facts = _facts_of_file(model, file, quick_gelu, preprocess)
+        given = {**facts, **given}
+    elif pretrained is not None and (owner := tag_owner(model, pretrained)):
+        model, is_quick = owner, tag_activation(owner, pretrained)
+    if quick_gelu not in (None, is_quick):
+        raise ValueError(
+            f"quick_gelu is {quick_gelu} and the weights {pretrained or 'in the folder'!r} of "
+            f"{model} were trained with {'QuickGELU' if is_quick else 'GELU'}: leave quick_gelu out"
+        )
+    if is_quick is not None:
+        options["quick_gelu"] = is_quick
     if given:
         options["force_preprocess_cfg"] = given
     return model, options
+
+
+def tag_owner(model: str, tag: str) -> str | None:
+    """Return the name for which open_clip has weights of a tag, with or without "-quickgelu"."""
+    names = (model, model.removesuffix(_QUICK))
+    return next((name for name in names if get_pretrained_cfg(name, tag)), None)
 
 
 def tag_activation(model: str, tag: str) -> bool:
@@ -128,6 +144,16 @@ def preprocess_of(clip: Any) -> Any:
     return PreprocessCfg(**found)
 
 
+def set_preprocess(clip: Any, preprocess: Mapping[str, Any] | None) -> None:
+    """Set the preprocessing that the user gives, beside that which the model has already.
+
+    Raises:
+        ValueError: if it has an unknown key or value.
+    """
+    own = merge_preprocess_dict(PreprocessCfg(), get_model_preprocess_cfg(clip))
+    set_model_preprocess_cfg(clip, own | _checked_preprocess(preprocess))
+
+
 def own_preprocess(clip: Any) -> dict[str, Any]:
     """Return the preprocessing of a model as far as it differs from open_clip's default."""
     own, plain = asdict(preprocess_of(clip)), asdict(PreprocessCfg())
@@ -151,16 +177,21 @@ def description(clip: Any) -> str:
 
 
 def _facts_of_file(
-    name: str, file: str, quick_gelu: bool | None, preprocess: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """Return the preprocessing on which all tags of an architecture agree; warn of the rest."""
+    name: str, file: Path, quick_gelu: bool | None, preprocess: Mapping[str, Any] | None
+) -> tuple[bool | None, dict[str, Any]]:
+    """Return activation and preprocessing of a file, as far as known; warn of what is not."""
+    stated = _stated_beside(file)
+    in_file = stated[0] if stated else activation_in_file(file)
+    is_quick = quick_gelu if in_file is None else in_file
+    if stated:
+        return is_quick, stated[1]
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not tags:
-        return {}
+        return is_quick, {}
     differing = []
-    is_quick = bool(open_clip.get_model_config(name).get("quick_gelu"))
-    if quick_gelu is None and any(tag_activation(name, tag) != is_quick for tag in tags):
-        differing.append(f"quick_gelu (now {str(is_quick).lower()})")
+    by_name = bool(open_clip.get_model_config(name).get("quick_gelu"))
+    if is_quick is None and any(tag_activation(name, tag) != by_name for tag in tags):
+        differing.append(f"quick_gelu (now {str(by_name).lower()})")
     known = [merge_preprocess_dict(PreprocessCfg(), get_pretrained_cfg(name, tag)) for tag in tags]
     agreed = {}
     for fact in _SETTABLE:
@@ -171,12 +202,31 @@ def _facts_of_file(
             differing.append(f"preprocess.{fact} (now {getattr(PreprocessCfg(), fact)})")
     if differing:
         warnings.warn(
-            f"{Path(file).name} does not tell how its weights were trained, and weights of {name} "
+            f"{file.name} does not tell how its weights were trained, and weights of {name} "
             f"differ in {', '.join(differing)}: give quick_gelu (or a name with {_QUICK}) and "
             f"preprocess as they need them, or the tag that they are ({', '.join(tags[:3])}, ...)",
             stacklevel=6,
         )
-    return agreed
+    return is_quick, agreed
+
+
+def _stated_beside(file: Path) -> tuple[bool | None, dict[str, Any]] | None:
+    """Return activation and preprocessing that a folder of weights states, None if it is no folder.
+
+    That is a folder itself, or that of a file which has the name of a folder's weights.
+    """
+    if not file.is_dir() and file.name not in PREFERRED_FILES:
+        return None
+    folder = file if file.is_dir() else file.parent
+    if (folder / CONFIG).is_file():
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        architecture, facts = content.get("model_cfg", {}), content.get("preprocess_cfg", {})
+    elif model_type(folder) is not None:
+        architecture, facts = open_clip_architecture(folder), preprocess_settings(folder)
+    else:
+        return None
+    settable = {k: v for k, v in facts.items() if k in _SETTABLE and v is not None}
+    return architecture.get("quick_gelu"), _checked_preprocess(settable)
 
 
 def _checked_preprocess(given: Mapping[str, Any] | None) -> dict[str, Any]:
