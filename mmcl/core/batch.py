@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from mmcl.core.image_values import ImagesAre, as_uint8, stack_images
+from mmcl.core.padding import pad_id_of, real_tokens
+from mmcl.core.seeding import hash_priorities
 
 IMAGE_TOKEN = "<image>"
 """Placeholder of the image in the text of a conversation, as in LLaVA's files."""
@@ -101,7 +103,7 @@ IGNORE_INDEX = -100
 
 _SAMPLE_FIELDS = (
     "labels", "task_ids", "input_ids", "attention_mask", "features", "sample_ids", "is_replay",
-    "source_ids", "in_loss", "num_bytes",
+    "source_ids", "in_loss", "num_bytes", "image_ids",
 )  # fmt: skip
 
 _SMALL_BYTES = 1 << 16
@@ -141,7 +143,8 @@ class Batch:
         image_owner: (M,) int64 index of the sample that each image belongs to; None = one image a
             sample, in order.
         input_ids: (B, L) int64 token ids, padded; None if samples have no text of their own.
-        attention_mask: (B, L) bool, True on real tokens, False on padding.
+        attention_mask: (B, L) bool, True on real tokens, False on padding behind them; the ids of
+            padding do not count.
         features: (B, N, D) output of the frozen encoder, used in place of images.
         sample_ids: (B,) int64 number of each sample inside its task; (task, sample) identifies it.
         is_replay: (B,) bool, True for samples that are not of the current task: replayed, or of
@@ -151,6 +154,9 @@ class Batch:
         in_loss: (B,) bool, False for samples of a source that the task loss leaves out; None = all
             are in the loss.
         num_bytes: (B,) int64 size of each sample in its shard; None = not known.
+        image_ids: (B,) int64 identity of each sample's image, by content: samples of equal ids show
+            the same image, so that the caption of one describes the other; -1 = an image that no
+            other sample shows. None = all are -1.
         keys: B sample keys, which trace a sample back to its shard; or empty.
         references: for generative samples, B questions with their right answers; or empty.
         errors: one sentence for each sample that could not be read while this batch was made.
@@ -172,6 +178,7 @@ class Batch:
     source_ids: Tensor | None = None
     in_loss: Tensor | None = None
     num_bytes: Tensor | None = None
+    image_ids: Tensor | None = None
     keys: tuple[str, ...] = ()
     references: tuple[Reference, ...] = ()
     errors: tuple[str, ...] = ()
@@ -232,8 +239,9 @@ class Batch:
         Args:
             texts: B texts.
             images: as in ``from_images``; None = texts alone, for ``model.embed(batch, "text")``.
-            tokenizer: B texts -> (B, L) token ids padded with 0, such as ``model.tokenizer`` or
-                what ``open_clip.get_tokenizer`` returns.
+            tokenizer: B texts -> (B, L) token ids padded on the right, such as ``model.tokenizer``
+                or what ``open_clip.get_tokenizer`` returns. They are padded with its
+                ``pad_token_id``, or that of the tokenizer that it wraps; 0 where it states none.
             task: index of the task that all samples come from, or (B,) one each.
             images_are: as in ``from_images``, with ``mean`` and ``std``.
             mean: of the three channels.
@@ -254,7 +262,8 @@ class Batch:
         if len(batch) != len(input_ids):
             raise ValueError(f"there are {len(texts)} texts for {len(batch)} images: give one each")
         input_ids = input_ids.to(batch.labels.device)
-        return replace(batch, input_ids=input_ids, attention_mask=input_ids != 0)
+        mask = real_tokens(input_ids, pad_id_of(tokenizer))
+        return replace(batch, input_ids=input_ids, attention_mask=mask)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle small tensors by value: torch opens a file for each one that it sends itself."""
@@ -302,7 +311,7 @@ class Batch:
 
         Texts are padded to the longer of the two. A field that is None on one side must be None on
         the other, except those with a default: ``is_replay`` (False), ``sample_ids`` (-1),
-        ``source_ids`` (0), ``in_loss`` (True) and ``num_bytes`` (-1).
+        ``source_ids`` (0), ``in_loss`` (True), ``num_bytes`` (-1) and ``image_ids`` (-1).
 
         Raises:
             ValueError: if one side has images, tokens or features and the other has none.
@@ -335,6 +344,22 @@ class Batch:
         values = [(field.name, getattr(self, field.name)) for field in fields(self)]
         changed = {name: change(v) for name, v in values if isinstance(v, Tensor)}
         return replace(self, **changed)
+
+
+def text_ids(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Hash the text of every sample: equal ids are equal texts, whatever their padding.
+
+    Args:
+        input_ids: (B, L) int64 token ids.
+        attention_mask: (B, L) bool, True on real tokens; None = all are real.
+
+    Returns:
+        (B,) int64, the same in every process.
+    """
+    is_real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+    # The place among real tokens, so that padding on either side does not count.
+    position = is_real.cumsum(1) << 32
+    return (hash_priorities(0, 0, input_ids + position) * is_real).sum(1)
 
 
 def _per_sample(
@@ -382,6 +407,7 @@ def _with_defaults(batch: Batch, other: Batch) -> Batch:
         "source_ids": labels.new_zeros(count),
         "in_loss": labels.new_ones(count, dtype=torch.bool),
         "num_bytes": labels.new_full((count,), -1),
+        "image_ids": labels.new_full((count,), -1),
     }
     defaults |= {n: value for n, value in if_other_has.items() if getattr(other, n) is not None}
     if batch.input_ids is not None:

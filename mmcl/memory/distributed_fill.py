@@ -98,11 +98,17 @@ TOKEN_PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
 
 
 def batch_columns(batch: Batch, *fields: str) -> dict[str, Tensor]:
-    """Return labels, task ids, the named fields and the tokens with their mask as columns."""
+    """Return labels, task ids, the named fields and the tokens with their mask as columns.
+
+    Captions have the ids of their images as well, also where a batch does not state them.
+    """
     names = ("labels", "task_ids", *fields, "input_ids", "attention_mask")
     columns = {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}
     if "input_ids" in columns and "attention_mask" not in columns:
         columns["attention_mask"] = torch.ones_like(columns["input_ids"], dtype=torch.bool)
+    if "input_ids" in columns and not batch.is_generative:
+        known = batch.image_ids
+        columns["image_ids"] = torch.full_like(batch.labels, -1) if known is None else known
     return columns
 
 
@@ -116,6 +122,7 @@ def replayed_batch(columns: Mapping[str, Tensor], like: Batch | None = None) -> 
         features=columns.get("features"),
         input_ids=columns.get("input_ids"),
         attention_mask=columns.get("attention_mask"),
+        image_ids=columns.get("image_ids"),
         is_replay=torch.ones(count, dtype=torch.bool),
         keys=("",) * count if like is not None and like.keys else (),
     )

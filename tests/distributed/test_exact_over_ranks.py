@@ -27,6 +27,7 @@ from mmcl.core import (
     step,
     trainable_parameters,
 )
+from mmcl.core.batch import text_ids
 from mmcl.models.open_clip.clip_losses import clip_loss
 from mmcl.strategies import AGEM, EWC, L2P, DarkReplay, FeatureReplay, LoRA, LwF
 from tests.distributed.ranks import on_ranks as command_on_ranks
@@ -55,7 +56,10 @@ class Pairs(nn.Module):
 
     def loss(self, output, batch):
         scale = torch.tensor(5.0)
-        return clip_loss(output.image, output.text, batch.input_ids, scale, batch.in_loss)
+        return clip_loss(
+            output.image, output.text, scale, image_ids=batch.image_ids,
+            text_ids=text_ids(batch.input_ids, batch.attention_mask), in_loss=batch.in_loss,
+        )  # fmt: skip
 
 
 def captions(count, seed=0):

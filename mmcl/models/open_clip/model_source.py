@@ -91,7 +91,8 @@ def find_weights(pretrained: str | None, source: ModelSource) -> Path | None:
         raise ValueError(f"pretrained is the address {pretrained}: download it and give the file")
     if pretrained.startswith(_HUB):
         return _hub_weights(pretrained.removeprefix(_HUB))
-    is_tag = source.folder is None and get_pretrained_cfg(source.name, pretrained)
+    names = (source.name, source.name.removesuffix("-quickgelu"))
+    is_tag = source.folder is None and any(get_pretrained_cfg(name, pretrained) for name in names)
     path = Path(pretrained.removeprefix(_LOCAL)).expanduser()
     if is_tag and not pretrained.startswith(_LOCAL):
         return None
