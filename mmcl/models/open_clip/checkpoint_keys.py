@@ -388,8 +388,10 @@ def architectures_of(tensors: Iterable[NamedTensor]) -> list[str]:
     found = []
     for name in open_clip.list_models():
         config = open_clip.get_model_config(name)
-        own = config["text_cfg"]
+        own, is_coca = config["text_cfg"], "multimodal_cfg" in config
         text_of = (own.get("vocab_size", 49408), own.get("width", 512), own.get("layers", 12))
+        if is_coca != any("text_decoder." in each for each in shapes):
+            continue
         if text_of == text and _is_image_tower(config["vision_cfg"], images):
             found.append(name)
     return found

@@ -60,7 +60,7 @@ def load_clip(
 
     Raises:
         FileNotFoundError: if a local path does not exist.
-        ValueError: if ``pretrained`` is "built-in" and the model is not "tiny", either names
+        ValueError: if ``pretrained`` is "built-in" and the model is not "tiny", if either names
             something else than a model and weights, or ``quick_gelu`` or ``preprocess`` do not fit.
         RuntimeError: if weights cannot be loaded or downloaded.
     """
@@ -175,23 +175,27 @@ def architecture_of(model: str, clip: Any) -> dict[str, Any]:
     if model == "tiny":
         config: dict[str, Any] = json.loads((TINY / "tiny-clip.json").read_text())
         config["text_cfg"]["tokenizer_kwargs"] = {"bpe_path": str(TINY / "bpe.txt.gz")}
-        return _with_activation(config, clip)
+        return _with_facts(config, clip)
     with quiet_hub_access():
         source = find_model(model)
-    if source.is_transformers and source.folder is not None:
-        return exportable_architecture(source.folder)
-    found: dict[str, Any] | None = open_clip.get_model_config(source.name)
+        if source.is_transformers and source.folder is not None:
+            return _with_facts(exportable_architecture(source.folder), clip)
+        found: dict[str, Any] | None = open_clip.get_model_config(source.name)
     if found is None:
         raise ValueError(
             f"open_clip does not know the architecture {model}: load the model with load_clip"
         )
-    return _with_activation(found, clip)
+    return _with_facts(found, clip)
 
 
-def _with_activation(architecture: dict[str, Any], clip: Any) -> dict[str, Any]:
+def _with_facts(architecture: dict[str, Any], clip: Any) -> dict[str, Any]:
+    """Add what came with the weights: another activation, a logit bias."""
     is_quick = uses_quick_gelu(clip)
     if is_quick != bool(architecture.get("quick_gelu")):
         architecture["quick_gelu"] = is_quick
+    bias = getattr(clip, "logit_bias", None)
+    if bias is not None:
+        architecture.setdefault("init_logit_bias", float(bias.detach()))
     return architecture
 
 

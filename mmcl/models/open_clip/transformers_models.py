@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import open_clip
 import timm
@@ -334,19 +334,19 @@ def _timm_name(config: Any) -> str | None:
 
 def _tokenizer(folder: Path, text: Mapping[str, Any]) -> Callable[..., Tensor]:
     """Return the tokenizer of a folder; CLIP's own vocabulary is open_clip's own tokenizer."""
-    length, size = text["context_length"], text["vocab_size"]
+    length, is_causal = text["context_length"], not text.get("no_causal_mask")
     plain: Any = SimpleTokenizer(context_length=length)
+    found: Any = plain
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        is_clip = size == len(plain.encoder) and not text.get("no_causal_mask")
-        return plain if is_clip else MissingTokenizer(str(folder))
-    if AutoTokenizer.from_pretrained(folder).get_vocab() == plain.encoder:
-        return plain
-    tokenizer: Any = HFTokenizer(str(folder), context_length=length)
-    wrapped = tokenizer.tokenizer
-    if not text.get("no_causal_mask") and wrapped.pad_token_id == wrapped.eos_token_id:
-        # Padding after the end is not seen; padding that is the end token would hide the end.
-        wrapped.pad_token = wrapped.convert_ids_to_tokens(0)
-    return tokenizer
+        if not is_causal or text["vocab_size"] != len(plain.encoder):
+            found = MissingTokenizer(str(folder))
+    elif AutoTokenizer.from_pretrained(folder).get_vocab() != plain.encoder:
+        found = HFTokenizer(str(folder), context_length=length)
+        wrapped = found.tokenizer
+        if is_causal and wrapped.pad_token_id == wrapped.eos_token_id:
+            # Padding after the end is not seen; padding that is the end token would hide the end.
+            wrapped.pad_token = wrapped.convert_ids_to_tokens(0)
+    return cast(Callable[..., Tensor], found)
 
 
 def _processor(folder: Path) -> dict[str, Any]:
