@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional
 
-from mmcl.core import Batch
+from mmcl import Batch, ImageCaptionCollate, collate_captions
 from mmcl.core.padding import pad_id_of, real_tokens
-from mmcl.data.batches.collate import Example, ImageCaptionCollate, collate, collate_captions
+from mmcl.data.batches.collate import Example, collate
 from mmcl.models import OpenCLIP
 from tests.models.small_clip import SMALL
 
