@@ -185,7 +185,8 @@ def _facts_of_file(
     is_quick = quick_gelu if in_file is None else in_file
     if stated:
         return is_quick, stated[1]
-    tags = open_clip.list_pretrained_tags_by_model(name)
+    every = open_clip.list_pretrained_tags_by_model(name)
+    tags = [tag for tag in every if is_quick in (None, tag_activation(name, tag))]
     if not tags:
         return is_quick, {}
     differing = []
