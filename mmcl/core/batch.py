@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmcl.core.image_values import ImagesAre, as_uint8, stack_images
+from mmcl.core.padding import pad_id_of, real_tokens
 from mmcl.core.seeding import hash_priorities
 
 IMAGE_TOKEN = "<image>"
@@ -142,7 +143,8 @@ class Batch:
         image_owner: (M,) int64 index of the sample that each image belongs to; None = one image a
             sample, in order.
         input_ids: (B, L) int64 token ids, padded; None if samples have no text of their own.
-        attention_mask: (B, L) bool, True on real tokens, False on padding.
+        attention_mask: (B, L) bool, True on real tokens, False on padding behind them; the ids of
+            padding do not count.
         features: (B, N, D) output of the frozen encoder, used in place of images.
         sample_ids: (B,) int64 number of each sample inside its task; (task, sample) identifies it.
         is_replay: (B,) bool, True for samples that are not of the current task: replayed, or of
@@ -237,8 +239,9 @@ class Batch:
         Args:
             texts: B texts.
             images: as in ``from_images``; None = texts alone, for ``model.embed(batch, "text")``.
-            tokenizer: B texts -> (B, L) token ids padded with 0, such as ``model.tokenizer`` or
-                what ``open_clip.get_tokenizer`` returns.
+            tokenizer: B texts -> (B, L) token ids padded on the right, such as ``model.tokenizer``
+                or what ``open_clip.get_tokenizer`` returns. They are padded with its
+                ``pad_token_id``, or that of the tokenizer that it wraps; 0 where it states none.
             task: index of the task that all samples come from, or (B,) one each.
             images_are: as in ``from_images``, with ``mean`` and ``std``.
             mean: of the three channels.
@@ -259,7 +262,8 @@ class Batch:
         if len(batch) != len(input_ids):
             raise ValueError(f"there are {len(texts)} texts for {len(batch)} images: give one each")
         input_ids = input_ids.to(batch.labels.device)
-        return replace(batch, input_ids=input_ids, attention_mask=input_ids != 0)
+        mask = real_tokens(input_ids, pad_id_of(tokenizer))
+        return replace(batch, input_ids=input_ids, attention_mask=mask)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle small tensors by value: torch opens a file for each one that it sends itself."""

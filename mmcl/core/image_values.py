@@ -90,12 +90,12 @@ def _per_channel(name: str, values: Sequence[float], images: Tensor) -> Tensor:
     return torch.tensor(list(values), dtype=images.dtype, device=images.device).view(3, 1, 1)
 
 
-def expect_levels(images: Tensor, size: int | None = None) -> None:
+def expect_levels(images: Tensor, size: int | tuple[int, int] | None = None) -> None:
     """Check that images are what a model normalizes: uint8 levels, of the model's size.
 
     Args:
         images: (M, 3, H, W).
-        size: side of the model's square images; None = any.
+        size: side of the model's square images, or (height, width); None = any.
 
     Raises:
         ValueError: if they are floats, which would be normalized as if they were levels, or of
@@ -106,9 +106,12 @@ def expect_levels(images: Tensor, size: int | None = None) -> None:
             f"the batch's images are {images.dtype}, expected uint8: the model normalizes levels "
             "from 0 to 255, so make the batch with mmcl.Batch.from_images(images, images_are=...)"
         )
-    if size is not None and images.shape[-2:] != (size, size):
+    if size is None:
+        return
+    height, width = (size, size) if isinstance(size, int) else size
+    if images.shape[-2:] != (height, width):
         raise ValueError(
             f"the batch's images are {images.shape[-2]} x {images.shape[-1]}, this model takes "
-            f"{size} x {size}: resize them, for example by "
+            f"{height} x {width}: resize them, for example by "
             "collate_fn=mmcl.ImageLabelCollate(model.transform(True))"
         )

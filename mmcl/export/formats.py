@@ -24,6 +24,7 @@ from mmcl.layers import MoELoRALinear, MultiLoRALinear, find_layers
 from mmcl.lightning.module import ContinualModule
 from mmcl.models.hf_vlm.loading import plain_model, plain_weight_names, save_pretrained
 from mmcl.models.open_clip.loading import architecture_of, save_architecture
+from mmcl.models.open_clip.pretrained_facts import own_preprocess
 from mmcl.strategies.lora import LoRA, peft_state
 
 _TOLERANCE = 1e-3
@@ -83,10 +84,12 @@ def _write_clip_files(model: Any, state: dict[str, Tensor], target: Path) -> str
         weights, architecture = target, target.with_suffix(".json")
         if architecture.exists():
             raise ValueError(f"{architecture} exists: give a new name, or remove this one")
-        text = json.dumps(architecture_of(name), indent=2) + "\n"
+        text = json.dumps(architecture_of(name, model.clip), indent=2) + "\n"
         write_atomic(target, lambda path: save_file(state, path))
         write_atomic(architecture, text)
         report = f"{target}: weights for open_clip, with {architecture}"
+        if facts := own_preprocess(model.clip):
+            report += f" (which cannot hold their preprocessing: load them with preprocess={facts})"
     return f"{report}, {weights.stat().st_size} bytes, sha256 {sha256_of(weights)}"
 
 

@@ -1,9 +1,18 @@
 import numpy as np
+import PIL
+import pytest
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from torch.nn import functional
 
+from mmcl.core.seeding import generator
 from mmcl.models import OpenCLIP
 from mmcl.models.open_clip.clip_transform import ClipTransform
+
+# Before 13, Pillow resizes the width first even of tall images: other edges are clipped.
+LARGEST, AVERAGE = (2, 0.1) if int(PIL.__version__.split(".")[0]) >= 13 else (24, 0.4)
+"""Rounding of torch's resizing against Pillow's, in levels of 255."""
 
 
 def random_image(height, width, seed=0):
@@ -11,13 +20,95 @@ def random_image(height, width, seed=0):
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=g)
 
 
-def test_the_center_crop_is_pillows():
-    pixels = random_image(96, 80)
-    sample = ClipTransform(48)(pixels, None, 0)
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy()).crop((0, 8, 80, 88))
-    want = torch.from_numpy(np.array(image.resize((48, 48), Image.Resampling.BICUBIC)))
-    difference = (sample.image.permute(1, 2, 0).int() - want.int()).abs()
-    assert difference.max() <= 1
+def levels_of_open_clip(cfg, pixels):
+    """Evaluation image of open_clip, with its normalization undone."""
+    transform = image_transform_v2(cfg, is_train=False)
+    normalized = transform(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (cfg.mean, cfg.std))
+    return ((normalized * std + mean) * 255).round().int()
+
+
+def expect_equal(ours, theirs, largest=LARGEST, average=AVERAGE):
+    difference = (ours.int() - theirs).abs().float()
+    assert ours.shape == theirs.shape
+    assert difference.max() <= largest
+    assert difference.mean() <= average
+
+
+@pytest.mark.parametrize("size", [48, 57, (40, 56), (56, 40)])
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
+@pytest.mark.parametrize("height_width", [(96, 80), (71, 123), (20, 31), (200, 60)])
+def test_evaluation_is_open_clips_own(size, resize_mode, interpolation, height_width):
+    options = {"interpolation": interpolation, "resize_mode": resize_mode, "fill_color": 99}
+    pixels = random_image(*height_width)
+    ours = ClipTransform(size, **options)(pixels, None, 0).image
+    expect_equal(ours, levels_of_open_clip(PreprocessCfg(size=size, **options), pixels))
+
+
+@pytest.mark.parametrize(
+    ("height_width", "resize_mode"),
+    [
+        ((48, 48), "shortest"),
+        ((48, 48), "squash"),
+        ((48, 90), "shortest"),  # only cropped
+        ((91, 48), "shortest"),
+        ((48, 31), "longest"),  # only padded
+        ((17, 48), "longest"),
+    ],
+)
+def test_an_image_that_is_not_resized_is_equal_to_the_bit(height_width, resize_mode):
+    pixels, cfg = random_image(*height_width), PreprocessCfg(size=48, resize_mode=resize_mode)
+    ours = ClipTransform(48, resize_mode=resize_mode)(pixels, None, 0).image
+    expect_equal(ours, levels_of_open_clip(cfg, pixels), 0, 0)
+
+
+def test_a_square_image_is_resized_as_a_whole():
+    pixels = random_image(80, 80)
+    want = functional.interpolate(pixels[None], (48, 48), mode="bicubic", antialias=True)[0]
+    assert torch.equal(ClipTransform(48)(pixels, None, 0).image, want)
+
+
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("height_width", [(1, 40000), (40000, 1), (1, 1), (3, 2)])
+def test_an_image_of_any_aspect_has_the_models_size(height_width, resize_mode):
+    pixels = random_image(*height_width)
+    for size, sides in ((224, (224, 224)), ((32, 64), (32, 64))):
+        image = ClipTransform(size, resize_mode=resize_mode)(pixels, None, 0).image
+        assert (image.shape, image.dtype) == ((3, *sides), torch.uint8)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_training_crop_is_resized_with_the_models_interpolation(interpolation):
+    pixels = random_image(90, 70)
+    sample = ClipTransform(48, random_crop_scale=1.0, interpolation=interpolation)(pixels, None, 4)
+    # area and aspect of the crop, drawn as the transform's docstring says
+    _, aspect, down, right, _ = torch.rand(5, generator=generator(4)).tolist()
+    ratio = np.exp((2 * aspect - 1) * np.log(4 / 3))
+    tall = min(90, round(np.sqrt(90 * 70 / ratio)))
+    wide = min(70, round(np.sqrt(90 * 70 * ratio)))
+    top, left = int(down * (91 - tall)), int(right * (71 - wide))
+    crop = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    crop = crop.crop((left, top, left + wide, top + tall))
+    resampling = getattr(Image.Resampling, interpolation.upper())
+    want = torch.from_numpy(np.array(crop.resize((48, 48), resampling))).permute(2, 0, 1)
+    expect_equal(sample.image, want.int())
+
+
+def test_random_interpolation_is_one_of_two_drawn_by_the_seed():
+    pixels = random_image(60, 60)
+
+    def crop(mode, seed):
+        transform = ClipTransform(32, random_crop_scale=0.5, interpolation=mode)
+        return transform(pixels, None, seed).image
+
+    is_bilinear = []
+    for seed in range(40):
+        got = crop("random", seed)
+        known = [torch.equal(got, crop(mode, seed)) for mode in ("bicubic", "bilinear")]
+        assert sum(known) == 1
+        is_bilinear.append(known[1])
+    assert 8 < sum(is_bilinear) < 32
 
 
 def test_a_crop_is_a_function_of_the_seed():

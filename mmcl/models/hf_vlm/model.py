@@ -90,20 +90,24 @@ def _embed_questions(routing_encoder: Any, batch: Batch) -> Tensor:
         )
     transform = routing_encoder.transform(False)
     texts = [transform(None, reference.question, 0).input_ids for reference in batch.references]
-    tokens = pad_sequence(texts, batch_first=True).to(batch.labels.device)
+    lengths = torch.tensor([len(text) for text in texts])
+    tokens = pad_sequence(texts, batch_first=True)
+    mask = torch.arange(tokens.shape[1])[None] < lengths[:, None]
+    tokens, mask = tokens.to(batch.labels.device), mask.to(batch.labels.device)
     questions = replace(
         batch, images=None, image_owner=None, features=None, input_ids=tokens,
-        attention_mask=tokens != 0, labels=batch.task_ids,
+        attention_mask=mask, labels=batch.task_ids,
     )  # fmt: skip
     embedded: Tensor = routing_encoder.embed(questions, "text")
     return embedded
 
 
-def _resized(images: Tensor, size: int) -> Tensor:
-    if images.shape[-1] == size:
+def _resized(images: Tensor, size: int | tuple[int, int]) -> Tensor:
+    sides = (size, size) if isinstance(size, int) else size
+    if images.shape[-2:] == sides:
         return images
     # torch resizes uint8 on the CPU only.
-    resized = functional.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
+    resized = functional.interpolate(images.float(), sides, mode="bicubic", antialias=True)
     return resized.round_().clamp_(0, 255).to(torch.uint8)
 
 

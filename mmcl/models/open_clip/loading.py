@@ -6,10 +6,12 @@ import json
 import logging
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import open_clip
@@ -17,90 +19,141 @@ import torch
 from huggingface_hub import constants
 from torch import Tensor, nn
 
+from mmcl.models.open_clip.checkpoint_keys import load_weights
+from mmcl.models.open_clip.model_source import find_model, find_weights
+from mmcl.models.open_clip.pretrained_facts import (
+    CONFIG,
+    create_options,
+    expect_activation,
+    preprocess_of,
+    set_preprocess,
+    uses_quick_gelu,
+)
+from mmcl.models.open_clip.transformers_models import build_model, exportable_architecture
+
 TINY = Path(__file__).parent.parent / "tiny_clip"
 BUILT_IN = "built-in"
-CONFIG = "open_clip_config.json"
-"""File that open_clip expects in a ``local-dir:``."""
+CLIP_VOCABULARY = 49408
+"""Tokens of CLIP's own vocabulary."""
 
 
 def load_clip(
-    model: str, pretrained: str | None, seed: int
+    model: str,
+    pretrained: str | None,
+    seed: int,
+    quick_gelu: bool | None = None,
+    preprocess: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Callable[..., Tensor]]:
     """Load an open_clip model and its tokenizer.
 
     Args:
         model: "tiny" (ships with mmcl), an open_clip architecture such as "ViT-B-16", a local
-            folder with ``open_clip_config.json`` and weights, or a ``.json`` architecture file.
-        pretrained: "built-in" (tiny only), a tag of open_clip such as "openai", a local checkpoint
-            file (.pt, .safetensors), or None for random weights from ``seed``.
+            folder of open_clip (``open_clip_config.json``) or transformers (CLIPModel,
+            SiglipModel), a repository of the hub in one of these forms ("hf-hub:owner/name"), or
+            a ``.json`` architecture file.
+        pretrained: "built-in" (tiny only), a tag of open_clip such as "openai", a checkpoint file
+            or folder, "hf-hub:owner/name", or None: the weights of the folder or repository, else
+            random weights from ``seed``.
         seed: of random weights.
+        quick_gelu: see ``OpenCLIP``.
+        preprocess: see ``OpenCLIP``.
 
     Raises:
         FileNotFoundError: if a local path does not exist.
-        ValueError: if ``pretrained`` is "built-in" and the model is not "tiny".
+        ValueError: if ``pretrained`` is "built-in" and the model is not "tiny", if either names
+            something else than a model and weights, or ``quick_gelu`` or ``preprocess`` do not fit.
         RuntimeError: if weights cannot be loaded or downloaded.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if model == "tiny":
-            return _tiny(pretrained)
+            return _tiny(pretrained, quick_gelu, preprocess)
         if pretrained == BUILT_IN:
             raise ValueError(
                 f"pretrained is '{BUILT_IN}' but model is '{model}': only 'tiny' ships with mmcl; "
                 "give a tag such as 'openai' or a local checkpoint file"
             )
-        return _named(model, pretrained)
+        return _named(model, pretrained, quick_gelu, preprocess)
 
 
-def _tiny(pretrained: str | None) -> tuple[nn.Module, Callable[..., Tensor]]:
+def _tiny(
+    pretrained: str | None, quick_gelu: bool | None, preprocess: Mapping[str, Any] | None
+) -> tuple[nn.Module, Callable[..., Tensor]]:
     config = json.loads((TINY / "tiny-clip.json").read_text())
+    if pretrained == BUILT_IN and (quick_gelu or preprocess):
+        raise ValueError(
+            f"pretrained is '{BUILT_IN}', whose weights were trained with GELU and their own "
+            "preprocessing: leave quick_gelu and preprocess out"
+        )
+    config |= {} if quick_gelu is None else {"quick_gelu": quick_gelu}
     clip = open_clip.model.CLIP(**{k: v for k, v in config.items() if k in _CLIP_ARGUMENTS})
+    set_preprocess(clip, preprocess)
     tokenizer = open_clip.tokenizer.SimpleTokenizer(
         bpe_path=str(TINY / "bpe.txt.gz"), context_length=clip.context_length
     )
     weights = str(TINY / "tiny-clip.safetensors") if pretrained == BUILT_IN else pretrained
     if weights is not None:
-        _load_file(clip, Path(weights))
+        load_weights(clip, Path(weights).expanduser(), "tiny")
     return clip.float(), tokenizer
 
 
 _CLIP_ARGUMENTS = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale")
 
 
-def _named(model: str, pretrained: str | None) -> tuple[nn.Module, Callable[..., Tensor]]:
-    path = Path(model).expanduser()
-    if path.suffix == ".json":
-        _add_architecture(path)
-        model = path.stem
-    elif path.is_dir():
-        model = f"local-dir:{path}"
-    elif "/" in model and ":" not in model:
-        raise FileNotFoundError(
-            f"there is no folder {model}: give a folder with open_clip_config.json, an "
-            "architecture such as 'ViT-B-16', or 'hf-hub:owner/name'"
-        )
-    file = Path(pretrained).expanduser() if pretrained else None
-    is_file = file is not None and (file.suffix in _SUFFIXES or file.exists())
+def _named(
+    model: str,
+    pretrained: str | None,
+    quick_gelu: bool | None,
+    preprocess: Mapping[str, Any] | None,
+) -> tuple[nn.Module, Callable[..., Tensor]]:
+    with quiet_hub_access():
+        source = find_model(model)
+        file = find_weights(pretrained, source)
+    if source.is_transformers and source.folder is not None:
+        clip, tokenizer = build_model(source.folder)
+        expect_activation(clip, model, quick_gelu)
+        set_preprocess(clip, preprocess)
+        load_weights(clip, file or source.folder, model)
+        return clip.float(), tokenizer
+    name, options = create_options(
+        source.name, pretrained, file=file, quick_gelu=quick_gelu, preprocess=preprocess
+    )
     try:
         with quiet_hub_access():
             clip = open_clip.create_model(
-                model,
-                pretrained=None if is_file else pretrained,
+                name,
+                pretrained=None if file is not None else pretrained,
                 precision="fp32",
                 weights_only=True,
+                **options,
             )
-            tokenizer = open_clip.get_tokenizer(model, **_own_vocabulary(path))
+            tokenizer = _load_tokenizer(source.name, **_own_vocabulary(source.folder))
     except Exception as error:  # every hub client raises errors of its own
         raise RuntimeError(_unavailable(model, pretrained, error)) from error
-    if is_file and file is not None:
-        _load_file(clip, file)
+    expect_activation(clip, model, quick_gelu)
+    if file is not None:
+        load_weights(clip, file, model)
     return clip.float(), tokenizer
 
 
-def _own_vocabulary(folder: Path) -> dict[str, str]:
+def _load_tokenizer(name: str, **options: Any) -> Callable[..., Tensor]:
+    """Return open_clip's tokenizer of an architecture."""
+    is_named_siglip = "siglip" in name.lower() and name in open_clip.list_models()
+    text = open_clip.get_model_config(name)["text_cfg"] if is_named_siglip else {}
+    has_clips_vocabulary = text.get("vocab_size", CLIP_VOCABULARY) == CLIP_VOCABULARY
+    if is_named_siglip and has_clips_vocabulary and not text.get("hf_tokenizer_name"):
+        # open_clip takes Google's vocabularies, from the network, for every name with "siglip".
+        length = text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
+        options = {**text.get("tokenizer_kwargs", {}), **options}
+        tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=length, **options)
+    else:
+        tokenizer = open_clip.get_tokenizer(name, **options)
+    return cast(Callable[..., Tensor], tokenizer)
+
+
+def _own_vocabulary(folder: Path | None) -> dict[str, str]:
     """Return the vocabulary within a model folder as an argument of ``get_tokenizer``, if any."""
-    file = folder / CONFIG
-    if not file.is_file():
+    if folder is None or not (file := folder / CONFIG).is_file():
         return {}
     text = json.loads(file.read_text(encoding="utf-8")).get("model_cfg", {}).get("text_cfg", {})
     name = text.get("tokenizer_kwargs", {}).get("bpe_path", "")
@@ -109,8 +162,12 @@ def _own_vocabulary(folder: Path) -> dict[str, str]:
     return {"bpe_path": str(folder / name)} if name and is_inside else {}
 
 
-def architecture_of(model: str) -> dict[str, Any]:
+def architecture_of(model: str, clip: Any) -> dict[str, Any]:
     """Return the architecture of a model that ``load_clip`` loaded, as open_clip's ``model_cfg``.
+
+    Args:
+        model: what ``load_clip`` was given.
+        clip: what it returned, whose activation may be another than that of the name.
 
     Raises:
         ValueError: if open_clip does not know it.
@@ -118,15 +175,28 @@ def architecture_of(model: str) -> dict[str, Any]:
     if model == "tiny":
         config: dict[str, Any] = json.loads((TINY / "tiny-clip.json").read_text())
         config["text_cfg"]["tokenizer_kwargs"] = {"bpe_path": str(TINY / "bpe.txt.gz")}
-        return config
-    path = Path(model).expanduser()
-    name = f"local-dir:{path}" if path.is_dir() else path.stem if path.suffix == ".json" else model
-    found: dict[str, Any] | None = open_clip.get_model_config(name)
+        return _with_facts(config, clip)
+    with quiet_hub_access():
+        source = find_model(model)
+        if source.is_transformers and source.folder is not None:
+            return _with_facts(exportable_architecture(source.folder), clip)
+        found: dict[str, Any] | None = open_clip.get_model_config(source.name)
     if found is None:
         raise ValueError(
             f"open_clip does not know the architecture {model}: load the model with load_clip"
         )
-    return found
+    return _with_facts(found, clip)
+
+
+def _with_facts(architecture: dict[str, Any], clip: Any) -> dict[str, Any]:
+    """Add what came with the weights: another activation, a logit bias."""
+    is_quick = uses_quick_gelu(clip)
+    if is_quick != bool(architecture.get("quick_gelu")):
+        architecture["quick_gelu"] = is_quick
+    bias = getattr(clip, "logit_bias", None)
+    if bias is not None:
+        architecture.setdefault("init_logit_bias", float(bias.detach()))
+    return architecture
 
 
 def save_architecture(clip: Any, tokenizer: Any, model: str, folder: Path) -> None:
@@ -143,7 +213,7 @@ def save_architecture(clip: Any, tokenizer: Any, model: str, folder: Path) -> No
     Raises:
         ValueError: if open_clip does not know the architecture.
     """
-    architecture, (side, mean, std) = architecture_of(model), image_settings(clip)
+    architecture = architecture_of(model, clip)
     options = architecture.get("text_cfg", {}).get("tokenizer_kwargs", {})
     if vocabulary := options.get("bpe_path"):
         within = Path(model).expanduser() / vocabulary
@@ -152,9 +222,7 @@ def save_architecture(clip: Any, tokenizer: Any, model: str, folder: Path) -> No
     wrapped: Any = getattr(tokenizer, "tokenizer", None)  # of transformers
     if hasattr(wrapped, "save_pretrained"):
         wrapped.save_pretrained(folder)
-    images = {"size": side, "mean": mean.tolist(), "std": std.tolist()}
-    images |= {"interpolation": "bicubic", "resize_mode": "shortest"}
-    config = {"model_cfg": architecture, "preprocess_cfg": images}
+    config = {"model_cfg": architecture, "preprocess_cfg": asdict(preprocess_of(clip))}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -172,33 +240,13 @@ def quiet_hub_access() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = True
     logging.disable(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            # open_clip warns by the name's activation, and the tag's is what the model gets.
+            warnings.filterwarnings("ignore", "QuickGELU mismatch")
+            yield
     finally:
         constants.HF_HUB_OFFLINE = was_offline
         logging.disable(was_disabled)
-
-
-_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".npz")
-
-
-def _add_architecture(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no architecture file {path}: give an open_clip .json")
-    open_clip.add_model_config(str(path))
-
-
-def _load_file(clip: nn.Module, file: Path) -> None:
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"there is no checkpoint {file}: give a .pt or .safetensors file of this architecture"
-        )
-    try:
-        open_clip.load_checkpoint(clip, str(file), weights_only=True)
-    except Exception as error:
-        reason = one_line(error)
-        raise RuntimeError(
-            f"{file} does not load into this architecture ({reason}): check model and pretrained"
-        ) from error
 
 
 def _unavailable(model: str, pretrained: str | None, error: Exception) -> str:
@@ -211,12 +259,3 @@ def _unavailable(model: str, pretrained: str | None, error: Exception) -> str:
 def one_line(error: Exception) -> str:
     """Return an error's message as one line of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def image_settings(clip: Any) -> tuple[int, Tensor, Tensor]:
-    """Return the image side in pixels, and mean and standard deviation (3,) of normalization."""
-    size = clip.visual.image_size
-    side = int(size[0] if isinstance(size, tuple | list) else size)
-    mean = getattr(clip.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
-    std = getattr(clip.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
-    return side, torch.tensor(mean), torch.tensor(std)

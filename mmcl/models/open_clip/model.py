@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,19 @@ from mmcl.core import (
 from mmcl.core.batch import text_ids
 from mmcl.core.image_values import expect_levels
 from mmcl.core.model import PromptPosition, eval_mode, set_frozen_to_eval
+from mmcl.core.padding import pad_id_of, real_tokens
 from mmcl.models.fingerprint import fingerprint_of, frozen_buffers
-from mmcl.models.open_clip.clip_losses import class_loss, clip_loss
+from mmcl.models.open_clip.clip_losses import class_loss, clip_loss, siglip_loss
 from mmcl.models.open_clip.clip_transform import ClipTransform
-from mmcl.models.open_clip.loading import image_settings, load_clip
+from mmcl.models.open_clip.loading import load_clip
+from mmcl.models.open_clip.pretrained_facts import description, preprocess_of
 from mmcl.models.open_clip.towers import (
     image_embedding,
+    pad_texts,
+    padded_length,
     similarity,
     text_embedding,
     token_dims,
-    trim_padding,
 )
 
 _MAX_SCALE = 100.0
@@ -45,13 +48,22 @@ class OpenCLIP(nn.Module):
         pretrained: "built-in" (tiny only), a tag such as "openai", a local checkpoint file, or
             None for random weights.
         freeze: towers that are not trained, any of "image" and "text".
-        train_logit_scale: train the logit scale (it is kept at most 100).
+        train_logit_scale: train the logit scale (it is kept at most 100) or, of a model with a
+            sigmoid loss (SigLIP), scale and bias.
         logit_scope: the class texts that a training sample is compared with: "seen" (all classes
             met so far) or "task" (those first met in the sample's own task).
         label_smoothing: of the class loss, 0 to 1.
         random_crop_scale: smallest area fraction of a random training crop; None = no augmentation.
         horizontal_flip: mirror half of the training images.
         seed: of random weights.
+        quick_gelu: whether the weights were trained with QuickGELU, as OpenAI's were; None = as a
+            tag of open_clip says, else as the name ("ViT-B-32-quickgelu") or the folder says. A
+            local file does not tell.
+        preprocess: preprocessing that the weights were trained with, where a local file does not
+            tell: any of ``mean`` and ``std`` (three numbers, of levels from 0 to 1),
+            ``interpolation`` (bicubic, bilinear, random), ``resize_mode`` (shortest, longest,
+            squash) and ``fill_color`` (0 to 255). None = as the tag or the folder says; of a file,
+            that on which all tags of the architecture agree.
     """
 
     _mean: Tensor
@@ -70,18 +82,25 @@ class OpenCLIP(nn.Module):
         random_crop_scale: float | None = 0.9,
         horizontal_flip: bool = False,
         seed: int = 0,
+        quick_gelu: bool | None = None,
+        preprocess: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.name = model
         self.clip: Any
-        self.clip, self._tokenizer = load_clip(model, pretrained, seed)
-        self.size, mean, std = image_settings(self.clip)
-        self.register_buffer("_mean", (mean * 255).view(3, 1, 1), persistent=False)
-        self.register_buffer("_std", (std * 255).view(3, 1, 1), persistent=False)
+        self.clip, self._tokenizer = load_clip(model, pretrained, seed, quick_gelu, preprocess)
+        self._preprocess = preprocess_of(self.clip)
+        self.size: int | tuple[int, int] = self._preprocess.size
+        for name in ("mean", "std"):
+            levels = torch.tensor(getattr(self._preprocess, name)) * 255
+            self.register_buffer(f"_{name}", levels.view(3, 1, 1), persistent=False)
+        self._text_length = padded_length(self.clip, self._tokenizer)
         self.logit_scope, self.label_smoothing = logit_scope, label_smoothing
         self.random_crop_scale, self.horizontal_flip = random_crop_scale, horizontal_flip
         self.prompt_dims = token_dims(self.clip)
         self.clip.logit_scale.requires_grad_(train_logit_scale)
+        if self._bias is not None:
+            self._bias.requires_grad_(train_logit_scale)
         self.freeze(*freeze)
         self.register_buffer(
             "_class_tokens", torch.zeros(0, 1, dtype=torch.int64), persistent=False
@@ -101,7 +120,7 @@ class OpenCLIP(nn.Module):
 
     @property
     def tokenizer(self) -> Callable[[list[str]], Tensor]:
-        """Tokenizer of captions: B texts -> (B, L) int64 token ids, padded with 0.
+        """Tokenizer of captions: B texts -> (B, L) int64 token ids, padded with ``pad_id``.
 
         Raises:
             TypeError: if the model has none.
@@ -112,6 +131,14 @@ class OpenCLIP(nn.Module):
                 "open_clip model with a text tower"
             )
         return self._tokenizer
+
+    @property
+    def pad_id(self) -> int:
+        """Token that the tokenizer pads with: 0 for CLIP's own, 1 for those of XLM-R or SigLIP.
+
+        Another token 0 is a token like any other.
+        """
+        return pad_id_of(self._tokenizer)
 
     # Evaluation runs in inference mode, whose tensors a later training step could not use.
     @torch.inference_mode(False)
@@ -131,14 +158,16 @@ class OpenCLIP(nn.Module):
         if classes == self._classes:
             return
         texts = [self._text(template, name) for name in names for template in templates]
-        longest = max((len(text) for text in texts), default=1)
-        padded = [functional.pad(text, (0, longest - len(text))) for text in texts]
+        longest = self._text_length or max((len(text) for text in texts), default=1)
+        padded = [
+            functional.pad(text, (0, longest - len(text)), value=self.pad_id) for text in texts
+        ]
         stacked = torch.stack(padded) if padded else torch.zeros(0, 1, dtype=torch.int64)
         self._class_tokens = stacked.to(device)
         self._classes, self._class_cache = classes, None
 
     def forward(self, batch: Batch, prompts: Prompts = NO_PROMPTS) -> Output:
-        """Return the scores of a batch, scaled cosine similarities of images and texts.
+        """Return the scores of a batch, scaled cosine similarities of images and texts, plus bias.
 
         Samples with captions are compared with all captions of the batch, logits (B, B); samples
         without are compared with the class texts, logits (B, C).
@@ -146,26 +175,32 @@ class OpenCLIP(nn.Module):
         self._forwards_with_grad += torch.is_grad_enabled()
         image = self._image(batch, prompts)
         if batch.input_ids is not None:
-            tokens = trim_padding(batch.input_ids)
-            text = self._unit(text_embedding(self.clip, tokens, prompts.tokens))
+            text = self._unit(text_embedding(self.clip, self._texts(batch), prompts.tokens))
         elif any(tower == "text" for tower, _ in prompts.tokens):
             return self._with_text_prompts(image, prompts)
         else:
             text = self._class_embeddings()
-        return Output(similarity(self._scale(), image, text), image, text, prompts)
+        return Output(self._scores(image, text), image, text, prompts)
 
     def loss(self, output: Output, batch: Batch) -> Tensor:
-        """Return cross entropy over class texts, or symmetric InfoNCE for samples with captions."""
+        """Return cross entropy over class texts, or the loss of pairs of images and captions.
+
+        That is symmetric InfoNCE, or the sigmoid loss of a model with a logit bias (SigLIP).
+        """
         if batch.input_ids is not None:
             if output.image is None or output.text is None:
                 raise ValueError(
                     "the caption loss needs output.image and output.text, got None: pass the "
                     "output of model(batch) for a batch with captions"
                 )
-            return clip_loss(
-                output.image, output.text, self._scale(), image_ids=batch.image_ids,
-                text_ids=text_ids(batch.input_ids, batch.attention_mask), in_loss=batch.in_loss,
-            )  # fmt: skip
+            pairs = (output.image, output.text, self._scale())
+            same: dict[str, Any] = {
+                "text_ids": text_ids(batch.input_ids, self._mask(batch)),
+                "image_ids": batch.image_ids, "in_loss": batch.in_loss,
+            }  # fmt: skip
+            if self._bias is not None:
+                return siglip_loss(*pairs, self._bias, **same)
+            return clip_loss(*pairs, **same)
         logits = output.logits
         if self.logit_scope == "task" and len(self._class_task) == logits.shape[1]:
             # Samples of another source have no task (-1) and are compared with all classes.
@@ -179,7 +214,8 @@ class OpenCLIP(nn.Module):
         """Embedding dim E of both towers."""
         declared = getattr(self.clip.visual, "output_dim", None)
         if declared is None:  # timm towers have no output_dim
-            blank = torch.zeros(1, 3, self.size, self.size, device=self._mean.device)
+            sides = (self.size, self.size) if isinstance(self.size, int) else self.size
+            blank = torch.zeros(1, 3, *sides, device=self._mean.device)
             with torch.inference_mode(), eval_mode(self.clip.visual):
                 return int(image_embedding(self.clip, blank, {}).shape[1])
         return int(declared)
@@ -198,7 +234,7 @@ class OpenCLIP(nn.Module):
         if batch.input_ids is None:
             raise ValueError("the batch has no captions to embed: use modality='image'")
         with eval_mode(self.clip):
-            return self._unit(text_embedding(self.clip, trim_padding(batch.input_ids), {}))
+            return self._unit(text_embedding(self.clip, self._texts(batch), {}))
 
     @torch.no_grad()
     def encode_image(self, batch: Batch) -> Tensor:
@@ -212,7 +248,7 @@ class OpenCLIP(nn.Module):
             return image_embedding(self.clip, self._pixels(batch), {})[:, None]
 
     def freeze(self, *towers: Modality) -> None:
-        """Freeze whole towers, in evaluation mode; the logit scale belongs to neither."""
+        """Freeze whole towers, in evaluation mode; logit scale and bias belong to neither."""
         for tower in towers:
             for parameter in self.tower(tower):
                 parameter.requires_grad_(False)
@@ -234,15 +270,19 @@ class OpenCLIP(nn.Module):
         return not any(parameter.requires_grad for parameter in self.tower(modality))
 
     def fingerprint(self) -> str:
-        """Return the sha256 of frozen weights and buffers, their types and the preprocessing."""
+        """Return the sha256 of frozen weights and buffers, activation and preprocessing."""
         tensors = [*self.clip.named_parameters(), ("mean", self._mean), ("std", self._std)]
         frozen = [(name, tensor) for name, tensor in tensors if not tensor.requires_grad]
-        return fingerprint_of(f"{self.size}", [*frozen, *frozen_buffers(self.clip).items()])
+        return fingerprint_of(description(self.clip), [*frozen, *frozen_buffers(self.clip).items()])
 
     def transform(self, train: bool) -> Transform:
         """Return the preprocessing of a sample, with augmentation in training."""
-        scale = self.random_crop_scale if train else None
-        return ClipTransform(self.size, self._tokenizer, scale, self.horizontal_flip and train)
+        own = self._preprocess
+        return ClipTransform(
+            self.size, self._tokenizer, self.random_crop_scale if train else None,
+            self.horizontal_flip and train, own.interpolation, own.resize_mode, own.fill_color,
+            self.pad_id,
+        )  # fmt: skip
 
     def generate(self, batch: Batch, prompts: Prompts = NO_PROMPTS) -> list[str]:
         """Return the name of the most similar class for every sample."""
@@ -252,9 +292,19 @@ class OpenCLIP(nn.Module):
     def _text(self, template: str, name: str) -> Tensor:
         key = (template, name)
         if key not in self._text_cache:
-            tokens = self._tokenizer([template.format(name)])[0]
-            self._text_cache[key] = tokens[: int((tokens != 0).sum())]
+            padded = self._tokenizer([template.format(name)])
+            self._text_cache[key] = padded[0, : int(real_tokens(padded, self.pad_id).sum())]
         return self._text_cache[key]
+
+    def _texts(self, batch: Batch) -> Tensor:
+        """Return the texts of a batch, padded as the text tower takes them."""
+        tokens, mask = cast(Tensor, batch.input_ids), self._mask(batch)
+        return pad_texts(tokens, mask, self.pad_id, self._text_length)
+
+    def _mask(self, batch: Batch) -> Tensor:
+        if batch.attention_mask is not None:
+            return batch.attention_mask
+        return real_tokens(cast(Tensor, batch.input_ids), self.pad_id)
 
     def _pixels(self, batch: Batch) -> Tensor:
         if batch.images is None:
@@ -315,11 +365,20 @@ class OpenCLIP(nn.Module):
         repeated = {at: t.repeat_interleave(len(texts), 0) for at, t in own.items()}
         unit = self._unit(text_embedding(self.clip, texts.repeat(samples, 1), repeated))
         text = self._unit(unit.view(samples, len(names), len(templates), -1).mean(2))
-        return Output(similarity(self._scale(), image, text), image, None, prompts)
+        return Output(self._scores(image, text), image, None, prompts)
+
+    @property
+    def _bias(self) -> nn.Parameter | None:
+        return getattr(self.clip, "logit_bias", None)
 
     def _scale(self) -> Tensor:
-        scale: Tensor = self.clip.logit_scale.exp().clamp(max=_MAX_SCALE)
-        return scale
+        scale: Tensor = self.clip.logit_scale.exp()
+        # SigLIP's weights have scales beyond the bound that CLIP's paper sets for a softmax.
+        return scale if self._bias is not None else scale.clamp(max=_MAX_SCALE)
+
+    def _scores(self, image: Tensor, text: Tensor) -> Tensor:
+        scores = similarity(self._scale(), image, text)
+        return scores if self._bias is None else scores + self._bias
 
     @staticmethod
     def _unit(embedding: Tensor) -> Tensor:

@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mmcl.core.model import PromptPosition
+from mmcl.core.padding import pad_id_of
 
 
 def image_embedding(clip: Any, images: Tensor, prompts: Mapping[PromptPosition, Tensor]) -> Tensor:
@@ -47,12 +50,9 @@ def image_embedding(clip: Any, images: Tensor, prompts: Mapping[PromptPosition, 
 def text_embedding(clip: Any, tokens: Tensor, prompts: Mapping[PromptPosition, Tensor]) -> Tensor:
     """Encode texts, with prompt tokens after the start token.
 
-    Texts may be padded to their longest only: a causal tower that pools at the end token sees
-    nothing after it.
-
     Args:
         clip: an open_clip CLIP or CustomTextCLIP.
-        tokens: (B, L) int64, 0 after the end token.
+        tokens: (B, L) int64, padded by ``pad_texts`` to the tower's ``padded_length``.
         prompts: (tower, layer) -> (B, P, D); those of the image tower are ignored.
 
     Returns:
@@ -66,7 +66,7 @@ def text_embedding(clip: Any, tokens: Tensor, prompts: Mapping[PromptPosition, T
                 f"text prompts need a causal open_clip text tower that pools at the end token, and "
                 f"this is a {type(text).__name__}: use modality='image'"
             )
-        return torch.as_tensor(clip.encode_text(_padded_to_context(tokens, text)))
+        return torch.as_tensor(clip.encode_text(tokens))
     embedded = text.token_embedding(tokens) + text.positional_embedding[: tokens.shape[1]]
     hidden, prompt_length = _run_blocks(text, embedded, own, "text", text.attn_mask)
     ends = tokens.argmax(dim=-1)
@@ -119,10 +119,42 @@ def _run_blocks(
     return tokens, prompt_length
 
 
-def trim_padding(tokens: Tensor) -> Tensor:
-    """Trim (B, L) tokens to the longest text; padding is 0."""
-    longest = int((tokens != 0).sum(1).max()) if tokens.numel() else 0
-    return tokens[:, : max(longest, 1)]
+def padded_length(clip: Any, tokenizer: Any) -> int | None:
+    """Return the length that texts must be padded to, None if that of their longest is enough.
+
+    A causal tower that pools at the end token sees nothing after it, and a tower of transformers
+    masks its pad token. In every other tower tokens attend to the padding, or it is pooled.
+
+    Args:
+        clip: an open_clip CLIP or CustomTextCLIP.
+        tokenizer: of the model, None if it has none.
+    """
+    text, pad_id = getattr(clip, "text", clip), pad_id_of(tokenizer)
+    # A pad token of another id could be the largest of a text, which is taken for the end token.
+    if _is_causal_with_end_pooling(text, clip) and pad_id == 0:
+        return None
+    config = getattr(text, "config", None)
+    if isinstance(text, HFTextEncoder) and getattr(config, "pad_token_id", None) == pad_id:
+        return None
+    owners = (tokenizer, text, clip)
+    lengths = [getattr(owner, "context_length", None) for owner in owners]
+    return next((int(length) for length in lengths if length), None)
+
+
+def pad_texts(tokens: Tensor, is_real: Tensor, pad_id: int, length: int | None) -> Tensor:
+    """Pad texts as their tower takes them, with its own pad token.
+
+    Args:
+        tokens: (B, L) int64, padded with any token.
+        is_real: (B, L) bool, False on padding.
+        pad_id: pad token of the tower.
+        length: number of tokens to return, None = that of the longest text, 1 at least.
+    """
+    if length is None:
+        places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        length = max(1, int((places * is_real.any(0)).max())) if tokens.numel() else 1
+    padded = tokens.masked_fill(~is_real, pad_id)[:, :length]
+    return functional.pad(padded, (0, length - padded.shape[1]), value=pad_id)
 
 
 def token_dims(clip: Any) -> dict[str, int]:
@@ -146,10 +178,3 @@ def _causal_mask(length: int, mask: Tensor) -> Tensor:
     if length <= mask.shape[0]:
         return mask[:length, :length]
     return torch.full((length, length), float("-inf"), device=mask.device).triu(1)
-
-
-def _padded_to_context(tokens: Tensor, text: Any) -> Tensor:
-    context = int(getattr(text, "context_length", tokens.shape[1]))
-    missing = context - tokens.shape[1]
-    padding = int(getattr(text, "pad_id", 0))
-    return torch.nn.functional.pad(tokens, (0, missing), value=padding) if missing > 0 else tokens

@@ -15,11 +15,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
 
 from mmcl.models.open_clip.loading import (
     BUILT_IN,
-    image_settings,
     load_clip,
     one_line,
     quiet_hub_access,
 )
+from mmcl.models.open_clip.pretrained_facts import preprocess_of
 
 _TOLERANCE = 1e-4
 
@@ -68,21 +68,24 @@ def vision_tower(name: str, weights: str | None, seed: int) -> Tower:
         return Tower(tower, config, config.image_size, config.patch_size, *stats)
     clip: Any
     clip, _ = load_clip(name, weights, seed)
-    size, mean, std = image_settings(clip)
+    images = preprocess_of(clip)
+    if not isinstance(images.size, int):
+        raise _unsupported(name, f"takes images of {images.size} pixels")
     visual = clip.visual
     if not hasattr(visual, "conv1") or not hasattr(visual, "class_embedding"):
         raise ValueError(
             f"the vision tower of '{name}' is a {type(visual).__name__}, expected a plain ViT: use "
             "a ViT architecture of open_clip, or 'timm:<name>'"
         )
-    config = _clip_vision_config(visual, size)
+    config = _clip_vision_config(visual, images.size)
     tower = CLIPVisionModel(config).eval()
     state = _open_clip_state(name, visual.state_dict())
     missing = sorted(tower.state_dict().keys() - state.keys())
     if missing:
         raise _unsupported(name, f"has no '{missing[0]}'")
     tower.load_state_dict(state)
-    return Tower(tower, config, size, config.patch_size, mean.tolist(), std.tolist())
+    stats = torch.tensor(images.mean).tolist(), torch.tensor(images.std).tolist()
+    return Tower(tower, config, images.size, config.patch_size, *stats)
 
 
 def _unsupported(name: str, reason: str) -> ValueError:
