@@ -143,10 +143,12 @@ class WindowedShuffle:
             start = until
         return np.concatenate(pieces)
 
-    def next_window(self, index: int) -> IntArray:
-        """Return the shards of the window after the one that holds an index, by number."""
-        first = (self._window_of(index)[0] + 1) * self._window if index < len(self) else 0
-        return self._shards[first : first + self._window] if first else self._shards[:0]
+    def window(self, index: int, ahead: int = 0) -> IntArray:
+        """Return the shards of the window that holds an index, or of one after it, by number."""
+        if index >= len(self):
+            return self._shards[:0]
+        first = (self._window_of(index)[0] + ahead) * self._window
+        return self._shards[first : first + self._window]
 
     def _window_of(self, index: int) -> tuple[int, int, int]:
         """Return the window that holds an index, and where it begins and ends."""

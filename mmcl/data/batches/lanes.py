@@ -119,7 +119,7 @@ class LanedShuffle:
         sizes: samples of each shard; numbers count through the shards in this order.
         window: shards whose samples are shuffled together, over all lanes; at least one in each.
         lanes: division of these samples.
-        own: lanes of this rank, whose shards ``next_window`` returns.
+        own: lanes of this rank, whose shards ``window`` returns.
     """
 
     def __init__(
@@ -145,15 +145,15 @@ class LanedShuffle:
             begin = end
         return numbers
 
-    def next_window(self, index: int) -> IntArray:
-        """Return the shards of the own lanes' windows after those at an index, by number."""
+    def window(self, index: int, ahead: int = 0) -> IntArray:
+        """Return the shards of the own lanes' windows at an index, or of those after them."""
         batch = ((index + 1) * self.lanes.steps - 1) // max(1, self.lanes.samples)
         own = np.asarray(self.own, dtype=np.int64)
         used = self.lanes.used(np.full(len(own), batch), own)
         found = [np.zeros(0, dtype=np.int64)]
         for lane, done in zip(own.tolist(), used.tolist(), strict=True):
             first, shuffle = self._shuffle(lane)
-            found.append(first + shuffle.next_window(done))
+            found.append(first + shuffle.window(done, ahead))
         return np.unique(np.concatenate(found))
 
     def _shuffled_lane(self, lane: int) -> tuple[int, WindowedShuffle]:
@@ -170,15 +170,18 @@ class ShardPrefetcher:
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
-        self._requested: set[int] = set()
+        self._now: set[int] = set()
+        self._ahead: set[int] = set()
 
     def __call__(self, plan: EpochPlan, step: int) -> None:
-        """Fetch the shards of the window after the one in which a batch begins."""
+        """Fetch the shards of the window in which a batch begins, and of the one after it."""
         if not isinstance(plan.order, WindowedShuffle | LanedShuffle):
             return
-        ahead = set(plan.order.next_window(plan.mixture.start_of(step)).tolist())
-        for number in sorted(ahead - self._requested):
+        index = plan.mixture.start_of(step)
+        now, ahead = (set(plan.order.window(index, ahead=n).tolist()) for n in (0, 1))
+        # Shards of a window that begins count as used then, so that the cache evicts older ones.
+        for number in (*sorted(now - self._now), *sorted(ahead - self._ahead)):
             origin = getattr(self.reader.shards[number], "origin", None)
             if isinstance(origin, CachedFile):
                 origin.prefetch()
-        self._requested = ahead
+        self._now, self._ahead = now, ahead

@@ -181,7 +181,9 @@ def test_the_next_windows_are_the_shards_of_the_own_lanes_that_are_read_next():
     for step in range(len(plan)):
         coming = [found for found in shards[step:] if found != shards[step]][:1]
         expected = coming[0] if coming else []
-        assert plan.order.next_window(plan.mixture.start_of(step)).tolist() == expected
+        index = plan.mixture.start_of(step)
+        assert plan.order.window(index).tolist() == shards[step]
+        assert plan.order.window(index, ahead=1).tolist() == expected
 
 
 def test_ten_billion_samples_have_lanes_without_a_list_or_an_overflow():
