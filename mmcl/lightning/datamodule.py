@@ -20,7 +20,7 @@ from mmcl.data import (
     save_replay_copies,
     train_loader,
 )
-from mmcl.data.batches.lanes import repeated_fetches
+from mmcl.data.batches.lanes import expect_lanes, repeated_fetches
 from mmcl.data.batches.train_loader import WINDOW
 from mmcl.data.remote.cache import parse_size
 from mmcl.data.shards.replay_copies import released_tasks
@@ -107,18 +107,12 @@ class ContinualDataModule(pl.LightningDataModule):
                 f"data.validation_share is {validation_share}, expected a fraction of the training "
                 "samples, from 0 to less than 1"
             )
-        self.validation_share = validation_share
-        self.allow_pipes, self.verify_hashes = allow_pipes, verify_hashes
+        self.validation_share, self.verify_hashes = validation_share, verify_hashes
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.cache_limit = None if cache_limit is None else parse_size(cache_limit)
-        if shuffle_lanes is not None and not 1 <= shuffle_lanes <= global_batch_size:
-            raise ValueError(
-                f"data.shuffle_lanes is {shuffle_lanes}, expected 1 to data.global_batch_size "
-                f"({global_batch_size}): a batch takes a sample from every lane"
-            )
         self.shuffle_window, self.group_by_length = shuffle_window, group_by_length
-        self.shuffle_lanes = shuffle_lanes
-        self.task_index, self.seed = task_index, seed
+        self.shuffle_lanes = expect_lanes(shuffle_lanes, global_batch_size)
+        self.allow_pipes, self.task_index, self.seed = allow_pipes, task_index, seed
         self.memory: Path | None = None
         self.on_build: Callable[[int, int], None] | None = None
         self._start = (0, 0)
@@ -347,7 +341,11 @@ class ContinualDataModule(pl.LightningDataModule):
         done = int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
         epoch, batches = divmod(done, max(1, int(trainer.num_training_batches)))
         parts = trainer.accumulate_grad_batches
-        return {"task": self.task_index, "epoch": epoch, "batches": batches, "parts": parts}
+        lanes = self.shuffle_lanes or 1
+        return {
+            "task": self.task_index, "epoch": epoch, "batches": batches, "parts": parts,
+            "lanes": lanes,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume after the processed batches."""
@@ -355,6 +353,11 @@ class ContinualDataModule(pl.LightningDataModule):
             raise ValueError(
                 f"the checkpoint is of task {state['task']} and task {self.task_index} is "
                 "selected: give --data.task_index the checkpoint's number"
+            )
+        if (lanes := state.get("lanes", 1)) != (self.shuffle_lanes or 1):
+            raise ValueError(
+                f"data.shuffle_lanes is {self.shuffle_lanes} and the checkpoint was written with "
+                f"{lanes}, in another order of samples: resume with data.shuffle_lanes={lanes}"
             )
         # Whole steps were saved; on other devices they have another number of micro-batches.
         now = self._active_trainer().accumulate_grad_batches

@@ -85,3 +85,13 @@ def test_a_rank_evaluates_a_range_of_samples_where_lanes_are_set(module_of):
 def test_a_number_of_lanes_that_no_batch_can_have_is_refused(lanes):
     with pytest.raises(ValueError, match=rf"data.shuffle_lanes is {lanes}, expected 1 to data"):
         ContinualDataModule(shuffle_lanes=lanes, global_batch_size=8)
+
+
+def test_a_checkpoint_of_another_number_of_lanes_is_refused(module_of):
+    place = {"task": 1, "epoch": 0, "batches": 2, "parts": 1}
+    for lanes, stored in ((4, {"lanes": 4}), (None, {"lanes": 1}), (1, {}), (None, {})):
+        data = module_of(lanes)
+        data.load_state_dict({**place, **stored})
+        assert data._next_position() == (0, 2)
+    with pytest.raises(ValueError, match=r"shuffle_lanes is 4 and the .* with 1, .*_lanes=1$"):
+        module_of(4).load_state_dict(place)

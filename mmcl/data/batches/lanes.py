@@ -80,6 +80,20 @@ class Lanes:
         return start
 
 
+def expect_lanes(lanes: int | None, global_batch_size: int) -> int | None:
+    """Return ``data.shuffle_lanes``, checked.
+
+    Raises:
+        ValueError: if a global batch cannot take a sample from every lane.
+    """
+    if lanes is not None and not 1 <= lanes <= global_batch_size:
+        raise ValueError(
+            f"data.shuffle_lanes is {lanes}, expected 1 to data.global_batch_size "
+            f"({global_batch_size}): a batch takes a sample from every lane"
+        )
+    return lanes
+
+
 def repeated_fetches(lanes: int | None, task: str, world: int, is_joint: bool) -> str:
     """Return why several nodes fetch the same remote shards, and what to do; "" if they do not.
 

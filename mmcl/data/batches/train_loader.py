@@ -295,8 +295,7 @@ def train_loader(
         position: called at every ``iter``: (epoch, micro-batches already done in it).
         max_pixels: larger images are bad samples.
         window: shards whose samples are shuffled together, if any is remote; local ones all are.
-        lanes: parts of the samples that are read in parallel, if shards are shuffled in windows; a
-            multiple of ``world`` gives every rank shards of its own. The order depends on it.
+        lanes: parts of remote shards read in parallel; a multiple of ``world``: each by one rank.
         group: batches over which samples are grouped by text length; 0 = none. Opens every shard.
 
     Raises:
@@ -306,9 +305,8 @@ def train_loader(
     replayed = _replay_samples(prepared, task, replay_plan, replay_readers)
     dataset = TrainDataset(prepared, task, transform, replayed, seed=seed, max_pixels=max_pixels)
     new, old, *others = dataset.counts
-    fractions = [fraction for _, fraction in dataset.tasks[task].mixture]
     replay_ratio = None if replay_plan is None else replay_plan.replay_ratio
-    sources = tuple(zip(others, fractions, strict=True))
+    sources = tuple(zip(others, (share for _, share in dataset.tasks[task].mixture), strict=True))
     mixture = Mixture(new, global_batch_size, old, replay_ratio, sources)
     _expect_samples_for_all(dataset.tasks[task], mixture, accumulation, world)
     plan = _planner(dataset, mixture, window, group, lanes, lanes_of_rank(lanes, rank, world))
