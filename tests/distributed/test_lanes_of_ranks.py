@@ -6,7 +6,7 @@ import yaml
 from tests.behaviour.kill_runs import KILLED
 from tests.data.small_stream import labelled, write_tar
 from tests.distributed.ranks import on_ranks, seen
-from tests.distributed.test_two_processes import PLAIN, far, global_batches
+from tests.distributed.test_two_processes import CLOSED_FORM, PLAIN, far, global_batches
 from tests.lightning.small_runs import SmallRuns, same
 from tests.toys.http_server import serving
 
@@ -43,9 +43,11 @@ def options(runs, cache, **more):
     return {**LANES, **more, "data__cache_dir": str(runs.folder / cache)}
 
 
-def test_two_processes_read_the_batches_of_one(runs, tmp_path):
+@pytest.mark.parametrize("strategy", ["ExperienceReplay", "DarkReplay", "EWC", "NCM"])
+def test_two_processes_read_the_batches_of_one(runs, tmp_path, strategy):
+    plain = {} if strategy in CLOSED_FORM else PLAIN
     for name, world in (("one", 1), ("two", 2)):
-        words = runs.words(name, "ExperienceReplay", **PLAIN, **options(runs, name))
+        words = runs.words(name, strategy, **plain, **options(runs, name))
         status = on_ranks(words, tmp_path / name, world=world)
         assert status == [0] * world, (tmp_path / name / "output_0").read_text()
     one, two = seen(tmp_path / "one"), seen(tmp_path / "two")
