@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -19,6 +20,7 @@ from mmcl.data import (
     save_replay_copies,
     train_loader,
 )
+from mmcl.data.batches.lanes import expect_lanes, repeated_fetches
 from mmcl.data.batches.train_loader import WINDOW
 from mmcl.data.remote.cache import parse_size
 from mmcl.data.shards.replay_copies import released_tasks
@@ -58,6 +60,9 @@ class ContinualDataModule(pl.LightningDataModule):
         cache_dir: folder for remote shards; None = $MMCL_CACHE or the user's cache folder.
         cache_limit: size limit of that folder, such as "200GB"; None = no limit.
         shuffle_window: remote shards whose samples are shuffled together; local ones all are.
+        shuffle_lanes: parts of a task's remote shards that are read in parallel, a multiple of the
+            number of devices: then a node fetches only its own. The order of samples depends on
+            it. None = 1, and a warning where several nodes fetch the same shards.
         group_by_length: batches over which samples are sorted by text length before they are cut
             into batches, to reduce padding; 0 = no sorting.
         task_index: index of the task of ``fit`` and ``validate``; ``mmcl train`` sets it.
@@ -81,6 +86,7 @@ class ContinualDataModule(pl.LightningDataModule):
         cache_dir: str | None = None,
         cache_limit: str | int | None = None,
         shuffle_window: int = WINDOW,
+        shuffle_lanes: int | None = None,
         group_by_length: int = 0,
         task_index: int = 0,
         seed: int = 0,
@@ -101,12 +107,12 @@ class ContinualDataModule(pl.LightningDataModule):
                 f"data.validation_share is {validation_share}, expected a fraction of the training "
                 "samples, from 0 to less than 1"
             )
-        self.validation_share = validation_share
-        self.allow_pipes, self.verify_hashes = allow_pipes, verify_hashes
+        self.validation_share, self.verify_hashes = validation_share, verify_hashes
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.cache_limit = None if cache_limit is None else parse_size(cache_limit)
         self.shuffle_window, self.group_by_length = shuffle_window, group_by_length
-        self.task_index, self.seed = task_index, seed
+        self.shuffle_lanes = expect_lanes(shuffle_lanes, global_batch_size)
+        self.allow_pipes, self.task_index, self.seed = allow_pipes, task_index, seed
         self.memory: Path | None = None
         self.on_build: Callable[[int, int], None] | None = None
         self._start = (0, 0)
@@ -239,9 +245,15 @@ class ContinualDataModule(pl.LightningDataModule):
             **self._loader_options(),
             position=self._next_position,
             window=self.shuffle_window,
+            lanes=self.shuffle_lanes or 1,
             group=self.group_by_length,
         )
         limit_to_whole_steps(trainer, len(loader))
+        task, is_joint = self.stream[self.task_index], replay_plan and not replay_plan.replay_ratio
+        if trainer.num_nodes > 1 and self.prepared.reader(task.index, "train").in_windows:
+            lanes, world = self.shuffle_lanes, trainer.world_size
+            if repeated := repeated_fetches(lanes, task.name, world, bool(is_joint)):
+                warnings.warn(repeated, stacklevel=2)
         return loader
 
     def task_pass(self, few: int | None = None) -> Any:
@@ -329,7 +341,11 @@ class ContinualDataModule(pl.LightningDataModule):
         done = int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
         epoch, batches = divmod(done, max(1, int(trainer.num_training_batches)))
         parts = trainer.accumulate_grad_batches
-        return {"task": self.task_index, "epoch": epoch, "batches": batches, "parts": parts}
+        lanes = self.shuffle_lanes or 1
+        return {
+            "task": self.task_index, "epoch": epoch, "batches": batches, "parts": parts,
+            "lanes": lanes,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume after the processed batches."""
@@ -337,6 +353,11 @@ class ContinualDataModule(pl.LightningDataModule):
             raise ValueError(
                 f"the checkpoint is of task {state['task']} and task {self.task_index} is "
                 "selected: give --data.task_index the checkpoint's number"
+            )
+        if (lanes := state.get("lanes", 1)) != (self.shuffle_lanes or 1):
+            raise ValueError(
+                f"data.shuffle_lanes is {self.shuffle_lanes} and the checkpoint was written with "
+                f"{lanes}, in another order of samples: resume with data.shuffle_lanes={lanes}"
             )
         # Whole steps were saved; on other devices they have another number of micro-batches.
         now = self._active_trainer().accumulate_grad_batches
@@ -376,7 +397,8 @@ class ContinualDataModule(pl.LightningDataModule):
 
     def _evaluation_options(self) -> dict[str, Any]:
         transform = self._active_trainer().lightning_module.model.transform(False)
-        return {**self._loader_options(), "transform": transform, "batch": self.eval_batch_size}
+        options = {**self._loader_options(), "transform": transform, "batch": self.eval_batch_size}
+        return {**options, "in_ranges": (self.shuffle_lanes or 1) > 1}
 
     def _active_trainer(self) -> Any:
         if self.trainer is None:

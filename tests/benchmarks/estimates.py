@@ -40,6 +40,9 @@ class Assumed:
     learning_weights: int = 150_000_000
     test_pairs_a_task: int = 5_000
     share_recalled: float = 0.25
+    shard_bytes: int = 300_000_000
+    first_byte_seconds: float = 0.03
+    links_gbit: tuple[int, int] = (10, 100)
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,16 @@ def main() -> None:
     torch.set_num_threads(1)
     assumed, measured = Assumed(), measure()
     for part in (assumed, measured):
-        named = [f"{field.name} {getattr(part, field.name):.3g}" for field in fields(part)]
+        values = {field.name: getattr(part, field.name) for field in fields(part)}
+        named = [
+            f"{n} {v if isinstance(v, tuple) else format(v, '.3g')}" for n, v in values.items()
+        ]
         print(f"{type(part).__name__.lower()}: {', '.join(named)}")
     print("\n| pairs | " + " | ".join(f"{size:,}" for size in SIZES) + " |")
     print("|---|" + "---|" * len(SIZES))
-    columns = [reckon(size, assumed, measured) for size in SIZES]
+    columns = [
+        {**reckon(size, assumed, measured), **fetching(size, assumed, measured)} for size in SIZES
+    ]
     for name in columns[0]:
         print(f"| {name} | " + " | ".join(column[name] for column in columns) + " |")
 
@@ -127,11 +135,43 @@ def reckon(pairs: int, given: Assumed, found: Measured) -> dict[str, str]:
         f"training on {gpus} GPUs": duration(seconds),
         "scoring the matrix": duration(columns / (3 * gpus * given.pairs_a_gpu_second)),
         "cores to decode, a GPU": f"{given.pairs_a_gpu_second * decode:.2f}",
-        f"read by all {given.nodes} nodes": size(given.nodes * pairs * given.pair_bytes),
-        "a node reads, per second": size(pairs * given.pair_bytes / seconds),
         "gradients a GPU sends, per second": size(a_step * steps / seconds),
         "checkpoints of all tasks": size(given.tasks * 4 * given.learning_weights),
     }
+
+
+def fetching(pairs: int, given: Assumed, found: Measured) -> dict[str, str]:
+    """Reckon what a node fetches in an epoch: with a lane for every GPU, and without lanes."""
+    gpus = given.nodes * given.gpus_a_node
+    seconds = pairs / (1 - given.share_recalled) / (gpus * given.pairs_a_gpu_second)
+    whole = pairs * given.pair_bytes
+    # Neighbors on the card are lanes of one node, but for one edge a node and task.
+    edges = given.tasks * (given.nodes - 1) / given.nodes
+    laned = min(whole, whole / given.nodes + edges * given.shard_bytes)
+    new_a_second = pairs / given.nodes / seconds
+    rows = {
+        "a node fetches, without lanes": size(whole),
+        "a node fetches, in lanes": size(laned),
+        "a node fetches a second, without": size(whole / seconds),
+        "a node fetches a second, in lanes": size(laned / seconds),
+        "requests of a node, whole shards in lanes": f"{max(1, laned / given.shard_bytes):,.0f}",
+        "requests of a node, a byte range a pair": f"{pairs / given.nodes:,.0f}",
+        "byte ranges in flight on a node": f"{new_a_second * given.first_byte_seconds:.0f}",
+        "cache of a node, 3 windows without lanes": size(
+            min(whole / given.tasks, 3 * 16 * given.shard_bytes)
+        ),
+        "cache of a node, 3 windows in lanes": size(
+            min(whole / given.tasks, 3 * given.gpus_a_node * given.shard_bytes)
+        ),
+        "index of a task in a worker, without": size(pairs / given.tasks * found.index_bytes),
+        "index of a task in a worker, in lanes": size(
+            pairs / given.tasks / gpus * found.index_bytes
+        ),
+    }
+    for link in given.links_gbit:
+        for name, count in (("without", whole), ("in lanes", laned)):
+            rows[f"fetching at {link} Gbit/s, {name}"] = duration(count * 8 / (link * 1e9))
+    return rows
 
 
 def size(count: float) -> str:

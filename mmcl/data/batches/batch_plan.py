@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,6 +33,14 @@ SORTED = 1 << 20
 _ROUNDS = 8
 _NEW, _REPLAYED, _SOURCE, _GROUPED = 1, 2, 3, 4
 """Purpose of a permutation, hashed into its seed so that no two purposes share draws."""
+
+
+class Permutation(Protocol):
+    """Permutation of the numbers 0 to n - 1 that is computed by slices."""
+
+    def slice(self, start: int, stop: int) -> IntArray:
+        """Return the numbers at indices ``start`` to ``stop`` - 1."""
+        ...
 
 
 def shuffled(seed: int, count: int) -> Permutation:
@@ -134,10 +143,12 @@ class WindowedShuffle:
             start = until
         return np.concatenate(pieces)
 
-    def next_window(self, index: int) -> IntArray:
-        """Return the shards of the window after the one that holds an index, by number."""
-        first = (self._window_of(index)[0] + 1) * self._window if index < len(self) else 0
-        return self._shards[first : first + self._window] if first else self._shards[:0]
+    def window(self, index: int, ahead: int = 0) -> IntArray:
+        """Return the shards of the window that holds an index, or of one after it, by number."""
+        if index >= len(self):
+            return self._shards[:0]
+        first = (self._window_of(index)[0] + ahead) * self._window
+        return self._shards[first : first + self._window]
 
     def _window_of(self, index: int) -> tuple[int, int, int]:
         """Return the window that holds an index, and where it begins and ends."""
@@ -150,9 +161,6 @@ class WindowedShuffle:
         if self._last is None or self._last[0] != window:
             self._last = (window, shuffled(hash_seed(self.seed, 1, window), count))
         return self._last[1]
-
-
-Permutation = HashPermutation | FeistelPermutation | WindowedShuffle
 
 
 @dataclass(frozen=True)
@@ -231,6 +239,8 @@ class EpochPlan:
         task: index of the task.
         epoch: from 0.
         order: permutation of the samples that come once; None = shuffled.
+        lanes: L, if ``order`` takes number p of the samples of a batch from its lane ``p % L``:
+            samples are grouped by length inside of every lane.
         lengths: (entries,) text length of every possible entry, see ``group``; None = samples are
             not grouped by length.
         group: batches over which samples are sorted by length before they are cut into batches,
@@ -245,10 +255,11 @@ class EpochPlan:
         task: int,
         epoch: int,
         order: Permutation | None = None,
+        lanes: int = 1,
         lengths: IntArray | None = None,
         group: int = 0,
     ) -> None:
-        self.mixture, self.lengths, self.group = mixture, lengths, group
+        self.mixture, self.lanes, self.lengths, self.group = mixture, lanes, lengths, group
         self.order = order or shuffled(hash_seed(seed, task, _NEW, epoch), mixture.epoch_samples)
         self._seed, self._task, self._epoch = seed, task, epoch
         self._window: tuple[int, list[IntArray]] | None = None
@@ -297,10 +308,13 @@ class EpochPlan:
         turns = shuffled(seed, stop - start).slice(0, stop - start)
         batches: list[list[IntArray]] = [[] for _ in range(start, stop)]
         for kind in self._kinds:
-            entries = kind(start, stop)
-            entries = entries[np.argsort(lengths[entries], kind="stable")]
-            sizes = [len(kind(start + turn, start + turn + 1)) for turn in turns.tolist()]
-            pieces = np.split(entries, np.cumsum(sizes)[:-1])
+            lanes = self.lanes if kind == self._once else 1
+            sizes = [len(kind(number, number + 1)) for number in range(start, stop)]
+            entries, cuts = kind(start, stop), [sizes[turn] for turn in turns.tolist()]
+            entries = entries[np.lexsort((lengths[entries], _lanes_of(sizes, lanes)))]
+            placed = np.empty_like(entries)
+            placed[np.argsort(_lanes_of(cuts, lanes), kind="stable")] = entries
+            pieces = np.split(placed, np.cumsum(cuts)[:-1])
             for turn, piece in zip(turns.tolist(), pieces, strict=True):
                 batches[turn].append(piece)
         return [self._concatenated(pieces) for pieces in batches]
@@ -318,6 +332,11 @@ def rank_slice(
 ) -> IntArray:
     """Return the entries of a global batch that one rank takes in one micro-batch."""
     return batch[micro_batch * world + rank :: world * accumulation]
+
+
+def _lanes_of(sizes: Sequence[int], lanes: int) -> IntArray:
+    """Return the lane of each sample of consecutive batches of these sizes."""
+    return np.concatenate([np.arange(size) % lanes for size in sizes])
 
 
 def _cycled(seed: int, count: int, start: int, length: int) -> IntArray:

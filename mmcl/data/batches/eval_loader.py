@@ -123,13 +123,26 @@ class _EvalDataset(Dataset[Batch]):
 
 
 class DistributedSequentialSampler(Sampler[IntArray]):
-    """Sampler of one rank's stride of each global batch of an ordered pass."""
+    """Sampler of one rank's batches of an ordered pass: a stride of each global batch.
 
-    def __init__(self, numbers: range | IntArray, batch: int, rank: int, world: int) -> None:
-        self.numbers = numbers
+    Args:
+        numbers: samples of the pass.
+        batch: samples of one rank's batch, at most.
+        rank: rank of this process.
+        world: number of processes.
+        in_ranges: give every rank a range of the samples instead, in as many batches: then it
+            reads shards of its own.
+    """
+
+    def __init__(
+        self, numbers: range | IntArray, batch: int, rank: int, world: int, in_ranges: bool = False
+    ) -> None:
         self.steps = -(-len(numbers) // (batch * world))
-        self.rank = rank
-        self.world = world
+        self.rank, self.world = rank, world
+        if in_ranges:
+            start, end = (edge * len(numbers) // world for edge in (rank, rank + 1))
+            numbers, self.rank, self.world = numbers[start:end], 0, 1
+        self.numbers = numbers
 
     def _stride(self, step: int) -> IntArray:
         start, end = (edge * len(self.numbers) // self.steps for edge in (step, step + 1))
@@ -146,7 +159,7 @@ class DistributedSequentialSampler(Sampler[IntArray]):
 def eval_loader(
     prepared: OpenStream, column: int, transform: Transform, *, batch: int, rank: int = 0,
     world: int = 1, workers: int = 0, max_pixels: int = MAX_PIXELS, split: Split = "test",
-    few: int | None = None,
+    few: int | None = None, in_ranges: bool = False,
 ) -> EvalLoader:  # fmt: skip
     """Return the loader of a split of a task, in order: the test split for a cell of the matrix.
 
@@ -165,6 +178,8 @@ def eval_loader(
         max_pixels: larger images are bad samples.
         split: train, validation or test.
         few: samples to visit at most, a uniform subset of the split; None = all.
+        in_ranges: give every rank a range of the samples if shards are remote, so that it fetches
+            only theirs; else a stride of each global batch.
 
     Raises:
         ValueError: if ``batch`` is below 1.
@@ -175,7 +190,9 @@ def eval_loader(
     numbers = few_of(len(reader), few, column)
     is_pairs = split != "train" and task.task_type in ("captioning", "retrieval")
     dataset = _EvalDataset(reader, task, transform, max_pixels, is_pairs)
-    sampler = DistributedSequentialSampler(numbers, batch, rank, world)
+    sampler = DistributedSequentialSampler(
+        numbers, batch, rank, world, in_ranges and reader.in_windows
+    )
     loader = make_dataloader(dataset, sampler, workers, seed=0, stay=False)
     size = batch if is_pairs and text_member(task.text_field) == "json" else None
     return EvalLoader(loader, f"the {split} split of '{task.name}'", size)

@@ -13,14 +13,20 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmcl.core import IGNORE_INDEX, Batch, DataSource, GlobalBatch, ReplayPlan, Task, Transform
 from mmcl.core.seeding import hash_seed
-from mmcl.data.batches.batch_plan import EpochPlan, Mixture, WindowedShuffle, rank_slice
+from mmcl.data.batches.batch_plan import (
+    EpochPlan,
+    Mixture,
+    Permutation,
+    WindowedShuffle,
+    rank_slice,
+)
 from mmcl.data.batches.caption_member import text_member
 from mmcl.data.batches.collate import Example, collate, make_example
+from mmcl.data.batches.lanes import LanedShuffle, Lanes, ShardPrefetcher, lanes_of_rank
 from mmcl.data.batches.shared_memory import make_dataloader
 from mmcl.data.decode import MAX_PIXELS
-from mmcl.data.remote.cache import CachedFile
 from mmcl.data.shards.open_stream import OpenStream
-from mmcl.data.shards.reader import Reader, SampleReader
+from mmcl.data.shards.reader import SampleReader
 from mmcl.data.stored_sample import BadSample, IntArray
 
 MAX_REPLACEMENTS = 100
@@ -268,7 +274,7 @@ def train_loader(
     replay_plan: ReplayPlan | None, replay_readers: Mapping[int, SampleReader] | None = None,
     global_batch_size: int, accumulation: int = 1, seed: int, rank: int = 0, world: int = 1,
     workers: int = 0, position: Callable[[], tuple[int, int]] = lambda: (0, 0),
-    max_pixels: int = MAX_PIXELS, window: int = WINDOW, group: int = 0,
+    max_pixels: int = MAX_PIXELS, window: int = WINDOW, lanes: int = 1, group: int = 0,
 ) -> DataLoader[Batch]:  # fmt: skip
     """Build the training loader of a task, with replayed samples and other sources mixed in.
 
@@ -290,6 +296,7 @@ def train_loader(
         position: called at every ``iter``: (epoch, micro-batches already done in it).
         max_pixels: larger images are bad samples.
         window: shards whose samples are shuffled together, if any is remote; local ones all are.
+        lanes: parts of remote shards read in parallel; a multiple of ``world``: each by one rank.
         group: batches over which samples are grouped by text length; 0 = none. Opens every shard.
 
     Raises:
@@ -299,64 +306,55 @@ def train_loader(
     replayed = _replay_samples(prepared, task, replay_plan, replay_readers)
     dataset = TrainDataset(prepared, task, transform, replayed, seed=seed, max_pixels=max_pixels)
     new, old, *others = dataset.counts
-    fractions = [fraction for _, fraction in dataset.tasks[task].mixture]
     replay_ratio = None if replay_plan is None else replay_plan.replay_ratio
-    sources = tuple(zip(others, fractions, strict=True))
+    sources = tuple(zip(others, (share for _, share in dataset.tasks[task].mixture), strict=True))
     mixture = Mixture(new, global_batch_size, old, replay_ratio, sources)
     _expect_samples_for_all(dataset.tasks[task], mixture, accumulation, world)
-    plan = _planner(dataset, mixture, window, group)
+    plan = _planner(dataset, mixture, window, group, lanes, lanes_of_rank(lanes, rank, world))
     batches = ResumableBatchSampler(
         plan, mixture.steps, position, dataset.scored, dataset.composition,
-        _ShardPrefetcher(dataset.reader), accumulation=accumulation, rank=rank, world=world,
+        ShardPrefetcher(dataset.reader), accumulation=accumulation, rank=rank, world=world,
     )  # fmt: skip
     return make_dataloader(dataset, batches, workers, seed=seed)
 
 
 def _planner(
-    dataset: TrainDataset, mixture: Mixture, window: int, group: int
+    dataset: TrainDataset, mixture: Mixture, window: int, group: int, lanes: int, own: range
 ) -> Callable[..., EpochPlan]:
-    if window < 1 or group < 0:
+    if window < 1 or lanes < 1 or group < 0:
         raise ValueError(
-            f"window is {window} and group_by_length {group}: give 1 or more shards, and 0 or more "
-            "batches"
+            f"window is {window}, lanes {lanes} and group_by_length {group}: give 1 or more shards "
+            "and lanes, and 0 or more batches"
         )
-    lengths = _lengths(dataset) if group > 1 else None
+    in_windows = dataset.reader.in_windows and mixture.epoch_samples == mixture.new
+    divided = Lanes(lanes, mixture.new, mixture.steps) if in_windows and lanes > 1 else None
+    numbers = None if divided is None else divided.numbers(own)
+    lengths = _lengths(dataset, numbers) if group > 1 else None
 
     def plan(epoch: int) -> EpochPlan:
-        order = None
-        if dataset.reader.in_windows and mixture.epoch_samples == mixture.new:
-            seed = hash_seed(dataset.seed, dataset.task, epoch)
-            order = WindowedShuffle(seed, dataset.reader.sizes, window)
+        order: Permutation | None = None
+        seed, sizes = hash_seed(dataset.seed, dataset.task, epoch), dataset.reader.sizes
+        if divided is not None:
+            order = LanedShuffle(seed, sizes, window, lanes=divided, own=own)
+        elif in_windows:
+            order = WindowedShuffle(seed, sizes, window)
         return EpochPlan(
             mixture, seed=dataset.seed, task=dataset.task, epoch=epoch, order=order,
-            lengths=lengths, group=group,
+            lanes=1 if divided is None else lanes, lengths=lengths, group=group,
         )  # fmt: skip
 
     return plan
 
 
-class _ShardPrefetcher:
-    """Prefetches remote shards one window before their samples are read."""
+def _lengths(dataset: TrainDataset, new: IntArray | None) -> IntArray:
+    """Return the bytes of text of every possible entry, in the order of entries.
 
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
-        self._requested: set[int] = set()
-
-    def __call__(self, plan: EpochPlan, step: int) -> None:
-        """Fetch the shards of the window after the one in which a batch begins."""
-        if not isinstance(plan.order, WindowedShuffle):
-            return
-        ahead = set(plan.order.next_window(plan.mixture.start_of(step)).tolist())
-        for number in sorted(ahead - self._requested):
-            origin = getattr(self.reader.shards[number], "origin", None)
-            if isinstance(origin, CachedFile):
-                origin.prefetch()
-        self._requested = ahead
-
-
-def _lengths(dataset: TrainDataset) -> IntArray:
-    """Return the bytes of text of every possible entry, in the order of entries."""
-    lengths = [_text_lengths(dataset.reader, dataset.tasks[dataset.task])]
+    With lanes, of the new samples those of this rank's lanes alone (``new``): lanes are sorted one
+    by one, so the others, which are 0 here, change nothing that this rank reads.
+    """
+    lengths = [np.zeros(len(dataset.reader), dtype=np.int64)]
+    own = slice(None) if new is None else new
+    lengths[0][own] = _text_lengths(dataset.reader, dataset.tasks[dataset.task], new)
     replayed = dataset.replayed
     old = np.zeros(len(replayed.task_ids), dtype=np.int64)
     for task, reader in replayed.readers.items():

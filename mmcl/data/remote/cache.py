@@ -223,9 +223,9 @@ class CachedFile:
     def prefetch(self) -> None:
         """Prefetch the shard in the background, at most two shards of a process at a time.
 
-        The error of a fetch that fails is raised by ``path``.
+        One that is there counts as used. The error of a fetch that fails is raised by ``path``.
         """
-        if not (self.cache.folder / cached_name(self.address, self.sha256)).exists():
+        if not _is_used(self.cache.folder / cached_name(self.address, self.sha256)):
             threading.Thread(target=self._fetch_quietly, daemon=True).start()
 
     def _fetch_quietly(self) -> None:

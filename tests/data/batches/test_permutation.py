@@ -72,8 +72,8 @@ def test_the_shards_ahead_are_those_of_the_next_window():
     sizes = [4, 4, 4, 4]
     order = WindowedShuffle(0, sizes, 2)
     first = set((order.slice(0, 8) // 4).tolist())
-    assert set(order.next_window(3).tolist()) == {0, 1, 2, 3} - first
-    assert len(order.next_window(9)) == 0
+    assert set(order.window(3, ahead=1).tolist()) == {0, 1, 2, 3} - first
+    assert len(order.window(9, ahead=1)) == 0
 
 
 def test_a_window_of_no_shards_is_refused():
