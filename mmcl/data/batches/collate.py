@@ -25,7 +25,7 @@ from mmcl.core import (
 )
 from mmcl.core.image_values import ImagesAre, as_uint8, stack_images
 from mmcl.core.seeding import hash_seed
-from mmcl.data.decode import decode_image
+from mmcl.data.decode import decode_image, rgb_array
 from mmcl.data.shards.llava_json import apply_template, has_visible_text, read_dialogue
 from mmcl.data.shards.tar_index import IMAGES
 from mmcl.data.stored_sample import BadSample, Sample
@@ -389,7 +389,7 @@ def _tensor(image: Any) -> Tensor:
 
 
 def _pixels(image: Any) -> Tensor:
-    """Pixels (3, H, W) uint8 of a PIL image or a tensor."""
+    """Pixels (3, H, W) uint8 of a PIL image, by the rules of files (`rgb_array`), or a tensor."""
     if isinstance(image, Tensor):
         return as_uint8(image)
     if not hasattr(image, "convert"):
@@ -397,7 +397,7 @@ def _pixels(image: Any) -> Tensor:
             f"an image is {type(image).__name__}, expected a PIL image or a tensor (3, H, W): give "
             "the dataset a transform that makes one"
         )
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(rgb_array(image)).permute(2, 0, 1).contiguous()
 
 
 def _one_of(texts: str | Sequence[str], seed: int) -> str:

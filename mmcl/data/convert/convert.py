@@ -246,8 +246,18 @@ def convert_tasks(
     num_bad = sum(scan.num_bad for scan in scans)
     return ConvertedTasks(
         entries, classes, hashes, counts, left_out, num_bad, left_out_file, num_leaked,
-        task_notes(tasks, options),
+        [*task_notes(tasks, options), *_image_notes(scans)],
     )  # fmt: skip
+
+
+def _image_notes(scans: Sequence[ScanResult]) -> list[str]:
+    num_deep = sum(scan.num_deep for scan in scans)
+    if not num_deep:
+        return []
+    return [
+        f"{num_deep:,} images have more than 8 bits a value: they are stored as they are and read "
+        "with 8, of 16 bits the high ones (docs/data.md, Image formats)"
+    ]
 
 
 def _scan(

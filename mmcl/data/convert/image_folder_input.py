@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmcl.data.convert.record import Chunk, InputData, InvalidRecord, Record
+from mmcl.data.image_formats import OTHER_IMAGE_EXTENSIONS
 from mmcl.data.shards.image_folder import extension_of, read_file
+from mmcl.data.shards.tar_index import IMAGES
 from mmcl.data.stored_sample import BadSample, IntArray
 
 _CHUNK_RECORDS = 1000
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
            "val": "test", "valid": "test", "validation": "test"}  # fmt: skip
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+_EXTENSIONS = tuple(f".{each}" for each in (*IMAGES, *OTHER_IMAGE_EXTENSIONS))
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def _chunks(folder: Path, label: str, task: str, split: str) -> list[Chunk]:
     names.sort(key=natural)
     if not names:
         raise ValueError(
-            f"{folder} has no images (.jpg, .jpeg, .png, .webp): remove this folder, or, if it "
+            f"{folder} has no images (.{', .'.join(IMAGES)}): remove this folder, or, if it "
             "holds the folders of classes or tasks, give --tasks_are_folders or --task_level 2"
         )
     return [

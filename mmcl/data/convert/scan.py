@@ -22,7 +22,8 @@ from mmcl.data.convert.record import (
     Record,
     SkippedRecord,
 )
-from mmcl.data.decode import MAX_PIXELS, decode_image, size_of
+from mmcl.data.decode import decode_image, expect_limits
+from mmcl.data.image_formats import read_header
 from mmcl.data.parallel import ParallelMap
 from mmcl.data.shards.llava_json import expect_scorable
 from mmcl.data.shards.reader import subset_size
@@ -74,6 +75,7 @@ class ScanResult(_Scan):
         left_out: the first ``MAX_LISTED`` bad records.
         num_read: records that were read, n unless ``max_samples`` is set.
         num_bad: how many of these are bad.
+        num_deep: images among the others whose values have more than 8 bits.
         digest: sha256 of everything that was read, in hex.
     """
 
@@ -83,6 +85,7 @@ class ScanResult(_Scan):
     left_out: list[SkippedRecord] = field(default_factory=list)
     num_read: int = 0
     num_bad: int = 0
+    num_deep: int = 0
     digest: str = ""
 
 
@@ -93,6 +96,7 @@ class _ChunkScan(_Scan):
     tasks: dict[str, int] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
     unusable: list[tuple[int, InvalidRecord]] = field(default_factory=list)
+    num_deep: int = 0
     digest: bytes = b""
 
 
@@ -132,6 +136,7 @@ def scan_input(
         digest.update(glance.digest)
         scan.num_read += glance.count
         scan.num_bad += len(glance.unusable)
+        scan.num_deep += glance.num_deep
         progress(f"reading {source.where}", scan.num_read, len(chosen))
     scan.tasks, scan.labels, scan.digest = list(tasks), list(labels), digest.hexdigest()
     return scan
@@ -168,6 +173,7 @@ def scan_chunk(chunk: Chunk, scorer: str = "") -> _ChunkScan:
             continue
         members = sorted(record.members.items())
         images = [data for name, data in members if name in IMAGES]
+        glance.num_deep += any(read_header(data).bits > 8 for data in images)
         content = hashlib.sha256(images[0] if images else b"".join(data for _, data in members))
         glance.content[index] = int.from_bytes(content.digest()[:8], "big")
         for name, data in members:
@@ -201,16 +207,17 @@ def _checked(chunk: Chunk, scorer: str) -> Iterator[Record | InvalidRecord]:
 def expect_whole(extension: str, data: bytes) -> None:
     """Check an image by its header and its end, and by decoding it if the end is odd.
 
+    Formats that are rare, and whose end says nothing, are always decoded.
+
     Raises:
-        BadSample: if it is broken or has too many pixels.
+        BadSample: if it is broken, or beyond a limit of the run's reading.
     """
-    height, width = size_of(data)
-    if height * width > MAX_PIXELS:
-        raise BadSample(f"its image is {width} x {height}, more than {MAX_PIXELS} pixels")
+    expect_limits(data)
     if extension == "webp":
         is_whole = int.from_bytes(data[4:8], "little") + 8 <= len(data)
     else:
-        is_whole = (b"\xff\xd9" if extension == "jpg" else b"IEND") in data[-_EDGE:]
+        end = {"jpg": b"\xff\xd9", "png": b"IEND"}.get(extension)
+        is_whole = end is not None and end in data[-_EDGE:]
     if not is_whole:
         decode_image(data)
 

@@ -96,7 +96,7 @@ class JsonShard:
         return self._open().numbers.astype(np.uint64)
 
     def read(self, index: int) -> Sample:
-        """Return a sample: its conversation, and its image as jpg, png or webp if it has one.
+        """Return a sample: its conversation, and its image by its extension if it has one.
 
         Raises:
             BadSample: if the record cannot be used, or its image is missing, outside of the
