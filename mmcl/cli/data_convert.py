@@ -39,9 +39,9 @@ SOURCE is one of
   mmcl data convert more.json --images images --test test.json --references coco.json \\
       --scorer caption --out data/llava --name more --append
 
-Images (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF) are copied byte for byte. Everything is read once
-before anything is written, and all bad samples are reported at once. The same command resumes if it
-was stopped.
+Images (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF) are copied byte for byte. Everything is read
+once before anything is written, and all bad samples are reported at once. The same command resumes
+if it was stopped.
 """
 
 

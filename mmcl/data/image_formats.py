@@ -88,7 +88,7 @@ _OTHERS = (
     (b"<svg", "SVG"), (b"<?xml", "XML or SVG"), (b"<!DOCTYPE", "an HTML page"),
     (b"<!doctype", "an HTML page"), (b"<html", "an HTML page"),
     (b"version https://git-lfs", "a pointer of Git LFS"), (b"\x93NUMPY", "a numpy array"),
-    (b"\x1f\x8b", "gzip"), (b"PK\x03\x04", "ZIP"),
+    (b"\x1f\x8b", "a gzip archive"), (b"PK\x03\x04", "a ZIP archive"),
 )  # fmt: skip
 _HEIC = frozenset(
     {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
@@ -143,9 +143,9 @@ def image_format(data: bytes, stated: str = "") -> ImageFormat:
     head = data[:64].lstrip()
     other = other or next((name for start, name in _OTHERS if head.startswith(start)), "")
     what = f"is {other}, not" if other else "is not"
-    start = "" if other else f" (it starts with {bytes(data[:8])!r})"
+    first = "" if other else f" (it starts with {bytes(data[:8])!r})"
     fix = "fetch the image itself" if other.startswith(("a ", "an ")) else _CONVERT
-    raise BadSample(f"its image{named} {what} {READABLE}{start}: {fix}")
+    raise BadSample(f"its image{named} {what} {READABLE}{first}: {fix}")
 
 
 def read_header(data: bytes) -> ImageHeader:
@@ -171,7 +171,7 @@ def exif_orientation(exif: bytes) -> int:
     """Return the orientation, 1 to 8, that an Exif block states (CIPA DC-008); 0 = it states none.
 
     Args:
-        exif: a TIFF structure, with or without ``Exif\\0\\0`` before it.
+        exif: a TIFF structure, with or without its marker ("Exif" and two zeros) before it.
     """
     exif = exif.removeprefix(b"Exif\0\0")
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])

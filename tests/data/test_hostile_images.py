@@ -189,6 +189,7 @@ def test_a_reason_is_the_same_in_every_run():
     assert "0x" not in messages.pop()
 
 
+NEW = ["GIF", "BMP", "TIFF", "PPM", pytest.param("AVIF", marks=needs_avif)]
 GREY = {258: (3, [8]), 259: (3, [1]), 262: (3, [1]), 277: (3, [1]), 273: (4, [8]), 279: (4, [64])}
 HUGE = "is 60000 x 60000, more than 64000000 pixels: shrink it"
 
@@ -288,13 +289,13 @@ def test_comments_before_the_first_image_of_a_gif_are_bounded():
 
 def test_a_comment_in_a_ppm_is_bounded():
     start = time.process_time()
-    for data in (b"P6\n#" + b"x" * 10_000_000, b"P6 " + b"#\n" * 5_000_000, b"P6" + b" " * 9_000_000):
+    for filler in (b"\n#" + b"x" * 10_000_000, b" " + b"#\n" * 5_000_000, b" " * 9_000_000):
         with pytest.raises(BadSample, match="its PPM header is broken or cut off"):
-            decode_image(data)
+            decode_image(b"P6" + filler)
     assert time.process_time() - start < 1
 
 
-@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM", pytest.param("AVIF", marks=needs_avif)])
+@pytest.mark.parametrize("kind", NEW)
 def test_a_file_cut_anywhere_is_decoded_or_a_bad_sample(kind):
     whole = saved(kind, size=(24, 16))
     for length in range(1, len(whole), max(1, len(whole) // 60)):
@@ -302,7 +303,7 @@ def test_a_file_cut_anywhere_is_decoded_or_a_bad_sample(kind):
             assert decode_image(whole[:length]).shape == (3, 16, 24)
 
 
-@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM", pytest.param("AVIF", marks=needs_avif)])
+@pytest.mark.parametrize("kind", NEW)
 def test_any_changed_byte_of_a_header_is_decoded_or_a_bad_sample(kind):
     whole = saved(kind, size=(24, 16))
     for place in range(min(len(whole), 200)):
