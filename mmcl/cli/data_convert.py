@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     in_place = InPlace(images, given.test_images or images, given.answer_field)
     card, converted = with_bar(
         convert, train, test, given.out, options, append=given.append, card=given.card,
-        in_place=in_place if given.in_place else None,
+        in_place=in_place if given.in_place else None, allow_duplicates=given.allow_duplicates,
     )  # fmt: skip
     report(card, [converted])
     return 0
@@ -99,6 +99,8 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     add("--name", help="name of the stream and its card (SOURCE without its extension)")
     add("--task", default="", help="name of the task, if there is only one (as --name)")
     add("--append", action="store_true", help="append the tasks to the card in --out")
+    add("--allow_duplicates", action="store_true",
+        help="append a task also if all its samples are those of another task")  # fmt: skip
     add("--card", type=Path, help="card to append to, if --out has several")
     add("--task_type", choices=("classification", "captioning", "retrieval", "instruction"),
         help="type of the tasks (derived from the columns)")  # fmt: skip
@@ -145,6 +147,8 @@ def _expect_consistent(given: argparse.Namespace) -> None:
     find_scorer(given.scorer)
     if given.card is not None and not given.append:
         raise UsageError("--card names a card to append to: give --append as well")
+    if given.allow_duplicates and not given.append:
+        raise UsageError("--allow_duplicates is for --append: leave it out, or give --append")
     if given.in_place and not all(map(is_instructions, filter(None, (given.source, given.test)))):
         raise UsageError("--in_place needs LLaVA-style JSON, folders and tables become shards")
     if given.in_place and given.references is not None:

@@ -15,6 +15,7 @@ import numpy as np
 from mmcl.core.atomic_write import write_atomic
 from mmcl.core.card import read_card
 from mmcl.data.convert.image_folder_input import open_folder
+from mmcl.data.convert.known_images import shared_images
 from mmcl.data.convert.llava_input import open_instructions
 from mmcl.data.convert.parquet_input import open_parquet, parquet_files
 from mmcl.data.convert.record import ConvertOptions, InputData, ProgressFn, SkippedRecord
@@ -163,6 +164,7 @@ def convert(
     append: bool = False,
     card: Path | None = None,
     in_place: InPlace | None = None,
+    allow_duplicates: bool = False,
     progress: ProgressFn = lambda *_: None,
 ) -> tuple[Path, ConvertedTasks]:
     """Convert an input to shards, and put its tasks on a card.
@@ -178,6 +180,7 @@ def convert(
         append: put the tasks at the end of an existing card; else the card is ``<name>.yaml``.
         card: to append to; None takes the only one of the folder.
         in_place: write no shards, use the samples in place.
+        allow_duplicates: append a task also if its samples are all on the card already.
         progress: called with (what is done, samples done, samples in all).
 
     Returns:
@@ -186,13 +189,15 @@ def convert(
     Raises:
         FileNotFoundError: if the card to append to is missing.
         ValueError: listing the bad samples if there are too many; if tasks cannot be assigned; or
-            if a card of the folder uses shards of these names that were made from other data.
+            if a card of the folder uses shards of these names that were made from other data; or if
+            all samples of an appended task are those of another task.
     """
     path = _card_path(folder, options, append, card)
     known = read_card(path).classes if path.is_file() else ()
     converted = convert_tasks(
         train, test, folder, options,
         known=known, append=append, in_place=in_place, progress=progress,
+        compare_with=path if append else None, allow_duplicates=allow_duplicates,
     )  # fmt: skip
     with file_lock(folder):
         _put_on_card(path, load_card(path), converted, train, options, append)
@@ -208,12 +213,15 @@ def convert_tasks(
     known: Sequence[str] = (),
     append: bool = False,
     in_place: InPlace | None = None,
+    compare_with: Path | None = None,
+    allow_duplicates: bool = False,
     progress: ProgressFn = lambda *_: None,
 ) -> ConvertedTasks:
     """Convert an input as `convert` does, but leave it to the caller to put its tasks on a card.
 
     ``known`` are the classes that a card has already, whose ids stay. ``append`` names the build
-    record after the first task, not after the stream.
+    record after the first task, not after the stream. ``compare_with`` is a card with whose tasks
+    the new ones are compared, see `shared_images`.
     """
     sources = [train] if test is None else [train, test]
     in_all = (sum(map(len, source.chunks)) for source in sources)
@@ -222,6 +230,9 @@ def convert_tasks(
         scans = _scan(sources, options, progress, workers)
         tasks, classes = assign_tasks(scans[0], scans[1] if test else None, options, known)
         name = unique_names([tasks[0].name])[0] if append else options.name
+        shared = (
+            shared_images(compare_with, tasks, allow_duplicates, progress) if compare_with else []
+        )
         if in_place is not None:
             entries, hashes, counts = write_in_place(folder, tasks, in_place)
         else:
@@ -246,7 +257,7 @@ def convert_tasks(
     num_bad = sum(scan.num_bad for scan in scans)
     return ConvertedTasks(
         entries, classes, hashes, counts, left_out, num_bad, left_out_file, num_leaked,
-        [*task_notes(tasks, options), *_image_notes(scans)],
+        [*task_notes(tasks, options), *_image_notes(scans), *shared],
     )  # fmt: skip
 
 

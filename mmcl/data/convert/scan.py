@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,12 +39,14 @@ _EDGE = 1 << 16
 
 @dataclass
 class _Scan:
-    """What is known of n records after a pass, 25 bytes for each.
+    """What is known of n records after a pass, 41 bytes for each.
 
     Attributes:
         count: n.
         size: (n,) bytes of each record in a shard, 0 if it is bad or was not read.
         content: (n,) uint64 hash of its image, or of its text if it has none.
+        sample: (n,) uint64 hash of all its members.
+        image_bytes: (n,) bytes of its image, 0 if it has none.
         task: (n,) int32 index into names of tasks.
         label: (n,) int32 index into names of classes.
         split: (n,) int8 index into ``SPLITS``.
@@ -55,6 +57,8 @@ class _Scan:
     def __post_init__(self) -> None:
         self.size = np.zeros(self.count, dtype=np.int64)
         self.content = np.zeros(self.count, dtype=np.uint64)
+        self.sample = np.zeros(self.count, dtype=np.uint64)
+        self.image_bytes = np.zeros(self.count, dtype=np.int64)
         self.task = np.zeros(self.count, dtype=np.int32)
         self.label = np.zeros(self.count, dtype=np.int32)
         self.split = np.zeros(self.count, dtype=np.int8)
@@ -128,6 +132,7 @@ def scan_input(
     for glance in parallel_map(partial(scan_chunk, scorer=scorer), _subsets(source, chosen)):
         own = chosen[scan.num_read : scan.num_read + glance.count]
         scan.size[own], scan.content[own] = glance.size, glance.content
+        scan.sample[own], scan.image_bytes[own] = glance.sample, glance.image_bytes
         scan.split[own] = glance.split
         scan.task[own] = _renumbered(glance.task, glance.tasks, tasks)
         scan.label[own] = _renumbered(glance.label, glance.labels, labels)
@@ -176,6 +181,8 @@ def scan_chunk(chunk: Chunk, scorer: str = "") -> _ChunkScan:
         glance.num_deep += any(read_header(data).bits > 8 for data in images)
         content = hashlib.sha256(images[0] if images else b"".join(data for _, data in members))
         glance.content[index] = int.from_bytes(content.digest()[:8], "big")
+        glance.sample[index] = members_hash(record.members, content.digest() if images else b"")
+        glance.image_bytes[index] = len(images[0]) if images else 0
         for name, data in members:
             glance.size[index] += BLOCK + padded(len(data))
             held = content.digest() if name in IMAGES else data
@@ -187,6 +194,15 @@ def scan_chunk(chunk: Chunk, scorer: str = "") -> _ChunkScan:
         glance.split[index] = SPLITS.index(record.split)
     glance.digest = digest.digest()
     return glance
+
+
+def members_hash(members: Mapping[str, bytes], image_digest: bytes) -> int:
+    """Return a hash of the members of a sample but its class, given the digest of its image."""
+    digest = hashlib.sha256(image_digest)
+    for name, data in sorted(members.items()):
+        if name not in IMAGES and name != "cls":
+            digest.update(f"{name} {len(data)} ".encode() + data)
+    return int.from_bytes(digest.digest()[:8], "big")
 
 
 def _checked(chunk: Chunk, scorer: str) -> Iterator[Record | InvalidRecord]:

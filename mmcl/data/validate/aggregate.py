@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -217,6 +218,25 @@ def report_leakage(
             )
 
 
+def report_shared_images(stream: TaskStream, splits: Splits, warnings: ErrorList) -> None:
+    """Warn of tasks that train on images of tasks before them; of an image the first counts."""
+    tasks = [task for task in stream.tasks if (task.index, "train") in splits]
+    # Half of the hash is enough to count: two of 2^64 coincide once in some billion images.
+    images = [np.unique(splits[task.index, "train"].fingerprints[:, 0]) for task in tasks]
+    images = [own[own != 0] for own in images]
+    owner = np.repeat(np.arange(len(tasks)), [len(own) for own in images])
+    every = np.concatenate([np.zeros(0, np.uint64), *images])
+    order = np.argsort(every, kind="stable")
+    is_repeat = np.r_[False, every[order][1:] == every[order][:-1]][: len(order)]
+    first = order[np.maximum.accumulate(np.where(is_repeat, 0, np.arange(len(order))))]
+    pairs = np.stack([owner[order], owner[first]], axis=1)[is_repeat]
+    for (later, earlier), count in Counter(map(tuple, pairs.tolist())).items():
+        warnings.add(
+            f"{display_name(tasks[later])} has {count:,} of its {len(images[later]):,} training "
+            f"images also in {display_name(tasks[earlier])}"
+        )
+
+
 class ResultAggregator:
     """Errors, warnings and counts of a stream, growing shard by shard.
 
@@ -274,6 +294,7 @@ class ResultAggregator:
         """Check what only all shards together show, and return all results."""
         self.end_split()
         report_leakage(self.stream, self.splits, self.errors, self.warnings)
+        report_shared_images(self.stream, self.splits, self.warnings)
         everything = tasks_and_sources(self.stream)
         tasks = tuple(self.task_findings(task) for task in everything)
         absent = [line for each in tasks for line in _absent_classes(each)]
