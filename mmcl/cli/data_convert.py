@@ -208,7 +208,8 @@ def report(card: Path, converted: Sequence[ConvertedTasks]) -> None:
         if one.num_leaked:
             print(f"{one.num_leaked:,} test samples have an image that is also a training image")
         if one.num_bad:
-            print(f"{one.num_bad:,} bad samples left out (listed in {one.left_out_file}):")
+            first = f"the first {len(one.left_out):,} are " * (one.num_bad > len(one.left_out))
+            print(f"{one.num_bad:,} bad samples left out ({first}listed in {one.left_out_file}):")
             for bad in one.left_out[:_LISTED]:
                 print(f"- {bad}")
     print(card)

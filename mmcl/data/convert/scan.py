@@ -25,7 +25,7 @@ from mmcl.data.convert.record import (
 from mmcl.data.decode import decode_image, expect_limits
 from mmcl.data.image_formats import read_header
 from mmcl.data.parallel import ParallelMap
-from mmcl.data.shards.llava_json import expect_scorable
+from mmcl.data.shards.llava_json import expect_scorable, has_visible_text
 from mmcl.data.shards.reader import subset_size
 from mmcl.data.shards.tar import BLOCK, padded
 from mmcl.data.shards.tar_index import IMAGES
@@ -212,12 +212,19 @@ def _checked(chunk: Chunk, scorer: str) -> Iterator[Record | InvalidRecord]:
             try:
                 for extension in set(record.members) & set(IMAGES):
                     expect_whole(extension, record.members[extension])
+                if "txt" in record.members:
+                    _expect_visible(record.members["txt"])
                 if "json" in record.members and record.split != "train":
                     expect_scorable(record.members["json"], scorer)
             except BadSample as error:
                 yield InvalidRecord(record.name, str(error))
                 continue
         yield record
+
+
+def _expect_visible(text: bytes) -> None:
+    if not has_visible_text(text.decode("utf-8", "replace")):
+        raise BadSample("its text is empty, it has only blanks or invisible characters")
 
 
 def expect_whole(extension: str, data: bytes) -> None:

@@ -28,7 +28,13 @@ from mmcl.data.validate.results import (
     tasks_and_sources,
     value_range,
 )
-from mmcl.data.validate.shard_check import Fingerprints, SampleCounts, ShardFindings, ShardJob
+from mmcl.data.validate.shard_check import (
+    BadSamples,
+    Fingerprints,
+    SampleCounts,
+    ShardFindings,
+    ShardJob,
+)
 
 SPLITS: tuple[Split, Split] = ("train", "test")
 # Odd, so that the hashes of no two questions coincide: 2^64 divided by the golden ratio.
@@ -45,11 +51,13 @@ class SplitAccumulator:
         shards: job and result of each shard that can be used, or of its chunks, in order. Their
             fingerprints are kept to the end, hashes of keys and contents until the split ends.
         counts: over all of them.
+        new_bad: as ``counts.bad``, without samples that another split listed already.
     """
 
     names: tuple[str, ...]
     shards: list[tuple[ShardJob, ShardFindings]] = field(default_factory=list)
     counts: SampleCounts = field(default_factory=SampleCounts)
+    new_bad: SampleCounts = field(default_factory=SampleCounts)
 
     @property
     def counted(self) -> int:
@@ -250,6 +258,7 @@ class ResultAggregator:
         self.splits: dict[tuple[int, Split], SplitAccumulator] = {}
         self.current: tuple[Task, Split] | None = None
         self.unusable: set[str] = set()
+        self._bad_of: dict[tuple[str, tuple[int, int]], dict[str, BadSamples]] = {}
 
     def add(self, job: ShardJob, found: ShardFindings) -> None:
         """Add the result of the next shard."""
@@ -261,6 +270,12 @@ class ResultAggregator:
             (job.task.index, job.split), SplitAccumulator(shard_names(job.task, job.split))
         )
         if not found.error:
+            # The samples of a shard that several tasks list are bad once, if for the same reasons.
+            known = self._bad_of.setdefault((job.name, job.chunk), {})
+            for sort, (count, lines) in found.counts.bad.items():
+                if known.get(sort) != (count, lines):
+                    split.new_bad.add_bad(sort, lines, count)
+                known[sort] = (count, lines)
             split.add(job, found)
         elif job.name not in self.unusable:
             self.unusable.add(job.name)
@@ -278,7 +293,7 @@ class ResultAggregator:
         found = [each for _, each in split.shards]
         keys = np.concatenate([np.zeros(0, np.uint64), *(each.keys for each in found)])
         add_repeated_keys(self.errors, where, keys, split.key_name)
-        for sort, (count, lines) in split.counts.bad.items():
+        for sort, (count, lines) in split.new_bad.bad.items():
             named = [f"{where}: {line}" for line in lines]
             self.errors.add_some(named, f"in {where} of this sort: {sort}", count)
         contents = np.concatenate([np.zeros(0, np.uint64), *(each.contents for each in found)])
@@ -301,7 +316,9 @@ class ResultAggregator:
         self.warnings.add_some(absent, "splits of tasks lack classes")
         self.check_hashes({name for task in everything for name in (*task.train, *task.test)})
         errors, warnings = tuple(self.errors.lines), tuple(self.warnings.lines)
-        return StreamFindings(self.stream.name, self.stream, errors, warnings, tasks)
+        return StreamFindings(
+            self.stream.name, self.stream, errors, warnings, tasks, self.errors.count
+        )
 
     def task_findings(self, task: Task) -> TaskFindings:
         """Summarize a task, eval-only task or source."""

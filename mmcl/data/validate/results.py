@@ -87,6 +87,7 @@ class StreamFindings:
         errors: errors that keep the stream from being used, a line each; few of a sort in full.
         warnings: warnings, a line each.
         tasks: every task, eval-only task and source.
+        num_errors: number of errors, those that are only counted as well.
     """
 
     name: str
@@ -94,6 +95,7 @@ class StreamFindings:
     errors: tuple[str, ...]
     warnings: tuple[str, ...]
     tasks: tuple[TaskFindings, ...]
+    num_errors: int = 0
 
     @property
     def splits(self) -> tuple[SplitFindings, ...]:
@@ -105,6 +107,7 @@ class StreamFindings:
         return {
             "stream": self.name,
             "is_good": not self.errors,
+            "num_errors": self.num_errors,
             "errors": list(self.errors),
             "warnings": list(self.warnings),
             "tasks": [

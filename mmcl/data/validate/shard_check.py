@@ -29,6 +29,8 @@ from mmcl.data.stored_sample import (
 Fingerprints = npt.NDArray[np.uint64]
 """(n, 3): two halves of an image's hash (0 without one), then the hash of its questions (0 without
 any: classes and captions). A sample that cannot be read has three zeros."""
+BadSamples = tuple[int, list[str]]
+"""How many bad samples of one sort there are, and the first ``NAMED`` of them in full."""
 _SORTS = 40
 _ANSWERS, _LONGEST_ANSWER, _ANSWERS_KEPT = 500, 120, 20_000
 _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
@@ -84,7 +86,7 @@ class SampleCounts:
         sizes: (width, height) of images -> how many.
         lengths: characters of a text or dialogue -> how many.
         answers: right answer -> how many, the most frequent ones.
-        bad: sort of error -> how many, and the first ``NAMED`` of them in full.
+        bad: sort of error -> samples that have it.
     """
 
     size_bytes: int = 0
@@ -92,7 +94,7 @@ class SampleCounts:
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
     answers: Counter[str] = field(default_factory=Counter)
-    bad: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
+    bad: dict[str, BadSamples] = field(default_factory=dict)
 
     def add_bad(self, sort: str, lines: list[str], count: int = 1) -> None:
         """Add bad samples of one sort, ``lines`` being the first of them."""
