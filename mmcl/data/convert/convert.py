@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from mmcl.core.atomic_write import write_atomic
 from mmcl.core.card import read_card
 from mmcl.data.convert.image_folder_input import open_folder
 from mmcl.data.convert.known_images import shared_images
 from mmcl.data.convert.llava_input import open_instructions
 from mmcl.data.convert.parquet_input import open_parquet, parquet_files
 from mmcl.data.convert.record import ConvertOptions, InputData, ProgressFn, SkippedRecord
-from mmcl.data.convert.scan import ScanResult, scan_input
+from mmcl.data.convert.scan import ScanResult, image_notes, scan_input, write_left_out
 from mmcl.data.convert.table_input import open_table
 from mmcl.data.convert.task_files import InPlace, plan_task, unique_names, write_in_place
 from mmcl.data.convert.task_split import TaskSplits, assign_tasks, class_positions, task_notes
@@ -246,29 +245,14 @@ def convert_tasks(
             entry["scorer"] = options.scorer
         if options.max_new_tokens is not None:
             entry["max_new_tokens"] = options.max_new_tokens
-    left_out = [bad for scan in scans for bad in scan.left_out]
-    left_out_file = folder / f"{name}.left_out.txt"
-    if left_out:
-        write_atomic(left_out_file, "".join(f"{bad}\n" for bad in left_out))
-    else:
-        left_out_file.unlink(missing_ok=True)
+    left_out, left_out_file = write_left_out(folder / f"{name}.left_out.txt", scans)
     leaked = (np.isin(task.test.content, task.train.content).sum() for task in tasks)
     num_leaked = sum(map(int, leaked)) if test else 0
     num_bad = sum(scan.num_bad for scan in scans)
     return ConvertedTasks(
         entries, classes, hashes, counts, left_out, num_bad, left_out_file, num_leaked,
-        [*task_notes(tasks, options), *_image_notes(scans), *shared],
+        [*task_notes(tasks, options), *image_notes(scans), *shared],
     )  # fmt: skip
-
-
-def _image_notes(scans: Sequence[ScanResult]) -> list[str]:
-    num_deep = sum(scan.num_deep for scan in scans)
-    if not num_deep:
-        return []
-    return [
-        f"{num_deep:,} images have more than 8 bits a value: they are stored as they are and read "
-        "with 8, of 16 bits the high ones (docs/data.md, Image formats)"
-    ]
 
 
 def _scan(

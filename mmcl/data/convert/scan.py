@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mmcl.core.atomic_write import write_atomic
 from mmcl.data.convert.record import (
     SPLITS,
     Chunk,
@@ -251,3 +252,24 @@ def _renumbered(
     """Convert indices into a chunk's names to indices into the names of the whole input."""
     table: Sequence[int] = [known.setdefault(name, len(known)) for name in names] or [0]
     return np.array(table, dtype=np.int32)[own]
+
+
+def write_left_out(path: Path, scans: Sequence[ScanResult]) -> tuple[list[SkippedRecord], Path]:
+    """List the bad samples in a file, which is removed if there are none."""
+    left_out = [bad for scan in scans for bad in scan.left_out]
+    if left_out:
+        write_atomic(path, "".join(f"{bad}\n" for bad in left_out))
+    else:
+        path.unlink(missing_ok=True)
+    return left_out, path
+
+
+def image_notes(scans: Sequence[ScanResult]) -> list[str]:
+    """Return a sentence on images whose values have more than 8 bits, if there are any."""
+    num_deep = sum(scan.num_deep for scan in scans)
+    if not num_deep:
+        return []
+    return [
+        f"{num_deep:,} images have more than 8 bits a value: they are stored as they are and read "
+        "with 8, of 16 bits the high ones (docs/data.md, Image formats)"
+    ]
