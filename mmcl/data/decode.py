@@ -21,11 +21,13 @@ from torch import Tensor
 
 from mmcl.data.image_formats import (
     JPEG,
+    PNG,
     TIFF,
     ImageFormat,
     ImageHeader,
     image_format,
     orientation_of,
+    png_orientation,
     read_header,
 )
 from mmcl.data.stored_sample import BadSample, one_line
@@ -100,7 +102,8 @@ def size_of(data: bytes) -> tuple[int, int]:
         BadSample: if it is of another format, or its header is broken or cut off.
     """
     header = read_header(data)
-    is_turned = header.orientation > 4
+    is_png = image_format(data) is PNG
+    is_turned = (png_orientation(data) if is_png else header.orientation) > 4
     return (header.width, header.height) if is_turned else (header.height, header.width)
 
 
@@ -132,8 +135,9 @@ def rgb_array(image: Any) -> np.ndarray:
     elif image.mode == "LAB":
         pixels = np.array(ImageCms.applyTransform(image, _lab_to_rgb()))
     else:
-        pixels = np.array(image.convert("RGB"))
-    return _upright(pixels, orientation_of(image))
+        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    orientation = orientation_of(image)
+    return pixels if orientation == 1 else _upright(pixels, orientation)
 
 
 @cache

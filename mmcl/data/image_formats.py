@@ -38,7 +38,8 @@ class ImageHeader(NamedTuple):
     Attributes:
         height: rows as stored, before the rotation.
         width: columns as stored.
-        orientation: 1 to 8 of Exif; 5 to 8 swap height and width.
+        orientation: 1 to 8 of Exif; 5 to 8 swap height and width. Of a PNG always 1, as the whole
+            file has to be walked over, see `png_orientation`.
         bits: of a value.
         layout: of its values, for messages; "" = all layouts of the format are decoded.
     """
@@ -229,16 +230,18 @@ def _png_header(data: bytes) -> ImageHeader:
     if data[12:16] != b"IHDR" or len(data) < 25:
         raise BadSample("its PNG header is broken or cut off")
     width, height, bits = struct.unpack_from(">IIB", data, 16)
-    orientation = 1
-    if b"eXIf" in data:
-        offset = 8
-        while offset + 8 <= len(data):
-            length, kind = struct.unpack_from(">I4s", data, offset)
-            if kind == b"eXIf":
-                orientation = exif_orientation(data[offset + 8 : offset + 8 + length]) or 1
-                break
-            offset += 12 + length
-    return ImageHeader(height, width, orientation, bits)
+    return ImageHeader(height, width, bits=bits)
+
+
+def png_orientation(data: bytes) -> int:
+    """Return the orientation, 1 to 8, of a PNG by its eXIf chunk, which may be at its end."""
+    offset = 8
+    while offset + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, offset)
+        if kind == b"eXIf":
+            return exif_orientation(data[offset + 8 : offset + 8 + length]) or 1
+        offset += 12 + length
+    return 1
 
 
 def _webp_header(data: bytes) -> ImageHeader:

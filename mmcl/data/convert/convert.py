@@ -29,6 +29,7 @@ from mmcl.data.shards.stream_writer import (
     build_stream,
     card_counts,
     find_card,
+    listed_shards,
     load_card,
     put_tasks,
     save_card,
@@ -379,8 +380,7 @@ def _expect_free(folder: Path, name: str, recipe: Mapping[str, Any]) -> None:
     if record.get("recipe") == json.loads(json.dumps(recipe)):
         return
     for card in sorted(folder.glob("*.yaml")):
-        text = card.read_text(encoding="utf-8", errors="replace")
-        if any(shard in text for shard in shards):
+        if listed_shards(card, shards):
             raise ValueError(
                 f"'{name}' in {folder} was made from other files or options and card {card.name} "
                 f"uses it: choose another --out or --name, or delete {name}.build.json to have it "

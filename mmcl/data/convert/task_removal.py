@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmcl.core.card import read_card, validate_card
+from mmcl.core.card import read_card
 from mmcl.core.card.schema import Card, SourceEntry, TaskEntry, nearest
 from mmcl.data.remote.file_lock import file_lock
 from mmcl.data.remote.location import is_remote
 from mmcl.data.shards.json_shard import SUFFIX, read_json_set
-from mmcl.data.shards.stream_writer import load_card, save_card
+from mmcl.data.shards.stream_writer import listed_shards, load_card, save_card
 from mmcl.data.stored_sample import BadShard
 
 SECTIONS = ("tasks", "eval_only", "sources")
@@ -185,7 +185,7 @@ def _kept_shards(path: Path, shards: Sequence[str]) -> dict[str, str]:
         shard: card.name
         for card in sorted(path.parent.glob("*.yaml"))
         if card.is_file() and card.resolve() != path.resolve()
-        for shard in _mentioned(card, shards)
+        for shard in listed_shards(card, shards)
     }
     kept: dict[str, str] = {}
     for shard in shards:
@@ -196,17 +196,6 @@ def _kept_shards(path: Path, shards: Sequence[str]) -> dict[str, str]:
         elif shard in others:
             kept[shard] = f"{others[shard]} lists it"
     return kept
-
-
-def _mentioned(card: Path, shards: Sequence[str]) -> list[str]:
-    """Return those of some shards that another YAML file of the folder lists."""
-    try:
-        read, errors = validate_card(card)
-        listed = {str((card.parent / shard).resolve()) for shard in _shards_of(read)}
-    except ValueError:
-        errors, listed = ["no card"], set()
-    text = card.read_text(encoding="utf-8", errors="replace") if errors else ""
-    return [s for s in shards if str((card.parent / s).resolve()) in listed or s in text]
 
 
 def _delete(shard: Path) -> None:

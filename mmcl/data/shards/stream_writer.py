@@ -9,7 +9,8 @@ match are not written again, and a folder made by another recipe is written from
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import yaml
 from webdataset.writer import TarWriter
 
 from mmcl.core.atomic_write import write_atomic
-from mmcl.core.card import read_card
+from mmcl.core.card import read_card, validate_card
 from mmcl.core.card.schema import CardErrors, expand
 from mmcl.core.card.shard_lists import (
     MAX_INLINE,
@@ -295,6 +296,25 @@ def load_card(path: Path) -> dict[str, Any]:
     read_card(path)
     content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     return {**content, **take_hash_files(content, path.parent, CardErrors())}
+
+
+def listed_shards(path: Path, shards: Collection[str]) -> list[str]:
+    """Return those of some shards of a folder that a YAML file of it lists, as far as it is a card.
+
+    Of a file that is none, or has errors, those whose names occur in its text.
+    """
+    names: set[str] = set()
+    try:
+        card, errors = validate_card(path)
+    except ValueError:
+        errors = ["no card"]
+    else:
+        for entry in (*card.tasks, *card.eval_only):
+            names.update((*entry.train, *entry.test))
+        names.update(shard for source in card.sources.values() for shard in source.shards)
+    places = {os.path.realpath(path.parent / name) for name in names}
+    text = path.read_text(encoding="utf-8", errors="replace") if errors else ""
+    return [s for s in shards if os.path.realpath(path.parent / s) in places or s in text]
 
 
 def put_tasks(
