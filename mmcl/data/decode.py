@@ -157,10 +157,13 @@ def _grey_levels(image: Any) -> np.ndarray:
         low, high = float(values.min()), float(values.max())
         limit = 255.0 if image.mode == "F" else 65535.0
         if not 0 <= low <= high <= limit:  # also for NaN
-            expected = "0 to 1 or 0 to 255" if image.mode == "F" else "0 to 255 or 0 to 65535"
+            # Pillow reads unsigned integers as signed ones, so their numbers say nothing.
+            is_float = image.mode == "F"
+            found = f"floats from {low:g} to {high:g}" if is_float else "integers of another range"
+            expected = "0 to 1 or 0 to 255" if is_float else "0 to 255 or 0 to 65535"
             raise BadSample(
-                f"its image has grey values of 32 bits from {low:g} to {high:g}, expected "
-                f"{expected}: save it with 8 or 16 bits"
+                f"its image has greys of 32 bits, {found}, expected {expected}: save it with 8 or "
+                "16 bits"
             )
         if image.mode == "F":
             levels = np.round(values * (255.0 if high <= 1 else 1.0))
@@ -229,7 +232,8 @@ def _decode_with_pillow(
     except UnidentifiedImageError:
         reason = "its header is broken"
         if known is TIFF:
-            reason = f"its TIFF has {header.layout}, perhaps a layout that Pillow does not read"
+            layout = f"its TIFF has {header.layout}"
+            reason = f"{layout}, which Pillow does not read: save it as RGB of 8 bits"
         raise BadSample(f"its image cannot be decoded ({reason})") from None
     # Pillow's plugins raise anything from struct.error to SyntaxError on hostile bytes.
     except Exception as error:

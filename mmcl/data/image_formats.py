@@ -359,6 +359,8 @@ def _avif_header(data: bytes) -> ImageHeader:
 
 def orientation_of(image: Any) -> int:
     """Return the orientation, 1 to 8, in which a loaded image of Pillow is still to be turned."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns it when it is loaded
     exif = image.info.get("exif")
     if exif is None and (profile := image.info.get("Raw profile type exif")):
         try:

@@ -247,6 +247,55 @@ def test_greys_of_sixteen_bits_in_the_other_byte_order_are_the_same():
     assert decoded(data)[0, :, 2].tolist() == [0, 128, 255]
 
 
+def strip(tags, pixels, order="<"):
+    """A TIFF of one uncompressed strip of (H, W) or (H, W, C) pixels."""
+    height, width = pixels.shape[:2]
+    channels = pixels.shape[2] if pixels.ndim == 3 else 1
+    color = 2 if channels == 3 else 1
+    every = {258: (3, [8 * pixels.itemsize] * channels), 259: (3, [1]), 262: (3, [color]),
+             277: (3, [channels]), 279: (4, [pixels.nbytes]), 273: (4, [0]), **tags}  # fmt: skip
+    start = len(tiff(width, height, every, b"", order))
+    return tiff(width, height, {**every, 273: (4, [start])}, pixels.tobytes(), order)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_tiff_of_sixteen_bits_a_channel_keeps_the_high_bits(order):
+    pixels = np.random.default_rng(2).integers(0, 1 << 16, (4, 5, 3)).astype(f"{order}u2")
+    np.testing.assert_array_equal(decoded(strip({}, pixels, order)), pixels >> 8)
+
+
+def test_a_png_of_sixteen_bits_a_channel_keeps_the_high_bits():
+    pixels = np.random.default_rng(3).integers(0, 1 << 16, (4, 5, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    parts = b""
+    for kind, body in (
+        (b"IHDR", struct.pack(">IIBBBBB", 5, 4, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ):  # fmt: skip
+        check = zlib.crc32(kind + body)
+        parts += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check)
+    np.testing.assert_array_equal(decoded(b"\x89PNG\r\n\x1a\n" + parts), pixels >> 8)
+
+
+def test_a_tiff_whose_white_is_zero_is_no_negative():
+    grey = NOISE[:, :, 0]
+    np.testing.assert_array_equal(decoded(strip({262: (3, [0])}, grey))[:, :, 2], 255 - grey)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "layout"),
+    [
+        (np.zeros((4, 5), np.float16), "1 channel of 16-bit floats"),
+        (np.zeros((4, 5), np.float64), "1 channel of 64-bit floats"),
+        (np.zeros((4, 5, 3), np.float32), "3 channels of 32-bit floats"),
+    ],
+)
+def test_a_tiff_of_a_layout_that_is_not_read_is_named_with_the_way(pixels, layout):
+    kind = [3] * (pixels.shape[2] if pixels.ndim == 3 else 1)
+    with pytest.raises(BadSample, match=f"its TIFF has {layout}, .*: save it as RGB of 8 bits"):
+        decode_image(strip({339: (3, kind)}, pixels))
+
+
 @pytest.mark.parametrize(("top", "expected"), [(1023, [0, 127, 255]), (4095, [0, 127, 255])])
 def test_a_pgm_of_ten_or_twelve_bits_is_scaled_by_its_stated_maximum(top, expected):
     values = np.array([0, top // 2, top], dtype=">u2")
@@ -260,7 +309,9 @@ def test_integers_of_32_bits_are_levels_or_sixteen_bits_or_refused():
     assert decoded(data([0, 7, 255]))[0, :, 0].tolist() == [0, 7, 255]
     assert decoded(data([0, 0x8000, 0xFFFF]))[0, :, 0].tolist() == [0, 128, 255]
     for wrong in ([0, 70_000], [-1, 3]):
-        with pytest.raises(BadSample, match="grey values of 32 bits from .*save it with 8 or 16"):
+        with pytest.raises(
+            BadSample, match="greys of 32 bits, integers of another .*save it with 8 or 16"
+        ):
             decode_image(data(wrong))
 
 
