@@ -15,6 +15,7 @@ from mmcl.core.seeding import hash_priorities, hash_seed
 from mmcl.data.batches.collate import Example, collate, make_example
 from mmcl.data.batches.shared_memory import make_dataloader
 from mmcl.data.decode import MAX_PIXELS
+from mmcl.data.shards.llava_json import expect_scorable
 from mmcl.data.shards.open_stream import OpenStream
 from mmcl.data.shards.reader import Reader
 from mmcl.data.stored_sample import BadSample, IntArray, Split
@@ -67,11 +68,16 @@ class EvalLoader:
 
 
 class _EvalDataset(Dataset[Batch]):
-    """Dataset of batches of the requested samples, without the bad ones."""
+    """Dataset of batches of the requested samples, without the bad ones.
 
-    def __init__(self, reader: Reader, task: Task, transform: Transform, max_pixels: int) -> None:
+    ``scorer`` has to accept their answers, "" = any.
+    """
+
+    def __init__(
+        self, reader: Reader, task: Task, transform: Transform, max_pixels: int, scorer: str = ""
+    ) -> None:
         self.reader, self.task, self.transform = reader, task, transform
-        self.max_pixels = max_pixels
+        self.max_pixels, self.scorer = max_pixels, scorer
 
     def __getitems__(self, numbers: IntArray) -> _WorkerResult:
         return self.make(numbers)
@@ -81,10 +87,14 @@ class _EvalDataset(Dataset[Batch]):
         errors: list[str] = []
         for number in numbers.tolist():
             try:
-                examples.append(make_example(
-                    self.reader.read(number), number, self.task, self.transform,
+                sample = self.reader.read(number)
+                example = make_example(
+                    sample, number, self.task, self.transform,
                     seed=hash_seed(0, self.task.index, number), max_pixels=self.max_pixels,
-                ))  # fmt: skip
+                )  # fmt: skip
+                if self.scorer:
+                    expect_scorable(sample.members["json"], self.scorer)
+                examples.append(example)
             except BadSample as bad:
                 errors.append(f"{self.reader.describe(number)}: {bad}")
         return _WorkerResult(collate(examples, room=room) if examples else None, tuple(errors))
@@ -139,7 +149,8 @@ def eval_loader(
         raise ValueError(f"batch is {batch}, expected at least 1")
     task, reader = prepared.stream.evaluated_task(column), prepared.reader(column, split)
     numbers = few_of(len(reader), few, column)
-    dataset = _EvalDataset(reader, task, transform, max_pixels)
+    scorer = "" if split == "train" else task.scorer
+    dataset = _EvalDataset(reader, task, transform, max_pixels, scorer)
     sampler = DistributedSequentialSampler(numbers, batch, rank, world)
     loader = make_dataloader(dataset, sampler, workers, seed=0, stay=False)
     return EvalLoader(loader, f"the {split} split of '{task.name}'")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmcl.core import Conversation, ProcessedSample, Task
 from mmcl.data.batches.collate import make_example
+from mmcl.data.shards.llava_json import expect_scorable
 from mmcl.data.shards.open_stream import OpenOptions, open_shard, task_type_error
 from mmcl.data.shards.reader import Reader, Shard, evenly_spaced
 from mmcl.data.shards.tar_index import IMAGES
@@ -204,6 +205,8 @@ def _scan(job: ShardJob, shard: Shard, is_first: bool) -> ShardFindings:
         try:
             sample = shard.read(index)
             decoded = decode_as_training(sample, job.task, job.max_pixels)
+            if job.split == "test" and job.task.scorer:
+                expect_scorable(sample.members["json"], job.task.scorer)
         except BadSample as error:
             # Errors of one sort differ in names, numbers and details only.
             words = _VARYING.sub("", str(error)).split("(")[0].split(":")[0].split()

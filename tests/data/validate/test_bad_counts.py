@@ -159,6 +159,34 @@ def test_a_stream_without_a_bad_sample_has_none(tmp_path, kind):
     assert (found.errors, found.num_errors) == ((), 0)
 
 
+@pytest.mark.parametrize(
+    ("scorer", "good", "bad"),
+    [("box/1", "[0.1, 0.2, 0.3, 0.4]", "top left"), ("option", "B", "both")],
+)
+def test_an_answer_that_the_scorer_cannot_use_is_a_bad_test_sample(tmp_path, scorer, good, bad):
+    for split, start in (("train", 0), ("test", 100)):
+        members = []
+        for number in range(4):
+            answer = dialogue("where?", bad if number == 2 else good)
+            changes = {"json": answer}
+            members += members_of("instruction", start + number, f"{split}{number}", changes)
+        write_tar(tmp_path / f"{split}.tar", members)
+    task = {"name": "a", "train": "train.tar", "test": "test.tar", "scorer": scorer}
+    card = {"name": "s", "scenario": "domain", "task_type": "instruction", "tasks": [task]}
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump(card))
+    found = check_stream(path, num_workers=0)
+    reason = f"test2 in test.tar: its right answer is {bad!r}, which the scorer"
+    assert [line.startswith(f"task 'a' (test): {reason}") for line in found.errors] == [True]
+    assert (found.num_errors, found.tasks[0].test.bad, found.tasks[0].train.bad) == (1, 1, 0)
+    opened = open_stream(TaskStream.read(path))
+    batches = list(eval_loader(opened, 0, transform, batch=4))
+    assert [f"task 'a' (test): {error}" for error in batches[0].errors] == list(found.errors)
+    assert batches[0].keys == ("test0", "test1", "test3")
+    passed = list(eval_loader(opened, 0, transform, batch=4, split="train"))
+    assert (passed[0].errors, len(passed[0])) == ((), 4)
+
+
 def test_a_shard_that_two_tasks_list_has_its_bad_samples_once(tmp_path):
     path = write(tmp_path, "captioning", {"txt": b""})
     card = yaml.safe_load(path.read_text())
