@@ -1,4 +1,4 @@
-"""``mmcl data``: convert, validate, preview, list and build streams, each in its own module."""
+"""``mmcl data``: convert, validate, preview, list, build streams, each in its own module."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from mmcl.cli.parser import CommandParser, refuse_renamed
 
 ACTIONS = {
     "convert": "convert a folder, a table (csv, parquet) or LLaVA-style JSON to a stream",
+    "remove": "take a task, an eval-only task or a source off a card",
     "validate": "validate a stream before a run, and list all errors at once",
     "preview": "show images, texts, classes and sizes of every task on one HTML page",
     "list": "list the streams and public datasets that can be built",

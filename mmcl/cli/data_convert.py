@@ -46,8 +46,9 @@ used is listed; what looks as if it should be is refused unless you choose or ig
   mmcl data convert more.json --images images --test test.json --references coco.json \\
       --scorer caption --out data/llava --name more --append
 
-Images (JPEG, PNG, WebP) are copied byte for byte. Everything is read once before anything is
-written, and all bad samples are reported at once. The same command resumes if it was stopped.
+Images (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, AVIF) are copied byte for byte. Everything is read
+once before anything is written, and all bad samples are reported at once. The same command resumes
+if it was stopped.
 """
 
 
@@ -72,6 +73,7 @@ def main(argv: Sequence[str]) -> int:
     card, converted = with_bar(
         convert, train, test, given.out, options, append=given.append, card=given.card,
         in_place=in_place if given.in_place else None, look_up=_known_names,
+        allow_duplicates=given.allow_duplicates,
     )  # fmt: skip
     report(card, [converted])
     return 0
@@ -117,6 +119,8 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     add("--name", help="name of the stream and its card (SOURCE without its extension)")
     add("--task", default="", help="name of the task, if there is only one (as --name)")
     add("--append", action="store_true", help="append the tasks to the card in --out")
+    add("--allow_duplicates", action="store_true",
+        help="append a task also if all its samples are those of another task")  # fmt: skip
     add("--card", type=Path, help="card to append to, if --out has several")
     add("--task_type", choices=("classification", "captioning", "retrieval", "instruction"),
         help="type of the tasks (derived from the columns)")  # fmt: skip
@@ -163,6 +167,8 @@ def _expect_consistent(given: argparse.Namespace) -> None:
     find_scorer(given.scorer)
     if given.card is not None and not given.append:
         raise UsageError("--card names a card to append to: give --append as well")
+    if given.allow_duplicates and not given.append:
+        raise UsageError("--allow_duplicates is for --append: leave it out, or give --append")
     if given.in_place and not all(map(is_instructions, filter(None, (given.source, given.test)))):
         raise UsageError("--in_place needs LLaVA-style JSON, folders and tables become shards")
     if given.in_place and max(len(given.images or ()), len(given.test_images or ())) > 1:
@@ -240,7 +246,8 @@ def report(card: Path, converted: Sequence[ConvertedTasks]) -> None:
         if one.num_leaked:
             print(f"{one.num_leaked:,} test samples have an image that is also a training image")
         if one.num_bad:
-            print(f"{one.num_bad:,} bad samples left out (listed in {one.left_out_file}):")
+            first = f"the first {len(one.left_out):,} are " * (one.num_bad > len(one.left_out))
+            print(f"{one.num_bad:,} bad samples left out ({first}listed in {one.left_out_file}):")
             for bad in one.left_out[:_LISTED]:
                 print(f"- {bad}")
     print(card)

@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     out = given.out or given.card.with_suffix(".html")
     write_atomic(out, stream_page(_stream(found, given)))
     if found.errors:
-        print(f"the page lists {count_errors(len(found.errors))}")
+        print(f"the page lists {count_errors(found.num_errors)}")
     print(f"page: {out}")
     if given.open:
         webbrowser.open(out.absolute().as_uri())

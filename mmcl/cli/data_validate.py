@@ -122,7 +122,7 @@ def card_argument(text: str) -> Path:
 def _print(found: StreamFindings) -> None:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     if found.errors:
-        console.print(f"stream '{sanitize(found.name)}' has {count_errors(len(found.errors))}:")
+        console.print(f"stream '{sanitize(found.name)}' has {count_errors(found.num_errors)}:")
         for error in found.errors:
             console.print(f"  - {sanitize(error)}")
     for warning in found.warnings:

@@ -10,13 +10,26 @@ import io
 import math
 import re
 import warnings
+from functools import cache
+from typing import Any
 
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
+from mmcl.data.image_formats import (
+    JPEG,
+    PNG,
+    TIFF,
+    ImageFormat,
+    ImageHeader,
+    image_format,
+    orientation_of,
+    png_orientation,
+    read_header,
+)
 from mmcl.data.stored_sample import BadSample, one_line
 
 MAX_PIXELS = 64_000_000
@@ -25,17 +38,15 @@ MAX_PIXELS = 64_000_000
 MAX_SCANS = 100
 """Scans (passes over the canvas) that a progressive JPEG may have; usual files have about ten."""
 
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _SCAN = b"\xff\xda"
 _MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Decode a JPEG, PNG or WebP image, whatever its file was called.
+    """Decode an image of one of ``image_formats.FORMATS``, whatever its file was called.
 
-    EXIF rotation is ignored and an alpha channel is dropped, as all common loaders do. Of an
-    animation the first frame is taken.
+    The rotation that Exif states is applied, transparency is put on white, and of an animation or
+    of several pages the first is taken; see `rgb_array` for other modes.
 
     Args:
         data: the whole file.
@@ -48,9 +59,26 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
     Raises:
         BadSample: if the image is broken, truncated, too large or of another format.
     """
+    header = expect_limits(data, max_pixels)
+    known = image_format(data)
+    pixels = _decode_jpeg(data) if known is JPEG else None
+    if pixels is None:
+        pixels = _decode_with_pillow(data, known, header, max_pixels)
+    elif header.orientation > 1:
+        pixels = _upright(pixels, header.orientation)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def expect_limits(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
+    """Check an image by its header alone, and return the header.
+
+    Raises:
+        BadSample: if it is empty, too large, of another format, or a JPEG of too many scans.
+    """
     if not data:
         raise BadSample("its image is empty (0 bytes)")
-    height, width = size_of(data)
+    header = read_header(data)
+    height, width = header.height, header.width
     if height * width > max_pixels:
         raise BadSample(
             f"its image is {width} x {height}, more than {max_pixels} pixels: shrink it or "
@@ -62,51 +90,99 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
             f"its image is {width} x {height}, a side of more than {longest} pixels: shrink it "
             "or raise max_pixels"
         )
-    pixels = _decode_jpeg(data) if data.startswith(_JPEG) else None
-    if pixels is None:
-        pixels = _decode_with_pillow(data, max_pixels)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    if image_format(data) is JPEG and data.count(_SCAN) > MAX_SCANS and _scans(data) > MAX_SCANS:
+        raise BadSample(f"its JPEG is drawn in more than {MAX_SCANS} scans: save it again")
+    return header
 
 
 def size_of(data: bytes) -> tuple[int, int]:
-    """Return height and width as the header of an image states them.
+    """Return height and width of an image by its header, after the rotation that Exif states.
 
     Raises:
-        BadSample: if it is not a JPEG, PNG or WebP image, or its header is cut off.
+        BadSample: if it is of another format, or its header is broken or cut off.
     """
-    if data.startswith(_JPEG):
-        return _jpeg_size(data)
-    if data.startswith(_PNG) and data[12:16] == b"IHDR" and len(data) >= 24:
-        return int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP" and len(data) >= 30:
-        return _webp_size(data)
-    raise BadSample(f"its image is not JPEG, PNG or WebP (it starts with {data[:8]!r})")
+    header = read_header(data)
+    is_png = image_format(data) is PNG
+    is_turned = (png_orientation(data) if is_png else header.orientation) > 4
+    return (header.width, header.height) if is_turned else (header.height, header.width)
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """Walk over the segments of a JPEG file to its frame header (ITU T.81, B.2.2)."""
-    offset = 2
-    while offset + 9 <= len(data) and data[offset] == 0xFF:
-        marker = data[offset + 1]
-        if marker in _FRAMES:
-            height = int.from_bytes(data[offset + 5 : offset + 7], "big")
-            return height, int.from_bytes(data[offset + 7 : offset + 9], "big")
-        is_bare = marker == 0xFF or 0xD0 <= marker <= 0xD8 or marker == 0x01
-        length = 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
-        offset += (1 if marker == 0xFF else 2) if is_bare else length
-    raise BadSample("its JPEG header is broken or cut off: it states no image size")
+def rgb_array(image: Any) -> np.ndarray:
+    """Convert an image of Pillow to RGB: upright, transparency on white, high values scaled.
+
+    Greys of 16 bits keep their 8 high bits. Greys of 32 bits state no range: integers from 0 to 255
+    are taken for levels, those up to 65535 for 16 bits; floats from 0 to 1 are scaled, those up to
+    255 are levels.
+
+    Args:
+        image: ``PIL.Image.Image`` of any mode.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        BadSample: if 32-bit values are outside of these ranges.
+    """
+    image.load()
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = _grey_levels(image)
+        pixels = np.repeat(grey[:, :, None], 3, axis=2)
+    elif image.has_transparency_data:
+        opaque = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, "white")
+        canvas.paste(opaque, mask=opaque.getchannel("A"))
+        pixels = np.array(canvas)
+    elif image.mode == "LAB":
+        pixels = np.array(ImageCms.applyTransform(image, _lab_to_rgb()))
+    else:
+        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    orientation = orientation_of(image)
+    return pixels if orientation == 1 else _upright(pixels, orientation)
 
 
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """Read the canvas of a WebP file (lossy, lossless or extended), see its container format."""
-    if data[12:16] == b"VP8X":
-        width = int.from_bytes(data[24:27], "little") + 1
-        return int.from_bytes(data[27:30], "little") + 1, width
-    if data[12:16] == b"VP8L":
-        bits = int.from_bytes(data[21:25], "little")
-        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
-    width = int.from_bytes(data[26:28], "little") & 0x3FFF
-    return int.from_bytes(data[28:30], "little") & 0x3FFF, width
+@cache
+def _lab_to_rgb() -> Any:
+    lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    return ImageCms.buildTransform(lab, rgb, "LAB", "RGB")
+
+
+def _grey_levels(image: Any) -> np.ndarray:
+    """Return (H, W) uint8 levels of greys of 16 or 32 bits."""
+    values = np.asarray(image)
+    clear = image.info.get("transparency")
+    is_16_bit = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
+    if is_16_bit:
+        levels = (values.astype(np.int64) >> 8).clip(0, 255)
+    else:
+        low, high = float(values.min()), float(values.max())
+        limit = 255.0 if image.mode == "F" else 65535.0
+        if not 0 <= low <= high <= limit:  # also for NaN
+            # Pillow reads unsigned integers as signed ones, so their numbers say nothing.
+            is_float = image.mode == "F"
+            found = f"floats from {low:g} to {high:g}" if is_float else "integers of another range"
+            expected = "0 to 1 or 0 to 255" if is_float else "0 to 255 or 0 to 65535"
+            raise BadSample(
+                f"its image has greys of 32 bits, {found}, expected {expected}: save it with 8 or "
+                "16 bits"
+            )
+        if image.mode == "F":
+            levels = np.round(values * (255.0 if high <= 1 else 1.0))
+        else:
+            levels = values >> (0 if high <= 255 else 8)
+    if isinstance(clear, int):
+        levels = np.where(values == clear, 255, levels)
+    return levels.astype(np.uint8)
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn (H, W, 3) pixels by an Exif orientation, which says where row 0 and column 0 are."""
+    if orientation > 4:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def _scans(data: bytes) -> int:
@@ -124,8 +200,6 @@ def _scans(data: bytes) -> int:
 
 def _decode_jpeg(data: bytes) -> np.ndarray | None:
     """Decode a JPEG with exact flags; None = leave it to Pillow (CMYK, unusual but whole files)."""
-    if data.count(_SCAN) > MAX_SCANS and _scans(data) > MAX_SCANS:
-        raise BadSample(f"its JPEG is drawn in more than {MAX_SCANS} scans: save it again")
     try:
         if simplejpeg.decode_jpeg_header(data)[2] in ("CMYK", "YCCK"):
             return None
@@ -142,21 +216,25 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
     return pixels
 
 
-def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
+def _decode_with_pillow(
+    data: bytes, known: ImageFormat, header: ImageHeader, max_pixels: int
+) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             # max_pixels bounds decompression bombs; palettes with transparency warn in convert().
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            with Image.open(io.BytesIO(data), formats=(known.pillow,)) as image:
                 if image.width * image.height > max_pixels:
                     raise ValueError(f"its header says {image.width} x {image.height}")
-                if image.mode.startswith("I"):
-                    # Pillow would clip 16-bit greys to 255 instead of scaling them.
-                    grey = (np.array(image).astype(np.int64) >> 8).clip(0, 255)
-                    return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
-                return np.array(image.convert("RGB"))
+                return rgb_array(image)
+    except BadSample:
+        raise
     except UnidentifiedImageError:
-        raise BadSample("its image cannot be decoded (its header is broken)") from None
+        reason = "its header is broken"
+        if known is TIFF:
+            layout = f"its TIFF has {header.layout}"
+            reason = f"{layout}, which Pillow does not read: save it as RGB of 8 bits"
+        raise BadSample(f"its image cannot be decoded ({reason})") from None
     # Pillow's plugins raise anything from struct.error to SyntaxError on hostile bytes.
     except Exception as error:
         raise BadSample(f"its image cannot be decoded ({one_line(error)})") from None

@@ -44,15 +44,22 @@ class BadShard(ValueError):
 
 
 class ErrorList:
-    """List of everything that is wrong with a stream, to be reported at once."""
+    """List of everything that is wrong with a stream, to be reported at once.
+
+    Attributes:
+        lines: errors, and lines that only count more of a sort.
+        count: number of errors, those that are only counted as well.
+    """
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.count = 0
 
-    def add(self, line: str) -> None:
-        """Add an error unless it is listed or empty."""
+    def add(self, line: str, count: int = 1) -> None:
+        """Add an error, or a line for ``count`` of them, unless it is listed or empty."""
         if line and line not in self.lines:
             self.lines.append(line)
+            self.count += count
 
     def add_some(self, lines: Sequence[str], what: str, count: int | None = None) -> None:
         """Add errors of one sort: the first ``NAMED`` in full, the others as a count.
@@ -66,7 +73,7 @@ class ErrorList:
             self.add(line)
         more = (len(lines) if count is None else count) - NAMED
         if more > 0:
-            self.add(f"and {more} more {what}")
+            self.add(f"and {more} more {what}", more)
 
     def raise_all(self, stream: str) -> None:
         """Raise one exception that lists every error, if there is any.
@@ -76,7 +83,7 @@ class ErrorList:
         """
         if self.lines:
             listed = "\n".join(f"  - {line}" for line in self.lines)
-            raise ValueError(f"stream '{stream}' has {count_errors(len(self.lines))}:\n{listed}")
+            raise ValueError(f"stream '{stream}' has {count_errors(self.count)}:\n{listed}")
 
 
 def count_errors(count: int) -> str:

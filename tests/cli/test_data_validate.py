@@ -20,11 +20,12 @@ def good(desk):
 def test_a_good_stream_is_printed_as_a_table(good):
     status, out, err = good.give("data", "validate", good.card, "--num_workers", 0)
     assert (status, err) == (0, "")
-    lines = [line.split() for line in out.splitlines()]
+    # Two training images of the noise are equal as well, which is a warning.
+    lines = [line.split() for line in out.splitlines() if not line.startswith("warning: ")]
     titles = ["task", "type", "train", "test", "bytes", "classes", "smallest", "largest"]
-    assert lines[1] == [*titles, "images"]
-    assert lines[3][:4] == ["task-b", "classification", "12", "5"]
-    assert lines[3][6:] == ["2", "c2", "(6)", "c2", "(6)", "8", "×", "6"]
+    assert lines[0] == [*titles, "images"]
+    assert lines[2][:4] == ["task-b", "classification", "12", "5"]
+    assert lines[2][6:] == ["2", "c2", "(6)", "c2", "(6)", "8", "×", "6"]
     assert "warning: no shard has a hash on the card" in out
     assert "stream 'small' is good: 55 samples in" in out.splitlines()[-1]
 

@@ -38,7 +38,7 @@ def test_pixels_are_those_of_pillow(kind, mode):
     assert pixels.equal(by_pillow(data))
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "1")])
+@pytest.mark.parametrize(("kind", "mode"), [("JPEG", "CMYK"), ("PNG", "1")])
 def test_other_colour_modes_become_rgb(kind, mode):
     data = picture(3, kind, (9, 5), mode)
     assert decode_image(data).equal(by_pillow(data))
@@ -54,14 +54,6 @@ def test_sixteen_bit_greys_are_scaled_not_clipped():
     file = io.BytesIO()
     Image.fromarray(np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16)).save(file, "PNG")
     assert decode_image(file.getvalue())[0].tolist() == [[0, 128, 255]]
-
-
-def test_exif_rotation_is_ignored():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    file = io.BytesIO()
-    Image.new("RGB", (20, 10)).save(file, "JPEG", exif=exif)
-    assert decode_image(file.getvalue()).shape == (3, 10, 20)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -88,9 +80,9 @@ def test_the_format_is_found_by_content_not_by_name():
     assert decode_image(picture(1, "WEBP")).shape == (3, 6, 8)
 
 
-@pytest.mark.parametrize("data", [b"GIF89a" + bytes(50), b"%!PS-Adobe-3.0 EPSF", b"\x80\x04K\x01."])
+@pytest.mark.parametrize("data", [b"PIXAR" + bytes(50), b"%!PS-Adobe-3.0 EPSF", b"\x80\x04K\x01."])
 def test_other_formats_are_never_given_to_a_decoder(data):
-    with pytest.raises(BadSample, match="is not JPEG, PNG or WebP"):
+    with pytest.raises(BadSample, match="not JPEG, PNG, WebP, GIF, BMP, TIFF"):
         decode_image(data)
 
 

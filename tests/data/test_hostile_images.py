@@ -3,6 +3,7 @@
 import contextlib
 import io
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from mmcl.data import BadSample, decode_image
 from mmcl.data.decode import MAX_SCANS
 from tests.data.small_stream import picture
+from tests.data.test_image_formats import needs_avif, tiff
 
 
 def chunk(kind, data):
@@ -111,9 +113,9 @@ def test_an_animation_is_its_first_frame_whatever_it_is_called():
         assert decode_image(file.getvalue()).equal(expected)
 
 
-@pytest.mark.parametrize("kind", ["GIF", "TIFF", "BMP", "ICO", "PPM", "PDF", "JPEG2000"])
-def test_a_format_that_is_none_of_three_is_never_decoded_whatever_it_is_called(kind):
-    with pytest.raises(BadSample, match="its image is not JPEG, PNG or WebP"):
+@pytest.mark.parametrize("kind", ["ICO", "PDF", "JPEG2000", "SGI", "TGA", "PCX", "DDS"])
+def test_a_format_that_is_not_in_the_table_is_never_decoded_whatever_it_is_called(kind):
+    with pytest.raises(BadSample, match="its image is .*not JPEG, PNG, WebP, GIF, BMP, TIFF, PPM"):
         decode_image(saved(kind, size=(16, 16)))
 
 
@@ -185,3 +187,135 @@ def test_a_reason_is_the_same_in_every_run():
         messages.add(str(caught.value))
     assert len(messages) == 1
     assert "0x" not in messages.pop()
+
+
+NEW = ["GIF", "BMP", "TIFF", "PPM", pytest.param("AVIF", marks=needs_avif)]
+GREY = {258: (3, [8]), 259: (3, [1]), 262: (3, [1]), 277: (3, [1]), 273: (4, [8]), 279: (4, [64])}
+HUGE = "is 60000 x 60000, more than 64000000 pixels: shrink it"
+
+
+def bmp(width, height):
+    head = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + head
+
+
+def gif(canvas, frame, before=b""):
+    """A GIF of one frame; ``before`` are the extensions before it."""
+    head = b"GIF89a" + struct.pack("<HHBBB", *canvas, 0x80, 0, 0) + bytes(6)
+    image = b"," + struct.pack("<4HB", 0, 0, *frame, 0) + b"\x02\x02\x4c\x01\x00;"
+    return head + before + image
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        bmp(60_000, 60_000), bmp(60_000, -60_000), gif((60_000, 60_000), (1, 1)),
+        gif((1, 1), (60_000, 60_000)), b"P6\n60000 60000\n255\n" + bytes(99),
+        b"P1 60000 60000 0", b"P5 60000 60000 65535 " + bytes(99), tiff(60_000, 60_000, GREY, b""),
+        tiff(60_000, 60_000, {**GREY, 259: (3, [5])}, bytes(9), ">"),
+    ],
+)  # fmt: skip
+def test_a_size_in_the_header_of_any_format_is_refused_before_a_canvas_is_made(data):
+    with pytest.raises(BadSample, match=HUGE):
+        decode_image(data)
+
+
+@needs_avif
+def test_the_size_in_an_avif_is_refused_before_it_is_decoded():
+    data = saved("AVIF")
+    place = data.index(b"ispe") + 8
+    bomb = data[:place] + struct.pack(">II", 16_000, 16_000) + data[place + 8 :]
+    with pytest.raises(BadSample, match="16000 x 16000, more than 64000000|AVIF header is broken"):
+        decode_image(bomb)
+
+
+def test_a_tile_that_is_larger_than_its_image_is_refused():
+    tags = {**GREY, 322: (4, [60_000]), 323: (4, [60_000]), 324: (4, [8]), 325: (4, [64])}
+    with pytest.raises(BadSample, match="is 8 x 8 in tiles of 60000 x 60000: save it again"):
+        decode_image(tiff(8, 8, tags, bytes(64)))
+
+
+def test_a_strip_of_a_billion_rows_is_cut_at_the_image():
+    data = tiff(8, 8, {**GREY, 278: (4, [1 << 30]), 273: (4, [300])}, bytes(600))
+    assert decode_image(data).shape == (3, 8, 8)
+
+
+def test_tags_that_share_the_bytes_of_a_tiff_are_not_multiplied():
+    data = bytearray(tiff(8, 8, {**GREY, 65_000: (1, [0] * 5000)}, bytes(5000)))
+    count = struct.unpack_from("<H", data, 8)[0]
+    for entry in range(10, 10 + 12 * (count - 1), 12):  # each of them claims the whole file
+        tag = struct.unpack_from("<H", data, entry)[0]
+        if tag in (258, 259, 262, 277):
+            struct.pack_into("<HII", data, entry + 2, 1, len(data) - 8, 8)
+    with pytest.raises(BadSample, match="its TIFF states .* bytes of tags and has"):
+        decode_image(bytes(data))
+
+
+def test_a_directory_of_sixty_thousand_tags_is_refused():
+    data = b"II*\0" + struct.pack("<IH", 8, 60_000) + bytes(12 * 60_000 + 4)
+    with pytest.raises(BadSample, match="its TIFF has 60000 tags, more than 4096"):
+        decode_image(data)
+
+
+def test_the_other_pages_of_a_tiff_are_not_looked_at():
+    page = saved("TIFF", size=(8, 8))
+    (first,) = struct.unpack_from("<I", page, 4)
+    (count,) = struct.unpack_from("<H", page, first)
+    directory = page[first : first + 2 + 12 * count]
+    end = first + 2 + 12 * count
+    pages = bytearray(page.ljust(end + 4, b"\0"))
+    for _ in range(20_000):  # each is followed by the next, the last by itself
+        struct.pack_into("<I", pages, end, len(pages))
+        end = len(pages) + len(directory)
+        pages += directory + bytes(4)
+    start = time.process_time()
+    assert decode_image(bytes(pages)).equal(decode_image(page))
+    assert time.process_time() - start < 1
+
+
+def test_a_directory_that_follows_itself_does_not_hang():
+    data = bytearray(saved("TIFF", size=(8, 8)))
+    (first,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, first)
+    struct.pack_into("<I", data, first + 2 + 12 * count, first)
+    assert decode_image(bytes(data)).shape == (3, 8, 8)
+
+
+def test_comments_before_the_first_image_of_a_gif_are_bounded():
+    comment = b"!\xfe" + (b"\xff" + bytes(255)) * 5000 + b"\0"
+    with pytest.raises(BadSample, match="its GIF has no image in its first 1048576 bytes"):
+        decode_image(gif((8, 8), (8, 8), comment))
+
+
+def test_a_comment_in_a_ppm_is_bounded():
+    start = time.process_time()
+    for filler in (b"\n#" + b"x" * 10_000_000, b" " + b"#\n" * 5_000_000, b" " * 9_000_000):
+        with pytest.raises(BadSample, match="its PPM header is broken or cut off"):
+            decode_image(b"P6" + filler)
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("kind", NEW)
+def test_a_file_cut_anywhere_is_decoded_or_a_bad_sample(kind):
+    whole = saved(kind, size=(24, 16))
+    for length in range(1, len(whole), max(1, len(whole) // 60)):
+        with contextlib.suppress(BadSample):
+            assert decode_image(whole[:length]).shape == (3, 16, 24)
+
+
+@pytest.mark.parametrize("kind", NEW)
+def test_any_changed_byte_of_a_header_is_decoded_or_a_bad_sample(kind):
+    whole = saved(kind, size=(24, 16))
+    for place in range(min(len(whole), 200)):
+        for value in (0, 0x7F, 0xFF):
+            with contextlib.suppress(BadSample):
+                changed = whole[:place] + bytes([value]) + whole[place + 1 :]
+                assert decode_image(changed, max_pixels=40_000).numel() <= 3 * 40_000
+
+
+def test_exif_whose_tags_lead_outside_turns_nothing():
+    body = b"II*\0\x08\0\0\0" + b"\xff\xff" + bytes(30)
+    exif = b"Exif\0\0" + body
+    jpeg = picture(1, "JPEG")
+    data = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(exif)) + exif + jpeg[2:]
+    assert decode_image(data).equal(decode_image(jpeg))

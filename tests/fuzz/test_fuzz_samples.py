@@ -32,6 +32,17 @@ PICTURES = [
     saved("PNG"), saved("PNG", "P"), saved("PNG", "RGBA"), saved("PNG", "1"), saved("PNG", "I;16"),
     saved("PNG", "LA", optimize=True), saved("WEBP"), saved("WEBP", lossless=True),
     saved("WEBP", "RGBA", save_all=True, append_images=[Image.new("RGBA", (24, 16))]),
+    saved("GIF"), saved("GIF", "RGBA"), saved("BMP"), saved("BMP", "P"), saved("PPM"),
+    saved("PPM", "1"), saved("TIFF"), saved("TIFF", "RGBA", compression="tiff_lzw"),
+    saved("TIFF", "I;16"), saved("TIFF", "F"), saved("TIFF", "LAB"),
+    saved("TIFF", "CMYK", compression="tiff_adobe_deflate"),
+]  # fmt: skip
+
+
+STARTS = [
+    b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBP", b"GIF89a", b"BM",
+    b"II*\0\x08\0\0\0",
+    b"MM\0*\0\0\0\x08", b"II+\0\x08\0\0\0", b"P5 8 8 255 ", b"P3 8 8 ", b"\0\0\0\x18ftypavif", b"",
 ]  # fmt: skip
 
 
@@ -62,7 +73,7 @@ def test_a_changed_image_is_pixels_or_a_bad_sample(data, changes):
 
 @settings(max_examples=500)
 @given(
-    start=st.sampled_from([b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBP", b""]),
+    start=st.sampled_from(STARTS),
     rest=st.binary(max_size=200),
 )
 def test_any_bytes_behind_a_true_beginning_are_pixels_or_a_bad_sample(start, rest):

@@ -19,6 +19,7 @@ from mmcl.core.card.schema import (
     nearest,
     repr_short,
 )
+from mmcl.core.card.shard_lists import take_hash_files
 
 MAX_CARD_BYTES = 64 << 20
 MAX_NUMBER = 64
@@ -80,7 +81,9 @@ def validate_card(path: Path, scorers: Sequence[str] = ()) -> tuple[Card, list[s
     except ValueError as error:
         raise ValueError(f"{path} is not YAML: {escape_unprintable(str(error))}") from None
     errors = CardErrors(scorers, path.parent)
+    listed = take_hash_files(raw, path.parent, errors)
     card = _check_entries(Card.model_validate(raw, context=errors), errors)
+    card = card.model_copy(update=listed)
     more = len(errors.found) - MAX_ERRORS
     return card, errors.found[:MAX_ERRORS] + [f"and {more} more"] * (more > 0)
 

@@ -168,6 +168,7 @@ Shards = Annotated[
     AfterValidator(_shard_names),
     WithJsonSchema({"type": ["string", "array"], "items": {"type": "string"}, "minItems": 1}),
 ]
+_OR_FILE = WithJsonSchema({"type": ["object", "string"]})  # a file: see shard_lists.py
 TaskType = Literal[
     "captioning", "classification", "retrieval", "instruction", "preference", "editing"
 ]
@@ -330,8 +331,8 @@ class Card(_Inherited, _Origin):
     tasks: tuple[TaskEntry, ...] = Field((), min_length=1, description="in training order")
     eval_only: tuple[EvalOnlyEntry, ...] = Field((), description="test-only tasks")
     class_names: dict[Text, Text] = Field({}, description="class: its name in prompts")
-    hashes: dict[Name, Text] = Field({}, description="shard name: sha256")
-    counts: dict[Name, Count] = Field({}, description="shard name: samples")
+    hashes: Annotated[dict[Name, Text], _OR_FILE] = Field({}, description="shard name: sha256")
+    counts: Annotated[dict[Name, Count], _OR_FILE] = Field({}, description="shard name: samples")
     notes: Any = Field(None, description="for people, not read")
 
     @field_validator("sources", mode="before")

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mmcl.core import Batch, ProcessedSample, Transform
 from mmcl.core.image_values import ImagesAre, as_uint8, stack_images
 from mmcl.data.batches.collate import draw_caption, hash_image, pad_texts
+from mmcl.data.decode import rgb_array
 from mmcl.data.stored_sample import hash_bytes
 
 
@@ -214,7 +214,7 @@ def _tensor(image: Any) -> Tensor:
 
 
 def _pixels(image: Any) -> Tensor:
-    """Pixels (3, H, W) uint8 of a PIL image or a tensor."""
+    """Pixels (3, H, W) uint8 of a PIL image, by the rules of files (`rgb_array`), or a tensor."""
     if isinstance(image, Tensor):
         return as_uint8(image)
     if not hasattr(image, "convert"):
@@ -222,7 +222,7 @@ def _pixels(image: Any) -> Tensor:
             f"an image is {type(image).__name__}, expected a PIL image or a tensor (3, H, W): give "
             "the dataset a transform that makes one"
         )
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(rgb_array(image)).permute(2, 0, 1).contiguous()
 
 
 def _seed() -> int:

@@ -16,6 +16,7 @@ from mmcl.data.batches.caption_member import text_member
 from mmcl.data.batches.collate import Example, collate, make_example, make_pairs
 from mmcl.data.batches.shared_memory import make_dataloader
 from mmcl.data.decode import MAX_PIXELS
+from mmcl.data.shards.llava_json import expect_scorable
 from mmcl.data.shards.open_stream import OpenStream
 from mmcl.data.shards.reader import Reader
 from mmcl.data.stored_sample import BadSample, IntArray, Split
@@ -92,14 +93,16 @@ class EvalLoader:
 class _EvalDataset(Dataset[Batch]):
     """Dataset of batches of the requested samples, without the bad ones.
 
-    ``all_captions`` makes a pair of each caption of a sample, else one is drawn.
+    ``all_captions`` makes a pair of each caption of a sample, else one is drawn; ``scorer`` has to
+    accept the answers, "" = any.
     """
 
     def __init__(
-        self, reader: Reader, task: Task, transform: Transform, max_pixels: int, all_captions: bool
-    ) -> None:
+        self, reader: Reader, task: Task, transform: Transform, max_pixels: int,
+        all_captions: bool = False, scorer: str = "",
+    ) -> None:  # fmt: skip
         self.reader, self.task, self.transform = reader, task, transform
-        self.max_pixels, self.all_captions = max_pixels, all_captions
+        self.max_pixels, self.all_captions, self.scorer = max_pixels, all_captions, scorer
 
     def __getitems__(self, numbers: IntArray) -> _WorkerResult:
         return self.make(numbers)
@@ -119,7 +122,10 @@ class _EvalDataset(Dataset[Batch]):
         arguments = (sample, number, self.task, self.transform)
         if self.all_captions:
             return make_pairs(*arguments, seed=seed, max_pixels=self.max_pixels)
-        return [make_example(*arguments, seed=seed, max_pixels=self.max_pixels)]
+        example = make_example(*arguments, seed=seed, max_pixels=self.max_pixels)
+        if self.scorer:
+            expect_scorable(sample.members["json"], self.scorer)
+        return [example]
 
 
 class DistributedSequentialSampler(Sampler[IntArray]):
@@ -189,7 +195,8 @@ def eval_loader(
     task, reader = prepared.stream.evaluated_task(column), prepared.reader(column, split)
     numbers = few_of(len(reader), few, column)
     is_pairs = split != "train" and task.task_type in ("captioning", "retrieval")
-    dataset = _EvalDataset(reader, task, transform, max_pixels, is_pairs)
+    scorer = "" if split == "train" else task.scorer
+    dataset = _EvalDataset(reader, task, transform, max_pixels, is_pairs, scorer)
     sampler = DistributedSequentialSampler(
         numbers, batch, rank, world, in_ranges and reader.in_windows
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 
 from mmcl.data.convert.record import split_of
+from mmcl.data.image_formats import OTHER_IMAGE_EXTENSIONS
 from mmcl.data.shards.tar_index import IMAGES
 
 _NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -197,7 +198,7 @@ def is_image_name(name: str) -> bool:
     """Return whether a file's name has the extension of an image, readable or not."""
     ending = PurePath(name).suffix.lower()
     kind = _MIME.types_map[True].get(ending) or _MIME.types_map[False].get(ending, "")
-    return ending[1:] in IMAGES or kind.startswith("image/")
+    return ending[1:] in (*IMAGES, *OTHER_IMAGE_EXTENSIONS) or kind.startswith("image/")
 
 
 def list_names(names: Iterable[str]) -> str:

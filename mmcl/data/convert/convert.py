@@ -12,14 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from mmcl.core.atomic_write import write_atomic
 from mmcl.core.card import read_card
 from mmcl.data.convert.class_names import ClassNames, LookUp, name_classes
 from mmcl.data.convert.columns import expect_harmless_key, list_names
 from mmcl.data.convert.image_folder_input import natural
+from mmcl.data.convert.known_images import shared_images
 from mmcl.data.convert.open_input import is_instructions, open_input
 from mmcl.data.convert.record import ConvertOptions, InputData, ProgressFn, SkippedRecord
-from mmcl.data.convert.scan import ScanResult, scan_input, take_splits
+from mmcl.data.convert.scan import (
+    ScanResult,
+    image_notes,
+    scan_input,
+    take_splits,
+    write_left_out,
+)
 from mmcl.data.convert.task_files import InPlace, plan_task, unique_names, write_in_place
 from mmcl.data.convert.task_split import TaskSplits, assign_tasks, class_positions, task_notes
 from mmcl.data.parallel import WorkerPool
@@ -29,6 +35,7 @@ from mmcl.data.shards.stream_writer import (
     build_stream,
     card_counts,
     find_card,
+    listed_shards,
     load_card,
     put_tasks,
     save_card,
@@ -87,6 +94,7 @@ def convert(
     card: Path | None = None,
     in_place: InPlace | None = None,
     look_up: LookUp = lambda _: {},
+    allow_duplicates: bool = False,
     progress: ProgressFn = lambda *_: None,
 ) -> tuple[Path, ConvertedTasks]:
     """Convert an input to shards, and put its tasks on a card.
@@ -103,6 +111,7 @@ def convert(
         card: to append to; None takes the only one of the folder.
         in_place: write no shards, use the samples in place.
         look_up: returns the names in prompts of those classes that are known ids.
+        allow_duplicates: append a task also if its samples are all on the card already.
         progress: called with (what is done, samples done, samples in all).
 
     Returns:
@@ -111,13 +120,15 @@ def convert(
     Raises:
         FileNotFoundError: if the card to append to is missing.
         ValueError: listing the bad samples if there are too many; if tasks cannot be assigned; or
-            if a card of the folder uses shards of these names that were made from other data.
+            if a card of the folder uses shards of these names that were made from other data; or if
+            all samples of an appended task are those of another task.
     """
     path = _card_path(folder, options, append, card)
     known = read_card(path).classes if path.is_file() else ()
     converted = convert_tasks(
         train, test, folder, options,
         known=known, append=append, in_place=in_place, look_up=look_up, progress=progress,
+        compare_with=path if append else None, allow_duplicates=allow_duplicates,
     )  # fmt: skip
     with file_lock(folder):
         _put_on_card(path, load_card(path), converted, train, options, append)
@@ -134,12 +145,15 @@ def convert_tasks(
     append: bool = False,
     in_place: InPlace | None = None,
     look_up: LookUp = lambda _: {},
+    compare_with: Path | None = None,
+    allow_duplicates: bool = False,
     progress: ProgressFn = lambda *_: None,
 ) -> ConvertedTasks:
     """Convert an input as `convert` does, but leave it to the caller to put its tasks on a card.
 
     ``known`` are the classes that a card has already, whose ids stay. ``append`` names the build
-    record after the first task, not after the stream.
+    record after the first task, not after the stream. ``compare_with`` is a card with whose tasks
+    the new ones are compared, see `shared_images`.
     """
     sources = [train] if test is None else [train, test]
     in_all = (sum(map(len, source.chunks)) for source in sources)
@@ -150,6 +164,9 @@ def convert_tasks(
         names = _class_names(scans, options, look_up)
         tasks, classes = assign_tasks(scans[0], scans[1] if test else None, options, known)
         name = unique_names([tasks[0].name])[0] if append else options.name
+        shared = (
+            shared_images(compare_with, tasks, allow_duplicates, progress) if compare_with else []
+        )
         if in_place is not None:
             entries, hashes, counts = write_in_place(folder, tasks, in_place)
         else:
@@ -163,23 +180,13 @@ def convert_tasks(
             entry["scorer"] = options.scorer
         if options.max_new_tokens is not None:
             entry["max_new_tokens"] = options.max_new_tokens
-    left_out = [bad for scan in scans for bad in scan.left_out]
-    left_out_file = _write_left_out(folder / f"{name}.left_out.txt", left_out)
+    left_out, left_out_file = write_left_out(folder / f"{name}.left_out.txt", scans)
     leaked = (np.isin(task.test.content, task.train.content).sum() for task in tasks if test)
     num_bad = sum(scan.num_bad for scan in scans)
     return ConvertedTasks(
         entries, classes, hashes, counts, left_out, num_bad, left_out_file, sum(map(int, leaked)),
-        [*notes, *task_notes(tasks, options), *names.notes], names,
+        [*notes, *task_notes(tasks, options), *image_notes(scans), *shared, *names.notes], names,
     )  # fmt: skip
-
-
-def _write_left_out(path: Path, left_out: Sequence[SkippedRecord]) -> Path:
-    """Write the list of bad samples, or remove an old one; return its path."""
-    if left_out:
-        write_atomic(path, "".join(f"{bad}\n" for bad in left_out))
-    else:
-        path.unlink(missing_ok=True)
-    return path
 
 
 def _scan(
@@ -347,8 +354,7 @@ def _expect_free(folder: Path, name: str, recipe: Mapping[str, Any]) -> None:
     if record.get("recipe") == json.loads(json.dumps(recipe)):
         return
     for card in sorted(folder.glob("*.yaml")):
-        text = card.read_text(encoding="utf-8", errors="replace")
-        if any(shard in text for shard in shards):
+        if listed_shards(card, shards):
             raise ValueError(
                 f"'{name}' in {folder} was made from other files or options and card {card.name} "
                 f"uses it: choose another --out or --name, or delete {name}.build.json to have it "

@@ -310,7 +310,7 @@ def _chunks(tree: ImageTree, folder: Path, label: str, task: str, split: str) ->
     names = tree.images(folder)
     if not names:
         raise ValueError(
-            f"{folder} has no images ({', '.join(IMAGES)}): remove this folder, or, if it "
+            f"{folder} has no images (.{', .'.join(IMAGES)}): remove this folder, or, if it "
             "holds the folders of classes or tasks, give --tasks_are_folders or --task_level 2"
         )
     return folder_chunks(FolderChunk, folder, names, label, task, split)

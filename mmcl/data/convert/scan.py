@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mmcl.core.atomic_write import write_atomic
 from mmcl.data.convert.record import (
     SPLITS,
     Chunk,
@@ -23,9 +24,10 @@ from mmcl.data.convert.record import (
     Record,
     SkippedRecord,
 )
-from mmcl.data.decode import MAX_PIXELS, decode_image, size_of
+from mmcl.data.decode import decode_image, expect_limits
+from mmcl.data.image_formats import read_header
 from mmcl.data.parallel import ParallelMap
-from mmcl.data.shards.llava_json import expect_scorable
+from mmcl.data.shards.llava_json import expect_scorable, has_visible_text
 from mmcl.data.shards.reader import subset_size
 from mmcl.data.shards.tar import BLOCK, padded
 from mmcl.data.shards.tar_index import IMAGES
@@ -41,12 +43,14 @@ _USED = {"training": "are trained on", "test": "are the test samples", "": "are 
 
 @dataclass
 class _Scan:
-    """What is known of n records after a pass, 25 bytes for each.
+    """What is known of n records after a pass, 41 bytes for each.
 
     Attributes:
         count: n.
         size: (n,) bytes of each record in a shard, 0 if it is bad or was not read.
         content: (n,) uint64 hash of its image, or of its text if it has none.
+        sample: (n,) uint64 hash of all its members.
+        image_bytes: (n,) bytes of its image, 0 if it has none.
         task: (n,) int32 index into names of tasks.
         label: (n,) int32 index into names of classes.
         split: (n,) int8 index into ``SPLITS``.
@@ -57,6 +61,8 @@ class _Scan:
     def __post_init__(self) -> None:
         self.size = np.zeros(self.count, dtype=np.int64)
         self.content = np.zeros(self.count, dtype=np.uint64)
+        self.sample = np.zeros(self.count, dtype=np.uint64)
+        self.image_bytes = np.zeros(self.count, dtype=np.int64)
         self.task = np.zeros(self.count, dtype=np.int32)
         self.label = np.zeros(self.count, dtype=np.int32)
         self.split = np.zeros(self.count, dtype=np.int8)
@@ -79,6 +85,7 @@ class ScanResult(_Scan):
         num_bad: how many of these are bad.
         remarks: sentence -> records that it is about.
         unused: keys of records that are not used.
+        num_deep: images among the others whose values have more than 8 bits.
         digest: sha256 of everything that was read, in hex.
     """
 
@@ -90,6 +97,7 @@ class ScanResult(_Scan):
     num_bad: int = 0
     remarks: Counter[str] = field(default_factory=Counter)
     unused: set[str] = field(default_factory=set)
+    num_deep: int = 0
     digest: str = ""
 
 
@@ -102,6 +110,7 @@ class _ChunkScan(_Scan):
     unusable: list[tuple[int, InvalidRecord]] = field(default_factory=list)
     remarks: Counter[str] = field(default_factory=Counter)
     unused: set[str] = field(default_factory=set)
+    num_deep: int = 0
     digest: bytes = b""
 
 
@@ -133,6 +142,7 @@ def scan_input(
     for glance in parallel_map(partial(scan_chunk, scorer=scorer), _subsets(source, chosen)):
         own = chosen[scan.num_read : scan.num_read + glance.count]
         scan.size[own], scan.content[own] = glance.size, glance.content
+        scan.sample[own], scan.image_bytes[own] = glance.sample, glance.image_bytes
         scan.split[own] = glance.split
         scan.task[own] = _renumbered(glance.task, glance.tasks, tasks)
         scan.label[own] = _renumbered(glance.label, glance.labels, labels)
@@ -143,6 +153,7 @@ def scan_input(
         scan.unused |= glance.unused
         scan.num_read += glance.count
         scan.num_bad += len(glance.unusable)
+        scan.num_deep += glance.num_deep
         progress(f"reading {source.where}", scan.num_read, len(chosen))
     scan.tasks, scan.labels, scan.digest = list(tasks), list(labels), digest.hexdigest()
     return scan
@@ -218,8 +229,11 @@ def scan_chunk(chunk: Chunk, scorer: str = "") -> _ChunkScan:
             continue
         members = sorted(record.members.items())
         images = [data for name, data in members if name in IMAGES]
+        glance.num_deep += any(read_header(data).bits > 8 for data in images)
         content = hashlib.sha256(images[0] if images else b"".join(data for _, data in members))
         glance.content[index] = int.from_bytes(content.digest()[:8], "big")
+        glance.sample[index] = members_hash(record.members, content.digest() if images else b"")
+        glance.image_bytes[index] = len(images[0]) if images else 0
         for name, data in members:
             glance.size[index] += BLOCK + padded(len(data))
             held = content.digest() if name in IMAGES else data
@@ -235,6 +249,15 @@ def scan_chunk(chunk: Chunk, scorer: str = "") -> _ChunkScan:
     return glance
 
 
+def members_hash(members: Mapping[str, bytes], image_digest: bytes) -> int:
+    """Return a hash of the members of a sample but its class, given the digest of its image."""
+    digest = hashlib.sha256(image_digest)
+    for name, data in sorted(members.items()):
+        if name not in IMAGES and name != "cls":
+            digest.update(f"{name} {len(data)} ".encode() + data)
+    return int.from_bytes(digest.digest()[:8], "big")
+
+
 def _checked(chunk: Chunk, scorer: str) -> Iterator[Record | InvalidRecord]:
     """Yield the records of a chunk, with broken images and unscorable answers as bad records."""
     for record in chunk.read():
@@ -242,6 +265,8 @@ def _checked(chunk: Chunk, scorer: str) -> Iterator[Record | InvalidRecord]:
             try:
                 for extension in set(record.members) & set(IMAGES):
                     expect_whole(extension, record.members[extension])
+                if "txt" in record.members:
+                    _expect_visible(record.members["txt"])
                 if "json" in record.members and record.split != "train":
                     expect_scorable(record.members["json"], scorer)
             except BadSample as error:
@@ -250,19 +275,25 @@ def _checked(chunk: Chunk, scorer: str) -> Iterator[Record | InvalidRecord]:
         yield record
 
 
+def _expect_visible(text: bytes) -> None:
+    if not has_visible_text(text.decode("utf-8", "replace")):
+        raise BadSample("its text is empty, it has only blanks or invisible characters")
+
+
 def expect_whole(extension: str, data: bytes) -> None:
     """Check an image by its header and its end, and by decoding it if the end is odd.
 
+    Formats that are rare, and whose end says nothing, are always decoded.
+
     Raises:
-        BadSample: if it is broken or has too many pixels.
+        BadSample: if it is broken, or beyond a limit of the run's reading.
     """
-    height, width = size_of(data)
-    if height * width > MAX_PIXELS:
-        raise BadSample(f"its image is {width} x {height}, more than {MAX_PIXELS} pixels")
+    expect_limits(data)
     if extension == "webp":
         is_whole = int.from_bytes(data[4:8], "little") + 8 <= len(data)
     else:
-        is_whole = (b"\xff\xd9" if extension == "jpg" else b"IEND") in data[-_EDGE:]
+        end = {"jpg": b"\xff\xd9", "png": b"IEND"}.get(extension)
+        is_whole = end is not None and end in data[-_EDGE:]
     if not is_whole:
         decode_image(data)
 
@@ -273,3 +304,24 @@ def _renumbered(
     """Convert indices into a chunk's names to indices into the names of the whole input."""
     table: Sequence[int] = [known.setdefault(name, len(known)) for name in names] or [0]
     return np.array(table, dtype=np.int32)[own]
+
+
+def write_left_out(path: Path, scans: Sequence[ScanResult]) -> tuple[list[SkippedRecord], Path]:
+    """List the bad samples in a file, which is removed if there are none."""
+    left_out = [bad for scan in scans for bad in scan.left_out]
+    if left_out:
+        write_atomic(path, "".join(f"{bad}\n" for bad in left_out))
+    else:
+        path.unlink(missing_ok=True)
+    return left_out, path
+
+
+def image_notes(scans: Sequence[ScanResult]) -> list[str]:
+    """Return a sentence on images whose values have more than 8 bits, if there are any."""
+    num_deep = sum(scan.num_deep for scan in scans)
+    if not num_deep:
+        return []
+    return [
+        f"{num_deep:,} images have more than 8 bits a value: they are stored as they are and read "
+        "with 8, of 16 bits the high ones (docs/data.md, Image formats)"
+    ]

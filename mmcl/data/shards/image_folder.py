@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 
+from mmcl.data.image_formats import image_format
 from mmcl.data.stored_sample import BadSample
 
 MAX_IMAGE_FILE_BYTES = 64 << 20
 """Larger image files are bad samples."""
-
-_STARTS = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"), (b"RIFF", "webp"))
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ class ImageFolder:
         """Return the extension of an image's format, whatever its name, and its bytes.
 
         Raises:
-            BadSample: as `find`; or if it is missing, no file, empty, too large, or not JPEG, PNG
-                or WebP.
+            BadSample: as `find`; or if it is missing, no file, empty, too large, or of a format
+                that is not read.
         """
         data = read_file(self.find(stated), stated)
         return extension_of(data, stated), data
@@ -88,13 +87,13 @@ def read_file(path: str | Path, stated: str) -> bytes:
 
 
 def extension_of(data: bytes, stated: str = "") -> str:
-    """Return the extension of an image, jpg, png or webp, by its first bytes.
+    """Return the extension of an image's format, such as jpg, by its first bytes.
+
+    Args:
+        data: the file, or its first 512 bytes.
+        stated: its name for messages.
 
     Raises:
-        BadSample: if it is of another format.
+        BadSample: if it is of a format that is not read.
     """
-    for start, extension in _STARTS:
-        if data.startswith(start) and (extension != "webp" or data[8:12] == b"WEBP"):
-            return extension
-    named = f" {stated[:200]!r}" if stated else ""
-    raise BadSample(f"its image{named} is not JPEG, PNG or WebP (it starts with {data[:8]!r})")
+    return image_format(data, stated).extensions[0]

@@ -97,7 +97,7 @@ class JsonShard:
         return self._open().numbers.astype(np.uint64)
 
     def read(self, index: int, fields: SampleFields | None = None) -> Sample:
-        """Return a sample: its conversation, and its image as jpg, png or webp if it has one.
+        """Return a sample: its conversation, and its image by its extension if it has one.
 
         Its members have no other names, so ``fields`` choose none.
 

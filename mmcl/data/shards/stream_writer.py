@@ -9,7 +9,8 @@ match are not written again, and a folder made by another recipe is written from
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,16 @@ import yaml
 from webdataset.writer import TarWriter
 
 from mmcl.core.atomic_write import write_atomic
-from mmcl.core.card import read_card
+from mmcl.core.card import read_card, validate_card
+from mmcl.core.card.schema import CardErrors, expand
+from mmcl.core.card.shard_lists import (
+    MAX_INLINE,
+    hash_file_name,
+    read_hash_file,
+    shard_list,
+    take_hash_files,
+    write_hash_file,
+)
 from mmcl.data.parallel import ParallelMap
 from mmcl.data.remote.file_lock import file_lock
 from mmcl.data.remote.location import sha256_of
@@ -245,8 +255,8 @@ def card_task(
     return {
         "name": name,
         **fields,
-        "train": [plan.name for plan in train],
-        "test": [plan.name for plan in test],
+        "train": shard_list([plan.name for plan in train]),
+        "test": shard_list([plan.name for plan in test]),
         "size": sum(plan.count for plan in train),
         "test_size": sum(plan.count for plan in test),
     }
@@ -285,7 +295,26 @@ def load_card(path: Path) -> dict[str, Any]:
         return {}
     read_card(path)
     content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return content
+    return {**content, **take_hash_files(content, path.parent, CardErrors())}
+
+
+def listed_shards(path: Path, shards: Collection[str]) -> list[str]:
+    """Return those of some shards of a folder that a YAML file of it lists, as far as it is a card.
+
+    Of a file that is none, or has errors, those whose names occur in its text.
+    """
+    names: set[str] = set()
+    try:
+        card, errors = validate_card(path)
+    except ValueError:
+        errors = ["no card"]
+    else:
+        for entry in (*card.tasks, *card.eval_only):
+            names.update((*entry.train, *entry.test))
+        names.update(shard for source in card.sources.values() for shard in source.shards)
+    places = {os.path.realpath(path.parent / name) for name in names}
+    text = path.read_text(encoding="utf-8", errors="replace") if errors else ""
+    return [s for s in shards if os.path.realpath(path.parent / s) in places or s in text]
 
 
 def put_tasks(
@@ -333,9 +362,31 @@ def save_card(path: Path, content: Mapping[str, Any], header: Sequence[str]) -> 
         if not line.startswith("#"):
             break
         above.append(line.removeprefix("#").strip())
+    content, hashes, counts = _without_hashes(hash_file_name(path), content, old)
+    hash_file = path.with_name(hash_file_name(path))
     text = card_text(content, [*above, *(line for line in header if line not in above)])
+    if hashes or counts:
+        # Until the new card is there, the file also states what the old card lists.
+        before = read_hash_file(hash_file) if hash_file.is_file() else ({}, {})
+        write_hash_file(hash_file, {**before[0], **hashes}, {**before[1], **counts})
     if text != old:
         write_atomic(path, lambda temporary: _checked(temporary, text))
+    if hashes or counts:
+        write_hash_file(hash_file, hashes, counts)
+
+
+def _without_hashes(
+    name: str, content: Mapping[str, Any], old: str
+) -> tuple[Mapping[str, Any], dict[str, str], dict[str, int]]:
+    """Return a card's content, and what goes into its hash file, nothing if the card has them.
+
+    A card whose ``old`` text names the file keeps it.
+    """
+    hashes, counts = dict(content.get("hashes") or {}), dict(content.get("counts") or {})
+    if max(len(hashes), len(counts)) <= MAX_INLINE and name not in old:
+        return content, {}, {}
+    rest = {key: value for key, value in content.items() if key not in ("hashes", "counts")}
+    return {**rest, "hashes": name}, hashes, counts
 
 
 def _checked(temporary: Path, text: str) -> None:
@@ -345,7 +396,8 @@ def _checked(temporary: Path, text: str) -> None:
 
 def _shards(entry: Mapping[str, Any]) -> list[str]:
     splits = (entry.get("train", ()), entry.get("test", ()))
-    return [name for names in splits for name in ([names] if isinstance(names, str) else names)]
+    listed = [name for names in splits for name in ([names] if isinstance(names, str) else names)]
+    return [shard for name in listed for shard in expand(name)]
 
 
 def _without_inherited(task: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str, Any]:

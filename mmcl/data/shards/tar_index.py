@@ -20,11 +20,12 @@ import numpy.typing as npt
 
 from mmcl.core.atomic_write import write_atomic
 from mmcl.core.card import KeyUntil
+from mmcl.data.image_formats import IMAGE_EXTENSIONS
 from mmcl.data.remote.location import ShardLocation
 from mmcl.data.shards.tar import BLOCK, padded
 from mmcl.data.stored_sample import IntArray
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+IMAGES = IMAGE_EXTENSIONS
 Hashes = npt.NDArray[np.uint64]
 UInts = npt.NDArray[np.uint32]
 

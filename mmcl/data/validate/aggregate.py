@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -29,7 +30,13 @@ from mmcl.data.validate.results import (
     tasks_and_sources,
     value_range,
 )
-from mmcl.data.validate.shard_check import Fingerprints, SampleCounts, ShardFindings, ShardJob
+from mmcl.data.validate.shard_check import (
+    BadSamples,
+    Fingerprints,
+    SampleCounts,
+    ShardFindings,
+    ShardJob,
+)
 
 SPLITS: tuple[Split, Split] = ("train", "test")
 # Odd, so that the hashes of no two questions coincide: 2^64 divided by the golden ratio.
@@ -46,11 +53,13 @@ class SplitAccumulator:
         shards: job and result of each shard that can be used, or of its chunks, in order. Their
             fingerprints are kept to the end, hashes of keys and contents until the split ends.
         counts: over all of them.
+        new_bad: as ``counts.bad``, without samples that another split listed already.
     """
 
     names: tuple[str, ...]
     shards: list[tuple[ShardJob, ShardFindings]] = field(default_factory=list)
     counts: SampleCounts = field(default_factory=SampleCounts)
+    new_bad: SampleCounts = field(default_factory=SampleCounts)
 
     @property
     def counted(self) -> int:
@@ -219,6 +228,25 @@ def report_leakage(
             )
 
 
+def report_shared_images(stream: TaskStream, splits: Splits, warnings: ErrorList) -> None:
+    """Warn of tasks that train on images of tasks before them; of an image the first counts."""
+    tasks = [task for task in stream.tasks if (task.index, "train") in splits]
+    # Half of the hash is enough to count: two of 2^64 coincide once in some billion images.
+    images = [np.unique(splits[task.index, "train"].fingerprints[:, 0]) for task in tasks]
+    images = [own[own != 0] for own in images]
+    owner = np.repeat(np.arange(len(tasks)), [len(own) for own in images])
+    every = np.concatenate([np.zeros(0, np.uint64), *images])
+    order = np.argsort(every, kind="stable")
+    is_repeat = np.r_[False, every[order][1:] == every[order][:-1]][: len(order)]
+    first = order[np.maximum.accumulate(np.where(is_repeat, 0, np.arange(len(order))))]
+    pairs = np.stack([owner[order], owner[first]], axis=1)[is_repeat]
+    for (later, earlier), count in Counter(map(tuple, pairs.tolist())).items():
+        warnings.add(
+            f"{display_name(tasks[later])} has {count:,} of its {len(images[later]):,} training "
+            f"images also in {display_name(tasks[earlier])}"
+        )
+
+
 class ResultAggregator:
     """Errors, warnings and counts of a stream, growing shard by shard.
 
@@ -233,6 +261,7 @@ class ResultAggregator:
         self.current: tuple[Task, Split] | None = None
         self.unusable: set[str] = set()
         self.unused, self.unsorted = UnusedMembers(), dict[str, None]()
+        self._bad_of: dict[tuple[str, tuple[int, int]], dict[str, BadSamples]] = {}
 
     def add(self, job: ShardJob, found: ShardFindings) -> None:
         """Add the result of the next shard."""
@@ -244,6 +273,12 @@ class ResultAggregator:
             (job.task.index, job.split), SplitAccumulator(shard_names(job.task, job.split))
         )
         if not found.error:
+            # The samples of a shard that several tasks list are bad once, if for the same reasons.
+            known = self._bad_of.setdefault((job.name, job.chunk), {})
+            for sort, (count, lines) in found.counts.bad.items():
+                if known.get(sort) != (count, lines):
+                    split.new_bad.add_bad(sort, lines, count)
+                known[sort] = (count, lines)
             split.add(job, found)
             ignored = job.task.ignore_members
             self.unused.add(job.name, found.samples, found.members, found.used, ignored)
@@ -265,7 +300,7 @@ class ResultAggregator:
         found = [each for _, each in split.shards]
         keys = np.concatenate([np.zeros(0, np.uint64), *(each.keys for each in found)])
         add_repeated_keys(self.errors, where, keys, split.key_name)
-        for sort, (count, lines) in split.counts.bad.items():
+        for sort, (count, lines) in split.new_bad.bad.items():
             named = [f"{where}: {line}" for line in lines]
             self.errors.add_some(named, f"in {where} of this sort: {sort}", count)
         contents = np.concatenate([np.zeros(0, np.uint64), *(each.contents for each in found)])
@@ -281,6 +316,7 @@ class ResultAggregator:
         """Check what only all shards together show, and return all results."""
         self.end_split()
         report_leakage(self.stream, self.splits, self.errors, self.warnings)
+        report_shared_images(self.stream, self.splits, self.warnings)
         everything = tasks_and_sources(self.stream)
         tasks = tuple(self.task_findings(task) for task in everything)
         absent = [line for each in tasks for line in _absent_classes(each)]
@@ -295,7 +331,9 @@ class ResultAggregator:
         self.check_hashes({name for task in everything for name in (*task.train, *task.test)})
         errors, warnings = tuple(self.errors.lines), tuple(self.warnings.lines)
         notes = self.unused.lines()
-        return StreamFindings(self.stream.name, self.stream, errors, warnings, tasks, notes)
+        return StreamFindings(
+            self.stream.name, self.stream, errors, warnings, tasks, notes, self.errors.count
+        )
 
     def task_findings(self, task: Task) -> TaskFindings:
         """Summarize a task, eval-only task or source."""

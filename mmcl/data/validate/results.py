@@ -88,6 +88,7 @@ class StreamFindings:
         warnings: warnings, a line each.
         tasks: every task, eval-only task and source.
         notes: what is in the stream and not used, a line each.
+        num_errors: number of errors, those that are only counted as well.
     """
 
     name: str
@@ -96,6 +97,7 @@ class StreamFindings:
     warnings: tuple[str, ...]
     tasks: tuple[TaskFindings, ...]
     notes: tuple[str, ...] = ()
+    num_errors: int = 0
 
     @property
     def splits(self) -> tuple[SplitFindings, ...]:
@@ -107,6 +109,7 @@ class StreamFindings:
         return {
             "stream": self.name,
             "is_good": not self.errors,
+            "num_errors": self.num_errors,
             "errors": list(self.errors),
             "warnings": list(self.warnings),
             "notes": list(self.notes),

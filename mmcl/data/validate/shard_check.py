@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmcl.core import Conversation, ProcessedSample, Task
 from mmcl.data.batches.collate import make_example
+from mmcl.data.shards.llava_json import expect_scorable
 from mmcl.data.shards.open_stream import OpenOptions, open_shard, task_type_error
 from mmcl.data.shards.reader import Reader, Shard, evenly_spaced
 from mmcl.data.shards.sample_fields import SampleFields
@@ -30,6 +31,8 @@ from mmcl.data.stored_sample import (
 Fingerprints = npt.NDArray[np.uint64]
 """(n, 3): two halves of an image's hash (0 without one), then the hash of its questions (0 without
 any: classes and captions). A sample that cannot be read has three zeros."""
+BadSamples = tuple[int, list[str]]
+"""How many bad samples of one sort there are, and the first ``NAMED`` of them in full."""
 _SORTS = 40
 _ANSWERS, _LONGEST_ANSWER, _ANSWERS_KEPT = 500, 120, 20_000
 _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
@@ -85,7 +88,7 @@ class SampleCounts:
         sizes: (width, height) of images -> how many.
         lengths: characters of a text or dialogue -> how many.
         answers: right answer -> how many, the most frequent ones.
-        bad: sort of error -> how many, and the first ``NAMED`` of them in full.
+        bad: sort of error -> samples that have it.
     """
 
     size_bytes: int = 0
@@ -93,7 +96,7 @@ class SampleCounts:
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
     answers: Counter[str] = field(default_factory=Counter)
-    bad: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
+    bad: dict[str, BadSamples] = field(default_factory=dict)
 
     def add_bad(self, sort: str, lines: list[str], count: int = 1) -> None:
         """Add bad samples of one sort, ``lines`` being the first of them."""
@@ -216,6 +219,8 @@ def _scan(job: ShardJob, shard: Shard, is_first: bool) -> ShardFindings:
         try:
             sample = shard.read(index, fields)
             decoded = decode_as_training(sample, job.task, job.max_pixels)
+            if job.split == "test" and job.task.scorer:
+                expect_scorable(sample.members["json"], job.task.scorer)
         except BadSample as error:
             # Errors of one sort differ in names, numbers and details only.
             words = _VARYING.sub("", str(error)).split("(")[0].split(":")[0].split()

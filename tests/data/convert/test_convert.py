@@ -275,6 +275,23 @@ def test_other_data_under_a_name_in_use_is_refused(tmp_path):
         made(tmp_path / "set", tmp_path / "out")
 
 
+def test_a_card_of_very_many_shards_has_ranges_and_is_protected_as_well(tmp_path, monkeypatch):
+    for module in ("mmcl.core.card.shard_lists", "mmcl.data.shards.stream_writer"):
+        monkeypatch.setattr(f"{module}.MAX_INLINE", 3)
+    class_folders(tmp_path / "set", {"a": 6, "b": 6})
+    card = made(tmp_path / "set", tmp_path / "out", shard_samples=1)
+    assert card["tasks"][0]["train"] == ["mine-train-{00000..00009}.tar"]
+    assert card["hashes"] == "mine.hashes.tsv"
+    class_folders(tmp_path / "more", {"c": 4}, start=50)
+    card = made(tmp_path / "more", tmp_path / "out", name="more", append=True, shard_samples=1)
+    lines = (tmp_path / "out" / "mine.hashes.tsv").read_text().splitlines()
+    assert len(lines) == 12 + 4
+    assert all(len(line.split("\t")[1]) == 64 and line.endswith("\t1") for line in lines)
+    put(tmp_path / "set" / "a" / "0.jpg", jpeg(99))
+    with pytest.raises(ValueError, match="card mine.yaml uses it: choose another --out"):
+        made(tmp_path / "set", tmp_path / "out", shard_samples=1)
+
+
 def test_progress_tells_of_both_passes(tmp_path):
     class_folders(tmp_path / "set", {"a": 3, "b": 3})
     told = []

@@ -26,13 +26,16 @@ def refused(tmp_path, source, said, **more):
 def test_all_errors_are_told_before_anything_is_written_and_may_be_left_out(tmp_path):
     class_folders(tmp_path / "set", {"a": 30, "b": 4})
     for number in range(12):
-        put(tmp_path / "set" / "a" / f"{number}.jpg", b"" if number else b"GIF89a" + bytes(30))
+        put(tmp_path / "set" / "a" / f"{number}.jpg", b"" if number else b"8BPS\0\1" + bytes(30))
     put(tmp_path / "set" / "b" / "0.jpg", jpeg(1)[:-60])
     put(tmp_path / "set" / "b" / "notes.txt", "passed over")
     text = refused(
         tmp_path, tmp_path / "set", "13 of 34 samples in .*--skip_bad or --max_bad_fraction 0.39:"
     )
-    assert re.search(r"sample 0 \(id 'a/0.jpg'\): its \w+ 'a/0.jpg' is not JPEG, PNG or WebP", text)
+    assert re.search(
+        r"sample 0 \(id 'a/0.jpg'\): its image 'a/0.jpg' is Photoshop, not JPEG, PNG, WebP, GIF",
+        text,
+    )
     assert re.search(r"sample 1 \(id 'a/1.jpg'\): its \w+ 'a/1.jpg' has 0 bytes", text)
     assert text.endswith("and 3 more")
     options = ConvertOptions("mine", max_bad_fraction=0.4)
@@ -185,7 +188,7 @@ def test_a_bad_record_between_good_ones_is_named(tmp_path):
         ({"image": [[1], [2]], "text": ["a", "b"]}, "expected a path"),
         ({"image": [{"bytes": None, "path": None}] * 2, "text": ["a", "b"]}, "'None'"),
         ({"image": [{"bytes": b"", "path": "/etc/passwd"}] * 2, "text": ["a", "b"]}, "outside"),
-        ({"image": [b"no picture"] * 2, "text": ["a", "b"]}, "is not JPEG, PNG or WebP"),
+        ({"image": [b"no picture"] * 2, "text": ["a", "b"]}, "not JPEG, PNG, WebP, GIF"),
         ({"image": [jpeg(0)] * 2, "text": [[], []]}, "its text is a list, expected a text"),
         ({"image": [jpeg(0)] * 2, "text": [None, ""]}, "its text is empty"),
         ({"image": [jpeg(0)] * 2, "label": [None, None]}, "its label is empty"),

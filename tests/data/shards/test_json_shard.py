@@ -176,7 +176,7 @@ def test_a_json_that_changed_during_a_run_ends_it_with_a_sentence(tmp_path):
         ("x" * 5000, "cannot be read"),
         ("pipe.jpg", "is not a file"),
         ("empty.jpg", "has 0 bytes"),
-        ("text.jpg", "is not JPEG, PNG or WebP"),
+        ("text.jpg", "not JPEG, PNG, WebP, GIF"),
     ],
 )
 def test_an_image_that_cannot_be_read_is_named_and_nothing_outside_is_read(

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from mmcl.data.image_formats import READABLE
+from mmcl.data.shards.tar_index import IMAGES
 from mmcl.data.validate import validate
 from mmcl.data.validate.results import value_range
 from mmcl.data.validate.shard_check import check_shard
@@ -91,7 +93,7 @@ def test_every_sort_of_fault_is_told_in_one_go(tmp_path):
         "atrain000.png": b"",
         "atrain001.png": picture(1)[:60],
         "atrain002.png": picture(2, size=(400, 300)),
-        "atrain003.png": b"GIF89a",
+        "atrain003.png": b"8BPS\0\1",
         "atrain004.png": None,
         "atrain005.cls": b"one",
         "atrain006.cls": b"77",
@@ -123,8 +125,9 @@ def test_every_sort_of_fault_is_told_in_one_go(tmp_path):
         f"{where}1 in a-train.tar: {found.errors[2].partition('a-train.tar: ')[2]}",
         f"{where}2 in a-train.tar: its image is 400 x 300, more than 10000 pixels: shrink it or "
         "raise max_pixels",
-        f"{where}3 in a-train.tar: its image is not JPEG, PNG or WebP (it starts with b'GIF89a')",
-        f"{where}4 in a-train.tar: it has no image (.jpg, .jpeg, .png, .webp): its members are "
+        f"{where}3 in a-train.tar: its image is Photoshop, not {READABLE}: convert it to one of "
+        "these, for example with ImageMagick (magick IN OUT.png)",
+        f"{where}4 in a-train.tar: it has no image (.{', .'.join(IMAGES)}): its members are "
         ".cls, .de.txt, .txt",
         f"{where}5 in a-train.tar: its label is b'one', expected a whole number or one of the "
         "card's classes",
