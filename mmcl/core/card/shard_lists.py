@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mmcl.core.atomic_write import write_atomic
-from mmcl.core.card.schema import MAX_SHARDS, CardErrors, expand, repr_short
+from mmcl.core.card.schema import CardErrors, repr_short
+from mmcl.core.card.shard_names import MAX_SHARDS, expand
 
 MAX_INLINE = 1000
 """Shards that a writer lists on the card itself, one by one and with their hashes."""

@@ -158,6 +158,10 @@ def _content_left(
         # Without it the classes would be numbered as the tasks that are left have them.
         before = {key: value for key, value in changed.items() if key != "tasks"}
         changed = {**before, "classes": list(classes), "tasks": changed["tasks"]}
+    if named := {k: v for k, v in (content.get("class_names") or {}).items() if k in set(classes)}:
+        changed["class_names"] = named
+    else:
+        changed.pop("class_names", None)
     for key in ("hashes", "counts"):
         stated = {k: v for k, v in (content.get(key) or {}).items() if k not in set(shards)}
         if key in changed:

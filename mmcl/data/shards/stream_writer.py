@@ -20,7 +20,8 @@ from webdataset.writer import TarWriter
 
 from mmcl.core.atomic_write import write_atomic
 from mmcl.core.card import read_card, validate_card
-from mmcl.core.card.schema import CardErrors, expand
+from mmcl.core.card.schema import CardErrors
+from mmcl.core.card.shard_names import expand
 from mmcl.core.card.shard_lists import (
     MAX_INLINE,
     hash_file_name,

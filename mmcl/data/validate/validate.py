@@ -77,7 +77,7 @@ def check_stream(
     try:
         read, errors = validate_card(card, scorers)
     except ValueError as error:
-        return StreamFindings(card.stem, None, (str(error),), (), (), 1)
+        return StreamFindings(card.stem, None, (str(error),), (), (), (), 1)
     options = OpenOptions(cache_dir or default_cache(), cache_limit, allow_pipes)
     # An error of the card may cause many in its samples, so they wait.
     max_samples = 0 if errors else max_samples
