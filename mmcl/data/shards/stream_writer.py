@@ -21,7 +21,6 @@ from webdataset.writer import TarWriter
 from mmcl.core.atomic_write import write_atomic
 from mmcl.core.card import read_card, validate_card
 from mmcl.core.card.schema import CardErrors
-from mmcl.core.card.shard_names import expand
 from mmcl.core.card.shard_lists import (
     MAX_INLINE,
     hash_file_name,
@@ -30,6 +29,7 @@ from mmcl.core.card.shard_lists import (
     take_hash_files,
     write_hash_file,
 )
+from mmcl.core.card.shard_names import expand
 from mmcl.data.parallel import ParallelMap
 from mmcl.data.remote.file_lock import file_lock
 from mmcl.data.remote.location import sha256_of
