@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mmcl.core import TaskStream
+from mmcl.evaluation.predictions import predictions_path
 from tests.data.convert.llava_files import jpeg, put, quizzed, train_set
 from tests.data.convert.test_convert import class_folders, pictures
 
@@ -229,7 +230,7 @@ def test_a_run_shows_names_of_classes_that_are_told_apart_and_keeps_to_them(desk
     assert "4 WordNet ids are named in prompts ('n00005787': benthos)\n" in out
     status, _, err = desk.run("--data.stream", "out/imagenet.yaml")
     assert (status, err) == (0, "")
-    (predictions,) = desk.results.glob("predictions/row_02/*00*.jsonl")
+    predictions = predictions_path(desk.results, 2, 0)
     targets = {json.loads(line)["target"] for line in predictions.read_text().splitlines()}
     assert targets == {"benthos (n00005787)", "tench (n01440764)"}
     card = desk.folder / "out" / "imagenet.yaml"

@@ -205,7 +205,11 @@ def _of_json(content: Any, known: set[str]) -> dict[str, str] | list[str]:
 
 
 def _in_order(path: Path, names: Sequence[str], classes: Sequence[str]) -> dict[str, str]:
-    """Return class -> name for names in the order of the classes, or by their numbers."""
+    """Return class -> name for names by their letters, in the order of classes, or by number."""
+    # American_Crow is named by "American crow" wherever the line is.
+    spelt = {key_of(name): name for name in names}
+    if all(key_of(own) in spelt for own in classes) and not any(map(str.isdecimal, classes)):
+        return {own: spelt[key_of(own)] for own in classes}
     if len(names) == len(classes):
         return dict(zip(classes, names, strict=True))
     if all(name.isdecimal() for name in classes):

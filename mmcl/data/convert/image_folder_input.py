@@ -14,6 +14,8 @@ from mmcl.data.convert.record import (
     InputData,
     InvalidRecord,
     Record,
+    expect_no_near_splits,
+    file_split,
     split_of,
     without_validation,
 )
@@ -23,6 +25,8 @@ from mmcl.data.stored_sample import BadSample, IntArray
 
 _CHUNK_RECORDS = 1000
 _TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")
+_LISTS = (".txt", ".token", ".lst", ".list")
+_LOOKED_AT = 4096
 _NAMED = 3
 
 
@@ -213,6 +217,11 @@ def _split_folders(
         tree.unused += [tree.name(folder) for _, folder in inner if folder not in chosen]
         _expect_no_images(tree, path)
         return splits
+    is_all = all(file_split(name) for name, _ in inner)
+    expect_no_near_splits(
+        (name for name, folder in inner if not split_of(name) and (is_all or tree.folders(folder))),
+        str(path),
+    )
     if inner and all(split_of(name) for name, _ in inner):
         raise ValueError(
             f"{path} has only folders of splits ({', '.join(name for name, _ in inner)}) and no "
@@ -278,12 +287,23 @@ def _expect_no_images(tree: ImageTree, path: Path) -> None:
             f"{readable_name(images[0])!r}: move them into a folder of a class, or give "
             "--ignore_columns with their names"
         )
-    tables = [name for name in tree.others if "/" not in name and name.endswith(_TABLES)]
+    tables = [name for name in tree.others if "/" not in name and _is_table(path / name)]
     if tables and path == tree.top:
         raise ValueError(
             f"{path} has the table {tables[0]!r} beside its folders, which may hold texts, labels "
             f"or splits: give {path / tables[0]} as SOURCE, or --ignore_columns {tables[0]}"
         )
+
+
+def _is_table(path: Path) -> bool:
+    """Return whether a file is a table by its name, or a list with names of images."""
+    if path.suffix.lower() in _TABLES:
+        return True
+    if path.suffix.lower() not in _LISTS or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        words = re.split(r"[\s,;|#]+", file.read(_LOOKED_AT).decode("utf-8", "replace"))
+    return any(map(is_image_name, words))
 
 
 def _expect_same_classes(path: Path, chunks: Sequence[FolderChunk]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from pathlib import Path
@@ -179,6 +179,16 @@ def file_split(name: str) -> Split | None:
     """Return the split that a word in a file's or folder's name states: ``train-00000.parquet``."""
     found = {split_of(word) for word in re.split(r"[\W_]+", name)} - {None}
     return found.pop() if len(found) == 1 else None
+
+
+def expect_no_near_splits(names: Iterable[str], where: str) -> None:
+    """Refuse folders that are no known splits and whose names look like two: ``val2017``."""
+    near = {name for name in names if file_split(name) or _LIKE_A_SPLIT.match(name)}
+    if len(near) > 1:
+        raise ValueError(
+            f"{where} has the folders {', '.join(map(repr, sorted(near)[:5]))}, which look like "
+            "splits and are of no known name: name them train, val or test"
+        )
 
 
 def file_splits(folder: Path, files: Sequence[Path]) -> list[str]:

@@ -16,6 +16,7 @@ from mmcl.data.convert.record import (
     InputData,
     InvalidRecord,
     Record,
+    expect_no_near_splits,
     split_of,
     without_validation,
 )
@@ -206,7 +207,10 @@ def _caption_chunks(tree: ImageTree, task_level: int | None) -> list[CaptionChun
             raise ValueError(f"{folder} has images above the folders of --task_level {task_level}")
         task = parts[task_level - 1] if task_level is not None else ""
         chunks += folder_chunks(CaptionChunk, folder, names, "", task, split_of(split) or "")
-    if unknown and any(chunk.split for chunk in chunks):
+    if not any(chunk.split for chunk in chunks):
+        homes = (Path(chunk.folder).relative_to(tree.top) for chunk in chunks)
+        expect_no_near_splits({part for home in homes for part in home.parts[:2]}, str(tree.top))
+    elif unknown:
         raise ValueError(
             f"{unknown} is of no known split and stands beside folders of splits: move it below "
             "train, val or test"

@@ -76,6 +76,13 @@ def test_numbered_classes_are_named_by_number(tmp_path, content, classes):
     assert found == {"0": "a", "2": "c", "3": "d"}
 
 
+def test_names_that_spell_the_classes_are_found_in_any_order(tmp_path):
+    classes = ["American_Crow", "cat", "great-white-shark"]
+    file = put(tmp_path / "n.txt", "great white shark\nAmerican crow\ncat\n")
+    found, _ = read_class_names(file, classes)
+    assert found == dict(zip(classes, ["American crow", "cat", "great white shark"], strict=True))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [

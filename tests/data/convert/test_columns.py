@@ -160,6 +160,32 @@ def test_what_is_not_used_is_listed_once(tmp_path):
     assert notes == ["not used of t.csv: height, width, url"]
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet", "json", "jsonl"])
+def test_every_field_of_every_source_is_used_listed_or_refused(tmp_path, kind):
+    pictures(tmp_path, 4)
+    rows = [{"path": f"{n}.jpg", "text": f"thing {n}", "hue": n, "note": "x"} for n in range(4)]
+
+    def source(more):
+        fields = [{**row, **more} for row in rows]
+        names = list(fields[0])
+        if kind == "csv":
+            return table(tmp_path / "t.csv", names, [row.values() for row in fields])
+        if kind == "parquet":
+            columns = {name: [row[name] for row in fields] for name in names}
+            return parquet(tmp_path / "t.parquet", columns)
+        lines = fields if kind == "json" else "\n".join(map(json.dumps, fields))
+        return put(tmp_path / f"t.{kind}", lines)
+
+    _, notes = made(source({}), tmp_path / "out")
+    assert notes == [f"not used of t.{kind}: hue, note"]
+    for name in ("sample weight", "bbox", "negative_text", "caption_long", "session", "masks"):
+        with pytest.raises(ValueError, match=f"{name!r}.* --ignore_columns {name}"):
+            made(source({name: "1"}), tmp_path / "other")
+        made(source({name: "1"}), tmp_path / "other", ignore_columns=(name,))
+        for path in (tmp_path / "other").iterdir():
+            path.unlink()
+
+
 @pytest.mark.parametrize("kind", ["parquet", "json list", "python list", "jsonl", "raw"])
 def test_lists_of_captions_become_one_member_with_all_of_them(tmp_path, kind):
     pictures(tmp_path, 4)

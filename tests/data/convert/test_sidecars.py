@@ -125,13 +125,14 @@ def test_files_that_are_no_images_are_named_once(tmp_path):
         ("a/more/9.jpg", "a has images, and a folder of images 'more': put all images of a class"),
         ("train.csv", "has the table 'train.csv' beside its folders, .* as SOURCE, or"),
         ("labels.json", "has the table 'labels.json'"),
+        ("captions.txt", "has the table 'captions.txt'"),
     ],
 )
 def test_what_a_folder_may_mean_otherwise_is_refused_unless_it_is_ignored(
     tmp_path, extra, sentence
 ):
     class_folders(tmp_path / "set", {"a": 4, "b": 4})
-    put(tmp_path / "set" / extra, jpeg(50))
+    put(tmp_path / "set" / extra, "0.jpg,a dog\n" if extra == "captions.txt" else jpeg(50))
     with pytest.raises(ValueError, match=sentence):
         open_input(tmp_path / "set")
     name = extra.rpartition("/")[0] or extra

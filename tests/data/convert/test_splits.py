@@ -175,6 +175,18 @@ def test_splits_without_classes_are_no_classes(tmp_path):
         open_input(tmp_path / "set")
 
 
+@pytest.mark.parametrize("kind", ["folders", "texts"])
+@pytest.mark.parametrize("names", [("train2017", "val2017"), ("seg_train", "seg_test")])
+def test_folders_whose_names_look_like_splits_are_refused(tmp_path, kind, names):
+    source = written(tmp_path, kind, dict(zip(("train", "test"), names, strict=True)))
+    with pytest.raises(
+        ValueError, match=f"folders .*'{names[0]}'.* look like splits .*: name them"
+    ):
+        open_input(source)
+    with pytest.raises(ValueError, match="look like splits"):
+        open_input(source, task_level=1)
+
+
 def test_a_split_that_is_laid_out_otherwise_is_refused(tmp_path):
     for n in range(4):
         put(tmp_path / "set" / "train" / f"n0{n % 2}" / "images" / f"{n}.jpg", jpeg(n))
