@@ -47,6 +47,17 @@ def test_a_moved_and_renamed_shard_is_the_same(card, tmp_path):
     assert content_change(before, content_of(moved / "small.yaml")) == ""
 
 
+def test_a_shard_that_a_pattern_finds_later_is_a_change(card):
+    write_tar(card.parent / "more-2.tar", labelled(3, name="more"))
+    card.write_text(card.read_text().replace("a-train.tar", "'more-*.tar'"))
+    before = content_of(card)
+    assert [shard["name"] for shard in before] == ["more-2.tar"]
+    write_tar(card.parent / "more-10.tar", labelled(2, name="last"))
+    now = content_of(card)
+    assert [shard["name"] for shard in now] == ["more-2.tar", "more-10.tar"]
+    assert content_change(before, now) == "it has 2 shards, and had 1"
+
+
 def test_a_shard_on_a_server_is_the_one_in_a_folder(card, tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     before = content_of(card)
