@@ -224,7 +224,7 @@ def _decode_with_pillow(
             # max_pixels bounds decompression bombs; palettes with transparency warn in convert().
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=(known.pillow,)) as image:
-                if image.width * image.height > max_pixels:
+                if not 0 < image.width * image.height <= max_pixels:
                     raise ValueError(f"its header says {image.width} x {image.height}")
                 return rgb_array(image)
     except BadSample:

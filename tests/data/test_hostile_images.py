@@ -220,6 +220,18 @@ def test_a_size_in_the_header_of_any_format_is_refused_before_a_canvas_is_made(d
         decode_image(data)
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        bmp(0, 5), bmp(5, 0), gif((0, 0), (0, 0)), gif((0, 9), (0, 9)), b"P6 0 0 255\n",
+        b"P5 4 0 255\n", b"P4 0 3\n", tiff(0, 0, GREY, bytes(64)), tiff(8, 0, GREY, bytes(64)),
+    ],
+)  # fmt: skip
+def test_an_image_of_any_format_without_pixels_is_a_bad_sample(data):
+    with pytest.raises(BadSample, match="cannot be decoded"):
+        decode_image(data)
+
+
 @needs_avif
 def test_the_size_in_an_avif_is_refused_before_it_is_decoded():
     data = saved("AVIF")
