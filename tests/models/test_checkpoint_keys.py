@@ -283,9 +283,7 @@ def test_the_architecture_of_weights_is_found_by_their_shapes(name):
 
 def test_weights_of_a_known_architecture_are_named_in_the_error(load):
     zeros = {k: torch.zeros(()).expand(v.shape) for k, v in empty_state("ViT-L-14").items()}
-    with pytest.raises(
-        RuntimeError, match=r"61 of another.*weights are of ViT-L-14 or"
-    ):
+    with pytest.raises(RuntimeError, match=r"61 of another.*weights are of ViT-L-14 or"):
         load({"state_dict": {f"module.{k}": v for k, v in zeros.items()}})
 
 

@@ -21,9 +21,14 @@ from open_clip.model import set_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
 
-from mmcl.models.open_clip.checkpoint_files import activation_in_file
 from mmcl.models.open_clip.checkpoint_keys import load_weights
-from mmcl.models.open_clip.model_source import CONFIG, ModelSource, find_model, find_weights
+from mmcl.models.open_clip.model_source import (
+    CONFIG,
+    ModelSource,
+    find_model,
+    find_weights,
+    stated_facts,
+)
 from mmcl.models.open_clip.pretrained_facts import (
     create_options,
     expect_activation,
@@ -114,28 +119,29 @@ def _named(
     with quiet_hub_access():
         source = find_model(model)
         file = find_weights(pretrained, source)
-    stated = activation_in_file(file) if file is not None and quick_gelu is None else quick_gelu
-    is_file = file is not None and source.folder is None
+        is_file = file is not None and source.folder is None
+        quick, facts = stated_facts(file) if is_file and file is not None else (None, {})
+    if facts:
+        preprocess = {**facts, **(preprocess or {})}
+    stated = quick if quick_gelu is None else quick_gelu
     name, options = create_options(
         source.name, pretrained, is_file=is_file, quick_gelu=stated, preprocess=preprocess
     )
     if file is not None:
         options |= {"load_weights": False, "pretrained_text": False}
-    try:
+    if source.is_transformers:
         with quiet_hub_access():
-            if source.is_transformers:
-                clip, tokenizer = _of_transformers(source, options)
-            else:
+            clip, tokenizer = _of_transformers(source, options)
+    else:
+        tag = pretrained if file is None else None
+        try:
+            with quiet_hub_access():
                 clip = open_clip.create_model(
-                    name,
-                    pretrained=None if file is not None else pretrained,
-                    precision="fp32",
-                    weights_only=True,
-                    **options,
+                    name, pretrained=tag, precision="fp32", weights_only=True, **options
                 )
                 tokenizer = _load_tokenizer(name, **_own_vocabulary(source.folder))
-    except Exception as error:  # every hub client raises errors of its own
-        raise RuntimeError(_unavailable(model, pretrained, error)) from error
+        except Exception as error:  # every hub client raises errors of its own
+            raise RuntimeError(_unavailable(model, pretrained, error)) from error
     expect_activation(clip, model, quick_gelu)
     if file is not None:
         load_weights(clip, file, model)

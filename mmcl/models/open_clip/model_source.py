@@ -8,14 +8,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import open_clip
 from huggingface_hub import hf_hub_download
 from open_clip.pretrained import download_pretrained_from_hf, get_pretrained_cfg
 
-from mmcl.models.open_clip.checkpoint_files import WEIGHT_SUFFIXES, read_checkpoint, weights_file
+from mmcl.models.open_clip.checkpoint_files import (
+    PREFERRED_FILES,
+    WEIGHT_SUFFIXES,
+    activation_in_file,
+    read_checkpoint,
+    weights_file,
+)
 from mmcl.models.open_clip.checkpoint_keys import architectures_of
-from mmcl.models.open_clip.transformers_models import download, model_type
+from mmcl.models.open_clip.pretrained_facts import SETTABLE
+from mmcl.models.open_clip.transformers_models import (
+    download,
+    expect_contrastive,
+    model_type,
+    open_clip_architecture,
+    preprocess_settings,
+)
 
 CONFIG = "open_clip_config.json"
 """File that open_clip expects in a ``local-dir:``."""
@@ -74,7 +88,7 @@ def find_model(model: str) -> ModelSource:
 
 
 def find_weights(pretrained: str | None, source: ModelSource) -> Path | None:
-    """Return the file or folder of the weights to load; None for random weights or a tag.
+    """Return the file of the weights to load; None for random weights or a tag.
 
     Without ``pretrained``, a model's own folder has them.
 
@@ -96,6 +110,8 @@ def find_weights(pretrained: str | None, source: ModelSource) -> Path | None:
     path = Path(pretrained.removeprefix(_LOCAL)).expanduser()
     if is_tag and not pretrained.startswith(_LOCAL):
         return None
+    if path.is_dir():
+        return weights_file(path)
     if path.exists():
         return path
     if path.suffix in WEIGHT_SUFFIXES or _is_path(pretrained) or pretrained.startswith(_LOCAL):
@@ -108,10 +124,35 @@ def find_weights(pretrained: str | None, source: ModelSource) -> Path | None:
     raise ValueError(_unknown_tag(pretrained, source))
 
 
+def stated_facts(file: Path) -> tuple[bool | None, dict[str, Any]]:
+    """Return what a file of weights, or the configuration beside it, says about its model.
+
+    Args:
+        file: of weights; a configuration counts where the file has the name of a model folder's.
+
+    Returns:
+        Whether it needs QuickGELU (None = not said), and its preprocessing ({} = not said).
+
+    Raises:
+        ValueError: if the configuration is damaged, or open_clip has no such preprocessing.
+    """
+    if file.name in PREFERRED_FILES and (file.parent / CONFIG).is_file():
+        content = json.loads((file.parent / CONFIG).read_text(encoding="utf-8"))
+        preprocess = {**content.get("preprocess_cfg", {})}
+        stated: bool | None = bool(content.get("model_cfg", {}).get("quick_gelu"))
+    elif file.name in PREFERRED_FILES and model_type(file.parent) == "clip":
+        preprocess = preprocess_settings(file.parent)
+        stated = bool(open_clip_architecture(file.parent)["quick_gelu"])
+    else:
+        return activation_in_file(file), {}
+    return stated, {name: preprocess[name] for name in SETTABLE if name in preprocess}
+
+
 def _local_model(path: Path) -> ModelSource:
     if (path / CONFIG).is_file():
         return ModelSource(f"{_LOCAL}{path}", path)
     if model_type(path) is not None:
+        expect_contrastive(path)
         return ModelSource(f"{_LOCAL}{path}", path, is_transformers=True)
     raise FileNotFoundError(
         f"the folder {path} has neither {CONFIG} nor config.json of transformers: if it holds "
@@ -141,7 +182,7 @@ def _hub_errors(name: str) -> Iterator[None]:
     """Turn every error of the hub's client into one sentence."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except OSError as error:
         reason = " ".join(str(error).split())[:300]
         raise RuntimeError(
             f"cannot get {name} from the hub's cache or the hub ({reason}), and there is no such "

@@ -24,7 +24,7 @@ _CHOICES = {
     "interpolation": ("bicubic", "bilinear", "random"),
     "resize_mode": ("shortest", "longest", "squash"),
 }
-_SETTABLE = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+SETTABLE = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 
 
 def create_options(
@@ -133,7 +133,7 @@ def own_preprocess(clip: Any) -> dict[str, Any]:
     own, plain = asdict(preprocess_of(clip)), asdict(PreprocessCfg())
     return {
         name: list(own[name]) if isinstance(own[name], tuple) else own[name]
-        for name in _SETTABLE
+        for name in SETTABLE
         if own[name] != plain[name]
     }
 
@@ -162,7 +162,7 @@ def _facts_of_file(
         differing.append(f"quick_gelu (now {str(is_quick).lower()})")
     known = [merge_preprocess_dict(PreprocessCfg(), get_pretrained_cfg(name, tag)) for tag in tags]
     agreed = {}
-    for fact in _SETTABLE if known else ():
+    for fact in SETTABLE if known else ():
         values = {_hashable(each[fact]) for each in known}
         if len(values) == 1:
             agreed[fact] = known[0][fact]
@@ -179,10 +179,10 @@ def _facts_of_file(
 
 
 def _checked_preprocess(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    unknown = [name for name in given or () if name not in _SETTABLE]
+    unknown = [name for name in given or () if name not in SETTABLE]
     if unknown:
         raise ValueError(
-            f"preprocess has {', '.join(map(repr, unknown))}, expected {', '.join(_SETTABLE)}: the "
+            f"preprocess has {', '.join(map(repr, unknown))}, expected {', '.join(SETTABLE)}: the "
             "size is that of the architecture"
         )
     found = dict(given or {})
