@@ -279,7 +279,7 @@ def test_a_suffix_does_not_decide_the_form(small, tmp_path):
 def test_a_folder_with_several_checkpoints_names_them(small, tmp_path):
     for epoch in (1, 2):
         torch.save(small[0].state_dict(), tmp_path / f"epoch_{epoch}.pt")
-    with pytest.raises(RuntimeError, match=r"2 files of weights \(epoch_1\.pt, epoch_2\.pt\)"):
+    with pytest.raises(ValueError, match=r"2 files of weights \(epoch_1\.pt, epoch_2\.pt\)"):
         OpenCLIP(small[1], pretrained=str(tmp_path))
 
 

@@ -16,7 +16,7 @@ from open_clip.pretrained import download_pretrained_from_hf
 from mmcl.models.open_clip.checkpoint_files import WEIGHT_SUFFIXES, read_checkpoint, weights_file
 from mmcl.models.open_clip.checkpoint_keys import architectures_of
 from mmcl.models.open_clip.pretrained_facts import CONFIG, tag_owner
-from mmcl.models.open_clip.transformers_models import download, model_type
+from mmcl.models.open_clip.transformers_models import download, expect_contrastive, model_type
 
 _HUB, _LOCAL = "hf-hub:", "local-dir:"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -73,7 +73,7 @@ def find_model(model: str) -> ModelSource:
 
 
 def find_weights(pretrained: str | None, source: ModelSource) -> Path | None:
-    """Return the file or folder of the weights to load; None for random weights or a tag.
+    """Return the file of the weights to load; None for random weights or a tag.
 
     Without ``pretrained``, a model's own folder has them.
 
@@ -94,6 +94,8 @@ def find_weights(pretrained: str | None, source: ModelSource) -> Path | None:
     path = Path(pretrained.removeprefix(_LOCAL)).expanduser()
     if is_tag and not pretrained.startswith(_LOCAL):
         return None
+    if path.is_dir():
+        return weights_file(path)
     if path.exists():
         return path
     if path.suffix in WEIGHT_SUFFIXES or _is_path(pretrained) or pretrained.startswith(_LOCAL):
@@ -110,6 +112,7 @@ def _local_model(path: Path) -> ModelSource:
     if (path / CONFIG).is_file():
         return ModelSource(f"{_LOCAL}{path}", path)
     if model_type(path) is not None:
+        expect_contrastive(path)
         return ModelSource(f"{_LOCAL}{path}", path, is_transformers=True)
     raise FileNotFoundError(
         f"the folder {path} has neither {CONFIG} nor config.json of transformers: if it holds "
@@ -139,7 +142,7 @@ def _hub_errors(name: str) -> Iterator[None]:
     """Turn every error of the hub's client into one sentence."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except OSError as error:
         reason = " ".join(str(error).split())[:300]
         raise RuntimeError(
             f"cannot get {name} from the hub's cache or the hub ({reason}), and there is no such "

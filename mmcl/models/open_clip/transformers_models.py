@@ -81,6 +81,23 @@ def model_type(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def expect_contrastive(folder: Path) -> None:
+    """Check that a folder of transformers is one that ``build_model`` builds.
+
+    Raises:
+        ValueError: if it is of another type.
+    """
+    kind = model_type(folder)
+    if kind not in ("clip", "siglip"):
+        way = _OTHER_TYPES.get(
+            str(kind), "a model that generates text is one for mmcl.models.ImageTextToText"
+        )
+        raise ValueError(
+            f"the folder {folder} has a model of transformers of type {kind!r}, and OpenCLIP loads "
+            f"'clip' and 'siglip': {way}"
+        )
+
+
 def build_model(folder: Path) -> tuple[nn.Module, Callable[..., Tensor]]:
     """Build the model of a folder of transformers with random weights, and its tokenizer.
 
@@ -244,6 +261,7 @@ def download(name: str) -> Path:
         OSError: if the hub cannot be reached or has no such repository.
     """
     config = Path(hf_hub_download(name, "config.json"))
+    expect_contrastive(config.parent)
     errors: list[Exception] = []
     for file in _WEIGHT_FILES:
         try:
@@ -266,16 +284,8 @@ def download(name: str) -> Path:
 
 
 def _config(folder: Path) -> Any:
-    kind = model_type(folder)
-    if kind not in ("clip", "siglip"):
-        way = _OTHER_TYPES.get(
-            str(kind), "a model that generates text is one for mmcl.models.ImageTextToText"
-        )
-        raise ValueError(
-            f"the folder {folder} has a model of transformers of type {kind!r}, and OpenCLIP loads "
-            f"'clip' and 'siglip': {way}"
-        )
-    config: Any = CLIPConfig if kind == "clip" else SiglipConfig
+    expect_contrastive(folder)
+    config: Any = CLIPConfig if model_type(folder) == "clip" else SiglipConfig
     return config.from_pretrained(folder)
 
 
@@ -340,13 +350,25 @@ def _tokenizer(folder: Path, text: Mapping[str, Any]) -> Callable[..., Tensor]:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         if not is_causal or text["vocab_size"] != len(plain.encoder):
             found = MissingTokenizer(str(folder))
-    elif AutoTokenizer.from_pretrained(folder).get_vocab() != plain.encoder:
+    elif _vocabulary(folder) != plain.encoder:
         found = HFTokenizer(str(folder), context_length=length)
         wrapped = found.tokenizer
         if is_causal and wrapped.pad_token_id == wrapped.eos_token_id:
             # Padding after the end is not seen; padding that is the end token would hide the end.
             wrapped.pad_token = wrapped.convert_ids_to_tokens(0)
     return cast(Callable[..., Tensor], found)
+
+
+def _vocabulary(folder: Path) -> Mapping[str, int]:
+    try:
+        found: Mapping[str, int] = AutoTokenizer.from_pretrained(folder).get_vocab()
+    except Exception as error:  # damaged files fail in as many ways as there are formats
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"the tokenizer in {folder} does not load ({reason}): save it there again by "
+            "tokenizer.save_pretrained"
+        ) from error
+    return found
 
 
 def _processor(folder: Path) -> dict[str, Any]:
