@@ -131,7 +131,7 @@ def stated_facts(file: Path) -> tuple[bool | None, dict[str, Any]]:
         file: of weights; a configuration counts where the file has the name of a model folder's.
 
     Returns:
-        Whether it needs QuickGELU (None = not said), and its preprocessing ({} = not said).
+        Whether it needs QuickGELU (None = not stated) and its preprocessing ({} = not stated).
 
     Raises:
         ValueError: if the configuration is damaged, or open_clip has no such preprocessing.
