@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import open_clip
 import torch
@@ -28,6 +28,7 @@ from mmcl.models.open_clip.transformers_keys import is_transformers_form, rename
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Names that torch's wrappers (DDP, compile, FSDP) put anywhere into a key."""
 _OPENAI_FACTS = ("input_resolution", "context_length", "vocab_size")
+_MAX_POSITIONS = 1 << 20
 _TIMM_POSITIONS = "visual.trunk.pos_embed"
 _POSITIONS = {
     "visual.positional_embedding", _TIMM_POSITIONS, "positional_embedding",
@@ -305,7 +306,8 @@ def _split_leftover(clip: Any, match: _Match) -> tuple[list[NamedTensor], list[N
 
     Buffers that every model computes by itself, masks and position numbers, are neither.
     """
-    buffers = dict(clip.named_buffers())
+    stored = clip.state_dict()
+    buffers = {name: value for name, value in clip.named_buffers() if name not in stored}
     parts = {name.split(".")[0] for name in (*_targets(clip), *buffers)}
     unexpected: list[NamedTensor] = []
     outside: list[NamedTensor] = []
@@ -325,10 +327,11 @@ def _split_longest(prefixes: Iterable[str]) -> list[list[str]]:
 
 
 def _is_computed(names: list[str], value: Tensor, buffers: Mapping[str, Tensor]) -> bool:
-    if names[-1] == "position_ids":
+    if names[-1] == "position_ids" and value.numel() <= _MAX_POSITIONS:
         return torch.equal(value.flatten(), torch.arange(value.numel(), dtype=value.dtype))
     own = next((b for name, b in buffers.items() if name.split(".")[-1] == names[-1]), None)
-    return own is not None and _same(own, value.to(own.dtype))
+    is_alike = own is not None and own.shape == value.shape
+    return is_alike and torch.equal(cast(Tensor, own), value.to(cast(Tensor, own).dtype))
 
 
 def _listed(names: Collection[str], text: str) -> list[str]:

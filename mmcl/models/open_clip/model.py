@@ -44,9 +44,11 @@ class OpenCLIP(nn.Module):
 
     Args:
         model: "tiny" (ships with mmcl), an open_clip architecture such as "ViT-B-16", a local
-            folder, or a ``.json`` architecture file.
-        pretrained: "built-in" (tiny only), a tag such as "openai", a local checkpoint file, or
-            None for random weights.
+            folder of open_clip or of transformers' CLIPModel or SiglipModel, "hf-hub:owner/name"
+            of either form, or a ``.json`` architecture file.
+        pretrained: "built-in" (tiny only), a tag such as "openai", a checkpoint file or folder,
+            "hf-hub:owner/name", or None for the weights of a folder or repository, else random
+            ones. docs/model.md lists the forms.
         freeze: towers that are not trained, any of "image" and "text".
         train_logit_scale: train the logit scale (it is kept at most 100) or, of a model with a
             sigmoid loss (SigLIP), scale and bias.
