@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from rich.progress import Progress
 
 from mmcl.cli.parser import CommandParser, UsageError, count_or_fraction
-from mmcl.data.convert.columns import ColumnOptions
 from mmcl.data.convert.convert import ConvertedTasks, convert, is_instructions, open_input
+from mmcl.data.convert.inputs.columns import ColumnOptions
 from mmcl.data.convert.record import ConvertOptions, InputData
 from mmcl.data.convert.task_files import InPlace
 from mmcl.evaluation.scorers import find_scorer

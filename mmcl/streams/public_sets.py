@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from mmcl.data.convert.convert import ConvertedTasks, convert_tasks
-from mmcl.data.convert.llava_input import ImageFolders, open_instructions
+from mmcl.data.convert.inputs.llava_input import ImageFolders, open_instructions
 from mmcl.data.convert.record import ConvertOptions, InputData, ProgressFn
 from mmcl.data.remote.file_lock import file_lock
 from mmcl.data.shards.stream_writer import load_card, put_tasks, save_card

@@ -20,8 +20,10 @@ def good(desk):
 def test_a_good_stream_is_printed_as_a_table(good):
     status, out, err = good.give("data", "validate", good.card, "--num_workers", 0)
     assert (status, err) == (0, "")
-    # Two training images of the noise are equal as well, which is a warning.
-    lines = [line.split() for line in out.splitlines() if not line.startswith("warning: ")]
+    # Two training images of the noise are equal as well, which is a warning; captions are not used.
+    assert "note: of 55 samples these members are not used" in out
+    others = ("warning: ", "note: ")
+    lines = [line.split() for line in out.splitlines() if not line.startswith(others)]
     titles = ["task", "type", "train", "test", "bytes", "classes", "smallest", "largest"]
     assert lines[0] == [*titles, "images"]
     assert lines[2][:4] == ["task-b", "classification", "12", "5"]

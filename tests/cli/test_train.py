@@ -26,10 +26,11 @@ def test_one_command_leaves_a_whole_run_directory(desk, monkeypatch):
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
-def test_nothing_is_printed_but_the_scores_and_the_table(desk):
+def test_what_is_not_used_the_scores_and_the_table_are_printed_and_nothing_else(desk):
     status, out, err = desk.run()
     assert (status, err) == (0, "")
-    lines = out.splitlines()
+    note, *lines = out.splitlines()
+    assert note.startswith("of 55 samples these members are not used")
     assert [line.split(":")[0] for line in lines[:4]] == [
         "before training", "after 'task-a'", "after 'task-b'", "after 'task-c'",
     ]  # fmt: skip

@@ -7,8 +7,7 @@ import time
 import pytest
 import yaml
 
-from mmcl.core.card import card_schema, read_card, validate_card
-from mmcl.core.card.schema import expand
+from mmcl.core.card import card_schema, expand, read_card, validate_card
 from mmcl.core.card.shard_lists import MAX_INLINE, hash_file_name, shard_list
 from mmcl.data.shards.stream_writer import load_card, put_tasks, save_card
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from mmcl.core.card import read_card
 from mmcl.data.convert.class_names import ClassNames, LookUp, name_classes
-from mmcl.data.convert.columns import expect_harmless_key, list_names
-from mmcl.data.convert.image_folder_input import natural
+from mmcl.data.convert.inputs.columns import expect_harmless_key, list_names
+from mmcl.data.convert.inputs.image_folder_input import natural
+from mmcl.data.convert.inputs.open_input import is_instructions, open_input
 from mmcl.data.convert.known_images import shared_images
-from mmcl.data.convert.open_input import is_instructions, open_input
 from mmcl.data.convert.record import ConvertOptions, InputData, ProgressFn, SkippedRecord
 from mmcl.data.convert.scan import (
     ScanResult,
@@ -164,9 +164,7 @@ def convert_tasks(
         names = _class_names(scans, options, look_up)
         tasks, classes = assign_tasks(scans[0], scans[1] if test else None, options, known)
         name = unique_names([tasks[0].name])[0] if append else options.name
-        shared = (
-            shared_images(compare_with, tasks, allow_duplicates, progress) if compare_with else []
-        )
+        shared = shared_images(compare_with, tasks, allow_duplicates, progress)
         if in_place is not None:
             entries, hashes, counts = write_in_place(folder, tasks, in_place)
         else:

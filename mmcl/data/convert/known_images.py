@@ -34,7 +34,7 @@ class _Wanted:
 
 
 def shared_images(
-    card: Path, tasks: Sequence[TaskSplits], allow_duplicates: bool, progress: ProgressFn
+    card: Path | None, tasks: Sequence[TaskSplits], allow_duplicates: bool, progress: ProgressFn
 ) -> list[str]:
     """Compare the images of new tasks with those of the other tasks of a card, byte for byte.
 
@@ -42,7 +42,7 @@ def shared_images(
 
     Args:
         card: to which the tasks are appended; tasks of their names are left out, as they are
-            written again.
+            written again; None = nothing to compare with.
         tasks: new tasks.
         allow_duplicates: do not refuse a task whose samples are all known.
         progress: called after every shard.
@@ -53,14 +53,15 @@ def shared_images(
     Raises:
         ValueError: if all samples of a new task, images and texts, are those of one old task.
     """
+    if card is None:
+        return []
     stream = TaskStream.read(card)
     names = {task.name for task in tasks}
     old = [task for task in stream.all_tasks if task.name not in names]
     wanted = {task.name: _wanted(task) for task in tasks}
     wanted = {name: one for name, one in wanted.items() if len(one.images)}
-    lengths = np.unique(
-        np.concatenate([np.zeros(0, np.int64), *(w.lengths for w in wanted.values())])
-    )
+    own_lengths = (each.lengths for each in wanted.values())
+    lengths = np.unique(np.concatenate([np.zeros(0, np.int64), *own_lengths]))
     notes: list[str] = []
     skipped: list[str] = []
     for number, task in enumerate(old if wanted else (), start=1):
@@ -79,10 +80,12 @@ def shared_images(
                 f"{display_name(task)}"
             )
         progress("comparing with the card", number, len(old))
-    if skipped:
-        more = f" and {len(skipped) - _SHOWN:,} more" if len(skipped) > _SHOWN else ""
-        notes.append(f"not compared with the card: {', '.join(skipped[:_SHOWN])}{more}")
-    return notes
+    return notes + _not_compared(skipped)
+
+
+def _not_compared(shards: Sequence[str]) -> list[str]:
+    more = f" and {len(shards) - _SHOWN:,} more" if len(shards) > _SHOWN else ""
+    return [f"not compared with the card: {', '.join(shards[:_SHOWN])}{more}"] if shards else []
 
 
 def _wanted(task: TaskSplits) -> _Wanted:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from mmcl.core.seeding import hash_seed, splitmix64
-from mmcl.data.convert.image_folder_input import natural
+from mmcl.data.convert.inputs.image_folder_input import natural
 from mmcl.data.convert.record import SPLITS, ConvertOptions, InputData
 from mmcl.data.convert.scan import ScanResult
 from mmcl.data.stored_sample import IntArray

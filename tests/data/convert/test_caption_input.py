@@ -6,9 +6,9 @@ import pytest
 
 from mmcl.core import TaskStream
 from mmcl.data import open_stream
-from mmcl.data.convert.caption_input import caption_layout
-from mmcl.data.convert.columns import ColumnOptions
 from mmcl.data.convert.convert import convert, open_input
+from mmcl.data.convert.inputs.caption_input import caption_layout
+from mmcl.data.convert.inputs.columns import ColumnOptions
 from mmcl.data.convert.record import ConvertOptions, InvalidRecord
 from tests.data.small_stream import picture
 
@@ -235,8 +235,8 @@ def test_a_meaningful_key_is_refused_and_a_harmless_one_listed(tmp_path):
     path = write(tmp_path / "captions.json", content)
     _, done = converted(path, tmp_path / "s")
     assert "not used of captions.json: text_detected" in done.notes
-    content["annotations"][0]["bbox"] = [0, 0, 1, 1]
-    with pytest.raises(ValueError, match="bbox"):
+    content["annotations"][0]["weight"] = 0.5
+    with pytest.raises(ValueError, match="weight"):
         converted(write(path, content), tmp_path / "t")
 
 

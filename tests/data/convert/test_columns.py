@@ -8,8 +8,8 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from mmcl.data.convert.columns import ColumnOptions, find_columns
 from mmcl.data.convert.convert import convert, open_input
+from mmcl.data.convert.inputs.columns import ColumnOptions, find_columns
 from mmcl.data.convert.record import ConvertOptions, Record
 from tests.data.convert.llava_files import jpeg, put
 from tests.data.convert.test_convert import parquet, pictures, read

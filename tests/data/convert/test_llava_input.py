@@ -10,7 +10,7 @@ import yaml
 from mmcl.core import ProcessedSample, TaskStream
 from mmcl.data.batches.collate import make_example
 from mmcl.data.convert.convert import convert
-from mmcl.data.convert.llava_input import ImageFolders, open_instructions
+from mmcl.data.convert.inputs.llava_input import ImageFolders, open_instructions
 from mmcl.data.convert.record import ConvertOptions, SkippedRecord
 from mmcl.data.convert.task_files import InPlace
 from mmcl.data.decode import decode_image
@@ -25,7 +25,8 @@ def made(folder, records=None, name="vqa", out="out", test=None, images=None, **
     train, own = train_set(folder)
     if records is not None:
         put(train, records)
-    calls = {key: more.pop(key) for key in ("append", "card", "in_place") if key in more}
+    calls = {key: more.pop(key) for key in ("append", "allow_duplicates", "card", "in_place")
+             if key in more}  # fmt: skip
     opens = {key: more.pop(key) for key in ("references", "answer_field") if key in more}
     images = images or own
     sources = [open_instructions(train, images, **({} if test else opens))]
@@ -288,7 +289,8 @@ def test_a_stream_grows_by_a_task(tmp_path):
     card = tmp_path / "out" / "vqa.yaml"
     card.write_text("# mine\n" + card.read_text())
     for _ in range(2):
-        stream, _ = made(tmp_path / "b", name="count", out="../out", append=True, license="CC0")
+        stream, _ = made(tmp_path / "b", name="count", out="../out", append=True,
+                         allow_duplicates=True, license="CC0")  # fmt: skip
     assert [task.name for task in stream.stream] == ["vqa", "count"]
     assert card.read_text().startswith("# mine\n# Made by: mmcl data convert train.json\n")
     assert card.read_text().count("# Made by") == 1

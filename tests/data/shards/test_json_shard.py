@@ -12,7 +12,7 @@ import torch
 from mmcl.core import Batch, ProcessedSample, Task
 from mmcl.data.batches.collate import collate, make_example
 from mmcl.data.convert.convert import convert
-from mmcl.data.convert.llava_input import open_instructions
+from mmcl.data.convert.inputs.llava_input import open_instructions
 from mmcl.data.convert.record import ConvertOptions
 from mmcl.data.convert.task_files import InPlace
 from mmcl.data.remote.location import LocalFile, sha256_of

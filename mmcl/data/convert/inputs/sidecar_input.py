@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmcl.data.convert.columns import ColumnOptions
-from mmcl.data.convert.image_folder_input import FolderChunk, ImageTree, folder_chunks
-from mmcl.data.convert.llava_input import open_json
-from mmcl.data.convert.parquet_input import open_parquet
+from mmcl.data.convert.inputs.columns import ColumnOptions
+from mmcl.data.convert.inputs.image_folder_input import FolderChunk, ImageTree, folder_chunks
+from mmcl.data.convert.inputs.llava_input import open_json
+from mmcl.data.convert.inputs.parquet_input import open_parquet
+from mmcl.data.convert.inputs.table_input import open_table
 from mmcl.data.convert.record import (
     Chunk,
     InputData,
@@ -20,7 +21,6 @@ from mmcl.data.convert.record import (
     split_of,
     without_validation,
 )
-from mmcl.data.convert.table_input import open_table
 from mmcl.data.shards.image_folder import extension_of, read_file
 from mmcl.data.stored_sample import MAX_TEXT_BYTES, BadSample
 

@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mmcl.data.convert.caption_input import caption_layout, open_caption_file
-from mmcl.data.convert.columns import ColumnOptions
-from mmcl.data.convert.image_folder_input import open_folder
-from mmcl.data.convert.llava_input import open_json
-from mmcl.data.convert.parquet_input import open_parquet, table_files
-from mmcl.data.convert.record import InputData
-from mmcl.data.convert.sidecar_input import (
+from mmcl.data.convert.inputs.caption_input import caption_layout, open_caption_file
+from mmcl.data.convert.inputs.columns import ColumnOptions
+from mmcl.data.convert.inputs.image_folder_input import open_folder
+from mmcl.data.convert.inputs.llava_input import open_json
+from mmcl.data.convert.inputs.parquet_input import open_parquet, table_files
+from mmcl.data.convert.inputs.sidecar_input import (
     find_metadata,
     has_captions,
     open_captions,
     open_metadata,
 )
-from mmcl.data.convert.table_input import open_table
+from mmcl.data.convert.inputs.table_input import open_table
+from mmcl.data.convert.record import InputData
 
 _TABLES = (".csv", ".tsv", ".txt")
 _PACKED = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from mmcl.data.convert.columns import is_image_name
+from mmcl.data.convert.inputs.columns import is_image_name
 from mmcl.data.convert.record import (
     InputData,
     InvalidRecord,

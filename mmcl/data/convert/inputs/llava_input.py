@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from mmcl.data.convert.columns import ColumnOptions, find_columns, find_split, stated_split
-from mmcl.data.convert.image_search import ImageSearch, open_images
+from mmcl.data.convert.inputs.columns import ColumnOptions, find_columns, find_split, stated_split
+from mmcl.data.convert.inputs.image_search import ImageSearch, open_images
+from mmcl.data.convert.inputs.table_input import TableRows, list_captions, table_input
 from mmcl.data.convert.record import Chunk, InputData, InvalidRecord, Record, task_name
-from mmcl.data.convert.table_input import TableRows, list_captions, table_input
 from mmcl.data.shards.image_folder import extension_of, read_file
 from mmcl.data.shards.json_index import JsonRecords, find_records
 from mmcl.data.shards.llava_json import ReferenceFile, open_references, read_sample, record_id

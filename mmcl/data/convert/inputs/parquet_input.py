@@ -10,8 +10,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from mmcl.data.convert.columns import ColumnOptions, Columns, find_columns
-from mmcl.data.convert.image_search import ImageSearch, open_images
+from mmcl.data.convert.inputs.columns import ColumnOptions, Columns, find_columns
+from mmcl.data.convert.inputs.image_search import ImageSearch, open_images
+from mmcl.data.convert.inputs.table_input import TableRows, table_input
 from mmcl.data.convert.record import (
     Chunk,
     InputData,
@@ -21,7 +22,6 @@ from mmcl.data.convert.record import (
     file_splits,
     without_validation,
 )
-from mmcl.data.convert.table_input import TableRows, table_input
 from mmcl.data.stored_sample import one_line
 
 _MAX_VALUES = 100

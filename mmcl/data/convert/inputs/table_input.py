@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from mmcl.data.convert.columns import (
+from mmcl.data.convert.inputs.columns import (
     ColumnOptions,
     Columns,
     find_columns,
@@ -20,7 +20,7 @@ from mmcl.data.convert.columns import (
     list_names,
     stated_split,
 )
-from mmcl.data.convert.image_search import ImageSearch, open_images
+from mmcl.data.convert.inputs.image_search import ImageSearch, open_images
 from mmcl.data.convert.record import (
     Chunk,
     InputData,

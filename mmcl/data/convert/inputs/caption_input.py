@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from mmcl.data.convert.columns import ColumnOptions
-from mmcl.data.convert.image_search import ImageSearch, open_images
+from mmcl.data.convert.inputs.columns import ColumnOptions
+from mmcl.data.convert.inputs.image_search import ImageSearch, open_images
 from mmcl.data.convert.record import (
     Chunk,
     InputData,
