@@ -85,7 +85,7 @@ class EWC(Strategy):
         decay: float = 1.0,
         fisher_samples: int | None = None,
         fisher: Literal["empirical", "model"] = "empirical",
-        exclude: Sequence[str] = ("logit_scale",),
+        exclude: Sequence[str] = ("logit_scale", "logit_bias"),
         group: int = 8,
         seed: int = 0,
     ) -> None:

@@ -142,7 +142,7 @@ def collate_captions(
     Args:
         pairs: as in ``collate_images``, with a caption or a list of captions for the label, and
             perhaps the identity of the image, as in ``ImageCaptionCollate``.
-        tokenizer: B texts -> (B, L) token ids padded with 0.
+        tokenizer: as in ``Batch.from_texts``.
         task: index of the task that the samples come from.
         images_are: as in ``Batch.from_images``, with ``mean`` and ``std``.
         mean: of the three channels.
