@@ -19,6 +19,7 @@ from mmcl.data.shards.sample_fields import (
     SampleFields,
     StoredAs,
     UnfitMembers,
+    dotted,
     two_images,
 )
 from mmcl.data.shards.tar import BLOCK, members, plain_header
@@ -173,7 +174,12 @@ class TarShard:
             found = fields.members(extensions, self._holds_image)
             if len(self.index):
                 read_json = partial(self._first, "json", MAX_TEXT_BYTES)
-                fields.expect_required(found, extensions, read_json)
+                try:
+                    fields.expect_required(found, extensions, read_json)
+                except UnfitMembers as error:
+                    unread = dotted(self.index.unread)
+                    more = f"; never read: {unread}" if unread else ""
+                    raise UnfitMembers(f"{error}{more}") from None
             self._members[fields] = found
         return found
 

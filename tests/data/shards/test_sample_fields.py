@@ -138,6 +138,7 @@ def test_a_label_may_be_the_name_of_its_class(tmp_path):
         (("jpg", "json"), CLASSES, ["no label member (.cls)", "label_field"]),
         (("jpg", "prompt"), CAPTIONS, ["no caption member", ".jpg, .prompt", "text_field"]),
         (("txt", "score"), CAPTIONS, ["no image member", ".txt, .score", "image_field"]),
+        (("pyd", "txt"), CAPTIONS, ["no image member", "never read: .pyd"]),
         (("jpg", "txt"), {**CAPTIONS, "image_field": "png"},
          ["no image member (.png)", ".jpg, .txt", "image_field"]),
         (("jpg", "txt"), {**CAPTIONS, "text_field": "cap"}, ["(.cap)", ".jpg, .txt", "text_field"]),
