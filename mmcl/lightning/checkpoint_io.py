@@ -41,12 +41,10 @@ _PATH_TYPES = frozenset({"Path", "PosixPath", "WindowsPath", "PurePosixPath", "P
 _ALLOWED = {
     "torch": frozenset({"Size"}),
     "torch.serialization": frozenset({"_get_layout"}),
-    "torch.distributed.checkpoint.metadata": frozenset(
-        {
-            "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties",
-            "BytesStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING",
-        }
-    ),
+    "torch.distributed.checkpoint.metadata": frozenset({
+        "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties",
+        "BytesStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING",
+    }),
     "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo"}),
     "collections": frozenset({"OrderedDict"}),
     "pathlib": _PATH_TYPES,
@@ -253,6 +251,8 @@ class _RestrictedUnpickler(pickle.Unpickler):
         is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_type or name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):  # so Python 3.11.2 pickles an enum's member
+            return lambda enum, member: enum[member]
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from pytorch_lightning.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from mmcl.lightning.checkpoint_io import (
     LostCheckpoint,
@@ -33,6 +34,28 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*no_dist.*", "ignore:torch.dist
 
 def test_what_torch_writes_is_plain(folder):
     reject_pickles(folder)
+
+
+class Reached:
+    """Pickles as ``getattr(owner, name)``, as Python 3.11.2 does with members of an enum."""
+
+    def __init__(self, owner, name):
+        self.reduced = getattr, (owner, name)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def test_a_member_of_an_enum_may_be_written_as_an_attribute_and_nothing_else(folder):
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    for name, is_plain in (("TORCH_CONTIGUOUS_FORMAT", True), ("__class__", False)):
+        metadata.planner_data["y"] = Reached(_MEM_FORMAT_ENCODING, name)
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        if is_plain:
+            reject_pickles(folder)
+        else:
+            with pytest.raises(ValueError, match="cannot be read"):
+                reject_pickles(folder)
 
 
 def test_a_pickle_for_the_metadata_is_named_and_not_run(tmp_path, folder):
