@@ -101,11 +101,12 @@ def test_a_file_that_does_not_name_the_classes_is_refused(tmp_path, name, conten
 
 
 def test_wordnet_ids_of_imagenet_have_the_names_of_open_clip():
-    ids = ImageNetInfo().label_names()
+    info = ImageNetInfo()
+    ids = info.label_names()
     assert ids == sorted(ids)  # the order of torchvision's ImageFolder and of the logits
     assert wordnet_names(ids) == dict(zip(ids, IMAGENET_CLASSNAMES, strict=True))
     # Both lists are in one order: nearly all names share a word with WordNet's, shifted ones not.
-    lemmas = [set(ImageNetInfo().index_to_description(n).lower().split()) for n in range(1000)]
+    lemmas = [set(info.index_to_description(n).lower().split()) for n in range(1000)]
     lemmas = [{word.strip(",") for word in words} for words in lemmas]
     words = [set(name.lower().split()) for name in IMAGENET_CLASSNAMES]
     assert sum(bool(a & b) for a, b in zip(words, lemmas, strict=True)) > 900
