@@ -64,7 +64,7 @@ def test_a_hub_out_of_reach_is_one_sentence_that_names_the_local_file(caplog, ca
 
 
 def test_an_unknown_architecture_is_named():
-    with pytest.raises(RuntimeError, match="ViT-Q-99"):
+    with pytest.raises(ValueError, match="no architecture .ViT-Q-99"):
         OpenCLIP("ViT-Q-99")
 
 

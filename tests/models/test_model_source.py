@@ -163,7 +163,9 @@ def test_weights_that_do_not_exist_are_named(pretrained):
 
 
 def test_openais_own_names_are_those_of_open_clip():
-    with pytest.raises(ValueError, match=r"ViT-B-32 has no weights 'opanai': its tags are openai"):
+    with pytest.raises(
+        ValueError, match=r"ViT-B-32 has no weights 'opanai': did you mean 'openai'"
+    ):
         OpenCLIP("ViT-B/32", pretrained="opanai")
 
 
@@ -254,3 +256,10 @@ def test_a_folder_can_be_moved(tmp_path, native):
     folder = open_clip_folder(tmp_path / "m", native)
     shutil.move(folder, tmp_path / "elsewhere")
     assert same_weights(OpenCLIP(str(Path(tmp_path) / "elsewhere")), native)
+
+
+def test_an_unknown_name_is_answered_by_the_nearest():
+    with pytest.raises(ValueError, match=r"no architecture 'ViT-B-33': did you mean 'ViT-B-32'"):
+        OpenCLIP("ViT-B-33")
+    with pytest.raises(ValueError, match=r"no weights 'open_ai': did you mean 'openai'\?"):
+        OpenCLIP("ViT-B-32", "open_ai")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import open_clip
@@ -46,7 +47,7 @@ def find_model(model: str) -> ModelSource:
 
     Raises:
         FileNotFoundError: if a folder or file does not exist.
-        ValueError: if it names something else than a model.
+        ValueError: if it names something else than a model, or an unknown architecture.
         RuntimeError: if the hub has no such repository, or cannot be reached.
     """
     if "://" in model:
@@ -62,6 +63,10 @@ def find_model(model: str) -> ModelSource:
         return ModelSource(_add_architecture(path))
     if path.is_file():
         raise ValueError(_weights_as_model(path))
+    return _by_name(model)
+
+
+def _by_name(model: str) -> ModelSource:
     # OpenAI's own names have a slash.
     if (known := model.replace("/", "-")) in open_clip.list_models():
         return ModelSource(known)
@@ -69,6 +74,8 @@ def find_model(model: str) -> ModelSource:
         raise FileNotFoundError(f"there is no folder or file {model}: {_WAYS}")
     if _HUB_NAME.fullmatch(model):
         return _hub_model(model)
+    if open_clip.get_model_config(model) is None:
+        raise ValueError(f"open_clip has no architecture {model!r}: {_nearest(model)}{_WAYS}")
     return ModelSource(model)
 
 
@@ -192,6 +199,11 @@ def _is_path(text: str) -> bool:
     )
 
 
+def _nearest(name: str, known: Sequence[str] | None = None) -> str:
+    near = get_close_matches(name, open_clip.list_models() if known is None else known, n=2)
+    return f"did you mean {' or '.join(map(repr, near))}? Else " if near else ""
+
+
 def _unknown_tag(tag: str, source: ModelSource) -> str:
     if source.folder is not None:
         return (
@@ -201,6 +213,6 @@ def _unknown_tag(tag: str, source: ModelSource) -> str:
     tags = open_clip.list_pretrained_tags_by_model(source.name)
     known = f"its tags are {', '.join(tags)}" if tags else "it has no tags"
     return (
-        f"{source.name} has no weights {tag!r}: {known}; or give a local file or folder, or "
-        "'hf-hub:owner/name'"
+        f"{source.name} has no weights {tag!r}: {_nearest(tag, tags)}{known}; or give a local file "
+        "or folder, or 'hf-hub:owner/name'"
     )
