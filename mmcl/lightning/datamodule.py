@@ -20,7 +20,7 @@ from mmcl.data import (
     save_replay_copies,
     train_loader,
 )
-from mmcl.data.batches.lanes import expect_lanes, repeated_fetches
+from mmcl.data.batches.lanes import expect_lanes, lanes_warning
 from mmcl.data.batches.train_loader import WINDOW
 from mmcl.data.remote.cache import parse_size
 from mmcl.data.shards.replay_copies import released_tasks
@@ -250,10 +250,11 @@ class ContinualDataModule(pl.LightningDataModule):
         )
         limit_to_whole_steps(trainer, len(loader))
         task, is_joint = self.stream[self.task_index], replay_plan and not replay_plan.replay_ratio
-        if trainer.num_nodes > 1 and self.prepared.reader(task.index, "train").in_windows:
-            lanes, world = self.shuffle_lanes, trainer.world_size
-            if repeated := repeated_fetches(lanes, task.name, world, bool(is_joint)):
-                warnings.warn(repeated, stacklevel=2)
+        if warning := lanes_warning(
+            self.shuffle_lanes, task.name, trainer.world_size, nodes=trainer.num_nodes,
+            is_joint=bool(is_joint), is_remote=self.prepared.reader(task.index, "train").in_windows,
+        ):  # fmt: skip
+            warnings.warn(warning, stacklevel=2)
         return loader
 
     def task_pass(self, few: int | None = None) -> Any:

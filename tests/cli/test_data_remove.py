@@ -1,4 +1,4 @@
-"""`mmcl data remove`: a task is taken off a card, and what that means is told."""
+"""`mmcl data remove`: a task is taken off a card, and what that means is printed."""
 
 import json
 

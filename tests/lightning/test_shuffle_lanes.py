@@ -69,7 +69,8 @@ def test_lanes_change_the_order_of_remote_shards_alone(module_of):
         return [batch.keys for batch in module_of(*arguments, **settings).train_dataloader()]
 
     assert keys(4) != keys(1) == keys(None, nodes=1)
-    assert keys(4, is_remote=False) == keys(None, is_remote=False)
+    with pytest.warns(UserWarning, match="data.shuffle_lanes is 4 and has no effect"):
+        assert keys(4, is_remote=False) == keys(None, is_remote=False)
 
 
 def test_a_rank_evaluates_a_range_of_samples_where_lanes_are_set(module_of):

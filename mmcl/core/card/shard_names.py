@@ -193,8 +193,8 @@ def _matches(name: str, folder: Path) -> list[str]:
     if "://" in name:
         if "*" in name:
             raise ValueError(
-                f"{_quoted(name)} is a pattern of addresses, and servers are not asked for "
-                "lists: write {000..099}, or list the addresses"
+                f"{_quoted(name)} is a pattern of addresses, and servers give no list of "
+                "files: write {000..099}, or list the addresses"
             )
         return [name]
     if not name.endswith(SUFFIXES) and os.path.isdir(folder / name):

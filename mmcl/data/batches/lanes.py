@@ -94,16 +94,25 @@ def expect_lanes(lanes: int | None, global_batch_size: int) -> int | None:
     return lanes
 
 
-def repeated_fetches(lanes: int | None, task: str, world: int, is_joint: bool) -> str:
-    """Return why several nodes fetch the same remote shards, and what to do; "" if they do not.
+def lanes_warning(
+    lanes: int | None, task: str, world: int, *, nodes: int, is_joint: bool, is_remote: bool
+) -> str:
+    """Return why lanes have no effect, or several nodes fetch the same remote shards; "" if not.
 
     Args:
         lanes: ``data.shuffle_lanes``.
         task: name of the task.
-        world: number of processes, on several nodes.
+        world: number of processes.
+        nodes: number of nodes.
         is_joint: whether old samples are shuffled among the new ones.
+        is_remote: whether the task has remote shards.
     """
-    if lanes == 1:
+    if not is_remote and (lanes or 1) > 1:
+        return (
+            f"data.shuffle_lanes is {lanes} and has no effect on task '{task}', whose shards are "
+            "local and shuffled as a whole"
+        )
+    if lanes == 1 or nodes == 1 or not is_remote:
         return ""
     if is_joint:
         reason = "old samples are shuffled among new ones: keep its shards on a file system"

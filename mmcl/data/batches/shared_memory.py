@@ -72,7 +72,7 @@ class SharedBuffers:
         self._workers = workers
         # A loop holds a batch while it fetches the next.
         self._most_lent = max(2, workers)
-        # Requested at once: AHEAD of each worker, and one that has arrived when the next is asked.
+        # Requested at once: AHEAD of each worker, and one that arrived as the next was requested.
         count = workers * (AHEAD + 1) + self._most_lent
         self._maps = [mmap.mmap(-1, _BUFFER_BYTES) for _ in range(count)]
         self._requested: dict[int, object] = {}

@@ -195,6 +195,7 @@ class UnusedMembers:
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
         self.used: set[str] = set()
+        self.ignored: set[str] = set()
         self.samples = 0
         self._shards: set[str] = set()
 
@@ -203,7 +204,8 @@ class UnusedMembers:
         ignored: Sequence[str],
     ) -> None:  # fmt: skip
         """Add the members of a shard: how often each occurs, and those that its task uses."""
-        self.used.update(used, map(member_name, ignored))
+        self.ignored.update(map(member_name, ignored))
+        self.used.update(used)
         if shard in self._shards or not counts:
             return
         self._shards.add(shard)
@@ -212,14 +214,17 @@ class UnusedMembers:
             self.counts[name] = self.counts.get(name, 0) + count
 
     def lines(self) -> tuple[str, ...]:
-        """Return one line that names the members that no task uses, none if there are none."""
-        unused = sorted(self.counts.keys() - self.used)
+        """Return lines that name the members that no task uses, and what ignores no member."""
+        unused = sorted(self.counts.keys() - self.used - self.ignored)
+        absent = sorted(self.ignored - self.counts.keys()) if self.counts else []
+        idle = (f"ignore_members has {dotted(absent)}, which no sample has",) if absent else ()
         if not unused:
-            return ()
+            return idle
         named = [f".{escape_unprintable(name)} ({self.counts[name]:,})" for name in unused[:_SHOWN]]
         more = f" and {len(unused) - _SHOWN} more" if len(unused) > _SHOWN else ""
         return (
             f"of {self.samples:,} samples these members are not used: {', '.join(named)}{more}",
+            *idle,
         )
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mmcl.data.batches.batch_plan import EpochPlan, Mixture, WindowedShuffle, rank_slice
-from mmcl.data.batches.lanes import LanedShuffle, Lanes, lanes_of_rank, repeated_fetches
+from mmcl.data.batches.lanes import LanedShuffle, Lanes, lanes_of_rank, lanes_warning
 
 SIZES = [  # samples of each shard
     [10] * 12,
@@ -211,11 +211,20 @@ def test_ten_billion_samples_have_lanes_without_a_list_or_an_overflow():
     ],
 )
 def test_nodes_that_fetch_the_same_shards_are_told_why(lanes, joint, words):
-    sentence = repeated_fetches(lanes, "birds", 8, joint)
+    sentence = lanes_warning(lanes, "birds", 8, nodes=2, is_joint=joint, is_remote=True)
     assert sentence.startswith("several nodes fetch the same shards of task 'birds', ")
     assert words in sentence
 
 
 @pytest.mark.parametrize("lanes", [1, 8, 16])
 def test_nodes_with_lanes_of_their_own_or_a_shared_cache_are_told_nothing(lanes):
-    assert repeated_fetches(lanes, "birds", 8, False) == ""
+    assert lanes_warning(lanes, "birds", 8, nodes=2, is_joint=False, is_remote=True) == ""
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_lanes_of_local_shards_are_without_effect_and_a_warning_says_so(nodes):
+    def warned(lanes):
+        return lanes_warning(lanes, "birds", 8, nodes=nodes, is_joint=False, is_remote=False)
+
+    assert "data.shuffle_lanes is 16 and has no effect on task 'birds'" in warned(16)
+    assert warned(None) == warned(1) == ""

@@ -160,6 +160,22 @@ def test_what_is_not_used_is_listed_once(tmp_path):
     assert notes == ["not used of t.csv: height, width, url"]
 
 
+def test_a_name_to_ignore_that_an_input_does_not_have_is_listed(tmp_path):
+    pictures(tmp_path, 4)
+    rows = [(f"{n}.jpg", f"thing {n}", 8) for n in range(4)]
+    source = table(tmp_path / "t.csv", ["filepath", "title", "height"], rows)
+    _, notes = made(source, tmp_path / "a", ignore_columns=("height", "bboxx"))
+    assert notes == ["--ignore_columns names bboxx, which t.csv does not have"]
+    for label in ("cat", "dog"):
+        pictures(tmp_path / "set" / label, 3)
+        put(tmp_path / "set" / label / "notes.md", "x")
+    _, notes = made(tmp_path / "set", tmp_path / "b", ignore_columns=("notes.md", "masks"))
+    assert notes == ["--ignore_columns names masks, which set does not have"]
+    put(tmp_path / "c.token", "".join(f"{n}.jpg#0\ta thing {n}\n" for n in range(4)))
+    _, notes = made(tmp_path / "c.token", tmp_path / "c", ignore_columns=("split",))
+    assert notes == ["--ignore_columns names split, which c.token does not have"]
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet", "json", "jsonl"])
 def test_every_field_of_every_source_is_used_listed_or_refused(tmp_path, kind):
     pictures(tmp_path, 4)

@@ -170,6 +170,9 @@ def test_members_that_are_not_used_are_listed_once(tmp_path):
     assert (found.errors, found.notes) == ((), listed)
     assert found.plain()["notes"] == list(listed)
     assert open_stream(TaskStream.read(path)).notes == listed
+    idle = write(tmp_path, ("jpg", "txt"), {**CAPTIONS, "ignore_members": ["mp4"]})
+    listed = ("ignore_members has .mp4, which no sample has",)
+    assert check_stream(idle).notes == open_stream(TaskStream.read(idle)).notes == listed
     plain = write(tmp_path, ("jpg", "txt"), CAPTIONS)
     assert check_stream(plain).notes == open_stream(TaskStream.read(plain)).notes == ()
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from mmcl.data.convert.inputs.columns import ColumnOptions
+from mmcl.data.convert.inputs.columns import ColumnOptions, absent_names
 from mmcl.data.convert.inputs.image_search import ImageSearch, open_images
 from mmcl.data.convert.record import (
     Chunk,
@@ -141,10 +141,12 @@ def open_caption_file(
     if layout in ("karpathy", "coco"):
         raw = _parsed(path)
         found = _karpathy(raw) if layout == "karpathy" else _coco(raw, path)
+        keys = {key for image in found for key in image.unused}
+        notes = absent_names(path, [name for name in options.ignore_columns if name not in keys])
         known = _USED | _HARMLESS | set(options.ignore_columns)
         found = [replace(image, unused=tuple(set(image.unused) - known)) for image in found]
     else:
-        found = _lines(path, layout)
+        found, notes = _lines(path, layout), absent_names(path, options.ignore_columns)
     if not found:
         raise ValueError(f"{path} holds no image with captions: is it the right file?")
     chunks: list[Chunk] = [
@@ -153,7 +155,7 @@ def open_caption_file(
     ]
     return InputData(
         options.task_type or "captioning", str(path), chunks, text_field="json.captions",
-        interleaved=True,
+        notes=notes, interleaved=True,
     )  # fmt: skip
 
 

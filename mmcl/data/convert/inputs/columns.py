@@ -118,12 +118,14 @@ class Columns:
         task_type: of the task.
         names: use -> the column's name in this table.
         unused: names of the other columns.
+        absent: names in ``ignore_columns`` that this table does not have.
         has_lists: whether the text of every sample becomes a list of captions.
     """
 
     task_type: str
     names: Mapping[str, str]
     unused: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
     has_lists: bool = False
 
 
@@ -142,7 +144,6 @@ class _Choice:
         self.by_key: dict[str, list[str]] = {}
         for name in self.found:
             self.by_key.setdefault(key_of(name), []).append(name)
-        # One that this table lacks may be in that of --test; a misspelt one is refused again.
         ignored = set(map(key_of, self.options.ignore_columns))
         self.free = [name for name in self.found if key_of(name) not in ignored]
         self.shown = list_names(self.found)
@@ -210,6 +211,15 @@ def list_names(names: Iterable[str]) -> str:
     return ", ".join(short) + (f" and {len(listed) - _NAMED} more" * (len(listed) > _NAMED))
 
 
+def absent_names(where: PurePath, names: Sequence[str]) -> list[str]:
+    """Return a note on names in ``--ignore_columns`` that an input does not have; [] if none.
+
+    It is no error, since the other input (SOURCE or ``--test``) may have them.
+    """
+    listed = list_names(names)
+    return [f"--ignore_columns names {listed}, which {where.name} does not have"] if names else []
+
+
 def find_columns(
     found: Sequence[str],
     options: ColumnOptions,
@@ -256,7 +266,9 @@ def find_columns(
     names = {use: name for use, name in choice.names.items() if use in (*uses, "split")}
     unused = [name for name in choice.free if name not in names.values()]
     _expect_harmless(choice, task_type, names, unused)
-    return Columns(task_type, names, tuple(unused), names.get("text") in lists)
+    absent = [name for name in options.ignore_columns if key_of(name) not in choice.by_key]
+    has_lists = names.get("text") in lists
+    return Columns(task_type, names, tuple(unused), tuple(absent), has_lists)
 
 
 def _task_type(choice: _Choice) -> str:

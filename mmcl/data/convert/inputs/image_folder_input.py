@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from mmcl.data.convert.inputs.columns import is_image_name
+from mmcl.data.convert.inputs.columns import absent_names, is_image_name
 from mmcl.data.convert.record import (
     InputData,
     InvalidRecord,
@@ -58,10 +58,14 @@ class FolderChunk:
             relative = os.path.join(os.path.basename(self.folder), name)
             try:
                 data = read_file(os.path.join(self.folder, name), relative)
-                members = {extension_of(data, relative): data}
+                members = {extension_of(data, relative): data, **self.texts(name)}
                 yield Record(Path(name).stem, members, self.task, self.label, self.split)
             except BadSample as error:
                 yield InvalidRecord(relative, str(error))
+
+    def texts(self, name: str) -> dict[str, bytes]:
+        """Return the other members of an image, none for a class folder."""
+        return {}
 
 
 Chunked = TypeVar("Chunked", bound=FolderChunk)
@@ -88,6 +92,7 @@ class ImageTree:
     ignored: Sequence[str] = ()
     others: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    met: set[str] = field(default_factory=set)
 
     def folders(self, path: Path) -> list[tuple[str, Path]]:
         """Return name and path of the folders in a folder."""
@@ -128,12 +133,14 @@ class ImageTree:
             notes.append(f"not used: {what} ({', '.join(others[:_NAMED])}{more})")
         if self.unused:
             notes.append(f"not used: folders without images ({', '.join(self.unused[:20])})")
-        return notes
+        return notes + absent_names(self.top, [n for n in self.ignored if n not in self.met])
 
     def _is_seen(self, entry: os.DirEntry[str]) -> bool:
-        if entry.name[0] == "." or entry.name in self.ignored:
-            return False
-        return not self.ignored or self.name(Path(entry.path)) not in self.ignored
+        if entry.name[0] == "." or not self.ignored:
+            return entry.name[0] != "."
+        own = {entry.name, self.name(Path(entry.path))}.intersection(self.ignored)
+        self.met |= own
+        return not own
 
 
 def open_folder(

@@ -15,13 +15,10 @@ from mmcl.data.convert.inputs.table_input import open_table
 from mmcl.data.convert.record import (
     Chunk,
     InputData,
-    InvalidRecord,
-    Record,
     expect_no_near_splits,
     split_of,
     without_validation,
 )
-from mmcl.data.shards.image_folder import extension_of, read_file
 from mmcl.data.stored_sample import MAX_TEXT_BYTES, BadSample
 
 _TEXTS = (".txt", ".caption")
@@ -32,21 +29,12 @@ _LOOKED_AT = 20
 
 
 @dataclass(frozen=True)
-class CaptionChunk(FolderChunk):
+class SidecarChunk(FolderChunk):
     """Some images of a folder that have a text file of the same name, ``1.jpg`` and ``1.txt``."""
 
-    def read(self) -> Iterator[Record | InvalidRecord]:
-        """Yield the images with their texts."""
-        for raw in self.joined.split(b"\0"):
-            name = os.fsdecode(raw)
-            relative = os.path.join(os.path.basename(self.folder), name)
-            try:
-                data = read_file(os.path.join(self.folder, name), relative)
-                text = _read_text(Path(self.folder, name))
-                members = {extension_of(data, relative): data, "txt": text.encode()}
-                yield Record(Path(name).stem, members, self.task, "", self.split)
-            except BadSample as error:
-                yield InvalidRecord(relative, str(error))
+    def texts(self, name: str) -> dict[str, bytes]:
+        """Return the text beside an image as its caption."""
+        return {"txt": _read_text(Path(self.folder, name)).encode()}
 
 
 def _read_text(image: Path) -> str:
@@ -193,9 +181,9 @@ def open_captions(path: Path, options: ColumnOptions, task_level: int | None = N
     )
 
 
-def _caption_chunks(tree: ImageTree, task_level: int | None) -> list[CaptionChunk]:
+def _caption_chunks(tree: ImageTree, task_level: int | None) -> list[SidecarChunk]:
     """Return the images of all folders, with their splits and tasks."""
-    chunks: list[CaptionChunk] = []
+    chunks: list[SidecarChunk] = []
     unknown = ""
     for folder, names in _walk(tree):
         parts = list(folder.relative_to(tree.top).parts)
@@ -206,7 +194,7 @@ def _caption_chunks(tree: ImageTree, task_level: int | None) -> list[CaptionChun
         if task_level is not None and len(parts) < task_level:
             raise ValueError(f"{folder} has images above the folders of --task_level {task_level}")
         task = parts[task_level - 1] if task_level is not None else ""
-        chunks += folder_chunks(CaptionChunk, folder, names, "", task, split_of(split) or "")
+        chunks += folder_chunks(SidecarChunk, folder, names, "", task, split_of(split) or "")
     if not any(chunk.split for chunk in chunks):
         homes = (Path(chunk.folder).relative_to(tree.top) for chunk in chunks)
         expect_no_near_splits({part for home in homes for part in home.parts[:2]}, str(tree.top))

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, TypeVar
 from mmcl.data.convert.inputs.columns import (
     ColumnOptions,
     Columns,
+    absent_names,
     find_columns,
     is_image_name,
     list_names,
@@ -322,6 +323,7 @@ def table_input(
     notes = list(more.pop("notes", ()))
     if columns.unused:
         notes.append(f"not used of {path.name}: {list_names(columns.unused)}")
+    notes += absent_names(path, columns.absent)
     return InputData(
         columns.task_type, str(path), chunks, task_column=options.task_column or "",
         text_field="json.captions" if columns.has_lists else "txt", notes=notes, **more,
