@@ -15,6 +15,8 @@ HOUSE = Path(__file__).parent.parent
 FILES = sorted((HOUSE / "configs").rglob("*.yaml"))
 OVERLAYS = [file for file in FILES if file.parent.name == "overlay"]
 QUICKSTART = HOUSE / "configs" / "quickstart.yaml"
+RECIPES = HOUSE / "configs" / "llava_7b"
+ENCODER = "--model.model.init_args.routing_encoder.init_args"
 TINY = ["--model.model.model=tiny", "--model.model.pretrained=built-in"]
 
 
@@ -26,12 +28,25 @@ def words(file):
     """The command line of a configuration; an overlay lies on the quickstart."""
     if file in OVERLAYS:
         return ["--config", str(QUICKSTART), "--config", str(file)]
+    if file.parent == RECIPES:
+        return recipe(file)
     model = yaml.safe_load(file.read_text())["model"]["model"]
     given = model["init_args"]
     if "start" in given:  # an earlier stage's folder, which is not there yet
         return ["--config", str(file), "--model.model.init_args.start=null"]
     is_clip = model["class_path"].endswith("OpenCLIP")
     return ["--config", str(file), *(TINY if is_clip and given["model"] != "tiny" else [])]
+
+
+def recipe(file):
+    """The command line of a recipe; a method's file lies on a benchmark's."""
+    content = yaml.safe_load(file.read_text())
+    base = [] if "data" in content and "stream" in content["data"] else [RECIPES / "ucit.yaml"]
+    files = [word for each in (*base, file) for word in ("--config", str(each))]
+    small = ["--model.model.init_args.model=tiny-llava"]
+    if "routing_encoder" in file.read_text():
+        small += [f"{ENCODER}.model=tiny", f"{ENCODER}.pretrained=built-in"]
+    return [*files, *small]
 
 
 @cache
@@ -75,6 +90,7 @@ def test_what_a_configuration_says_is_what_is_used(file):
         key for key, value in stated.items() if value is not None and used.get(key) != value
     }
     changed = {"model", "pretrained", "start"}
+    changed |= {f"routing_encoder/init_args/{name}" for name in ("model", "pretrained")}
     assert different <= {f"/model/model/init_args/{name}" for name in changed}
 
 

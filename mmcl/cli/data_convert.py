@@ -28,9 +28,11 @@ _EXAMPLES = """\
 SOURCE is one of
   a folder   <class>/image.jpg, or train/<class>/... and test/<class>/...; or images with a text
              beside each (1.jpg and 1.txt), or listed in metadata.csv or metadata.jsonl
-  a table    .csv, .tsv or .parquet (or a folder of parquet) with the columns path,text (captions),
-             path,label (classes) or path,question,answer; also task and split (train, val, test)
-  a JSON     LLaVA-style list or lines of {id, image, conversations: [{from, value}, ...]}, or of
+  a table    .csv, .tsv or .parquet (or a folder of them) with the columns path,text (captions),
+             path,label (classes), path,question,answer, also with choices or A,B,C,D and hint, or
+             conversations or messages; also task and split (train, val, test)
+  a JSON     list or lines of {id, image, conversations: [{from, value}, ...]}, of {messages:
+             [{role, content}, ...], images}, of {query, response, history, system}, of
              {question_id, image, text, answer}; or of rows with the columns of a table
 
 Other usual names of columns are known (filepath, title, fine_label), see docs/data.md. What is not
@@ -69,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     train, test = _inputs(given)
     images = (given.images or [given.source.parent])[0]
     test_images = (given.test_images or [images])[0]
-    in_place = InPlace(images, test_images, given.answer_field)
+    in_place = InPlace(images, test_images, given.answer_field, given.follow_links)
     card, converted = with_bar(
         convert, train, test, given.out, options, append=given.append, card=given.card,
         in_place=in_place if given.in_place else None, look_up=_known_names,
@@ -88,6 +90,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     add("--test", type=Path, help="source of the test samples")
     add("--test_images", type=Path, nargs="+", metavar="FOLDER",
         help="folders of the images of --test (as --images)")  # fmt: skip
+    add("--follow_links", action="store_true",
+        help="also read images to which links in these folders lead outside of them")  # fmt: skip
     levels = add_group()
     levels.add_argument("--tasks_are_folders", action="store_const", const=1, dest="task_level",
         help="SOURCE has the layout <task>/<class>/image.jpg, as --task_level 1")  # fmt: skip
@@ -198,6 +202,7 @@ def _inputs(given: argparse.Namespace) -> tuple[InputData, InputData | None]:
         **{name: getattr(given, name) for name in names},
         ignore_columns=tuple(given.ignore_columns),
         columns=tuple(name.strip() for name in (given.columns or "").split(",") if name.strip()),
+        follow_links=given.follow_links,
     )
     opened = partial(
         open_input, task_type=given.task_type, task_column=given.task_column,

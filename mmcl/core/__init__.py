@@ -1,17 +1,7 @@
 """Interfaces of mmcl: batch, task, stream, model, strategy, and ``step``, in which they meet."""
 
 from mmcl.core.atomic_write import write_atomic
-from mmcl.core.batch import (
-    IGNORE_INDEX,
-    IMAGE_TOKEN,
-    Batch,
-    Conversation,
-    GlobalBatch,
-    ProcessedSample,
-    Reference,
-    Transform,
-    Turn,
-)
+from mmcl.core.batch import IGNORE_INDEX, Batch, GlobalBatch
 from mmcl.core.chain import Chain
 from mmcl.core.model import (
     NO_PROMPTS,
@@ -23,6 +13,17 @@ from mmcl.core.model import (
     is_generative_model,
     require,
     require_classes,
+)
+from mmcl.core.sample import (
+    IMAGE_TOKEN,
+    BadSample,
+    Conversation,
+    Pixels,
+    ProcessedSample,
+    Reference,
+    Transform,
+    Turn,
+    each_image,
 )
 from mmcl.core.step import (
     StepModule,
@@ -40,10 +41,10 @@ from mmcl.core.strategy import ReplayPlan, Strategy, device_of, trainable_parame
 from mmcl.core.task import DataSource, Task, TaskStream
 
 __all__ = [
-    "IGNORE_INDEX", "IMAGE_TOKEN", "NO_PROMPTS", "VLM", "Batch", "Chain", "Conversation",
-    "DataSource", "GlobalBatch", "Modality", "Output", "ProcessedSample", "Prompts", "Reference",
-    "ReplayPlan", "StepModule", "StepOutput", "Strategy", "Task", "TaskStream", "Transform", "Turn",
-    "begin_task", "begin_tasks", "device_of", "end_task", "expect_shape", "forward", "generate",
-    "is_generative_model", "loss_weight", "require", "require_classes", "step", "subset_weight",
-    "trainable_parameters", "write_atomic",
+    "IGNORE_INDEX", "IMAGE_TOKEN", "NO_PROMPTS", "VLM", "BadSample", "Batch", "Chain",
+    "Conversation", "DataSource", "GlobalBatch", "Modality", "Output", "Pixels", "ProcessedSample",
+    "Prompts", "Reference", "ReplayPlan", "StepModule", "StepOutput", "Strategy", "Task",
+    "TaskStream", "Transform", "Turn", "begin_task", "begin_tasks", "device_of", "each_image",
+    "end_task", "expect_shape", "forward", "generate", "is_generative_model", "loss_weight",
+    "require", "require_classes", "step", "subset_weight", "trainable_parameters", "write_atomic",
 ]  # fmt: skip

@@ -1,102 +1,18 @@
-"""Sample and batch: conversation, references and transform of one sample; tensors of one step.
-
-Transforms and conversations are what a model's author implements.
-"""
+"""Batch: the tensors of one step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmcl.core.image_values import ImagesAre, as_uint8, stack_images
 from mmcl.core.padding import pad_id_of, real_tokens
+from mmcl.core.sample import Reference
 from mmcl.core.seeding import hash_priorities
-
-IMAGE_TOKEN = "<image>"
-"""Placeholder of the image in the text of a conversation, as in LLaVA's files."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One turn of a conversation.
-
-    Attributes:
-        role: "user" asks, "assistant" answers.
-        text: question or answer; ``<image>`` marks the position of an image.
-    """
-
-    role: Literal["user", "assistant"]
-    text: str
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Last question of a sample with its reference answers.
-
-    Attributes:
-        question: text without ``<image>``.
-        answers: at least one; any of them is correct.
-    """
-
-    question: str
-    answers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Conversation about an image: questions and answers in turn, the last answer is the target.
-
-    Attributes:
-        turns: an even number of turns, the user's first.
-        answers: reference answers, any of which is correct in place of the last turn.
-    """
-
-    turns: tuple[Turn, ...]
-    answers: tuple[str, ...]
-
-    @property
-    def reference(self) -> Reference:
-        """Last question with its reference answers."""
-        question = self.turns[-2].text.replace(IMAGE_TOKEN, "").strip()
-        return Reference(question, self.answers)
-
-
-@dataclass(frozen=True)
-class ProcessedSample:
-    """A sample as tensors for a model, before it is collated into a batch.
-
-    Attributes:
-        image: (3, H, W) uint8 at the model's image size, or None.
-        input_ids: (L,) int64 token ids up to the end token, without padding, or None.
-        labels: (L,) int64 target tokens, IGNORE_INDEX where no token is in the loss; None for
-            samples that are classified or matched.
-    """
-
-    image: Tensor | None
-    input_ids: Tensor | None = None
-    labels: Tensor | None = None
-
-
-class Transform(Protocol):
-    """Protocol of a model's transform of one sample; picklable, since loader workers run it."""
-
-    def __call__(
-        self, pixels: Tensor | None, text: str | Conversation | None, seed: int
-    ) -> ProcessedSample:
-        """Resize and augment the image of a sample, tokenize its text.
-
-        Args:
-            pixels: (3, H, W) uint8 decoded image of any size, or None.
-            text: a caption, a conversation, or None if the task has neither.
-            seed: seed of this sample's augmentation; a function of sample and epoch, so it is the
-                same on any rank and in any worker.
-        """
-        ...
-
 
 IGNORE_INDEX = -100
 """Label of a sample or token that the task loss ignores, as in torch's cross entropy."""
@@ -140,8 +56,8 @@ class Batch:
         labels: (B,) int64 class index (column of the class scores); for generative samples (B, L)
             int64 target token at each position. -100 = not in the loss.
         task_ids: (B,) int64 index of the task that each sample belongs to.
-        image_owner: (M,) int64 index of the sample that each image belongs to; None = one image a
-            sample, in order.
+        image_owner: (M,) int64 index of the sample that each image belongs to, in increasing order;
+            None = one image a sample, in order.
         input_ids: (B, L) int64 token ids, padded; None if samples have no text of their own.
         attention_mask: (B, L) bool, True on real tokens, False on padding behind them; the ids of
             padding do not count.
@@ -157,9 +73,12 @@ class Batch:
         image_ids: (B,) int64 identity of each sample's image, by content: samples of equal ids show
             the same image, so that the caption of one describes the other; -1 = an image that no
             other sample shows. None = all are -1.
+        image_inputs: M mappings from names of a model's arguments to tensors, which its own image
+            processor made of each image; beside ``images``, or in place of them; or empty.
         keys: B sample keys, which trace a sample back to its shard; or empty.
         references: for generative samples, B questions with their right answers; or empty.
         errors: one sentence for each sample that could not be read while this batch was made.
+        notes: one sentence for each sample of which the model takes only a part.
         loss_weight: factor of the loss that turns the mean over ranks and accumulated micro-batches
             into the mean over the global batch: own samples * ranks * micro-batches / samples of
             the global batch.
@@ -179,9 +98,11 @@ class Batch:
     in_loss: Tensor | None = None
     num_bytes: Tensor | None = None
     image_ids: Tensor | None = None
+    image_inputs: tuple[Mapping[str, Tensor], ...] = ()
     keys: tuple[str, ...] = ()
     references: tuple[Reference, ...] = ()
     errors: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     loss_weight: float = 1.0
     global_batch: GlobalBatch | None = None
 
@@ -268,8 +189,8 @@ class Batch:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle small tensors by value: torch opens a file for each one that it sends itself."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        small = {name: value.numpy() for name, value in values.items() if _is_small(value)}
-        return _received, ({n: v for n, v in values.items() if n not in small}, small)
+        inputs = [_by_value(each) for each in values.pop("image_inputs")]
+        return _received, (_by_value(values), inputs)
 
     def __len__(self) -> int:
         """Return B, the number of samples."""
@@ -293,13 +214,16 @@ class Batch:
         """
         values = {name: getattr(self, name) for name in _SAMPLE_FIELDS}
         taken: dict[str, Any] = {name: v[rows] for name, v in values.items() if v is not None}
-        if self.images is not None and self.image_owner is None:
-            taken["images"] = self.images[rows]
-        elif self.images is not None:
+        chosen = rows
+        if self.image_owner is not None:
             found = [torch.nonzero(self.image_owner == row).flatten() for row in rows]
             owners = [torch.full_like(own, index) for index, own in enumerate(found)]
-            taken["images"] = self.images[torch.cat(found)]
-            taken["image_owner"] = torch.cat(owners)
+            empty = self.image_owner[:0]
+            chosen, taken["image_owner"] = torch.cat([*found, empty]), torch.cat([*owners, empty])
+        if self.images is not None:
+            taken["images"] = self.images[chosen]
+        if self.image_inputs:
+            taken["image_inputs"] = tuple(self.image_inputs[index] for index in chosen.tolist())
         indices = rows.tolist()
         for name in ("keys", "references"):
             texts = getattr(self, name)
@@ -314,21 +238,30 @@ class Batch:
         ``source_ids`` (0), ``in_loss`` (True), ``num_bytes`` (-1) and ``image_ids`` (-1).
 
         Raises:
-            ValueError: if one side has images, tokens or features and the other has none.
+            ValueError: if one side has images, tokens or features and the other has none; answers
+                to text alone may be joined with answers to images.
         """
         joined: dict[str, Any] = {}
         left, right = _with_defaults(self, other), _with_defaults(other, self)
         left, right = _padded(left, right), _padded(right, left)
         for name in _SAMPLE_FIELDS:
             joined[name] = _joined(name, getattr(left, name), getattr(right, name))
-        joined["images"] = _joined("images", left.images, right.images)
-        if left.image_owner is not None or right.image_owner is not None:
+        joined["images"] = _joined("images", left.images, right.images, _lacks_images(left, right))
+        joined["image_inputs"] = left.image_inputs + right.image_inputs
+        has_owners = left.image_owner is not None or right.image_owner is not None
+        if has_owners or left.has_images != right.has_images:
             joined["image_owner"] = torch.cat([_owners(left), _owners(right) + len(left)])
         for name in ("keys", "references"):
             ours, theirs = getattr(left, name), getattr(right, name)
             is_whole = len(ours) == len(left) and len(theirs) == len(right)
             joined[name] = ours + theirs if is_whole else ()
-        return replace(self, errors=self.errors + other.errors, **joined)
+        errors, notes = self.errors + other.errors, self.notes + other.notes
+        return replace(self, errors=errors, notes=notes, **joined)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether some sample has an image: pixels or what a processor made of them."""
+        return bool(self.image_inputs) or (self.images is not None and len(self.images) > 0)
 
     @property
     def num_in_loss(self) -> int:
@@ -340,10 +273,11 @@ class Batch:
         """Whether the labels are target tokens to be generated, not classes."""
         return self.labels.dim() == 2
 
-    def _map(self, change: Any) -> Batch:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        changed = {name: change(v) for name, v in values if isinstance(v, Tensor)}
-        return replace(self, **changed)
+        changed: dict[str, Any] = {n: change(v) for n, v in values if isinstance(v, Tensor)}
+        inputs = tuple({n: change(v) for n, v in each.items()} for each in self.image_inputs)
+        return replace(self, image_inputs=inputs, **changed)
 
 
 def text_ids(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -385,14 +319,26 @@ def _is_small(value: Any) -> bool:
     )
 
 
-def _received(values: dict[str, Any], small: dict[str, Any]) -> Batch:
-    tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in small.items()}
-    return Batch(**values, **tensors)
+def _by_value(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divide values into those that torch sends, and arrays of the small tensors."""
+    small = {name: value.numpy() for name, value in values.items() if _is_small(value)}
+    return {n: v for n, v in values.items() if n not in small}, small
+
+
+def _received(values: tuple[Any, Any], inputs: list[tuple[Any, Any]]) -> Batch:
+    return Batch(image_inputs=tuple(map(_tensors, inputs)), **_tensors(values))
+
+
+def _tensors(sent: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
+    values, small = sent
+    return {**values, **{name: torch.from_numpy(array) for name, array in small.items()}}
 
 
 def _owners(batch: Batch) -> Tensor:
     if batch.image_owner is not None:
         return batch.image_owner
+    if not batch.has_images:
+        return batch.labels.new_zeros(0)
     return torch.arange(len(batch), device=batch.labels.device)
 
 
@@ -430,9 +376,19 @@ def _padded(batch: Batch, other: Batch) -> Batch:
     return replace(batch, input_ids=tokens, attention_mask=mask, labels=labels)
 
 
-def _joined(name: str, left: Tensor | None, right: Tensor | None) -> Tensor | None:
+def _lacks_images(left: Batch, right: Batch) -> bool:
+    """Return whether both sides answer questions, and one of them has questions alone."""
+    is_text = [one.is_generative and not one.has_images for one in (left, right)]
+    return any(is_text) and left.features is None and right.features is None
+
+
+def _joined(
+    name: str, left: Tensor | None, right: Tensor | None, may_lack: bool = False
+) -> Tensor | None:
     if left is None and right is None:
         return None
+    if may_lack and (left is None or right is None):
+        return left if right is None else right
     if left is None or right is None:
         raise ValueError(
             f"one batch has {name} and the other has not: join batches of the same kind "

@@ -253,7 +253,8 @@ BASE_LAYER_NAMES = ("base", "base_layer")
 
 def without_adapters(name: str) -> str:
     """Return the name that a parameter or buffer has in the model without adapters."""
-    for attribute in BASE_LAYER_NAMES:
+    # "token_adapter" is peft's, in word embeddings some of whose rows train.
+    for attribute in (*BASE_LAYER_NAMES, "token_adapter"):
         name = name.replace(f".{attribute}.", ".")
     return name
 

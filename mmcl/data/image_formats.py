@@ -10,7 +10,7 @@ import io
 import re
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from PIL import Image, features
@@ -69,6 +69,9 @@ IMAGE_EXTENSIONS = tuple(
     )
 )
 """Extensions of members and files that are images, in the order in which a sample's is sought."""
+MAX_IMAGES = 64
+"""Samples with more images are bad."""
+_NUMBERED = re.compile(rf"([0-9]{{1,4}})\.(?:{'|'.join(IMAGE_EXTENSIONS)})")
 OTHER_IMAGE_EXTENSIONS = (
     "heic", "heif", "jp2", "j2k", "jpx", "jxl", "svg", "psd", "ico", "eps", "exr", "hdr", "dng",
     "tga",
@@ -112,6 +115,30 @@ _TIFF_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 
                16: 8, 17: 8, 18: 8}  # fmt: skip
 _TIFF_INTEGERS = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
 _SUB_DIRECTORIES = (0x8769, 0x8825, 0xA005)
+
+
+def is_numbered(member: str) -> bool:
+    """Return whether a member is one of the images of a sample with several: ``0.jpg``."""
+    return _NUMBERED.fullmatch(member) is not None
+
+
+def image_members(members: Iterable[str]) -> list[str]:
+    """Return the members of a sample that are its images: ``jpg``; or ``0.jpg``, ``1.png`` ...
+
+    They are in the order of their numbers. Of a sample with one image the first extension of
+    ``IMAGE_EXTENSIONS`` counts.
+    """
+    listed = list(members)
+    plain = [name for name in IMAGE_EXTENSIONS if name in listed][:1]
+    numbered = [(int(found[1]), name) for name in listed if (found := _NUMBERED.fullmatch(name))]
+    return plain or [name for _, name in sorted(numbered)]
+
+
+def as_members(images: Sequence[tuple[str, bytes]]) -> dict[str, bytes]:
+    """Return the members that hold images, (extension, content) each, in their order."""
+    if len(images) == 1:
+        return dict(images)
+    return {f"{number}.{extension}": data for number, (extension, data) in enumerate(images)}
 
 
 def image_format(data: bytes, stated: str = "") -> ImageFormat:

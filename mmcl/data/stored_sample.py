@@ -10,6 +10,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from mmcl.core import BadSample as BadSample
+
 IntArray = npt.NDArray[np.int64]
 Split = Literal["train", "validation", "test"]
 
@@ -33,10 +35,6 @@ class Sample:
     key: str
     shard: str
     members: Mapping[str, bytes]
-
-
-class BadSample(ValueError):
-    """One sample cannot be used; its text is the reason, without the sample's name."""
 
 
 class BadShard(ValueError):

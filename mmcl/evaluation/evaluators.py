@@ -241,7 +241,8 @@ class GenerationEvaluator(Evaluator):
             )
         lines.sort(key=lambda line: int(line[0]))
         references = [tuple(line[3]) for line in lines]
-        scored = self.scorer.score([line[4] for line in lines], references)
+        questions = [line[2] for line in lines]
+        scored = self.scorer.score([line[4] for line in lines], references, questions)
         self.value, self.lenient = scored.strict, scored.lenient
         samples = zip(lines, references, scored.strict_scores, scored.lenient_scores, strict=True)
         self.answers = [

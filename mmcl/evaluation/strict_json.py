@@ -55,18 +55,19 @@ def load(kind: type[T], raw: object, source: str, optional: Collection[str] = ()
     return value
 
 
-def parse(text: str, source: str) -> object:
+def parse(text: str, source: str, *, has_nan: bool = False) -> object:
     """Read untrusted JSON text.
 
     Args:
         text: the text.
         source: what the error calls it, such as the file's path.
+        has_nan: read NaN and the infinities, which other programs write, as null.
 
     Raises:
         ValueError: if it is not JSON, is nested too deep, or holds NaN or an infinity.
     """
     try:
-        return _DECODER.decode(text)
+        return (_NAN_DECODER if has_nan else _DECODER).decode(text)
     except RecursionError:
         raise ValueError(f"{source} is nested too deep to be read: write it again") from None
     except ValueError as error:
@@ -132,6 +133,7 @@ def _refuse_constant(name: str) -> object:
 
 # json.loads makes a decoder for every call with options: most of the time of a short line.
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_NAN_DECODER = json.JSONDecoder(parse_constant=lambda name: None)
 
 
 def _object(kind: Any, raw: object, optional: Collection[str] = ()) -> Any:

@@ -14,18 +14,19 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmcl.core import Batch, Chain, Conversation, Strategy, Turn, device_of, write_atomic
 from mmcl.core.model import without_adapters
 from mmcl.data.batches.collate import Example, collate
 from mmcl.data.remote.location import sha256_of
 from mmcl.layers import MoELoRALinear, MultiLoRALinear, find_layers
+from mmcl.layers.target_layers import modules_in_full
 from mmcl.lightning.module import ContinualModule
 from mmcl.models.hf_vlm.loading import plain_model, plain_weight_names, save_pretrained
 from mmcl.models.open_clip.loading import architecture_of, save_architecture
 from mmcl.models.open_clip.pretrained_facts import own_preprocess
-from mmcl.strategies.lora import LoRA, peft_state
+from mmcl.strategies.lora import LoRA, describe_base, peft_state
 
 _TOLERANCE = 1e-3
 _ROOT = "lm."
@@ -149,9 +150,11 @@ def _expect_same_scores(module: ContinualModule, plain: Any, batch: Batch) -> No
     scores = model(batch, module.strategy.prompts(model, batch)).logits.float()
     try:
         model.lm = plain
+        model.locate_parameters()
         difference = float((model(batch).logits.float() - scores).abs().max())
     finally:
         model.lm = trained
+        model.locate_parameters()
     dtype = next(plain.parameters()).dtype
     tolerance = max(_TOLERANCE, 8 * torch.finfo(dtype).eps)
     if not difference <= tolerance * max(1.0, float(scores.abs().max())):
@@ -182,7 +185,7 @@ def write_adapter(module: ContinualModule, folder: Path, *, half: bool) -> str:
 
     Raises:
         TypeError: if the model is not one of transformers.
-        ValueError: if the folder exists, or there is no adapter that peft could run.
+        ValueError: if the folder exists, or there is no adapter that peft could load.
     """
     hf_model(module)
     adapter = exportable_adapter(module)
@@ -204,7 +207,11 @@ def write_adapter(module: ContinualModule, folder: Path, *, half: bool) -> str:
 
 
 def exportable_adapter(module: ContinualModule) -> Adapter | None:
-    """Return the adapter of a module, None if it has none or peft could not run it."""
+    """Return the adapter of a module, None if it has none or peft could not run it.
+
+    Raises:
+        ValueError: if it has one that peft could not load.
+    """
     has_lm = getattr(module.model, "lm", None) is not None
     if not has_lm or beyond_weights(module, example_batch(module)):
         return None
@@ -235,8 +242,9 @@ def _stacked(model: Any, layers: Mapping[str, MultiLoRALinear]) -> Adapter | Non
     if len(shapes) != 1:
         return None
     rank, scale = shapes.pop()
-    others = _trainable_outside(model.lm, layers)
-    state |= {name: parameter.detach().cpu() for name, parameter in others.items()}
+    saved = modules_in_full(model.lm)
+    for name, module in saved.items():
+        state |= {f"{name}.{key}": value.cpu() for key, value in module.state_dict().items()}
     config = {
         "peft_type": "LORA",
         "r": rank,
@@ -244,8 +252,8 @@ def _stacked(model: Any, layers: Mapping[str, MultiLoRALinear]) -> Adapter | Non
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted(layers),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in others}) or None,
-        "base_model_name_or_path": getattr(model.lm.config, "_name_or_path", None) or None,
+        "modules_to_save": sorted(saved) or None,
+        **describe_base(model.lm),
         "inference_mode": True,
         "task_type": None,
     }
@@ -264,18 +272,6 @@ def _stacked_factors(layer: MultiLoRALinear) -> tuple[Tensor, Tensor]:
             torch.cat([adapter.lora_B for adapter in adapters], 1),
         )
     return A.detach().cpu(), B.detach().cpu()
-
-
-def _trainable_outside(
-    root: nn.Module, layers: Mapping[str, MultiLoRALinear]
-) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters outside the adapted layers, such as a projector's."""
-    adapted = tuple(f"{name}." for name in layers)
-    return {
-        name: parameter
-        for name, parameter in root.named_parameters()
-        if parameter.requires_grad and not name.startswith(adapted)
-    }
 
 
 @contextmanager
@@ -362,7 +358,10 @@ def default_format(module: ContinualModule) -> str:
     """Return the format of a model's export unless the user chooses another."""
     if getattr(module.model, "clip", None) is not None:
         return "open_clip"
-    return "transformers" if exportable_adapter(module) is None else "peft"
+    try:
+        return "transformers" if exportable_adapter(module) is None else "peft"
+    except ValueError:  # an adapter of a base that peft cannot load
+        return "transformers"
 
 
 FORMATS = {"open_clip": write_clip, "transformers": write_model, "peft": write_adapter}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from mmcl.core import VLM, require, trainable_parameters
 from mmcl.core.model import BASE_LAYER_NAMES
 from mmcl.core.seeding import generator
 from mmcl.layers.lora_layers import Mode, MultiLoRALinear
+from mmcl.layers.target_layers import TargetModules, freeze_and_target
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -165,9 +166,6 @@ def _forward_of(base: nn.Module) -> Any:
     return forward
 
 
-TargetModules = Literal["all", "attention", "mlp"]
-
-
 class TaskAdapters:
     """Options that the LoRA strategies share, and the adapters built from them.
 
@@ -273,35 +271,6 @@ class TaskAdapters:
         return layers
 
 
-def freeze_and_target(
-    model: VLM, target_modules: TargetModules, train_projector: bool, by: object
-) -> dict[str, nn.Linear]:
-    """Freeze a model and return its target linear layers: those of a language model, if it has one.
-
-    Args:
-        model: with ``target_linears`` and ``freeze``.
-        target_modules: "all", or those of "attention" or "mlp".
-        train_projector: leave the projector between the towers as it is.
-        by: the strategy, for errors.
-
-    Returns:
-        full name -> layer, in the model's order.
-
-    Raises:
-        TypeError: if the model lacks a member.
-        ValueError: if there is no such layer, or no projector to train.
-    """
-    able = require(model, "target_linears", "freeze", by=by)
-    _freeze(able, train_projector)
-    found: dict[str, nn.Linear] = able.target_linears(target_modules)
-    if not found:
-        raise ValueError(
-            f"model.target_linears('{target_modules}') is empty: choose other target_modules, or "
-            "check the model"
-        )
-    return found
-
-
 def set_active_adapters(
     layers: Iterable[MultiLoRALinear], mode: Mode, adapters: Iterable[int]
 ) -> None:
@@ -314,22 +283,3 @@ def set_active_adapters(
     for layer in layers:
         if (layer.mode, layer.active) != (mode, chosen):
             layer.set_adapters(mode, chosen)
-
-
-def _freeze(model: Any, train_projector: bool) -> None:
-    """Freeze all parameters but, with ``train_projector``, those of the projector that train."""
-    model.freeze("image", "text")
-    projector: list[nn.Parameter] = []
-    if train_projector:
-        before = trainable_parameters(model)
-        model.freeze("projector")
-        projector = [p for p in before.values() if not p.requires_grad]
-        if not projector:
-            raise ValueError(
-                f"train_projector is True, and model.freeze('projector') of {type(model).__name__} "
-                "freezes nothing that trains: leave train_projector False"
-            )
-    for _, parameter in model.named_parameters():
-        parameter.requires_grad_(False)
-    for parameter in projector:
-        parameter.requires_grad_(True)

@@ -12,10 +12,12 @@ from typing import Any, cast
 import torch
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 from mmcl.layers.lora_layers import is_plain_linear
-from mmcl.ops.lora_linear import low_rank_linear
+from mmcl.layers.shared_input import SharedInput
+from mmcl.ops.lora_linear import LoRAWeights, low_rank_linear
 
 
 class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
@@ -23,17 +25,31 @@ class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
 
     Everything else (dropout in training, DoRA and other variants, several adapters, merged or
     disabled ones, a base with hooks) goes through peft's own forward. Parameters and names are
-    peft's.
+    peft's. Layers with one input can share a product, see ``mmcl.layers.shared_input``.
     """
+
+    input_group: SharedInput | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output (..., d_out) of base and adapter; the rest is for peft."""
         name = self._plain_adapter()
         if name is None or args or kwargs:
             return cast(Tensor, super().forward(x, *args, **kwargs))
+        if self.input_group is not None:
+            shared = self.input_group.output(self, x)
+            if shared is not None:
+                return shared
         base = self.base_layer
         A, B = self.lora_A[name].weight, self.lora_B[name].weight
         return low_rank_linear(x, base.weight, base.bias, A, B, self.scaling[name])
+
+    def plain_weights(self) -> LoRAWeights | None:
+        """Return the weights of the next call if they are those of plain LoRA, else None."""
+        name, base = self._plain_adapter(), self.base_layer
+        if name is None or any(p.requires_grad for p in base.parameters()):
+            return None
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        return LoRAWeights(base.weight, base.bias, A, B, self.scaling[name])
 
     def _plain_adapter(self) -> str | None:
         """Return the name of the active adapter if it is the only one and plain LoRA, else None."""
@@ -56,17 +72,23 @@ class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
 def merged_lora(model: nn.Module) -> Iterator[None]:
     """Merge peft's active adapters inside the block; after it the weights are the same bits.
 
-    peft's own ``unmerge`` subtracts the delta, which rounds. Quantized layers and layers that were
-    merged before stay as they are.
+    Rows of word embeddings that train are merged as well. peft's own ``unmerge`` subtracts the
+    delta, which rounds. Quantized layers and layers that were merged before stay as they are.
     """
-    kept: list[tuple[LoraLayer, dict[str, Tensor], dict[str, Any]]] = []
+    kept: list[tuple[Any, dict[str, Tensor], dict[str, Any]]] = []
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer | TrainableTokensLayer)
+        if not layer.merged and _is_floating(layer)
+    ]
+    # All before the first is merged: tied embeddings and head are two layers around one weight.
+    weights = [dict(layer.get_base_layer().named_parameters(recurse=False)) for layer in layers]
+    originals = [{name: p.data for name, p in own.items()} for own in weights]
     try:
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer) and not layer.merged and _is_floating(layer):
-                own = layer.get_base_layer()
-                bits = {name: p.data for name, p in own.named_parameters(recurse=False)}
-                kept.append((layer, bits, dict(getattr(layer, "_caches", {}))))
-                _merge(layer, own, bits)
+        for layer, bits in zip(layers, originals, strict=True):
+            kept.append((layer, bits, dict(getattr(layer, "_caches", {}))))
+            _merge(layer, layer.get_base_layer(), bits)
         yield
     finally:
         for layer, bits, caches in kept:
@@ -75,15 +97,16 @@ def merged_lora(model: nn.Module) -> Iterator[None]:
                 parameter = getattr(own, name)
                 parameter.data = tensor.to(parameter.device)
             layer.merged_adapters.clear()
-            layer._caches = caches
+            if isinstance(layer, LoraLayer):
+                layer._caches = caches
 
 
-def _is_floating(layer: LoraLayer) -> bool:
+def _is_floating(layer: Any) -> bool:
     weight = getattr(layer.get_base_layer(), "weight", None)
     return isinstance(weight, Tensor) and weight.is_floating_point()
 
 
-def _merge(layer: LoraLayer, own: nn.Module, bits: dict[str, Tensor]) -> None:
+def _merge(layer: Any, own: nn.Module, bits: dict[str, Tensor]) -> None:
     # Outside inference mode, because tensors made in it may not become weights.
     with torch.inference_mode(False), torch.no_grad():
         for name, tensor in bits.items():

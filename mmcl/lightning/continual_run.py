@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,19 @@ from mmcl.lightning.checkpoint_io import (
 from mmcl.lightning.config.trainer_settings import check_monitors, direct_checkpoints
 from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.evaluate import evaluate_row
-from mmcl.lightning.model_support import make_supported_module
+from mmcl.lightning.model_support import make_supported_module, pin_template_date
 from mmcl.lightning.module import ContinualModule
-from mmcl.lightning.resume import check_data, check_memory_files, load_state, set_back
-from mmcl.lightning.run_dir import RunDirectory, RunState, task_fingerprint
+from mmcl.lightning.resume import (
+    check_data,
+    check_memory_files,
+    is_out_of_memory,
+    load_state,
+    memory_advice,
+    note_changes,
+    set_back,
+    task_fingerprint,
+)
+from mmcl.lightning.run_dir import RunDirectory, RunState
 from mmcl.lightning.run_loggers import RunLoggers
 from mmcl.lightning.strategy_callback import EVAL_MODE_WARNING
 from mmcl.lightning.task_callback import TaskCallback
@@ -100,12 +110,14 @@ class ContinualRun:
 
         Raises:
             OSError: if the run directory cannot be written to, or its disk is full.
-            RuntimeError: if another process uses the run directory, or one of this run was lost.
+            RuntimeError: if another process uses the run directory, one of this run was lost, or
+                memory is exhausted, with the settings that need less.
             ValueError: if the directory holds another run, or the card, a shard or too many samples
                 are invalid.
         """
         started = time.monotonic()
-        with self.folder.lock(), translate_errors(self.folder.resume_point):
+        advise = partial(memory_advice, self.data)
+        with self.folder.lock(), translate_errors(self.folder.resume_point, advise):
             self.data.prepare_data()
             self.data.memory = self.folder.path / "memory"
             stream = self.data.stream
@@ -116,6 +128,7 @@ class ContinualRun:
             module = self._load_to_resume(state, matrix)
             for note in self.data.prepared.notes:
                 self.log(note)
+            note_changes(self.folder, state, stream)
             self._log_start(state)
             rows = state.finished_tasks + 1
             self.loggers.resume(state.steps + (state.step if state.last_checkpoint else 0), rows)
@@ -169,6 +182,7 @@ class ContinualRun:
         self.data.prepare_data()
         module: ContinualModule = make_supported_module(self.make_module, self.data.stream)
         module.in_continual_run = True
+        pin_template_date(self.folder, module.model)
         module.strategy.set_memory_dir(self.folder.path / "memory")
         for task in self.data.stream.tasks[:tasks]:
             begin_task(module.model, module.strategy, task)
@@ -220,6 +234,8 @@ class ContinualRun:
 
     def _log_start(self, state: RunState) -> None:
         total = len(self.data.stream)
+        if day := self.folder.inputs().get("template_date"):
+            self.log(f"the chat template writes the date {day}, the day of the first start")
         if state.finished_tasks == total:
             self.log(f"all {total} tasks are finished: {self.folder.path}")
         elif state.last_checkpoint is not None or state.finished_tasks:
@@ -342,13 +358,19 @@ class Terminated(RuntimeError):
 
 
 @contextmanager
-def translate_errors(where: Callable[[], str]) -> Iterator[None]:
+def translate_errors(
+    where: Callable[[], str], advise: Callable[[], str] = lambda: "--data.micro_batch_size"
+) -> Iterator[None]:
     """Context that translates what ended a run into a message with the place where it resumes.
+
+    Args:
+        where: returns that place.
+        advise: returns the options that need less memory.
 
     Raises:
         WriteError: for a full disk.
         KeyboardInterrupt: for Lightning's exit with status 1 after one.
-        RuntimeError: if another process of the run was lost.
+        RuntimeError: if another process of the run was lost, or memory is exhausted.
         Terminated: for SIGTERM, after which Lightning exits with status 0.
     """
     try:
@@ -359,23 +381,38 @@ def translate_errors(where: Callable[[], str]) -> Iterator[None]:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
-    except OSError as error:
+    except (OSError, RuntimeError, MemoryError) as error:
+        translated = _translated(error, where, advise)
+        if translated is None:
+            raise
+        raise translated from error
+
+
+def _translated(
+    error: OSError | RuntimeError | MemoryError,
+    where: Callable[[], str],
+    advise: Callable[[], str],
+) -> OSError | RuntimeError | None:
+    """Return the error with the place where the run resumes, None if it says nothing about it."""
+    if is_out_of_memory(error):
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return RuntimeError(
+            f"out of memory ({reason}). These need less and leave the global batch as it is: "
+            f"{advise()}. The same command with one of them resumes {where()}"
+        )
+    if isinstance(error, OSError):
         message = _write_error(error)
-        if not message:
-            raise
-        raise WriteError(
-            f"{message}. Then the same command resumes {where()}", error.errno
-        ) from error
-    except RuntimeError as error:
-        # torch raises most errors of its backends as plain RuntimeError.
-        is_lost = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.I)
-        if rank_and_world()[1] == 1 or not is_lost:
-            raise
-        reason = str(error).strip().partition("\n")[0]
-        raise RuntimeError(
-            f"another process of this run ended or cannot be reached ({reason}): see "
-            f"its output; the same command resumes {where()}"
-        ) from error
+        full = f"{message}. Then the same command resumes {where()}"
+        return WriteError(full, error.errno) if message else None
+    # torch raises most errors of its backends as plain RuntimeError.
+    is_lost = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.I)
+    if rank_and_world()[1] == 1 or not is_lost:
+        return None
+    reason = str(error).strip().partition("\n")[0]
+    return RuntimeError(
+        f"another process of this run ended or cannot be reached ({reason}): see its output; the "
+        f"same command resumes {where()}"
+    )
 
 
 def _write_error(error: OSError) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +49,8 @@ class ContinualDataModule(pl.LightningDataModule):
         num_workers: processes that read and decode, 0 = none.
         task_order: task indices in training order, a subset is allowed; None = as on the card. The
             order of classes is set when a stream is made: mmcl data convert --class_order_seed.
+        task_epochs: task name -> epochs of that task, in place of the card's; the other tasks have
+            those of the card, else ``trainer.max_epochs``.
         max_samples: 200 = at most 200 samples of every split of a task, 0.02 = that fraction,
             1 = one sample, 1.0 = all.
         validation_share: fraction of the training samples of every task that is held out: it is
@@ -69,6 +71,8 @@ class ContinualDataModule(pl.LightningDataModule):
         seed: seed of order, augmentation and limits.
     """
 
+    wrap_train_loader: Callable[[Any], Any] | None = None  # of a dry run
+
     def __init__(
         self,
         stream: str = "digits",
@@ -78,6 +82,7 @@ class ContinualDataModule(pl.LightningDataModule):
         eval_batch_size: int = 256,
         num_workers: int = 0,
         task_order: Sequence[int] | None = None,
+        task_epochs: Mapping[str, int] | None = None,
         max_samples: int | float | None = None,
         validation_share: float = 0.0,
         max_bad_fraction: float = 0.01,
@@ -99,20 +104,17 @@ class ContinualDataModule(pl.LightningDataModule):
         self.stream_name, self.data_dir = stream, Path(data_dir)
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
-        self.task_order, self.max_bad_fraction = task_order, max_bad_fraction
+        self.task_order, self.task_epochs = task_order, dict(task_epochs or {})
         is_count = max_samples is not None and max_samples > 1
         self.max_samples = int(max_samples or 0) if is_count else max_samples
-        if not 0 <= validation_share < 1:
-            raise ValueError(
-                f"data.validation_share is {validation_share}, expected a fraction of the training "
-                "samples, from 0 to less than 1"
-            )
+        _check_share(validation_share)
         self.validation_share, self.verify_hashes = validation_share, verify_hashes
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.cache_limit = None if cache_limit is None else parse_size(cache_limit)
         self.shuffle_window, self.group_by_length = shuffle_window, group_by_length
         self.shuffle_lanes = expect_lanes(shuffle_lanes, global_batch_size)
-        self.allow_pipes, self.task_index, self.seed = allow_pipes, task_index, seed
+        self.allow_pipes, self.max_bad_fraction = allow_pipes, max_bad_fraction
+        self.task_index, self.seed = task_index, seed
         self.memory: Path | None = None
         self.on_build: Callable[[int, int], None] | None = None
         self._start = (0, 0)
@@ -159,8 +161,19 @@ class ContinualDataModule(pl.LightningDataModule):
 
     @cached_property
     def declared_stream(self) -> TaskStream:
-        """Stream as declared by the card, before samples are counted or limited."""
-        return TaskStream.read(self.card, self.task_order, tuple(SCORERS))
+        """Stream as declared by the card and ``task_epochs``, before samples are counted."""
+        stream = TaskStream.read(self.card, self.task_order, tuple(SCORERS))
+        if self.task_epochs:
+            known = [task.name for task in TaskStream.read(self.card)]
+            wrong = [name for name, n in self.task_epochs.items() if name not in known or n < 1]
+            if wrong:
+                raise ValueError(
+                    f"data.task_epochs gives '{wrong[0]}' {self.task_epochs[wrong[0]]} epochs: "
+                    f"give 1 or more to tasks of the card, {', '.join(known)}"
+                )
+            epochs = {task.name: task.epochs for task in stream} | self.task_epochs
+            stream.tasks = tuple(replace(task, epochs=epochs[task.name]) for task in stream)
+        return stream
 
     @property
     def released_tasks(self) -> list[int]:
@@ -255,7 +268,7 @@ class ContinualDataModule(pl.LightningDataModule):
             is_joint=bool(is_joint), is_remote=self.prepared.reader(task.index, "train").in_windows,
         ):  # fmt: skip
             warnings.warn(warning, stacklevel=2)
-        return loader
+        return loader if self.wrap_train_loader is None else self.wrap_train_loader(loader)
 
     def task_pass(self, few: int | None = None) -> Any:
         """Return this rank's loader of one unaugmented pass over the selected task.
@@ -421,4 +434,12 @@ def check_bad_fraction(
         raise ValueError(
             f"{len(errors)} {samples} cannot be read, more than data.max_bad_fraction="
             f"{max_bad_fraction:g} of {size} allows: {'; '.join(errors[:5])}"
+        )
+
+
+def _check_share(validation_share: float) -> None:
+    if not 0 <= validation_share < 1:
+        raise ValueError(
+            f"data.validation_share is {validation_share}, expected a fraction of the training "
+            "samples, from 0 to less than 1"
         )

@@ -1,10 +1,10 @@
-"""Dry run: estimates of time and memory from a few samples of each task and two steps."""
+"""Dry run: counts of samples, estimates of time and memory from a few of them and two steps."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,12 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from mmcl.core import Batch, ReplayPlan, Task, TaskStream
+from mmcl.core import Batch, ReplayPlan, Task, TaskStream, Transform
 from mmcl.core.strategy import tensor_bytes
 from mmcl.data.batches.batch_plan import Mixture
+from mmcl.data.batches.collate import collate
+from mmcl.data.batches.train_loader import expect_samples_for_all
+from mmcl.data.validate.sample_counts import COUNTED, SplitCount, count_samples, longest_examples
 from mmcl.evaluation import AccuracyMatrix
 from mmcl.lightning.continual_run import SCORES
 from mmcl.lightning.datamodule import ContinualDataModule
@@ -52,6 +55,10 @@ class DryRunReport:
         errors: one sentence for each sample that could not be read.
         test_bytes: estimated peak memory of generating for a test batch on a GPU, 0 = as tried.
         eval_batch_size: samples of such a batch.
+        counts: tokens and bad samples of every split.
+        parts: part of the model, and the strategy -> its parameters and the trainable ones of them.
+        module: the module after the dry run.
+        micro_batch_size: samples of a forward pass in training.
     """
 
     stream: TaskStream
@@ -72,6 +79,10 @@ class DryRunReport:
     errors: tuple[str, ...]
     test_bytes: int = 0
     eval_batch_size: int = 0
+    counts: tuple[SplitCount, ...] = ()
+    parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    module: Any = None
+    micro_batch_size: int = 0
 
     @property
     def train_seconds(self) -> float:
@@ -88,16 +99,22 @@ def dry_run(
     make_module: Callable[[], ContinualModule],
     make_trainer: Callable[..., pl.Trainer],
     make_data: Callable[[], ContinualDataModule],
+    counted: int | None = COUNTED,
 ) -> DryRunReport:
     """Run everything once without writing: a few test samples per task, two steps of the first.
+
+    The first step is that of the longest samples that were counted, of all tasks.
 
     Args:
         make_module: builds the module, which is discarded.
         make_trainer: builds a new Trainer; its keyword arguments override the configuration.
         make_data: builds the datamodule.
+        counted: samples of every split that are counted at most, None = all.
 
     Raises:
-        ValueError: listing all errors of the card and its shards.
+        ValueError: listing all errors of the card and its shards, or the reasons for which the run
+            would end: too many samples that it cannot use or answer, too few for all devices, or
+            a learning-rate schedule without an end.
         TypeError: if the strategy needs a member that the model does not have.
     """
     data = make_data()
@@ -106,34 +123,103 @@ def dry_run(
     stream = data.stream
     module: ContinualModule = make_supported_module(make_module, stream)
     module.in_continual_run = True
+    counts = count_samples(data.prepared, module.model.transform, counted)
     few, batch_size = make_data(), data.eval_batch_size
     scores, errors, timer = _evaluate(module, make_trainer, few)
-    trainer, length, hooks = _train(module, make_trainer, data)
+    refused = _unanswered(module, stream, data.max_bad_fraction)
+    trainer, length, hooks = _train(module, make_trainer, data, counts)
     replay_plan = module.strategy.replay_plan()
+    steps = tuple(_steps(module, data, task, replay_plan, length, trainer) for task in stream)
+    refused += _refusals(counts, data, steps)
+    if refused:
+        raise ValueError("the run would end early: " + "; ".join(refused))
     seen = hooks.samples_passed
     passes = sum(task.size for task in stream) / seen if seen else 0
-    task_bytes = tensor_bytes(module.trainable_state_dict())
-    trainable = [p for p in module.parameters() if p.requires_grad and module.has_trainable]
     return DryRunReport(
-        stream=stream,
-        scores=scores,
-        steps=tuple(_steps(module, data, task, replay_plan, length) for task in stream),
-        step_seconds=hooks.step_seconds,
+        stream=stream, scores=scores, steps=steps, step_seconds=hooks.step_seconds,
         pass_seconds=hooks.pass_seconds * passes,
         test_seconds=estimate_eval_seconds(timer.seconds, few.stream, stream),
-        device=hooks.device,
-        world=trainer.world_size,
-        parameters=sum(p.numel() for p in module.model.parameters()),
-        learning=sum(p.numel() for p in trainable),
-        peak_memory_bytes=hooks.peak_memory_bytes,
-        task_bytes=task_bytes,
-        last_bytes=task_bytes + sum(tensor_bytes(o.state) for o in trainer.optimizers),
-        remembered_bytes=module.strategy.state_bytes(),
-        remembered_rows=seen,
-        errors=tuple(dict.fromkeys([*errors, *hooks.errors])),
+        device=hooks.device, world=trainer.world_size, peak_memory_bytes=hooks.peak_memory_bytes,
+        remembered_rows=seen, errors=tuple(dict.fromkeys([*errors, *hooks.errors])),
         test_bytes=estimate_eval_memory(timer.start_bytes, timer.peak_bytes, stream, batch_size),
-        eval_batch_size=batch_size,
-    )
+        eval_batch_size=batch_size, counts=tuple(counts), micro_batch_size=hooks.micro_batch_size,
+        **_sizes(module, trainer),
+    )  # fmt: skip
+
+
+def _sizes(module: ContinualModule, trainer: pl.Trainer) -> dict[str, Any]:
+    """Return the fields of a report that count parameters and bytes of the module."""
+    task_bytes = tensor_bytes(module.trainable_state_dict())
+    trainable = [p for p in module.parameters() if p.requires_grad and module.has_trainable]
+    return {
+        "parameters": sum(p.numel() for p in module.model.parameters()),
+        "learning": sum(p.numel() for p in trainable),
+        "task_bytes": task_bytes,
+        "last_bytes": task_bytes + sum(tensor_bytes(o.state) for o in trainer.optimizers),
+        "remembered_bytes": module.strategy.state_bytes(),
+        "parts": _parts(module),
+        "module": module,
+    }
+
+
+def _parts(module: ContinualModule) -> dict[str, tuple[int, int]]:
+    """Return the parameters of the model's parts and of the strategy, and the trainable of them."""
+    parts: dict[str, list[Any]] = getattr(module.model, "parts", dict)()
+    inside = {id(parameter) for parameter in module.model.parameters()}
+    parts["strategy"] = [p for p in module.strategy.parameters() if id(p) not in inside]
+    return {
+        name: (sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad))
+        for name, own in parts.items()
+    }
+
+
+def _refusals(
+    counts: Sequence[SplitCount], data: ContinualDataModule, steps: Sequence[int]
+) -> list[str]:
+    """Return why a run would end because of its samples."""
+    reasons = []
+    for count in counts:
+        if count.task not in data.stream.all_tasks:
+            continue  # bad samples of a source are not counted against a task
+        is_trained = count.split == "train"
+        seen = steps[count.task.index] * data.global_batch_size if is_trained else count.size
+        reasons.append(count.refusal(data.max_bad_fraction, seen))
+    return [reason for reason in reasons if reason]
+
+
+def _unanswered(module: ContinualModule, stream: TaskStream, max_bad_fraction: float) -> list[str]:
+    """Return why a run would end because of test samples that the model did not answer."""
+    reasons = []
+    for scorer, task in zip(module.scorers, stream.all_tasks, strict=True):
+        errors = [error for error in scorer.errors if ": no answer (" in error]
+        tried = min(ROWS, task.test_size)
+        if len(errors) > 1 and len(errors) > max_bad_fraction * tried:
+            reasons.append(
+                f"{len(errors)} of {tried} test samples of '{task.name}' get no answer, and "
+                f"data.max_bad_fraction={max_bad_fraction:g}: {'; '.join(errors[:2])}"
+            )
+    return reasons
+
+
+class _LongestFirst:
+    """Training loader whose first batch is made of the longest samples."""
+
+    def __init__(self, loader: Any, counts: Sequence[SplitCount], transform: Transform) -> None:
+        self.loader, self.counts, self.transform = loader, counts, transform
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number, batch in enumerate(self.loader):
+            yield batch if number else self._longest(batch)
+
+    def _longest(self, batch: Batch) -> Batch:
+        examples = longest_examples(self.counts, self.transform, len(batch))
+        if not examples:
+            return batch
+        longest = collate(examples, batch.errors, batch.loss_weight)
+        return replace(longest, global_batch=batch.global_batch)
 
 
 class _TimedHooks(StrategyCallback):
@@ -144,7 +230,7 @@ class _TimedHooks(StrategyCallback):
         self.step_times: list[float] = []
         self.errors: list[str] = []
         self.samples_passed, self.pass_seconds = 0, 0.0
-        self.peak_memory_bytes, self.device = 0, "cpu"
+        self.peak_memory_bytes, self.device, self.micro_batch_size = 0, "cpu", 0
 
     @property
     def step_seconds(self) -> float:
@@ -162,6 +248,7 @@ class _TimedHooks(StrategyCallback):
     ) -> None:  # fmt: skip
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self.errors += batch.errors
+        self.micro_batch_size = max(self.micro_batch_size, len(batch))
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             if pl_module.device.type == "cuda":
                 torch.cuda.synchronize(pl_module.device)
@@ -210,15 +297,25 @@ class _TaskLength:
 
 
 def _train(
-    module: ContinualModule, make_trainer: Callable[..., pl.Trainer], data: ContinualDataModule
-) -> tuple[pl.Trainer, _TaskLength, _TimedHooks]:
+    module: ContinualModule, make_trainer: Callable[..., pl.Trainer], data: ContinualDataModule,
+    counts: Sequence[SplitCount],
+) -> tuple[pl.Trainer, _TaskLength, _TimedHooks]:  # fmt: skip
     """Train for two steps; also return the configured length of a task."""
     hooks = _TimedHooks()
     data.set_task(0)
+    transform = module.model.transform(True)
+    data.wrap_train_loader = lambda loader: _LongestFirst(loader, counts, transform)
     settings = {"logger": False, "limit_val_batches": 0, "fast_dev_run": False}
     trainer = make_trainer(callbacks=[hooks], **settings)
     epochs, limit = trainer.max_epochs or 1, trainer.limit_train_batches
     length = _TaskLength(epochs, limit, None if trainer.max_steps == -1 else trainer.max_steps)
+    is_endless = epochs == -1 and length.max_steps is None
+    if is_endless and (module.lr_schedule != "constant" or 0 < module.warmup_steps < 1):
+        raise ValueError(
+            f"lr_schedule is '{module.lr_schedule}' and trainer.max_epochs -1, so the steps of a "
+            f"task are not known (warmup_steps is {module.warmup_steps}): set max_epochs or "
+            "max_steps"
+        )
     trainer.fit_loop.max_epochs, trainer.limit_train_batches = 1, STEPS
     data.count_global_batches(trainer)
     module.train()
@@ -230,9 +327,13 @@ def _train(
 
 def _steps(
     module: ContinualModule, data: ContinualDataModule, task: Task,
-    replay_plan: ReplayPlan | None, length: _TaskLength
+    replay_plan: ReplayPlan | None, length: _TaskLength, trainer: pl.Trainer
 ) -> int:  # fmt: skip
-    """Estimate the optimizer steps of a task, including the strategy's replay samples."""
+    """Estimate the optimizer steps of a task, including the strategy's replay samples.
+
+    Raises:
+        ValueError: if a batch has too few samples for all devices.
+    """
     if not module.has_trainable:
         return 1
     buffer_size, ratio = 0, None
@@ -243,6 +344,7 @@ def _steps(
     sources = [(data.stream.sources[i - 1].task.size, fraction) for i, fraction in task.mixture]
     ratio = ratio and (task.replay_ratio or ratio)
     mixture = Mixture(task.size, data.global_batch_size, buffer_size, ratio, tuple(sources))
+    expect_samples_for_all(task, mixture, trainer.accumulate_grad_batches, trainer.world_size)
     return length.steps(mixture.steps, task.epochs)
 
 

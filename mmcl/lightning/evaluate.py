@@ -11,9 +11,10 @@ import pytorch_lightning as pl
 from PIL import Image
 from torch import Tensor
 
-from mmcl.core import Conversation, ProcessedSample, write_atomic
+from mmcl.core import Conversation, Pixels, ProcessedSample, write_atomic
 from mmcl.data import BadSample
 from mmcl.data.batches.collate import make_example
+from mmcl.data.validate.preview import side_by_side
 from mmcl.evaluation import AccuracyMatrix
 from mmcl.evaluation.evaluators import Evaluator, GenerationEvaluator
 from mmcl.evaluation.predictions import Prediction, predictions_path, write_predictions
@@ -145,7 +146,7 @@ def save_sample_images(data: ContinualDataModule, folder: RunDirectory) -> list[
         for index in range(0, len(reader), step)[:SAMPLES_PER_TASK]:
             try:
                 made = make_example(
-                    reader.read(index), index, task, _identity, seed=0, max_pixels=1 << 24
+                    reader.read(index), index, task, _shown, seed=0, max_pixels=1 << 24
                 )
             except BadSample:
                 continue
@@ -162,8 +163,8 @@ def save_sample_images(data: ContinualDataModule, folder: RunDirectory) -> list[
     return entries
 
 
-def _identity(pixels: Tensor | None, text: str | Conversation | None, seed: int) -> ProcessedSample:
-    return ProcessedSample(pixels)
+def _shown(pixels: Pixels, text: str | Conversation | None, seed: int) -> ProcessedSample:
+    return ProcessedSample(side_by_side(pixels))
 
 
 def _png(pixels: Tensor) -> bytes:

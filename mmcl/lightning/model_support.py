@@ -12,6 +12,7 @@ from mmcl.core.model import (
     is_generative_model,
     missing_members,
 )
+from mmcl.lightning.run_dir import RunDirectory
 
 _NAMED_TASKS = 3
 """Tasks named in an error message."""
@@ -70,6 +71,21 @@ def make_supported_module(make_module: Callable[[], Any], stream: TaskStream) ->
         raise MissingMembersError(error.model, missing) from error
     check_model_supports_stream(stream, module.model)
     return module
+
+
+def pin_template_date(folder: RunDirectory, model: Any) -> None:
+    """Let a model's chat template write the day of the run's first start, if it writes one.
+
+    The day is in ``inputs.json``.
+    """
+    today: str | None = getattr(model, "template_date", None)
+    if today is None:
+        return
+    inputs = folder.inputs()
+    day = str(inputs.setdefault("template_date", today))
+    if day != today:
+        model.set_template_date(day)
+    folder.save_inputs(inputs)
 
 
 def _names(tasks: list[Task]) -> str:

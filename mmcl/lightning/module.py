@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -25,11 +25,17 @@ from mmcl.evaluation.evaluators import (
     make_evaluator,
 )
 from mmcl.lightning.checkpoint_io import check_shardable
-from mmcl.lightning.optimizers import ParamGroup, build_optimizer, parse_param_groups
+from mmcl.lightning.optimizers import (
+    ParamGroup,
+    Schedule,
+    build_optimizer,
+    expect_warmup,
+    lr_factor,
+    parse_param_groups,
+)
 from mmcl.lightning.strategy_callback import StrategyCallback
 from mmcl.strategies.finetune import Finetune
 
-Schedule = Literal["constant", "cosine"]
 REPLICATED, NAMES = "replicated", "names"
 """Keys of a mid-task checkpoint: state that is never sharded, and the names of all its entries."""
 _SHARDED_VALIDATION = (
@@ -48,7 +54,7 @@ class ContinualModule(pl.LightningModule):
         weight_decay: AdamW's weight decay, of parameters with two or more dimensions other than
             prompts and keys.
         betas: AdamW's betas.
-        warmup_steps: optimizer steps of linear warm-up in every task.
+        warmup_steps: optimizer steps of linear warm-up in every task; below 1 a share of them.
         lr_schedule: learning-rate schedule over each task, "constant" or "cosine", see
             ``lr_factor``.
         param_groups: part of the model ("image", "text", "projector", "adapter", "prompt", "head"
@@ -75,7 +81,7 @@ class ContinualModule(pl.LightningModule):
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.98),
-        warmup_steps: int = 0,
+        warmup_steps: int | float = 0,
         lr_schedule: Schedule = "constant",
         param_groups: Mapping[str, ParamGroup | float] | None = None,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
@@ -86,7 +92,7 @@ class ContinualModule(pl.LightningModule):
         self.model = model
         self.strategy = Finetune() if strategy is None else strategy
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
-        self.warmup_steps, self.lr_schedule = warmup_steps, lr_schedule
+        self.warmup_steps, self.lr_schedule = expect_warmup(warmup_steps), lr_schedule
         if lr_scheduler is not None and (warmup_steps or lr_schedule != "constant"):
             raise ValueError(
                 f"lr_scheduler is given beside warmup_steps {warmup_steps} and lr_schedule "
@@ -207,11 +213,13 @@ class ContinualModule(pl.LightningModule):
         has_schedule = self.warmup_steps > 0 or self.lr_schedule != "constant"
         if self.in_continual_run or not has_schedule or self._trainer is None:
             return None
-        steps = self.trainer.estimated_stepping_batches if self.lr_schedule == "cosine" else 0
+        needs_steps = self.lr_schedule == "cosine" or 0 < self.warmup_steps < 1
+        steps = self.trainer.estimated_stepping_batches if needs_steps else 0
         if math.isinf(steps):
             raise ValueError(
-                "lr_schedule is 'cosine' and the Trainer has no last step: set max_epochs or "
-                "max_steps, or use lr_schedule 'constant'"
+                f"lr_schedule is '{self.lr_schedule}', warmup_steps {self.warmup_steps} and the "
+                "Trainer has no last step: set max_epochs or max_steps, or use lr_schedule "
+                "'constant' and a number of warmup_steps"
             )
 
         def factor(step: int) -> float:
@@ -426,21 +434,3 @@ def _key_by_name(state: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
             {**group, "params": [name_of[k] for k in group["params"]]} for group in groups
         ],
     }
-
-
-def lr_factor(step: int, steps: int, warmup: int, schedule: Schedule) -> float:
-    """Return the factor of the base learning rate at a step, so that no scheduler has a state.
-
-    Args:
-        step: finished optimizer steps of this task, from 0.
-        steps: optimizer steps of the whole task.
-        warmup: steps of linear warm-up from 1/warmup to 1.
-        schedule: "constant", or "cosine" as in open_clip: 1 in the first of the n steps after the
-            warm-up, (1 + cos(pi (n - 1) / n)) / 2 in the last. It would be 0 in the step after.
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    if schedule == "constant":
-        return 1.0
-    progress = (step - warmup) / max(1, steps - warmup)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

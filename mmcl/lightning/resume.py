@@ -1,21 +1,35 @@
-"""Resume of a run: its data is compared, its checkpoints are loaded, a lost one is made again."""
+"""Resume of a run: its data is compared, its checkpoints are loaded, a lost one is made again.
+
+After running out of memory it resumes with settings that need less; ``memory_advice`` names them.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
+import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mmcl.core import Task, TaskStream
 from mmcl.data.shards.shard_content import SPLITS, ShardContent, content_change, task_content
 from mmcl.evaluation import AccuracyMatrix
 from mmcl.evaluation.cost import Ledger
 from mmcl.lightning.checkpoint_io import LostCheckpoint, check_whole
 from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.module import ContinualModule, check_state
-from mmcl.lightning.run_dir import RunDirectory, RunState, check_stream_extends, task_facts
+from mmcl.lightning.run_dir import RunDirectory, RunState
+
+# What torch's allocators, cuBLAS and the system say; only CUDA's allocator has its own error.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|DefaultCPUAllocator: |CUBLAS_STATUS_ALLOC_FAILED|Cannot allocate memory", re.I
+)
 
 
 def check_data(
@@ -158,3 +172,112 @@ def set_back(
     state.last_checkpoint, state.step = None, 0
     if folder.writes:
         folder.save(state)
+
+
+def note_changes(folder: RunDirectory, state: RunState, stream: TaskStream) -> None:
+    """Note changed settings of memory in the run's warnings, with the step that they begin at.
+
+    Not for a finished run, which trains nothing with them.
+    """
+    if folder.changes and state.finished_tasks < len(stream):
+        where = state.resume_point()
+        state.warnings += [f"{change}, and the run resumed {where}" for change in folder.changes]
+        is_smaller = any("batch" in change.partition(" ")[0] for change in folder.changes)
+        if is_smaller and any(task.task_type in ("captioning", "retrieval") for task in stream):
+            state.warnings.append(
+                "a contrastive loss compares the captions of a micro-batch, so its value changed "
+                f"too where the run resumed {where}"
+            )
+        folder.changes = []
+        folder.save(state)
+        folder.save_moved_paths()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory of a device or of the host is exhausted."""
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError | OSError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+def memory_advice(data: ContinualDataModule) -> str:
+    """Return the options that need less memory than a run has now, and may change on resume.
+
+    Args:
+        data: datamodule of the run, at the Trainer that ran out of memory.
+    """
+    trainer = data.trainer
+    if trainer is None:
+        return "--data.micro_batch_size, --trainer.precision bf16-mixed"
+    if trainer.state.fn != "fit" and data.eval_batch_size > 1:
+        return f"--data.eval_batch_size {data.eval_batch_size // 2}"
+    options = []
+    parts, world = trainer.accumulate_grad_batches, trainer.world_size
+    largest = -(-data.global_batch_size // (parts * world))
+    if largest > 1 and parts > 1 and data.micro_batch_size is None:
+        options.append(f"--trainer.accumulate_grad_batches {2 * parts}")
+    elif largest > 1:
+        options.append(f"--data.micro_batch_size {largest // 2}")
+    model: Any = trainer.lightning_module.model
+    is_on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    if not is_on and "gradient_checkpointing" in inspect.signature(type(model)).parameters:
+        options.append("--model.model.gradient_checkpointing true")
+    if "mixed" not in str(trainer.precision):
+        options.append("--trainer.precision bf16-mixed")
+    return ", ".join(options) or "more devices (--trainer.devices)"
+
+
+def task_fingerprint(stream: TaskStream, task: Task) -> str:
+    """Return a fingerprint of a task: a hash of its data and prompts, a blank, and its name."""
+    shards = {name: stream.hashes.get(name, "") for name in (*task.train, *task.test)}
+    facts = [
+        task.name, task.task_type, task.classes, task.class_ids, task.templates, task.text_field,
+        task.size, task.test_size, task.epochs, shards, stream.scenario,
+    ]  # fmt: skip
+    if task.replay_ratio is not None or task.mixture:
+        sources = [(stream.sources[i - 1].name, fraction) for i, fraction in task.mixture]
+        facts.append([task.replay_ratio, sources])
+    members = (task.image_field, task.label_field, task.key_until, task.ignore_members)
+    if members != (Task.image_field, Task.label_field, Task.key_until, Task.ignore_members):
+        facts.append(members)
+    if named := [stream.class_names[name] for name in task.classes if name in stream.class_names]:
+        facts.append(named)
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return f"{digest} {task.name}"
+
+
+def task_facts(stream: TaskStream, task: Task) -> str:
+    """Return the fingerprint of a task without its shards, which may be moved."""
+    return task_fingerprint(stream, replace(task, train=(), test=(), size=0, test_size=0))
+
+
+def check_stream_extends(
+    state: RunState, stream: TaskStream, facts: Mapping[str, str] | None = None
+) -> None:
+    """Check that the stream starts with the tasks that the run was trained on.
+
+    Args:
+        state: state of the run.
+        stream: as its card declares it now.
+        facts: task -> its stored ``task_facts``; the shards of these tasks are compared elsewhere.
+
+    Raises:
+        ValueError: naming the first task that differs.
+    """
+    names, facts = [task.name for task in stream], facts or {}
+    for index, fingerprint in enumerate(state.tasks):
+        name = fingerprint.partition(" ")[2]
+        if name in names[index : index + 1]:
+            now = (task_facts if name in facts else task_fingerprint)(stream, stream[index])
+            if now == facts.get(name, fingerprint):
+                continue
+        if name not in names:
+            raise ValueError(
+                f"task {index} ('{name}'), which this run was trained on, is not on the card: "
+                "tasks can be appended to a card, not removed; put it back, or use another "
+                "--run_name"
+            )
+        raise ValueError(
+            f"task {index} ('{name}') is not the one this run was trained on: its position, data, "
+            "classes or templates changed; append new tasks at the end, or use another --run_name"
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
@@ -13,13 +12,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mmcl.core import Task, TaskStream, write_atomic
+from mmcl.core import write_atomic
 from mmcl.core.card.card_reader import parse_yaml
 from mmcl.data.shards.shard_content import SPLITS, path_digest
 from mmcl.evaluation import strict_json
@@ -45,6 +44,10 @@ RESUMABLE_KEYS = (
     "data.num_workers", "data.eval_batch_size", "data.verify_hashes", "data.max_bad_fraction",
     "data.cache_dir", "data.cache_limit", "checkpoint_every_n_steps", "trainer.enable_progress_bar",
 )  # fmt: skip
+# Settings of memory and speed that leave the global batch and the parameters as they are: free too,
+# but other bits are computed with them, so a change is noted in the summary.
+MEMORY_KEYS = ("data.micro_batch_size", "trainer.accumulate_grad_batches", "trainer.precision")
+_CHECKPOINTING = ".gradient_checkpointing"
 _DATA_PATHS = ("data.stream", "data.data_dir")
 
 
@@ -93,12 +96,16 @@ class RunDirectory:
     Args:
         path: path of the directory.
         writes: False on ranks other than 0, which write nothing.
+
+    Attributes:
+        changes: settings of memory that differ from those of the last start, a sentence each.
     """
 
     def __init__(self, path: Path, writes: bool = True) -> None:
         self.path, self.writes = path, writes
         self._is_held = False
         self._moved_config: str | None = None
+        self.changes: list[str] = []
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -151,7 +158,7 @@ class RunDirectory:
         return state
 
     def save(self, state: RunState) -> None:
-        """Write the run state to ``run.json``."""
+        """Write the run state to ``run.json``, on rank 0."""
         self.write("run.json", json.dumps(asdict(state), indent=1) + "\n")
 
     def write(self, name: str, text: str) -> None:
@@ -189,7 +196,7 @@ class RunDirectory:
         """Store the run's configuration, or check that it equals the stored one.
 
         A run directory without results accepts any configuration. A path may change if the file or
-        folder there has the same content; see ``save_moved_paths``.
+        folder there has the same content. ``changes`` gets the changed settings of memory.
 
         Raises:
             ValueError: naming the renamed keys of an old run, or up to five settings that differ.
@@ -219,7 +226,11 @@ class RunDirectory:
                     f"{self.path} holds a run with another configuration: {named}. Give this run "
                     "another --run_name, or remove the directory"
                 )
-            if moved or differs & set(_DATA_PATHS):
+            self.changes = [
+                f"{key} was changed from {stored.get(key)!r} to {new.get(key)!r}"
+                for key in sorted(filter(_is_of_memory, differs))
+            ]
+            if moved or self.changes or differs & set(_DATA_PATHS):
                 self._moved_config = yaml.safe_dump(plain, sort_keys=False)
         elif has_results:
             raise ValueError(
@@ -233,8 +244,11 @@ class RunDirectory:
         self.save_inputs({**inputs, "settings": known | inputs["settings"]})
 
     def save_moved_paths(self) -> None:
-        """Write the configuration again if its paths changed; its data was checked before."""
-        if self._moved_config is not None:
+        """Write the configuration again if its paths changed; its data was checked before.
+
+        Not while ``changes`` has to be noted: a run killed before that would not find them again.
+        """
+        if self._moved_config is not None and not self.changes:
             self.write("config.yaml", self._moved_config)
 
 
@@ -254,7 +268,12 @@ def _are_inputs(raw: Mapping[str, Any]) -> bool:
 def _is_free(key: str) -> bool:
     """Return whether a setting may change when a run resumes."""
     free = tuple(f"{name}." for name in RESUMABLE_KEYS)
-    return f"{key}.".startswith(free) or key.endswith(".storage_dir")
+    return f"{key}.".startswith(free) or key.endswith(".storage_dir") or _is_of_memory(key)
+
+
+def _is_of_memory(key: str) -> bool:
+    """Return whether a setting is one of memory, whose change is noted."""
+    return key in MEMORY_KEYS or (key.startswith("model.model.") and key.endswith(_CHECKPOINTING))
 
 
 def _digest(value: Any) -> str:
@@ -294,62 +313,6 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         values |= flat(value, f"{prefix}.{key}" if prefix else str(key))
     return values
-
-
-def task_fingerprint(stream: TaskStream, task: Task) -> str:
-    """Return a fingerprint of a task: a hash of its data and prompts, a blank, and its name."""
-    shards = {name: stream.hashes.get(name, "") for name in (*task.train, *task.test)}
-    facts = [
-        task.name, task.task_type, task.classes, task.class_ids, task.templates, task.text_field,
-        task.size, task.test_size, task.epochs, shards, stream.scenario,
-    ]  # fmt: skip
-    if task.replay_ratio is not None or task.mixture:
-        sources = [(stream.sources[i - 1].name, fraction) for i, fraction in task.mixture]
-        facts.append([task.replay_ratio, sources])
-    members = (task.image_field, task.label_field, task.key_until, task.ignore_members)
-    if members != (Task.image_field, Task.label_field, Task.key_until, Task.ignore_members):
-        facts.append(members)
-    if named := [stream.class_names[name] for name in task.classes if name in stream.class_names]:
-        facts.append(named)
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    return f"{digest} {task.name}"
-
-
-def task_facts(stream: TaskStream, task: Task) -> str:
-    """Return the fingerprint of a task without its shards, which may be moved."""
-    return task_fingerprint(stream, replace(task, train=(), test=(), size=0, test_size=0))
-
-
-def check_stream_extends(
-    state: RunState, stream: TaskStream, facts: Mapping[str, str] | None = None
-) -> None:
-    """Check that the stream starts with the tasks that the run was trained on.
-
-    Args:
-        state: state of the run.
-        stream: as its card declares it now.
-        facts: task -> its stored ``task_facts``; the shards of these tasks are compared elsewhere.
-
-    Raises:
-        ValueError: naming the first task that differs.
-    """
-    names, facts = [task.name for task in stream], facts or {}
-    for index, fingerprint in enumerate(state.tasks):
-        name = fingerprint.partition(" ")[2]
-        if name in names[index : index + 1]:
-            now = (task_facts if name in facts else task_fingerprint)(stream, stream[index])
-            if now == facts.get(name, fingerprint):
-                continue
-        if name not in names:
-            raise ValueError(
-                f"task {index} ('{name}'), which this run was trained on, is not on the card: "
-                "tasks can be appended to a card, not removed; put it back, or use another "
-                "--run_name"
-            )
-        raise ValueError(
-            f"task {index} ('{name}') is not the one this run was trained on: its position, data, "
-            "classes or templates changed; append new tasks at the end, or use another --run_name"
-        )
 
 
 @contextmanager

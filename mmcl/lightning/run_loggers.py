@@ -1,4 +1,7 @@
-"""Loggers of a run, shared by all tasks: continuous steps, scores of every row, and resumes."""
+"""Loggers of a run, shared by all tasks: continuous steps, scores of every row, and resumes.
+
+The line that shows a task's progress on a terminal is here too.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,15 @@ import csv
 import io
 import json
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmcl.core import write_atomic
 from mmcl.evaluation import AccuracyMatrix
@@ -20,6 +26,7 @@ from mmcl.lightning.run_dir import RunDirectory
 
 RECORD = "loggers.json"
 _SCORE = "score/"
+_REDRAW_SECONDS = 0.1
 
 
 class RunLoggers:
@@ -201,3 +208,43 @@ class _ContinuedWriter(ExperimentWriter):
                 file.write(text.getvalue())
         else:
             write_atomic(Path(self.metrics_file_path), text.getvalue())
+
+
+class ProgressLine:
+    """Progress line of a task, redrawn at most ten times a second; nothing without a terminal.
+
+    Args:
+        title: text before the bar.
+        steps: total number of steps, None = unknown.
+        is_shown: False on ranks other than 0.
+    """
+
+    def __init__(self, title: str, steps: int | None, is_shown: bool) -> None:
+        self._next_draw, console = 0.0, Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} {task.fields[loss]}"),
+            TimeRemainingColumn(),
+        )
+        bar = Progress(*columns, console=console, auto_refresh=False)
+        self._line = bar.add_task(title, total=steps, loss="")
+        self._bar = bar if is_shown and console.is_terminal else None
+        if self._bar is not None:
+            self._bar.start()
+
+    def wants(self) -> bool:
+        """Return whether the line is due to be drawn."""
+        return self._bar is not None and time.monotonic() >= self._next_draw
+
+    def show(self, step: int, loss: float) -> None:
+        """Draw the line."""
+        if self._bar is not None:
+            self._next_draw = time.monotonic() + _REDRAW_SECONDS
+            self._bar.update(self._line, completed=step, loss=f"loss {loss:.3f}", refresh=True)
+
+    def close(self) -> None:
+        """Stop drawing."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

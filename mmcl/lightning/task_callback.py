@@ -11,8 +11,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,19 +29,19 @@ from mmcl.lightning.checkpoint_io import (
 )
 from mmcl.lightning.config.trainer_settings import early_end, planned_steps
 from mmcl.lightning.datamodule import check_bad_fraction
-from mmcl.lightning.module import ContinualModule, lr_factor
+from mmcl.lightning.module import ContinualModule
+from mmcl.lightning.optimizers import lr_factor
 from mmcl.lightning.run_dir import RunDirectory, RunState
-from mmcl.lightning.run_loggers import RunLoggers
+from mmcl.lightning.run_loggers import ProgressLine, RunLoggers
 from mmcl.lightning.strategy_callback import StrategyCallback
-
-_REDRAW_SECONDS = 0.1
 
 
 @dataclass
 class TaskCounters:
     """Counters of a task's cost so far, stored in its mid-task checkpoints.
 
-    ``rows`` counts the samples of all steps over all devices, ``new`` those of the task itself.
+    ``rows`` counts the samples of all steps over all devices, ``new`` those of the task itself;
+    ``notes`` are the sentences of samples of which the model took a part, as keys.
     """
 
     seconds: float = 0.0
@@ -52,6 +50,7 @@ class TaskCounters:
     new: int = 0
     flops_per_sample: float = 0.0
     errors: list[str] = field(default_factory=list)
+    notes: dict[str, bool] = field(default_factory=dict)
 
 
 class TaskCallback(StrategyCallback):
@@ -129,10 +128,11 @@ class TaskCallback(StrategyCallback):
         """Start the clock and the progress line."""
         module = self.module
         self.full_steps, self.steps = planned_steps(trainer)
-        if not self.steps and module.lr_schedule != "constant":
+        if not self.steps and (module.lr_schedule != "constant" or 0 < module.warmup_steps < 1):
             raise ValueError(
-                f"lr_schedule is '{module.lr_schedule}' and trainer.max_epochs -1, so a task has "
-                "no known number of steps: set max_epochs or max_steps, or lr_schedule constant"
+                f"lr_schedule is '{module.lr_schedule}' and trainer.max_epochs -1, so the steps of "
+                f"a task are not known (warmup_steps is {module.warmup_steps}): set max_epochs or "
+                "max_steps, or lr_schedule constant and warmup_steps a whole number"
             )
         self.step, self._parts = self.counts.steps, trainer.accumulate_grad_batches
         self._base_rates = [
@@ -209,6 +209,8 @@ class TaskCallback(StrategyCallback):
                 module.strategy.after_step(module.model, done.batch, done.output)
         if batch.errors:
             self._add_errors(batch.errors)
+        if batch.notes:
+            counts.notes.update(dict.fromkeys(batch.notes, True))
         if self._line is not None and self._line.wants() and outputs is not None:
             self._line.show(self.step, float(outputs["loss"]))
         if self.step == counts.steps:
@@ -267,6 +269,12 @@ class TaskCallback(StrategyCallback):
         self._update_seconds()
         # Each rank has its own bad samples; all of them are counted and named.
         self._add_errors(tuple(all_gather_strings(self.counts.errors, module.device)))
+        notes = sorted({*all_gather_strings(list(self.counts.notes), module.device)})
+        if notes:
+            self.warnings.append(
+                f"task '{self.task.name}': {len(notes)} samples were learned in part, without the "
+                f"end of the answer: {'; '.join(notes[:3])}"
+            )
         self.warnings += self.alarm.messages(module.strategy, self.task.name)
         if self.unsaved:
             problem = f"{self.unsaved} of its mid-task checkpoints could not be written"
@@ -326,7 +334,10 @@ class TaskCallback(StrategyCallback):
     def state_dict(self) -> dict[str, Any]:
         """Return the task's counters and the state of its penalty monitor."""
         self._update_seconds()
-        counts = {**vars(self.counts), "errors": list(self.counts.errors)}
+        counts = {
+            **vars(self.counts), "errors": list(self.counts.errors),
+            "notes": dict(self.counts.notes),
+        }  # fmt: skip
         best = {} if self.best is None else {"best": self.best.state}
         return {"counts": counts, "alarm": self.alarm.state(), "parts": self._parts, **best}
 
@@ -404,43 +415,3 @@ def peak_memory(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-class ProgressLine:
-    """Progress line of a task, redrawn at most ten times a second; nothing without a terminal.
-
-    Args:
-        title: text before the bar.
-        steps: total number of steps, None = unknown.
-        is_shown: False on ranks other than 0.
-    """
-
-    def __init__(self, title: str, steps: int | None, is_shown: bool) -> None:
-        self._next_draw, console = 0.0, Console(stderr=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total} {task.fields[loss]}"),
-            TimeRemainingColumn(),
-        )
-        bar = Progress(*columns, console=console, auto_refresh=False)
-        self._line = bar.add_task(title, total=steps, loss="")
-        self._bar = bar if is_shown and console.is_terminal else None
-        if self._bar is not None:
-            self._bar.start()
-
-    def wants(self) -> bool:
-        """Return whether the line is due to be drawn."""
-        return self._bar is not None and time.monotonic() >= self._next_draw
-
-    def show(self, step: int, loss: float) -> None:
-        """Draw the line."""
-        if self._bar is not None:
-            self._next_draw = time.monotonic() + _REDRAW_SECONDS
-            self._bar.update(self._line, completed=step, loss=f"loss {loss:.3f}", refresh=True)
-
-    def close(self) -> None:
-        """Stop drawing."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None

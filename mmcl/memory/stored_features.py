@@ -32,7 +32,7 @@ def image_features(
         ValueError: if a sample has several images, or none has one and ``shape`` is not known.
     """
     count, device = len(batch), batch.labels.device
-    if batch.images is None:
+    if not batch.has_images:
         if shape is None:
             raise ValueError(
                 f"FeatureReplay was given {count} samples without an image before any with one: "

@@ -8,6 +8,8 @@ through torch's own linear.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,6 +49,32 @@ def low_rank_linear(
     """
     past_A, past_B = (None, None) if frozen is None else frozen
     return _apply(_LowRank, x, weight, bias, A, B, past_A, past_B, scale)
+
+
+@dataclass(frozen=True)
+class LoRAWeights:
+    """Weights of one LoRA linear map, as of ``low_rank_linear``; weight and bias are frozen."""
+
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+def low_rank_linears(x: Tensor, maps: Sequence[LoRAWeights]) -> tuple[Tensor, ...]:
+    """Return the outputs (..., d_out_i) of several LoRA linear maps of one input x (..., d_in).
+
+    Each is that of ``low_rank_linear``, up to rounding. All maps share one product with their A's,
+    and the gradient of x is summed in one buffer.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    tensors = [tensor for one in maps for tensor in (one.weight, one.bias, one.A, one.B)]
+    scales = [one.scale for one in maps]
+    outputs: tuple[Tensor, ...] = _SharedLowRank.apply(x, scales, *tensors)
+    return outputs
 
 
 def expert_linear(
@@ -171,6 +199,57 @@ class _LowRank(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_B = (grad_out.T @ (low[:, past:] * ctx.scale)).to(B.dtype)
         return grad_x, None, None, grad_A, grad_B, None, None, None
+
+
+class _SharedLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
+        x, scales, *tensors = given
+        weights, biases, As, Bs = (tensors[start::4] for start in range(4))
+        flat = x.reshape(-1, x.shape[-1])
+        low = flat @ torch.cat(As).to(x.dtype).T
+        ranks = [A.shape[0] for A in As]
+        outs = []
+        for weight, bias, B, scale, hidden in zip(
+            weights, biases, Bs, scales, low.split(ranks, 1), strict=True
+        ):
+            out = _linear(flat, weight, bias).addmm_(hidden, B.to(x.dtype).T, alpha=scale)
+            outs.append(out.view(*x.shape[:-1], out.shape[-1]))
+        ctx.save_for_backward(flat, low, *weights, *As, *Bs)
+        ctx.scales, ctx.ranks, ctx.shape = scales, ranks, x.shape
+        ctx.set_materialize_grads(False)
+        return tuple(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        flat, low, *tensors = ctx.saved_tensors
+        count, needed = len(ctx.ranks), ctx.needs_input_grad
+        weights, As, Bs = (tensors[start : start + count] for start in range(0, 3 * count, count))
+        grads = [None if g is None else g.reshape(-1, g.shape[-1]) for g in upstream]
+        grad_low = low.new_zeros(low.shape)
+        for grad, B, scale, part in zip(
+            grads, Bs, ctx.scales, grad_low.split(ctx.ranks, 1), strict=True
+        ):
+            if grad is not None:
+                part.addmm_(grad, B.to(flat.dtype), beta=0, alpha=scale)
+        found: list[Tensor | None] = [None, None]
+        if needed[0]:
+            grad_x = grad_low @ torch.cat(As).to(flat.dtype)
+            for grad, weight in zip(grads, weights, strict=True):
+                if grad is not None:
+                    grad_x.addmm_(grad, weight.to(grad.dtype))
+            found[0] = grad_x.view(ctx.shape)
+        grad_A = grad_low.T @ flat if any(needed[4::4]) else None
+        for index, (low_part, A, B) in enumerate(zip(low.split(ctx.ranks, 1), As, Bs, strict=True)):
+            grad, first = grads[index], sum(ctx.ranks[:index])
+            own_A = own_B = None
+            if needed[4 + 4 * index] and grad is not None and grad_A is not None:
+                own_A = grad_A[first : first + A.shape[0]].to(A.dtype)
+            if needed[5 + 4 * index] and grad is not None:
+                own_B = (grad.T @ low_part).mul_(ctx.scales[index]).to(B.dtype)
+            found += [None, None, own_A, own_B]
+        return tuple(found)
 
 
 def _concat(past: Tensor | None, now: Tensor, dim: int) -> Tensor:

@@ -154,6 +154,11 @@ def _columns_of(batch: Batch, with_questions: bool) -> dict[str, Tensor]:
             "AGEM was given samples that share or lack images and stores one image per sample: "
             "use ExperienceReplay for such data"
         )
+    if batch.image_inputs:
+        raise ValueError(
+            "AGEM was given what the model's own processor makes of images, and it stores images "
+            "of one size: give the model image_inputs='square', or use ExperienceReplay"
+        )
     columns = batch_columns(batch, "images", "features")
     if with_questions and batch.references:
         texts = [list(reference.question.encode()) for reference in batch.references]

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from mmcl.core import VLM, Batch, Prompts, Strategy, Task, device_of, require
 from mmcl.core.distributed import all_reduce_sum
 from mmcl.core.seeding import generator
-from mmcl.layers.adapters import TargetModules, TaskAdapters, set_active_adapters
+from mmcl.layers.adapters import TaskAdapters, set_active_adapters
 from mmcl.layers.lora_layers import kaiming_uniform
+from mmcl.layers.target_layers import TargetModules
 from mmcl.memory import Snapshot
 from mmcl.memory.task_embeddings import Features, TaskPrototypes
 from mmcl.ops.routing import cosine_similarity, ema_weights, top_k_gates, top_k_mask

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmcl.core import Batch, Modality, Output, Strategy, Task, device_of, require
 from mmcl.core.distributed import rank_and_world
-from mmcl.core.model import VLM
+from mmcl.core.model import VLM, is_generative_model
 from mmcl.core.seeding import generator
 from mmcl.memory import MmapStore, TensorBuffer
 from mmcl.memory.disk_buffer import fill_disk_buffer
@@ -138,6 +138,13 @@ class FeatureReplay(Strategy):
     def attach(self, model: VLM) -> None:
         """Freeze the image tower and bind the buffer to its fingerprint."""
         able = require(model, "encode_image", "freeze", by=self)
+        tower = able.parts().get("image", ()) if is_generative_model(model) else ()
+        if any(parameter.requires_grad for parameter in tower):
+            raise ValueError(
+                "parameters of the image tower are trainable (by freeze of the model, or by an "
+                "adapter in it), and FeatureReplay stores features of a frozen one: add 'image' to "
+                "freeze and adapt other towers, or use ExperienceReplay"
+            )
         able.freeze("image")
         self.memory.bind_encoder(able.fingerprint() if hasattr(model, "fingerprint") else "")
 

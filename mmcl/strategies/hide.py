@@ -19,7 +19,8 @@ from contextlib import AbstractContextManager
 from typing import Literal
 
 from mmcl.core import NO_PROMPTS, VLM, Batch, Prompts, Strategy, Task, require
-from mmcl.layers.adapters import TargetModules, TaskAdapters, set_active_adapters
+from mmcl.layers.adapters import TaskAdapters, set_active_adapters
+from mmcl.layers.target_layers import TargetModules, select_linears
 from mmcl.memory.task_embeddings import TaskPrototypes
 from mmcl.ops.routing import cosine_similarity, soft_gates
 
@@ -95,7 +96,8 @@ class HiDe(Strategy):
         """
         able = require(model, "generate", "target_linears", "freeze", "gates", "embed", by=self)
         if self.gate_layers == "last":
-            last_layers(able.target_linears(self.adapters.target_modules), self.expanded_layers)
+            found = select_linears(able, self.adapters.target_modules, None)
+            last_layers(found, self.expanded_layers)
         self.adapters.attach(model, by=self, gates=_GATE)
 
     def begin_task(self, model: VLM, task: Task) -> None:

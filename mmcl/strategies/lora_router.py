@@ -19,7 +19,8 @@ from torch import Tensor
 from mmcl.core import NO_PROMPTS, VLM, Batch, Prompts, Strategy, Task, device_of, require
 from mmcl.core.distributed import all_reduce_sum
 from mmcl.core.seeding import generator
-from mmcl.layers.adapters import TargetModules, TaskAdapters, set_active_adapters
+from mmcl.layers.adapters import TaskAdapters, set_active_adapters
+from mmcl.layers.target_layers import TargetModules
 from mmcl.memory import Snapshot, TensorBuffer
 from mmcl.memory.distributed_fill import gather_buffer, pass_sample_ids
 from mmcl.memory.task_embeddings import Features, TaskPrototypes

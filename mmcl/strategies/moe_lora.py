@@ -20,7 +20,8 @@ from mmcl.core.distributed import all_reduce_sum, rank_and_world
 from mmcl.core.model import eval_mode
 from mmcl.core.seeding import generator
 from mmcl.layers import MoELoRALinear, find_layers
-from mmcl.layers.adapters import TargetModules, TaskAdapters
+from mmcl.layers.adapters import TaskAdapters
+from mmcl.layers.target_layers import TargetModules
 
 
 class MoELoRA(Strategy):

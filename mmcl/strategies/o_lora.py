@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from mmcl.core import VLM, Batch, Output, Prompts, Strategy, Task
 from mmcl.core.model import NO_PROMPTS
 from mmcl.layers import LoRAAdapter, MultiLoRALinear
-from mmcl.layers.adapters import TargetModules, TaskAdapters, set_active_adapters
+from mmcl.layers.adapters import TaskAdapters, set_active_adapters
+from mmcl.layers.target_layers import TargetModules
 from mmcl.ops.lora_penalties import Measure, mean_over_layers, orthogonality_loss
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from mmcl.core import VLM, Strategy, Task
 from mmcl.layers import find_layers, inject
-from mmcl.layers.adapters import TargetModules, freeze_and_target
+from mmcl.layers.target_layers import TargetModules, freeze_and_target
 
 
 class OSF(Strategy):

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mmcl.core import VLM, Batch, Output, Strategy, Task
-from mmcl.layers.adapters import TargetModules, TaskAdapters
+from mmcl.layers.adapters import TaskAdapters
+from mmcl.layers.target_layers import TargetModules
 from mmcl.memory.snapshot import Snapshot
 from mmcl.ops.lora_penalties import masked_mean_abs, mean_over_layers, pack_bits, top_fraction_mask
 

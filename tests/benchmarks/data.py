@@ -24,7 +24,8 @@ WORKERS = (0, 1, 2)
 AGAINST = {
     "mmcl, Pillow": ("webdataset", 1.15),
     "mmcl": ("webdataset", 2.0),
-    "mmcl ": ("bare decoding", 0.90),
+    "mmcl ": ("bare decoding", None),
+    "mmcl, steady": ("bare decoding", 0.95),
     "litdata": ("webdataset", None),
     "mmcl  ": ("litdata", None),
 }

@@ -35,6 +35,7 @@ def small_llava(folder, vocabulary, seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.lm.resize_token_embeddings(vocabulary)
+    model.lm.set_attn_implementation("sdpa")  # the default of transformers and of ImageTextToText
     # Untied, as in LLaVA-1.5.
     model.lm.lm_head.weight = nn.Parameter(model.lm.lm_head.weight.detach().clone())
     return model
@@ -66,7 +67,7 @@ def native(model, batch):
         "input_ids": batch.input_ids.masked_fill(~batch.attention_mask, model.pad_token_id),
         "attention_mask": batch.attention_mask.long(),
         "labels": batch.labels,
-        **model.image_inputs.inputs(model.lm, batch),
+        **model.image_inputs.forward_kwargs(model.lm, batch),
     }
 
 

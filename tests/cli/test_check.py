@@ -1,5 +1,7 @@
 """``mmcl check``: a dry run that writes nothing."""
 
+import json
+
 import pytest
 
 from mmcl.cli.check import duration
@@ -98,3 +100,31 @@ def test_a_strategy_that_does_not_fit_the_model_is_found(desk):
 
 def test_estimated_durations_are_rounded():
     assert [duration(s) for s in (0.42, 50, 600, 9000)] == ["0.4 s", "50 s", "10 min", "2.5 h"]
+
+
+def test_epochs_of_a_task_in_the_run_take_the_place_of_the_cards(desk):
+    desk.rewrite_card(lambda card: card["tasks"][2].update(epochs=4))
+    options = ("--data.task_epochs", '{"task-b": 3}')
+    status, out, _ = desk.run(*options, command=["check"])
+    assert status == 0
+    # Batches of 8: 16 samples once, 12 three times, 12 four times.
+    assert [line(out, f"task-{letter}").split()[3] for letter in "abc"] == ["2", "6", "8"]
+    assert desk.run(*options)[0] == 0
+    ledger = json.loads((desk.results / "ledger.json").read_text())["tasks"]
+    assert [task["samples_new"] for task in ledger] == [16, 36, 48]
+    assert [task["steps"] for task in ledger] == [2, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("given", "wrong"), [('{"task-d": 2}', "'task-d' 2 epochs"), ('{"task-a": 0}', "'task-a' 0")]
+)
+def test_epochs_of_an_unknown_task_are_refused_with_the_known_ones(desk, given, wrong):
+    status, _, err = desk.run("--data.task_epochs", given, command=["check"])
+    assert status == 1
+    assert f"data.task_epochs gives {wrong}" in err
+    assert "task-a, task-b, task-c" in err
+
+
+def test_epochs_may_name_tasks_that_the_order_leaves_out(desk):
+    options = ("--data.task_epochs", '{"task-b": 3}', "--data.task_order", "[0,2]")
+    assert desk.run(*options, command=["check"])[0] == 0

@@ -67,9 +67,15 @@ def own_scores(module, batch):
 @torch.no_grad()
 def hf_scores(lm, folder, batch):
     """Scores of the words of the answers, by transformers alone."""
-    images = AutoProcessor.from_pretrained(folder).image_processor(
-        images=list(batch.images), return_tensors="pt", do_resize=False, do_center_crop=False
-    )
+    if batch.images is None:
+        images = {
+            name: torch.cat([one[name] for one in batch.image_inputs])
+            for name in batch.image_inputs[0]
+        }
+    else:
+        images = AutoProcessor.from_pretrained(folder).image_processor(
+            images=list(batch.images), return_tensors="pt", do_resize=False, do_center_crop=False
+        )
     tokens = batch.input_ids.masked_fill(~batch.attention_mask, 0)
     mask = batch.attention_mask.long()
     every = lm(input_ids=tokens, attention_mask=mask, **images).logits

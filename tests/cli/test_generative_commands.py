@@ -1,11 +1,15 @@
 """Commands on a model that answers: check, the run, evaluate, report, compare; errors."""
 
+import datetime
 import json
 
 import pytest
+import torch
 import yaml
 
 from mmcl.evaluation import AccuracyMatrix
+from mmcl.lightning.continual_run import ContinualRun
+from mmcl.models.hf_vlm import loading
 from tests.cli.test_check import line
 from tests.data.small_stream import write_stream
 from tests.lightning.small_runs import small_model
@@ -187,3 +191,51 @@ def test_the_page_of_a_finished_run_shows_questions_answers_and_the_form(answere
     ):  # fmt: skip
         assert part in page, part
     assert yaml.safe_load((answered.results / "config.yaml").read_text())["model"]
+
+
+@pytest.mark.slow
+def test_a_run_resumed_on_another_day_asks_with_the_date_of_its_first_start(asking, monkeypatch):
+    template = asking.folder / "chat" / "chat_template.jinja"
+    dated = "{{ strftime_now('%d') | int % 7 }} {{ strftime_now('%b') }} " + template.read_text()
+    template.write_text(dated)
+    days = {"now": "2026-12-01"}
+
+    class Clock(datetime.date):
+        @classmethod
+        def today(cls):
+            return datetime.date.fromisoformat(days["now"])
+
+    monkeypatch.setattr(loading, "date", Clock)
+    assert asking.run("--run_name", "alone")[0] == 0
+    train_task = ContinualRun._train_task
+
+    def stopped(run, module, state, index):
+        if index == 1:
+            raise KeyboardInterrupt
+        train_task(run, module, state, index)
+
+    monkeypatch.setattr(ContinualRun, "_train_task", stopped)
+    assert asking.run("--run_name", "stopped")[0] == 130
+    monkeypatch.setattr(ContinualRun, "_train_task", train_task)
+    days["now"] = "2027-01-06"
+    status, out, _ = asking.run("--run_name", "stopped")
+    assert status == 0
+    assert "the chat template writes the date 2026-12-01, the day of the first start" in out
+    assert asking.run("--run_name", "later")[0] == 0
+    states = {
+        name: torch.load(
+            asking.folder / "runs" / name / "checkpoints" / "task_02.ckpt", weights_only=True
+        )["state_dict"]
+        for name in ("alone", "stopped", "later")
+    }
+    assert states["alone"].keys() == states["stopped"].keys()
+    for name, value in states["alone"].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, states["stopped"][name]), name
+    key = "model.template_date"
+    assert bytes(states["stopped"][key].tolist()).decode() == "2026-12-01"
+    assert bytes(states["later"][key].tolist()).decode() == "2027-01-06"
+    texts = [n for n, v in states["alone"].items() if n != key and isinstance(v, torch.Tensor)]
+    assert any(not torch.equal(states["alone"][n], states["later"][n]) for n in texts)
+    inputs = json.loads((asking.folder / "runs" / "stopped" / "inputs.json").read_text())
+    assert inputs["template_date"] == "2026-12-01"

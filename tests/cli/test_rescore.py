@@ -192,6 +192,89 @@ def test_a_broken_line_is_named(give, run):
     assert "col_00.jsonl line 5 is not valid JSON" in err
 
 
+def logged(folder, name, texts, **more):
+    """Write samples as lm-eval logs them; the right answer is always teal."""
+    folder.mkdir(exist_ok=True)
+    lines = [
+        {"doc_id": n, "target": "teal", "resps": [[text]], "filtered_resps": [text], **more}
+        for n, text in enumerate(texts)
+    ]
+    (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_folder_of_logged_samples_has_a_row_for_every_task(give, tmp_path):
+    folder = tmp_path / "logs"
+    stamp = "2026-01-02T03-04-05.678901"
+    logged(folder, f"samples_color_{stamp}.jsonl", ["teal", "It is teal"])
+    logged(folder, "20260102_030405_samples_mme_color.jsonl", ["teal", "teal", "red"])
+    (folder / "sub").mkdir()
+    logged(folder / "sub", "samples_shape.jsonl", ["teal"])
+    results = {"results": {"color": {"exact_match": 0.5}}, "date": 1.0, "configs": {}}
+    (folder / f"results_{stamp}.json").write_text(json.dumps(results, indent=1))
+    status, out, err = give(folder, "--scorer", "exact")
+    assert (status, err) == (0, "")
+    assert row_of(out, "color") == ["color", "2", "50.00", "100.00", "exact/1"]
+    assert row_of(out, "mme_color") == ["mme_color", "3", "66.67", "66.67", "exact/1"]
+    assert row_of(out, "sub/shape") == ["sub/shape", "1", "100.00", "100.00", "exact/1"]
+    assert f"left out: {folder}/results_{stamp}.json holds one object with the keys results" in out
+
+
+def test_json_has_fractions_and_percent(give, tmp_path):
+    logged(tmp_path, "samples_a.jsonl", ["teal", "It is teal", "red"])
+    (cell,) = json.loads(give("samples_a.jsonl", "--scorer", "exact", "--json")[1])
+    assert cell["strict"] == pytest.approx(1 / 3)
+    assert cell["percent"] == {"strict": 33.33, "lenient": 66.67}
+
+
+def test_a_folder_of_llavas_answers_is_scored_with_one_truth(give, llava):
+    answers, truth = llava
+    folder = answers.parent / "answers_of_tasks"
+    folder.mkdir()
+    for name in ("one", "two"):
+        (folder / f"{name}.jsonl").write_bytes(answers.read_bytes())
+    status, out, _ = give(folder, "--truth", truth, "--scorer", "exact")
+    assert status == 0
+    assert row_of(out, "one")[1:] == row_of(out, "two")[1:] == ["4", "25.00", "50.00", "exact/1"]
+
+
+def test_what_cannot_be_scored_names_what_was_found(give, tmp_path):
+    logged(tmp_path / "logs", "samples_a.jsonl", ["yes"])
+    odd, empty = tmp_path / "odd.jsonl", tmp_path / "empty.tsv"
+    odd.write_text('{"width": 3, "height": 4}\n{"width": 1, "height": 2}\n')
+    empty.write_text("index\tprediction\n")
+    lone = tmp_path / "lone.json"
+    lone.write_text('{"a": {"b": 1}, "c": 2}')
+    (tmp_path / "images").mkdir()
+    for words, sentence in [
+        ([odd, "--scorer", "exact"], "the keys width, height, and none of them is known as a pred"),
+        ([empty, "--scorer", "exact"], "empty.tsv holds no records"),
+        ([lone, "--scorer", "exact"], "one object with the keys a, c: expected a list of objects"),
+        (["logs"], "samples_a.jsonl: give --scorer, one of exact"),
+        (["logs", "--scorer", "mme"], "lacks the category and image of questions"),
+        (["logs", "--scorer", "pope"], "cannot be scored by pope: the scorer pope got the ref"),
+        (["logs", "--scorer", "exact", "--truth", odd], "holds the right answers: leave --truth"),
+        (["images", "--scorer", "exact"], "holds no predictions (row_00/col_00.jsonl ...): give"),
+    ]:
+        status, out, err = give(*words)
+        assert (status, out) == (2, ""), words
+        assert sentence in err, words
+        assert err.count("\n") == 1
+
+
+def test_samples_with_several_responses_are_told(give, tmp_path):
+    logged(tmp_path, "samples_a.jsonl", ["teal"], filtered_resps=["teal", "red"])
+    out = give("samples_a.jsonl", "--scorer", "exact")[1]
+    assert "1 samples have several responses, the first counts: 0" in out
+
+
+def test_the_published_metrics_stand_beside_the_score(give, tmp_path):
+    questions = [("yes", "Yes"), ("no", "Yes, it is"), ("no", "No")]
+    lines = [{"id": n, "answer": a, "prediction": p} for n, (a, p) in enumerate(questions)]
+    (tmp_path / "pope.json").write_text(json.dumps(lines))
+    out = give("pope.json", "--scorer", "pope")[1]
+    assert "precision 0.5000, recall 1.0000, f1 0.6667, yes_ratio 0.6667" in out
+
+
 def test_names_from_a_file_cannot_steer_the_terminal(give, llava):
     answers, truth = llava
     truth.write_text(json.dumps([{"question_id": "\x1b[2J\ud800", "answer": "a"}]))

@@ -96,3 +96,55 @@ def test_the_id_of_a_text_depends_on_its_real_tokens_alone():
     left = text_ids(torch.tensor([[5, 5, 4, 0, 9]]), torch.tensor([[0, 0, 1, 1, 1]]).bool())
     assert shorter.tolist() == left.tolist() == ids[:1]
     assert text_ids(texts, None).tolist() == text_ids(texts, torch.ones_like(mask)).tolist()
+
+
+def _with_inputs(counts: list[int], first: int) -> Batch:
+    """Answers to questions about ``counts`` images, each the patches and the grid of one image."""
+    inputs = [
+        {"pixel_values": torch.full((n + 1, 4), float(n)), "grid": torch.tensor([[1, n + 1, 1]])}
+        for n in range(first, first + sum(counts))
+    ]
+    tokens = torch.ones(len(counts), 3, dtype=torch.int64)
+    owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    return Batch(
+        None, tokens, torch.zeros(len(counts)), owner if sum(counts) else None, tokens,
+        tokens > 0, image_inputs=tuple(inputs),
+    )  # fmt: skip
+
+
+def test_native_inputs_follow_their_samples_when_taken_and_joined() -> None:
+    batch = _with_inputs([2, 0, 1], 0)
+    taken = batch.take(torch.tensor([2, 1, 0, 2]))
+    assert [int(one["grid"][0, 1]) - 1 for one in taken.image_inputs] == [2, 0, 1, 2]
+    assert taken.image_owner is not None
+    assert taken.image_owner.tolist() == [0, 2, 2, 3]
+    both = batch.join(_with_inputs([1, 1], 7))
+    assert [int(one["grid"][0, 1]) - 1 for one in both.image_inputs] == [0, 1, 2, 7, 8]
+    assert both.image_owner is not None
+    assert both.image_owner.tolist() == [0, 0, 2, 3, 4]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_text_alone_joins_questions_about_images(is_first: bool) -> None:
+    images = _with_inputs([1, 1], 0)
+    pixels = replace(images, image_inputs=(), images=torch.zeros(2, 3, 4, 4))
+    pixels = replace(pixels, image_owner=None)
+    for seen in (images, pixels):
+        alone = _with_inputs([0], 0)
+        joined = alone.join(seen) if is_first else seen.join(alone)
+        assert joined.image_owner is not None
+        assert joined.image_owner.tolist() == ([1, 2] if is_first else [0, 1])
+        assert len(joined.image_inputs) == len(seen.image_inputs)
+        assert (joined.images is None) == (seen.images is None)
+
+
+def test_native_inputs_are_pickled_and_moved() -> None:
+    batch = _with_inputs([2, 1], 0)
+    received = pickle.loads(pickle.dumps(batch))
+    for one, other in zip(batch.image_inputs, received.image_inputs, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    moved = batch.to("meta")
+    assert all(t.is_meta for one in moved.image_inputs for t in one.values())
+    assert batch.has_images
+    assert not _with_inputs([0], 0).has_images

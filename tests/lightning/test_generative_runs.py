@@ -102,7 +102,7 @@ def test_bad_samples_are_counted_and_named(tmp_path):
     assert set(errors) == {"atrain003", "atrain007", "atrain011", "atrain013"}
     assert "is not JSON" in errors["atrain003"]
     assert "shows 2 images and it has one" in errors["atrain007"]
-    assert "its answer is beyond the model's max_length" in errors["atrain011"]
+    assert "tokens, and the model's max_length is 64: raise it" in errors["atrain011"]
     assert "shows 1 images and it has none" in errors["atrain013"]
 
 

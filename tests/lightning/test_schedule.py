@@ -1,16 +1,44 @@
+import math
 from math import cos, pi
 
 import pytest
 import pytorch_lightning as pl
+import torch
+from transformers import get_scheduler
 
 from mmcl.lightning import ContinualDataModule, ContinualModule
-from mmcl.lightning.module import lr_factor
+from mmcl.lightning.optimizers import expect_warmup, lr_factor
 from mmcl.models import OpenCLIP
 from tests.lightning.small_runs import SmallRuns, small_model
 
 
 def test_the_rate_rises_over_the_warmup():
     assert [lr_factor(s, 10, 4, "constant") for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "warmup"), [(0.03, 625, 19), (0.03, 10, 1), (0.5, 7, 4)]
+)
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_warmup_below_one_is_a_share_of_the_steps_rounded_up(share, steps, warmup, schedule):
+    factors = [lr_factor(step, steps, share, schedule) for step in range(steps)]
+    assert factors == [lr_factor(step, steps, warmup, schedule) for step in range(steps)]
+    assert factors.index(1.0) == warmup - 1
+    # transformers' warm-up of the same ratio ends at the same step, and starts at 0.
+    trained = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_scheduler(
+        "constant_with_warmup", trained, num_warmup_steps=math.ceil(share * steps)
+    )
+    for _ in range(warmup):
+        trained.step()
+        theirs.step()
+    assert theirs.get_last_lr() == [1.0]
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, -0.1])
+def test_a_warmup_that_is_neither_steps_nor_a_share_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"warmup_steps is {wrong}: give a number of steps"):
+        expect_warmup(wrong)
 
 
 def test_the_cosine_would_be_zero_one_step_after_the_last():
@@ -42,7 +70,9 @@ def test_the_cosines_last_value_is_the_documented_one_and_open_clips(steps, warm
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec")
-@pytest.mark.parametrize(("warmup", "schedule"), [(2, "cosine"), (3, "constant")])
+@pytest.mark.parametrize(
+    ("warmup", "schedule"), [(2, "cosine"), (3, "constant"), (0.5, "constant")]
+)
 def test_a_fit_of_lightning_alone_obeys_the_schedule(tmp_path, warmup, schedule):
     rates = []
 

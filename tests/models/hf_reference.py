@@ -98,9 +98,7 @@ def hf_labels(model, architecture, samples, inputs, turns=1, hidden=()):
             spans = []
             for for_generation in (True, False):
                 text = hf_text(model, architecture, part, sample not in hidden, for_generation)
-                text = text.replace(
-                    model.chat_tokenizer.image_token, model.chat_tokenizer.image_placeholders
-                )
+                text = text.replace(model.processor.image_token, model.image_placeholders)
                 spans.append(len(model.processor.tokenizer(text)["input_ids"]))
             labels[index, spans[0] : spans[1]] = inputs["input_ids"][index, spans[0] : spans[1]]
     return labels

@@ -44,24 +44,27 @@ INTERN = (
     "{{'<|im_end|>\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
 )
-_TEXT = {
+TEXT = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 512,
 }  # fmt: skip
-_SEEN = {
+SEEN = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
 }  # fmt: skip
 
 
-def a_tokenizer(specials, begin=None, pad="<pad>", **named):
-    """A tokenizer of single letters: GPT-2's way, or Llama's where texts begin with a token."""
+def a_tokenizer(specials, begin=None, pad="<pad>", more="", space="first", **named):
+    """A tokenizer of single letters: GPT-2's way, or Llama's where texts begin with a token.
+
+    ``more`` are letters besides the usual ones; Gemma's puts no space in front (``space="never"``).
+    """
     if begin:
         marks = [pad, begin, *specials]
-        letters = sorted({"▁" if letter == " " else letter for letter in LETTERS})
+        letters = sorted({"▁" if letter == " " else letter for letter in LETTERS + more})
         vocabulary = {token: index for index, token in enumerate(["<unk>", *marks, *letters])}
         made = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
-        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-        made.decoder = decoders.Metaspace(prepend_scheme="first")
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=space)
+        made.decoder = decoders.Metaspace(prepend_scheme=space)
         made.post_processor = processors.TemplateProcessing(
             single=f"{begin} $A", special_tokens=[(begin, vocabulary[begin])]
         )
@@ -84,8 +87,8 @@ def llava():
     """LLaVA-1.5: CLIP at the last layer but one, Llama, texts that begin with <s>."""
     words = a_tokenizer(["</s>", "<image>"], begin="<s>")
     config = hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**_SEEN, image_size=16, patch_size=8, projection_dim=16),
-        text_config=hf.LlamaConfig(**_TEXT, **_ids(words)),
+        vision_config=hf.CLIPVisionConfig(**SEEN, image_size=16, patch_size=8, projection_dim=16),
+        text_config=hf.LlamaConfig(**TEXT, **ids(words)),
         image_token_index=words.convert_tokens_to_ids("<image>"), image_seq_length=4,
     )  # fmt: skip
     images = hf.CLIPImageProcessor(
@@ -102,8 +105,8 @@ def llava_onevision():
     """LLaVA-OneVision: SigLIP, a newline after every row of patches, Qwen2."""
     words = a_tokenizer(["<|im_end|>", "<|im_start|>", "<image>", "<video>"])
     config = hf.LlavaOnevisionConfig(
-        vision_config=hf.SiglipVisionConfig(**_SEEN, image_size=16, patch_size=8),
-        text_config=hf.Qwen2Config(**_TEXT, **_ids(words)),
+        vision_config=hf.SiglipVisionConfig(**SEEN, image_size=16, patch_size=8),
+        text_config=hf.Qwen2Config(**TEXT, **ids(words)),
         image_token_index=words.convert_tokens_to_ids("<image>"),
         video_token_index=words.convert_tokens_to_ids("<video>"),
         image_grid_pinpoints=[[16, 16], [16, 32], [32, 16], [32, 32]],
@@ -132,7 +135,7 @@ def qwen2_5_vl():
             "fullatt_block_indexes": [1], "temporal_patch_size": 2,
         },
         text_config={
-            **_TEXT, **_ids(words),
+            **TEXT, **ids(words),
             "rope_parameters": {
                 "rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0
             },
@@ -157,9 +160,9 @@ def smolvlm():
     ]  # fmt: skip
     words = a_tokenizer(specials)
     config = hf.SmolVLMConfig(
-        vision_config=hf.SmolVLMVisionConfig(**_SEEN, image_size=16, patch_size=4),
-        text_config=hf.LlamaConfig(**_TEXT, **_ids(words)), scale_factor=2,
-        image_token_id=words.convert_tokens_to_ids("<image>"), **_ids(words, "pad_token_id"),
+        vision_config=hf.SmolVLMVisionConfig(**SEEN, image_size=16, patch_size=4),
+        text_config=hf.LlamaConfig(**TEXT, **ids(words)), scale_factor=2,
+        image_token_id=words.convert_tokens_to_ids("<image>"), **ids(words, "pad_token_id"),
     )  # fmt: skip
     sizes = {"size": {"longest_edge": 16}, "max_image_size": {"longest_edge": 16}}
     processor = hf.SmolVLMProcessor(
@@ -177,8 +180,8 @@ def internvl():
     }  # fmt: skip
     words = a_tokenizer(["<|im_end|>", "<|im_start|>", *named.values()], extra_special_tokens=named)
     config = hf.InternVLConfig(
-        vision_config=hf.InternVLVisionConfig(**_SEEN, image_size=16, patch_size=4),
-        text_config=hf.Qwen2Config(**_TEXT, **_ids(words)),
+        vision_config=hf.InternVLVisionConfig(**SEEN, image_size=16, patch_size=4),
+        text_config=hf.Qwen2Config(**TEXT, **ids(words)),
         image_token_id=words.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4,
     )  # fmt: skip
     size = {"height": 16, "width": 16}
@@ -194,23 +197,41 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-def _ids(words, *names):
+def ids(words, *names):
     wanted = names or ("bos_token_id", "eos_token_id", "pad_token_id")
     found = {name: getattr(words, name) for name in wanted}
     return found if names else {"vocab_size": len(words), **found}
 
 
 def write_model(folder, architecture, seed=4):
-    """Write a model of an architecture with random weights of a size that makes answers differ."""
+    """Write a model of an architecture with random weights, see ``with_weights``."""
     kind, config, processor = ARCHITECTURES[architecture]()
+    save(folder, with_weights(kind, config, processor, seed), processor)
+    return folder
+
+
+def with_weights(kind, config, processor, seed=4, *, embedding_scale=12, ends=()):
+    """A model with random weights of a size that makes answers differ.
+
+    ``ends`` are tokens that end an answer besides the tokenizer's own.
+    """
     torch.manual_seed(seed)
     lm = kind(config).eval()
+    words = lm.get_input_embeddings().weight
     with torch.no_grad():
         for parameter in lm.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(12)
-    lm.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    lm.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(0, 0.24)  # Gemma 3's projector begins at zero
+            elif parameter.ndim > 1:
+                parameter.mul_(embedding_scale if parameter is words else 12)
+    tokenizer = processor.tokenizer
+    own, more = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(list(ends))
+    lm.generation_config.eos_token_id = [own, *more] if more else own
+    lm.generation_config.pad_token_id = tokenizer.pad_token_id
+    return lm
+
+
+def save(folder, lm, processor):
+    """Write a model and its processor as transformers does."""
     lm.save_pretrained(folder)
     processor.save_pretrained(folder)
-    return folder

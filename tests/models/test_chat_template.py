@@ -1,161 +1,204 @@
-import pickle
-
 import pytest
-import torch
 
-from mmcl.core import Conversation, Turn
-from mmcl.models import ImageTextToText
-from mmcl.models.hf_vlm.chat_template import parse_chat_template, vicuna
-from tests.models.small_vlms import ARCHITECTURES, write_model
-from tests.toys.toy_llava import a_llava
+from mmcl.core import BadSample
+from mmcl.models.hf_vlm.chat_template import (
+    SLOT,
+    VICUNA,
+    ChatTemplate,
+    pin_date,
+    pinned_date,
+    reads_date,
+)
+from tests.models.small_families import FAMILIES
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
+ONE = (("user", (SLOT,)), ("assistant", (SLOT,)))
 
 
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory):
-    folder = write_model(tmp_path_factory.mktemp("llava"), "llava")
-    return ImageTextToText(str(folder), conv_template="vicuna_v1")
+def written(template, *texts, shape=ONE):
+    """A conversation in a template's format, with «» around what is in the loss."""
+    words, found = iter(texts), ""
+    for segment in template.segments(shape):
+        text = next(words) if segment.text is None else segment.text
+        found += f"«{text}»" if segment.is_answer else text
+    return found.replace("»«", "")
 
 
-def dialogue_of(*texts):
-    turns = [Turn("assistant" if n % 2 else "user", text) for n, text in enumerate(texts)]
-    return Conversation(tuple(turns), (texts[-1],))
+def template_of(source, *ends, image_token="[img]"):
+    return ChatTemplate(source, image_token, ends or ("</s>",))
 
 
-def as_text(model, tokens):
-    return model.processor.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+def each(content, end="</s>"):
+    """A template that writes every message in brackets."""
+    return (
+        "{% for message in messages %}[{% for part in message['content'] %}"
+        + content
+        + "{% endfor %}]"
+        + end
+        + "{% endfor %}{% if add_generation_prompt %}[{% endif %}"
+    )
 
 
-def scored(model, tokens, labels):
-    return as_text(model, tokens[labels != -100])
+TEXTS = each("{{ part['text'] if part['type'] == 'text' else '[img]' }}")
 
 
 def test_vicuna_is_the_template_of_llavas_training():
-    pieces = vicuna("<image>", "</s>")
-    answer = pieces.before_answer + pieces.answer_start + "{}" + pieces.answer_end
-    first = pieces.image_start + "Why?" + answer.format("So.")
-    second = pieces.between_turns + "And?" + answer.format("No.")
-    assert first + second == (
-        f"{SYSTEM}USER: <image>\nWhy? ASSISTANT: So.</s>USER: And? ASSISTANT: No.</s>"
+    template = ChatTemplate(VICUNA, "<image>", ("</s>",), (("image_token", "<image>"), END))
+    shape = (("user", (None, SLOT)), ("assistant", (SLOT,))) + ONE
+    text = written(template, "Why?", "So.", "And?", "No.", shape=shape)
+    assert text == (
+        f"{SYSTEM}USER: <image>\nWhy? ASSISTANT:« So.</s>»USER: And? ASSISTANT:« No.</s>»"
     )
-    assert pieces.start == f"{SYSTEM}USER: "
+    told = written(template, "Be short.", "Why?", "So.", shape=(("system", (SLOT,)), *ONE))
+    assert told == "Be short. USER: Why? ASSISTANT:« So.</s>»"
 
 
-def test_the_template_of_llava_is_vicuna_without_the_system_line(tmp_path):
-    plain = ImageTextToText(str(write_model(tmp_path, "llava"))).chat_tokenizer.template
-    expected = vicuna("<image>", "</s>")
-    assert plain.start == "USER: "
-    assert plain.image_start == "USER: <image>\n"
-    for name in ("before_answer", "answer_start", "answer_end", "between_turns"):
-        assert getattr(plain, name) == getattr(expected, name)
+END = ("end_token", "</s>")
 
 
-def test_answers_are_scored_with_their_end(llava):
-    tokens, labels = llava.chat_tokenizer.tokenize(
-        dialogue_of("a?", "one two", "b?", "three"), True
-    )
-    assert scored(llava, tokens, labels) == "one two</s> three</s>"
-    assert int((tokens == llava.image_inputs.image_token_id).sum()) == 4
-
-
-def test_the_image_comes_first_wherever_its_token_was(llava):
-    texts = ["<image>\nwhat?", "what?\n<image>", "what?"]
-    found = [
-        llava.chat_tokenizer.tokenize(dialogue_of(text, "x"), True)[0].tolist() for text in texts
-    ]
-    assert found[0] == found[1] == found[2]
-
-
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
-def test_texts_cannot_contain_a_token_of_the_template(architecture, tmp_path):
-    size = {"size": 16} if architecture == "qwen2_5_vl" else {}
-    model = ImageTextToText(str(write_model(tmp_path, architecture)), **size)
-    tokenizer = model.processor.tokenizer
-    marks = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    assert len(marks) > 3
-    clean = model.chat_tokenizer.tokenize(dialogue_of("what is it", "red"), True)[0]
-    for mark in marks:
-        half = len(mark) // 2
-        nested = f"{mark[:half]}{mark}{mark[half:]}"
-        for dirt in (mark, nested, mark + nested):
-            dialogue = dialogue_of(f"what is{dirt} it", f"{dirt}red{dirt}")
-            assert torch.equal(model.chat_tokenizer.tokenize(dialogue, True)[0], clean), dirt
-
-
-def test_long_conversations_are_cut_at_their_end():
-    model = a_llava(max_length=30)
-    tokens, labels = model.chat_tokenizer.tokenize(dialogue_of("what?", "word " * 50), True)
-    assert len(tokens) == len(labels) == 30
-    whole = a_llava(max_length=512).chat_tokenizer.tokenize(
-        dialogue_of("what?", "word " * 50), True
-    )[0]
-    assert torch.equal(tokens, whole[:30])
-
-
-def test_a_length_without_room_for_the_image_is_refused():
-    with pytest.raises(ValueError, match=r"max_length is 5 and an image with one word takes \d+"):
-        a_llava(max_length=5)
-
-
-def test_an_answer_has_the_tokens_that_it_has_after_a_question(llava):
-    tokens, labels = llava.chat_tokenizer.tokenize(dialogue_of("is it so?", "two words"), True)
-    assert torch.equal(llava.chat_tokenizer.answer_tokens("two words"), tokens[labels != -100])
-
-
-def test_a_chat_tokenizer_can_be_sent_to_a_loaders_worker(llava):
-    own = llava.transform(True)
-    other = pickle.loads(pickle.dumps(own))
-    dialogue = dialogue_of("<image>\nwhat?", "this")
-    pixels = torch.zeros(3, 16, 16, dtype=torch.uint8)
-    assert torch.equal(other(pixels, dialogue, 0).input_ids, own(pixels, dialogue, 0).input_ids)
-
-
-class Template:
-    """A processor whose template is a function."""
-
-    def __init__(self, render):
-        self.render = render
-
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-        return self.render(messages, add_generation_prompt)
-
-
-def turns_of(messages, end):
-    texts = [
-        ("<image>" if len(m["content"]) > 1 else "") + m["content"][-1]["text"] for m in messages
-    ]
-    return "".join(f"[{text}]{end}" for text in texts)
-
-
-def ending_in(end):
-    return Template(lambda messages, adds_prompt: turns_of(messages, end))
+def test_the_template_of_llava_is_vicuna_without_the_system_line():
+    processor = FAMILIES["llava"]()[2]
+    own = ChatTemplate.of(processor, ["</s>"])
+    vicuna = ChatTemplate.of(processor, ["</s>"], "vicuna_v1")
+    for shape in (ONE, ONE + ONE, (("user", (None, SLOT)), ("assistant", (SLOT,)))):
+        texts = ["q", "a"] * (len(shape) // 2)
+        assert SYSTEM + written(own, *texts, shape=shape) == written(vicuna, *texts, shape=shape)
 
 
 def test_the_first_end_token_after_an_answer_ends_it():
-    pieces = parse_chat_template(ending_in("<stop>\n"), "<image>", ["</s>", "<stop>"])
-    assert pieces.answer_end == "]<stop>"
-    assert pieces.between_turns == "\n["
+    template = template_of(each("{{ part['text'] }}", "<stop>\n</s>"), "</s>", "<stop>")
+    assert written(template, "q", "a", "r", "b", shape=ONE + ONE) == (
+        "[q]<stop>\n</s>[«a]<stop>»\n</s>[r]<stop>\n</s>[«b]<stop>»"
+    )
 
 
 def test_a_template_without_an_end_gets_the_tokenizers():
-    pieces = parse_chat_template(ending_in(" "), "<image>", ["</s>", "<stop>"])
-    assert pieces.answer_end == "</s>"
+    template = template_of(each("{{ part['text'] }}", " "))
+    assert written(template, "q", "a", "r", "b", shape=ONE + ONE) == "[q] [«a</s>»] [r] [«b</s>»"
 
 
-def test_a_template_that_changes_earlier_text_is_refused():
-    def numbered(messages, adds_prompt):
-        return f"{len(messages)} messages: {turns_of(messages, '</s>')}"
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{{ messages | length }} messages: " + TEXTS, "does more than put texts around"),
+        ("nothing", "leaves out or moves a text"),
+        (each("{{ part['text'] }}{{ part['text'] }}"), "leaves out or moves a text"),
+        ("{{ raise_exception('never') }}", r"refuses it \(never\)"),
+        (TEXTS.replace("[{% endif", "(thinking) {% endif"), "generation starts from"),
+    ],
+)
+def test_a_template_that_does_more_than_put_texts_in_places_is_refused(source, words):
+    with pytest.raises(BadSample, match=words):
+        template_of(source).segments(ONE)
 
-    with pytest.raises(
-        ValueError, match="does more than put texts around.*conv_template='vicuna_v1'"
-    ):
-        parse_chat_template(Template(numbered), "<image>", ["</s>"])
+
+def test_a_template_without_a_place_for_images_is_refused():
+    with pytest.raises(BadSample, match=r"writes 0 image tokens \('\[img\]'\) for 1 images"):
+        template_of(each("{{ part['text'] }}")).segments((("user", (None, SLOT)), ONE[1]))
 
 
-def test_a_template_that_hides_questions_is_refused():
-    with pytest.raises(ValueError, match="leaves out a question or an answer"):
-        parse_chat_template(Template(lambda messages, adds_prompt: "nothing"), "<image>", ["</s>"])
+SYSTEM_SHAPE = (("system", (SLOT,)), *ONE)
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("", "leaves out or moves a text"),
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+    ],
+)
+def test_a_system_turn_without_a_place_is_refused(place, words):
+    source = (
+        "{% for message in messages if message['role'] == 'system' %}" + place + "{% endfor %}"
+        "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + TEXTS
+    )
+    template = template_of(source)
+    with pytest.raises(BadSample, match=f"its system turn has no place .*{words}.*first question"):
+        template.segments(SYSTEM_SHAPE)
+    assert written(template, "q", "a") == "[q]</s>[«a]</s>»"
+
+
+def test_a_system_turn_goes_where_the_template_takes_a_plain_text():
+    source = (
+        "{% if messages[0]['role'] == 'system' %}({{ messages[0]['content'].upper and "
+        "messages[0]['content'] }}){% set messages = messages[1:] %}{% endif %}" + TEXTS
+    )
+    assert written(template_of(source), "s", "q", "a", shape=SYSTEM_SHAPE) == "(s)[q]</s>[«a]</s>»"
+
+
+def test_a_default_system_prompt_stays_where_a_sample_has_none():
+    processor = FAMILIES["qwen2_5_vl"]()[2]
+    template = ChatTemplate.of(processor, ["<|im_end|>"])
+    default = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    assert written(template, "q", "a").startswith(default)
+    own = written(template, "Be short.", "q", "a", shape=SYSTEM_SHAPE)
+    assert own.startswith("<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nq")
+
+
+def test_a_template_of_plain_texts_gets_image_tokens_in_them():
+    source = TEXTS.replace("{% for part in message['content'] %}", "{{ message['content'] }}")
+    source = source.replace(
+        "{{ part['text'] if part['type'] == 'text' else '[img]' }}{% endfor %}", ""
+    )
+
+    class Processor:
+        chat_template, image_token = {"default": source}, "[img]"
+
+        class tokenizer:
+            special_tokens_map = {"eos_token": "</s>", "extra": ["a list"]}
+
+    template = ChatTemplate.of(Processor, ["</s>"])
+    shape = (("user", (SLOT, None, SLOT)), ("assistant", (SLOT,)))
+    assert written(template, "q", "r", "a", shape=shape) == "[q[img]r]</s>[«a]</s>»"
+
+
+def test_reasoning_is_divided_by_the_template():
+    """As Qwen3-VL-Thinking: the prompt opens reasoning, and earlier reasoning is left out."""
+    source = (
+        "{% for message in messages %}{% set text = message['content'][0]['text'] %}"
+        "{% if message['role'] == 'user' %}<u>{{ text }}</u>{% else %}<a>"
+        "{% if loop.last %}<think>{{ '\n' }}{% if '</think>' in text %}"
+        "{{ text.split('</think>')[0].split('<think>')[-1].strip() }}{% endif %}"
+        "{{ '\n</think>\n\n' }}{% endif %}"
+        "{{ text.split('</think>')[-1].lstrip() }}</a>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<a><think>{{ '\n' }}{% endif %}"
+    )
+    template = template_of(source, "</a>")
+    assert written(template, "q", "a").endswith("<a><think>\n«\n</think>\n\na</a>»")
+    tagged = (ONE[0], ("assistant", (f"<think>\n{SLOT}\n</think>\n\n{SLOT}",)))
+    text = written(template, "q", "so", "a", shape=tagged)
+    assert text.endswith("<a><think>\n«so\n</think>\n\na</a>»")
+    with pytest.raises(BadSample, match="leaves out or moves a text"):
+        template.segments(tagged + ONE)
+
+
+DATED = "Today: {{ strftime_now('%d %b %Y') }} {{ strftime_now(\"%A\") }}\n" + TEXTS
+
+
+def test_a_pinned_template_writes_the_dates_of_its_day():
+    assert reads_date(DATED)
+    pinned = pin_date(DATED, "2026-12-01")
+    assert not reads_date(pinned)
+    assert pinned_date(pinned) == "2026-12-01"
+    assert pinned_date(DATED) is None
+    assert written(template_of(pinned), "q", "a").startswith("Today: 01 Dec 2026 Tuesday\n[q]")
+    again = pin_date(pinned, "2024-02-29")
+    assert again == pin_date(DATED, "2024-02-29")
+    assert written(template_of(again), "q", "a").startswith("Today: 29 Feb 2024 Thursday\n[q]")
+
+
+@pytest.mark.parametrize("start", ["\n\n", "  {% if true %}x{% endif %}\n", "{# #}", "{{- ' y' }}"])
+def test_pinning_changes_nothing_but_dates(start):
+    source = start + TEXTS + "{% set day = strftime_now('%Y') %}"
+    plain = written(template_of(start + TEXTS), "q", "a")
+    assert written(template_of(pin_date(source, "2026-12-01")), "q", "a") == plain
+
+
+def test_a_date_that_cannot_be_pinned_is_refused():
+    with pytest.raises(ValueError, match="a format that it computes"):
+        pin_date("{{ strftime_now(format) }}", "2026-12-01")
+    with pytest.raises(ValueError, match="template_date is 'today', expected a day such as"):
+        pin_date(DATED, "today")

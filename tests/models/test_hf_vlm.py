@@ -28,7 +28,7 @@ def model(architecture, folder):
 
 def load(architecture, folder, **changes):
     size = {"size": 16} if architecture == "qwen2_5_vl" else {}
-    return ImageTextToText(str(folder), **{**size, **changes})
+    return ImageTextToText(str(folder), image_inputs="square", **{**size, **changes})
 
 
 @pytest.mark.parametrize("turns", [1, 2])

@@ -4,7 +4,7 @@ from torch.nn import functional
 
 from mmcl.core import Batch
 from mmcl.models import OpenCLIP
-from mmcl.models.hf_vlm.model import pool_images
+from mmcl.models.hf_vlm.routing_encoder import pool_images
 from tests.models import hf_reference
 from tests.toys.toy_llava import a_dialogue_batch, a_llava
 

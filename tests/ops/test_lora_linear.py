@@ -1,12 +1,20 @@
 """Against the naive expression, in double precision."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from mmcl.ops.lora_linear import expert_linear, low_rank_linear, routed_linear
+from mmcl.ops.lora_linear import (
+    LoRAWeights,
+    expert_linear,
+    low_rank_linear,
+    low_rank_linears,
+    routed_linear,
+)
 
 ROWS, TOKENS, WIDTH, OUT, EXPERTS, RANK = 3, 4, 5, 6, 2, 3
 SCALE = 1.7
@@ -264,3 +272,87 @@ def test_the_answer_is_that_of_pefts_layer():
     )
     given = answer_and_slopes(lambda x, A, B: theirs(x), (x, A, B))
     torch.testing.assert_close(mine, given, rtol=1e-5, atol=1e-6)
+
+
+def several(dtype=torch.float64, ranks=(3, 1, 4), widths=(6, 2, 5)):
+    """x, and for each of three maps W, b, A, B and its scale."""
+    x = draw(ROWS, TOKENS, WIDTH, seed=1, dtype=dtype)
+    maps = []
+    for place, (rank, width) in enumerate(zip(ranks, widths, strict=True)):
+        weight = draw(width, WIDTH, seed=10 + place, dtype=dtype, learns=False)
+        bias = draw(width, seed=20 + place, dtype=dtype, learns=False) if place != 1 else None
+        A = draw(rank, WIDTH, seed=30 + place, dtype=dtype)
+        B = draw(width, rank, seed=40 + place, dtype=dtype)
+        maps.append(LoRAWeights(weight, bias, A, B, 0.5 + place))
+    return x, maps
+
+
+def one_by_one(x, maps):
+    return [low_rank_linear(x, m.weight, m.bias, m.A, m.B, m.scale) for m in maps]
+
+
+def flat_sum(outputs, but=()):
+    """Weighted sum of the outputs, some of them left out."""
+    return sum(
+        (out * draw(*out.shape, seed=50 + place, learns=False).to(out.dtype)).sum()
+        for place, out in enumerate(outputs)
+        if place not in but
+    )
+
+
+@pytest.mark.parametrize("but", [(), (0,), (1, 2)])
+def test_maps_of_one_input_are_those_of_each_alone(but):
+    x, maps = several()
+    together, alone = low_rank_linears(x, maps), one_by_one(x, maps)
+    torch.testing.assert_close(together, tuple(alone))
+    wanted = [x, *(side for m in maps for side in (m.A, m.B))]
+    found, expected = (
+        torch.autograd.grad(flat_sum(outputs, but), wanted, allow_unused=True)
+        for outputs in (together, alone)
+    )
+    torch.testing.assert_close(found, expected)
+    assert [g is None for g in found[1:]] == [place in but for place in range(3) for _ in "AB"]
+
+
+def test_the_gradient_of_maps_of_one_input_is_the_numerical_one():
+    x, maps = several()
+    sides = [side for m in maps for side in (m.A, m.B)]
+
+    def outputs(x, *sides):
+        return low_rank_linears(
+            x,
+            [replace(m, A=A, B=B) for m, A, B in zip(maps, sides[::2], sides[1::2], strict=True)],
+        )
+
+    assert torch.autograd.gradcheck(outputs, (x, *sides))
+
+
+def test_maps_of_one_input_give_frozen_adapters_no_gradient():
+    x, maps = several()
+    maps[1] = replace(maps[1], A=maps[1].A.detach(), B=maps[1].B.detach())
+    flat_sum(low_rank_linears(x, maps)).backward()
+    x_alone, maps_alone = several()
+    flat_sum(one_by_one(x_alone, maps_alone)).backward()
+    torch.testing.assert_close(x.grad, x_alone.grad)
+    for place in (0, 2):
+        torch.testing.assert_close(maps[place].A.grad, maps_alone[place].A.grad)
+    assert maps[1].A.grad is None
+
+
+def test_maps_of_one_input_are_computed_in_autocast_and_keep_one_input():
+    x, maps = several(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        together, alone = low_rank_linears(x, maps), one_by_one(x, maps)
+    assert {out.dtype for out in together} == {torch.bfloat16}
+    torch.testing.assert_close(together, tuple(alone), rtol=2e-2, atol=5e-2)
+    kept = [t for t in together[0].grad_fn.saved_tensors if t.shape == (ROWS * TOKENS, WIDTH)]
+    assert [t.dtype for t in kept] == [torch.bfloat16]
+    flat_sum(together).backward()
+    assert {m.A.grad.dtype for m in maps} == {torch.float32}
+
+
+def test_maps_of_one_input_take_an_empty_batch():
+    x, maps = several()
+    assert [tuple(out.shape) for out in low_rank_linears(x[:0], maps)] == [
+        (0, TOKENS, m.weight.shape[0]) for m in maps
+    ]

@@ -16,16 +16,17 @@ from mmcl.core import (
     IMAGE_TOKEN,
     Batch,
     Conversation,
+    Pixels,
     ProcessedSample,
     Reference,
     Task,
     Transform,
-    Turn,
 )
 from mmcl.core.card.schema import repr_short
 from mmcl.core.seeding import hash_seed
 from mmcl.data.batches.caption_member import read_captions
 from mmcl.data.decode import decode_image
+from mmcl.data.image_formats import MAX_IMAGES, image_members
 from mmcl.data.shards.llava_json import apply_template, read_dialogue
 from mmcl.data.shards.sample_fields import json_value
 from mmcl.data.shards.tar_index import IMAGES
@@ -160,8 +161,9 @@ def collate(
         weight: see ``Batch.loss_weight``.
         room: (bytes,) uint8 buffer for the images if they fit; None = new memory.
     """
-    owners = [n for n, example in enumerate(examples) if example.processed.image is not None]
-    images = [e.processed.image for e in examples if e.processed.image is not None]
+    counts = [example.processed.num_images for example in examples]
+    is_one_each = all(count == 1 for count in counts)
+    images = [image for example in examples for image in _each(example)]
     texts = [example.processed.input_ids for example in examples]
     tokens, mask = pad_texts(texts) if any(text is not None for text in texts) else (None, None)
     is_mixed = any(example.source_id for example in examples)
@@ -169,7 +171,7 @@ def collate(
     image_ids = [example.image_id for example in examples]
     return Batch(
         images=_stacked(images, room) if images else None,
-        image_owner=torch.tensor(owners) if 0 < len(images) < len(examples) else None,
+        image_owner=None if is_one_each or not sum(counts) else _owners(counts),
         labels=_labels(examples),
         task_ids=torch.tensor([example.task_id for example in examples]),
         input_ids=tokens,
@@ -180,11 +182,22 @@ def collate(
         in_loss=None if all(in_loss) else torch.tensor(in_loss),
         num_bytes=torch.tensor([example.num_bytes for example in examples]),
         image_ids=torch.tensor(image_ids) if max(image_ids) >= 0 else None,
+        image_inputs=tuple(one for e in examples for one in e.processed.image_inputs),
         keys=tuple(example.key for example in examples),
         references=tuple(e.reference for e in examples if e.reference is not None),
         errors=tuple(errors),
         loss_weight=weight,
     )
+
+
+def _each(example: Example) -> Sequence[Tensor]:
+    """Return the images (3, H, W) of an example."""
+    image = example.processed.image
+    return () if image is None else (image,) if image.dim() == 3 else image.unbind()
+
+
+def _owners(counts: Sequence[int]) -> Tensor:
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
 
 
 def _stacked(images: Sequence[Tensor], room: Tensor | None) -> Tensor:
@@ -212,25 +225,28 @@ def _labels(examples: Sequence[Example]) -> Tensor:
     return pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)
 
 
-def _conversation(
-    sample: Sample, task: Task, max_pixels: int
-) -> tuple[Conversation, Tensor | None]:
-    """Return the conversation of a sample and its decoded image, None if it has no image."""
+def _conversation(sample: Sample, task: Task, max_pixels: int) -> tuple[Conversation, Pixels]:
+    """Return the conversation of a sample and its decoded image, or images, None if it has none.
+
+    Image tokens in the questions are as many as the images; without any, one for each image is put
+    in front of the first question.
+    """
     if "json" not in sample.members:
         raise BadSample("it has no conversation (.json)")
     dialogue = apply_template(read_dialogue(sample.members["json"]), *task.templates[:1] or ("{}",))
-    image_tokens = sum(turn.text.count(IMAGE_TOKEN) for turn in dialogue.turns)
-    if any(extension in sample.members for extension in IMAGES):
-        if image_tokens > 1:
-            raise BadSample(f"its conversation shows {image_tokens} images and it has one")
-        if not image_tokens:
-            first = dialogue.turns[0]
-            with_image = Turn(first.role, f"{IMAGE_TOKEN}\n{first.text}")
-            dialogue = replace(dialogue, turns=(with_image, *dialogue.turns[1:]))
-        return dialogue, decode_image(_image_bytes(sample), max_pixels)
-    if image_tokens:
-        raise BadSample(f"its conversation shows {image_tokens} images and it has none")
-    return dialogue, None
+    tokens = sum(turn.text.count(IMAGE_TOKEN) for turn in dialogue.turns if turn.role == "user")
+    images = image_members(sample.members)
+    if tokens not in (0, len(images)) or len(images) > MAX_IMAGES:
+        has = {0: "none", 1: "one"}.get(len(images), str(len(images)))
+        raise BadSample(f"its conversation shows {tokens} images and it has {has}")
+    if images and not tokens:
+        place = next(index for index, turn in enumerate(dialogue.turns) if turn.role == "user")
+        first = dialogue.turns[place]
+        shown = replace(first, text=f"{IMAGE_TOKEN}\n" * len(images) + first.text)
+        turns = (*dialogue.turns[:place], shown, *dialogue.turns[place + 1 :])
+        dialogue = replace(dialogue, turns=turns)
+    pixels = tuple(decode_image(sample.members[name], max_pixels) for name in images)
+    return dialogue, pixels if len(pixels) > 1 else (*pixels, None)[0]
 
 
 def _image_bytes(sample: Sample) -> bytes:

@@ -145,7 +145,8 @@ class TrainDataset(Dataset[Batch]):
         errors: list[str] = []
         examples = [self._example(int(entry), request.epoch, errors) for entry in request.entries]
         batch = collate(examples, errors, request.loss_weight, room)
-        return replace(batch, global_batch=request.global_batch)
+        notes = tuple(f"{e.key}: {e.processed.note}" for e in examples if e.processed.note)
+        return replace(batch, global_batch=request.global_batch, notes=notes)
 
     def _example(self, entry: int, epoch: int, errors: list[str]) -> Example:
         """Make the example of an entry, or of the first of its replacements that can be read."""
@@ -309,7 +310,7 @@ def train_loader(
     replay_ratio = None if replay_plan is None else replay_plan.replay_ratio
     sources = tuple(zip(others, (share for _, share in dataset.tasks[task].mixture), strict=True))
     mixture = Mixture(new, global_batch_size, old, replay_ratio, sources)
-    _expect_samples_for_all(dataset.tasks[task], mixture, accumulation, world)
+    expect_samples_for_all(dataset.tasks[task], mixture, accumulation, world)
     plan = _planner(dataset, mixture, window, group, lanes, lanes_of_rank(lanes, rank, world))
     batches = ResumableBatchSampler(
         plan, mixture.steps, position, dataset.scored, dataset.composition,
@@ -416,7 +417,12 @@ def _replay_samples(
     return ReplaySamples(tasks, samples, found)
 
 
-def _expect_samples_for_all(task: Task, mixture: Mixture, accumulation: int, world: int) -> None:
+def expect_samples_for_all(task: Task, mixture: Mixture, accumulation: int, world: int) -> None:
+    """Check that every device has a sample in every micro-batch of a task.
+
+    Raises:
+        ValueError: if a batch is too small, or a size is below 1.
+    """
     given = {"global_batch_size": mixture.global_batch_size, "accumulation": accumulation}
     for name, value in given.items():
         if value < 1:

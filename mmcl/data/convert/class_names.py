@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmcl.data.convert.inputs.columns import key_of
+from mmcl.data.convert.inputs.column_names import key_of
 from mmcl.data.stored_sample import one_line
 
 _UNREADABLE = re.compile(

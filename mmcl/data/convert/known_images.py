@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ import numpy.typing as npt
 
 from mmcl.core import Task, TaskStream
 from mmcl.data.convert.record import ProgressFn
-from mmcl.data.convert.scan import members_hash
+from mmcl.data.convert.scan import images_digest, members_hash
 from mmcl.data.convert.task_split import TaskSplits
+from mmcl.data.image_formats import image_members, is_numbered
 from mmcl.data.remote.location import default_cache, is_remote
 from mmcl.data.shards.open_stream import OpenOptions, display_name, open_shard, shard_names
 from mmcl.data.shards.reader import Shard
@@ -112,8 +112,7 @@ def _found(
             if is_remote(url):
                 raise BadShard("is remote")
             for members in _samples(open_shard(name, url, OpenOptions(default_cache())), lengths):
-                image = next(members[kind] for kind in IMAGES if kind in members)
-                digest = hashlib.sha256(image).digest()
+                digest = images_digest([members[name] for name in image_members(members)])
                 images.append(int.from_bytes(digest[:8], "big"))
                 samples.append(members_hash(members, digest))
         except (BadShard, OSError, RuntimeError) as error:
@@ -125,12 +124,17 @@ def _samples(shard: Shard, lengths: IntArray) -> Iterator[Mapping[str, bytes]]:
     """Yield the members of the samples of a shard whose image has one of some lengths."""
     indices: Collection[int] = range(len(shard))
     if isinstance(shard, TarShard):
-        image_bytes = np.max([shard.index.lengths(kind) for kind in IMAGES], axis=0)
+        found = shard.index
+        numbered = [name for name in found.extensions if is_numbered(name)]
+        # A sample has one image of a plain extension, or several that are numbered.
+        plain = np.max([found.lengths(kind) for kind in IMAGES], axis=0)
+        several = sum((found.lengths(name) for name in numbered), np.zeros_like(plain))
+        image_bytes = np.where(plain > 0, plain, several)
         indices = np.flatnonzero(np.isin(image_bytes, lengths)).tolist()
     for index in indices:
         try:
             members = shard.read(index).members
         except BadSample:
             continue
-        if any(kind in members for kind in IMAGES):
+        if image_members(members):
             yield members

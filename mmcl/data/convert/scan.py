@@ -25,12 +25,11 @@ from mmcl.data.convert.record import (
     SkippedRecord,
 )
 from mmcl.data.decode import decode_image, expect_limits
-from mmcl.data.image_formats import read_header
+from mmcl.data.image_formats import image_members, read_header
 from mmcl.data.parallel import ParallelMap
 from mmcl.data.shards.llava_json import expect_scorable, has_visible_text
 from mmcl.data.shards.reader import subset_size
 from mmcl.data.shards.tar import BLOCK, padded
-from mmcl.data.shards.tar_index import IMAGES
 from mmcl.data.stored_sample import BadSample, IntArray
 
 MAX_LISTED = 10_000
@@ -48,9 +47,9 @@ class _Scan:
     Attributes:
         count: n.
         size: (n,) bytes of each record in a shard, 0 if it is bad or was not read.
-        content: (n,) uint64 hash of its image, or of its text if it has none.
+        content: (n,) uint64 hash of its image or images, or of its text if it has none.
         sample: (n,) uint64 hash of all its members.
-        image_bytes: (n,) bytes of its image, 0 if it has none.
+        image_bytes: (n,) bytes of its images, 0 if it has none.
         task: (n,) int32 index into names of tasks.
         label: (n,) int32 index into names of classes.
         split: (n,) int8 index into ``SPLITS``.
@@ -228,15 +227,16 @@ def scan_chunk(chunk: Chunk, scorer: str = "") -> _ChunkScan:
             digest.update(b"-")
             continue
         members = sorted(record.members.items())
-        images = [data for name, data in members if name in IMAGES]
+        names = image_members(record.members)
+        images = [record.members[name] for name in names]
         glance.num_deep += any(read_header(data).bits > 8 for data in images)
-        content = hashlib.sha256(images[0] if images else b"".join(data for _, data in members))
-        glance.content[index] = int.from_bytes(content.digest()[:8], "big")
-        glance.sample[index] = members_hash(record.members, content.digest() if images else b"")
-        glance.image_bytes[index] = len(images[0]) if images else 0
+        content = images_digest(images or [b"".join(data for _, data in members)])
+        glance.content[index] = int.from_bytes(content[:8], "big")
+        glance.sample[index] = members_hash(record.members, content if images else b"")
+        glance.image_bytes[index] = sum(map(len, images))
         for name, data in members:
             glance.size[index] += BLOCK + padded(len(data))
-            held = content.digest() if name in IMAGES else data
+            held = content if name in names else data
             digest.update(f"{name} {len(held)} ".encode() + held)
         stated = (record.name, record.task, record.label, record.split)
         digest.update(repr(stated).encode("utf-8", "surrogateescape"))
@@ -249,11 +249,17 @@ def scan_chunk(chunk: Chunk, scorer: str = "") -> _ChunkScan:
     return glance
 
 
+def images_digest(images: Sequence[bytes]) -> bytes:
+    """Return the sha256 of an image, of several that of all their digests in order."""
+    digests = [hashlib.sha256(image).digest() for image in images]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()
+
+
 def members_hash(members: Mapping[str, bytes], image_digest: bytes) -> int:
-    """Return a hash of the members of a sample but its class, given the digest of its image."""
-    digest = hashlib.sha256(image_digest)
+    """Return a hash of the members of a sample but its class, given the digest of its images."""
+    digest, images = hashlib.sha256(image_digest), image_members(members)
     for name, data in sorted(members.items()):
-        if name not in IMAGES and name != "cls":
+        if name not in images and name != "cls":
             digest.update(f"{name} {len(data)} ".encode() + data)
     return int.from_bytes(digest.digest()[:8], "big")
 
@@ -263,8 +269,8 @@ def _checked(chunk: Chunk, scorer: str) -> Iterator[Record | InvalidRecord]:
     for record in chunk.read():
         if isinstance(record, Record):
             try:
-                for extension in set(record.members) & set(IMAGES):
-                    expect_whole(extension, record.members[extension])
+                for name in image_members(record.members):
+                    expect_whole(name.rpartition(".")[2], record.members[name])
                 if "txt" in record.members:
                     _expect_visible(record.members["txt"])
                 if "json" in record.members and record.split != "train":

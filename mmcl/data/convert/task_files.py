@@ -114,11 +114,15 @@ def _samples(stem: str, chunks: Iterable[_ShardChunk]) -> Iterator[Sample]:
 
 @dataclass(frozen=True)
 class InPlace:
-    """Image folders of samples in place, and the key of answers in records with ``text``."""
+    """Image folders of samples in place, and the key of answers in records with ``text``.
+
+    ``follow_links`` says whether links in the folders may lead outside of them.
+    """
 
     images: Path
     test_images: Path
     answer_field: str = "answer"
+    follow_links: bool = False
 
 
 def write_in_place(
@@ -140,7 +144,7 @@ def write_in_place(
              else in_place.test_images),
         ):  # fmt: skip
             path = folder / f"{stem}-{split}{SUFFIX}"
-            _write(path, f"{stem}-{split}", hand, images, in_place.answer_field)
+            _write(path, f"{stem}-{split}", hand, images, in_place)
             hashes[path.name], counts[path.name] = sha256_of(path), len(hand.numbers)
             entry[split] = [path.name]
         sizes = {"size": len(task.train.numbers), "test_size": len(task.test.numbers)}
@@ -148,7 +152,8 @@ def write_in_place(
     return entries, hashes, counts
 
 
-def _write(path: Path, stem: str, hand: SplitSamples, images: Path, answer_field: str) -> None:
+def _write(path: Path, stem: str, hand: SplitSamples, images: Path, in_place: InPlace) -> None:
+    answer_field = in_place.answer_field
     records = Path(hand.scan.source.where)
     # The index is written now, next to the JSON if possible, so that the first run starts at once.
     index = open_json_index(records, answer_field, default_cache())
@@ -163,6 +168,8 @@ def _write(path: Path, stem: str, hand: SplitSamples, images: Path, answer_field
     }
     if answer_field != "answer":
         content["answer_field"] = answer_field
+    if in_place.follow_links:
+        content["follow_links"] = True
     chosen = path.with_name(f"{stem}.indices.npy")
     if len(hand.numbers) < len(index.records):
         content["indices"] = chosen.name

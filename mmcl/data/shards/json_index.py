@@ -12,6 +12,7 @@ import json
 import os
 import zipfile
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from mmcl.core.atomic_write import write_atomic
 from mmcl.data.remote.location import sha256_of
 from mmcl.data.shards.llava_json import read_sample
+from mmcl.data.shards.record_layouts import has_turns, keyed_record
 from mmcl.data.shards.tar_index import head_tail_hash
 from mmcl.data.stored_sample import BadSample, IntArray, one_line
 
@@ -38,7 +40,8 @@ _STEPS = np.zeros(256, dtype=np.int8)
 _STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
 _IS_STRUCTURE = _STEPS != 0
 _IS_STRUCTURE[_COMMA] = True
-_VERSION = 2
+_VERSION = 3
+_DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class JsonRecords:
 
 
 def parse(data: bytes) -> Any:
-    """Parse the bytes of one record.
+    """Parse the bytes of one record, which in a mapping of records follow its key.
 
     Raises:
         BadSample: if it is too deep, not UTF-8 or not JSON.
@@ -103,13 +106,42 @@ def parse(data: bytes) -> Any:
     if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _depth(data) > MAX_DEPTH:
         raise BadSample(f"its record is nested more than {MAX_DEPTH} deep")
     try:
-        return json.loads(data.decode("utf-8"))
+        text = data.decode("utf-8")
+        if (keyed := _keyed(text)) is not None:
+            return keyed_record(*keyed)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadSample(f"its record is not JSON ({one_line(error)})") from None
 
 
+def _keyed(text: str) -> tuple[str, Mapping[str, Any]] | None:
+    """Return key and record of ``"key": {...}`` at the start of a text, None of other texts."""
+    text = text.lstrip()
+    if not text.startswith('"'):
+        return None
+    key, end = _DECODER.raw_decode(text)
+    rest = text[end:].lstrip()
+    if not rest.startswith(":"):
+        return None
+    record, _ = _DECODER.raw_decode(rest[1:].lstrip())
+    return (key, record) if isinstance(record, Mapping) else None
+
+
+def _are_keyed(file: BinaryIO, start: int) -> bool:
+    """Return whether a mapping holds records: its first value is a question or a conversation."""
+    file.seek(start + 1)
+    try:
+        found = _keyed(file.read(MAX_RECORD_BYTES).decode("utf-8", "ignore"))
+    except (ValueError, RecursionError):
+        return False
+    return found is not None and ("question" in found[1] or has_turns(found[1]))
+
+
 def find_records(path: Path) -> JsonRecords:
     """Find the records of a JSON list, or of a file with one JSON value in every line, in UTF-8.
+
+    A mapping of ids to questions or conversations, as ScienceQA's ``problems.json``, is a list of
+    its values.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -122,7 +154,7 @@ def find_records(path: Path) -> JsonRecords:
         start, first = _start(file)
         if path.suffix == ".jsonl" or (first == b"{" and _is_lines(file, start)):
             offset, length = _lines(file, start)
-        elif first == b"[":
+        elif first == b"[" or (first == b"{" and _are_keyed(file, start)):
             offset, length = _elements(path, file, start)
         else:
             stop = status.st_size if first == b"{" else start

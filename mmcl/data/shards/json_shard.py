@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mmcl.data.image_formats import as_members
 from mmcl.data.remote.location import ShardLocation
-from mmcl.data.shards.image_folder import ImageFolder, open_image_folder
+from mmcl.data.shards.image_folder import ImageFolder, load_image, open_image_folder
 from mmcl.data.shards.json_index import JsonIndex, open_json_index
 from mmcl.data.shards.llava_json import read_sample, record_id
 from mmcl.data.shards.sample_fields import SampleFields
@@ -29,8 +30,9 @@ FORMAT = "mmcl-loose/1"
 SUFFIX = ".loose.json"
 _MAX_BYTES = 1 << 20
 _FIELDS = {"format": str, "records": str, "images": str, "samples": int, "sha256": str,
-           "bytes": int, "keys": str, "answer_field": str, "indices": str}  # fmt: skip
-_OPTIONAL = frozenset({"indices", "keys", "answer_field"})
+           "bytes": int, "keys": str, "answer_field": str, "indices": str,
+           "follow_links": bool}  # fmt: skip
+_OPTIONAL = frozenset({"indices", "keys", "answer_field", "follow_links"})
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class JsonShardSpec:
         keys: prefix of every key.
         answer_field: field of the answer in records with ``text`` instead of ``conversations``.
         indices: file (``.npy``, int64, increasing) of the numbers of its records, "" = all.
+        follow_links: whether links in the folder of images may lead outside of it.
     """
 
     records: Path
@@ -56,6 +59,7 @@ class JsonShardSpec:
     keys: str = "sample"
     answer_field: str = "answer"
     indices: str = ""
+    follow_links: bool = False
 
 
 @dataclass
@@ -87,17 +91,17 @@ class JsonShard:
         opened = self._open()
         number = int(opened.numbers[index])
         try:
-            raw = opened.index.records.read(number)
+            name = record_id(opened.index.records.read(number))
         except BadSample:
-            raw = None
-        return sample_key(opened.stated.keys, number, record_id(raw))
+            name = ""
+        return sample_key(opened.stated.keys, number, name)
 
     def key_hashes(self) -> npt.NDArray[np.uint64]:
         """Return (n,) numbers of the records in the JSON, which are hashes without collisions."""
         return self._open().numbers.astype(np.uint64)
 
     def read(self, index: int, fields: SampleFields | None = None) -> Sample:
-        """Return a sample: its conversation, and its image by its extension if it has one.
+        """Return a sample: its conversation, and its image by its extension, or several.
 
         Its members have no other names, so ``fields`` choose none.
 
@@ -109,10 +113,8 @@ class JsonShard:
         opened = self._open()
         number = int(opened.numbers[index])
         record = read_sample(opened.index.records.read(number), (), opened.stated.answer_field)
-        members = {"json": record.data}
-        if record.image is not None:
-            extension, data = opened.images.read(record.image)
-            members[extension] = data
+        images = [load_image(image, opened.images.read) for image in record.images]
+        members = {"json": record.data, **as_members(images)}
         return Sample(sample_key(opened.stated.keys, number, record.name), self.name, members)
 
     def text_bytes(self, member: str, fields: SampleFields | None = None) -> IntArray:
@@ -132,6 +134,7 @@ class JsonShard:
         """Return a hash of the JSON's content, the records used and the way of reading them."""
         opened = self._open()
         options = f"{opened.index.sha256} {opened.stated.keys} {opened.stated.answer_field}"
+        options += " follow_links" * opened.stated.follow_links
         numbers = np.ascontiguousarray(opened.numbers, "<i8").tobytes()
         return hashlib.sha256(options.encode("utf-8", "backslashreplace") + numbers).hexdigest()
 
@@ -193,7 +196,7 @@ def _opened(path: Path, cache: Path | None) -> _Opened:
     stated = read_json_set(path)
     try:
         index = open_json_index(stated.records, stated.answer_field, cache)
-        images = open_image_folder(stated.images)
+        images = open_image_folder(stated.images, follow_links=stated.follow_links)
     except FileNotFoundError as error:
         raise BadShard(f"names a file that is missing ({error})") from None
     except ValueError as error:

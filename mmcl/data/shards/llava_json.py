@@ -13,15 +13,19 @@ from typing import Any, Literal
 from unicodedata import category
 
 from mmcl.core import IMAGE_TOKEN, Conversation, Turn
+from mmcl.data.image_formats import MAX_IMAGES
+from mmcl.data.shards.record_layouts import parse_record
 from mmcl.data.stored_sample import MAX_TEXT_BYTES, BadSample, one_line
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_SPEAKERS = ("human", "gpt")
 _INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp", "Zs"})
 MAX_TURNS = 200
 _ANSWER_FORMS = {
-    "option": re.compile(r"\W*[A-Za-z]\W*"),
+    "option": re.compile(r"\W*[A-Za-z]\W*|\s*(?:\([A-Za-z]\)|[A-Z][.):])\s*\S.*", re.DOTALL),
+    # Four numbers in any form, as in [1, 2, 3, 4], (1,2),(3,4) or <loc0001><loc0002>...
     "box": re.compile(
-        r"[^\d]*(?:\d+(?:\.\d*)?|\.\d+)(?:\s*,\s*-?(?:\d+(?:\.\d*)?|\.\d+)){3}[^\d]*"
+        r"(?:.*?(?:<loc_?\d+>|(?<![\w.])(?:\d+(?:\.\d*)?|\.\d+)(?!\w))){4}.*", re.DOTALL
     ),
 }
 """Scorer -> form of the reference answers that it accepts; other scorers accept any text."""
@@ -33,7 +37,8 @@ def read_dialogue(data: bytes) -> Conversation:
     """Parse ``{"conversations": [{"from": "human", "value": ...}, ...], "answers": [...]}``.
 
     Returns:
-        turns that alternate, the user first; ``answers`` is the last turn's text unless stated.
+        turns that alternate, the user first, behind a turn of the system if the first is one;
+        ``answers`` is the last turn's text unless stated.
 
     Raises:
         BadSample: if it is not a conversation; the message says why.
@@ -43,14 +48,33 @@ def read_dialogue(data: bytes) -> Conversation:
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise BadSample(f"its conversation (.json) is not JSON ({one_line(error)})") from None
     raw_turns = raw.get("conversations") if isinstance(raw, dict) else None
-    count = len(raw_turns) if isinstance(raw_turns, list) else 0
+    system = tuple(_system(turn) for turn in _first(raw_turns) if _is_system(turn))
+    others = raw_turns[len(system) :] if isinstance(raw_turns, list) else []
+    count = len(others)
     if not isinstance(raw_turns, list) or not 2 <= count <= MAX_TURNS or count % 2:
         raise BadSample(
-            f"its conversation has {count if isinstance(raw_turns, list) else 'no'} turns, "
+            f"its conversation has {count if isinstance(raw_turns, list) else 'no'} turns"
+            f"{' beside that of the system' * bool(system)}, "
             f"expected 'conversations' with an even number of them, 2 to {MAX_TURNS}"
         )
-    turns = tuple(_turn(turn, index) for index, turn in enumerate(raw_turns))
-    return Conversation(turns, _stated_answers(raw.get("answers"), turns[-1].text))
+    turns = tuple(_turn(turn, index) for index, turn in enumerate(others))
+    return Conversation((*system, *turns), _stated_answers(raw.get("answers"), turns[-1].text))
+
+
+def _first(raw_turns: Any) -> list[Any]:
+    return raw_turns[:1] if isinstance(raw_turns, list) else []
+
+
+def _is_system(raw: Any) -> bool:
+    return isinstance(raw, dict) and raw.get("from") == "system"
+
+
+def _system(raw: Any) -> Turn:
+    text = raw.get("value")
+    if not isinstance(text, str) or not has_visible_text(text):
+        raise BadSample("the system turn of its conversation is not a text")
+    _expect_whole_characters(text)
+    return Turn("system", text)
 
 
 def has_visible_text(text: str) -> bool:
@@ -64,18 +88,19 @@ def has_visible_text(text: str) -> bool:
 def apply_template(dialogue: Conversation, template: str) -> Conversation:
     """Apply a template, with one ``{}``, to the first question of a conversation.
 
-    An image token in front of the question stays in front.
+    Image tokens in front of the question stay in front.
     """
     if template == "{}":
         return dialogue
-    first = dialogue.turns[0]
+    place = next(index for index, turn in enumerate(dialogue.turns) if turn.role == "user")
+    first = dialogue.turns[place]
     head, image_token, question = first.text.rpartition(IMAGE_TOKEN)
+    if IMAGE_TOKEN in head and head.replace(IMAGE_TOKEN, "").strip():
+        head, image_token, question = "", "", first.text  # tokens are inside of the question
     lead = question[: len(question) - len(question.lstrip())]
     prompt = template.replace("{}", question.strip())
-    return replace(
-        dialogue,
-        turns=(replace(first, text=f"{head}{image_token}{lead}{prompt}"), *dialogue.turns[1:]),
-    )
+    changed = replace(first, text=f"{head}{image_token}{lead}{prompt}")
+    return replace(dialogue, turns=(*dialogue.turns[:place], changed, *dialogue.turns[place + 1 :]))
 
 
 def _turn(raw: Any, index: int) -> Turn:
@@ -83,9 +108,10 @@ def _turn(raw: Any, index: int) -> Turn:
     role: Literal["user", "assistant"] = "assistant" if index % 2 else "user"
     is_role = isinstance(stated, str) and _ROLES.get(stated) == role
     if not is_role or not isinstance(text, str) or not has_visible_text(text):
+        got = f", but from {stated[:20]!r}" if isinstance(stated, str) and not is_role else ""
         raise BadSample(
-            f"turn {index} of its conversation is not a text from "
-            f"{'gpt' if index % 2 else 'human'}: human and gpt take turns, human first"
+            f"turn {index} of its conversation is not a text from {_SPEAKERS[index % 2]}{got}: "
+            "human and gpt take turns, human first, behind one turn of the system if there is one"
         )
     _expect_whole_characters(text)
     return Turn(role, text.strip() if index % 2 else text)
@@ -115,12 +141,13 @@ class LlavaSample:
 
     Attributes:
         name: its id in the file, "" if it has none.
-        image: path of its image in the file, None for text alone.
+        images: of each image its path in the file, its bytes, base64 text or a mapping with
+            ``bytes`` and ``path``; () for text alone.
         data: the ``.json`` member of a shard, UTF-8; see `mmcl.data.shards.llava_json`.
     """
 
     name: str
-    image: str | None
+    images: tuple[Any, ...]
     data: bytes
 
 
@@ -137,30 +164,32 @@ def read_sample(raw: Any, answers: Sequence[str] = (), answer_field: str = "answ
     """
     if not isinstance(raw, Mapping):
         raise BadSample("it is not a mapping with 'image' and 'conversations'")
-    right = list(answers) or _answers(raw.get(answer_field, raw.get("answers")))
-    turns = raw.get("conversations")
-    member: dict[str, Any] = {
-        "conversations": _from_question(raw, right, answer_field)
-        if turns is None
-        else _plain_turns(turns)
-    }
-    if right and (turns is None or answers or len(right) > 1):
-        member["answers"] = right
-    image = _image(raw)
-    _expect_image_tokens(member["conversations"], image)
+    parsed = parse_record(raw, answers, answer_field)
+    member: dict[str, Any] = {"conversations": parsed.turns}
+    if parsed.answers:
+        member["answers"] = parsed.answers
+    _expect_image_tokens(parsed.turns, len(parsed.images))
     try:
         data = json.dumps(member, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise BadSample("its text holds half of a character (a lone surrogate)") from None
+    except (TypeError, ValueError) as error:
+        raise BadSample(f"its turns cannot be stored as JSON ({one_line(error)})") from None
     if len(data) > MAX_TEXT_BYTES:
         raise BadSample(f"its texts have {len(data)} bytes, more than {MAX_TEXT_BYTES}")
     read_dialogue(data)
-    return LlavaSample(record_id(raw), image, data)
+    return LlavaSample(record_id(raw), tuple(parsed.images), data)
 
 
 def record_id(raw: Any) -> str:
-    """Return the id of a record, "" if it has none or is no mapping."""
+    """Return the id of a record as a text, "" if it has none or is no mapping.
+
+    Raises:
+        BadSample: if it is a list or a mapping.
+    """
     stated = raw.get("id", raw.get("question_id")) if isinstance(raw, Mapping) else None
+    if isinstance(stated, list | Mapping):
+        raise BadSample(f"its id is {str(stated)[:40]!r}, expected a text or a number")
     return "" if stated is None else str(stated)
 
 
@@ -273,53 +302,17 @@ def _textvqa_answers(data: Any) -> _Lookup:
     return find
 
 
-def _plain_turns(turns: Any) -> Any:
-    """Keep role and text of every turn; what is no turn is left to `read_dialogue`."""
-    if not isinstance(turns, list):
-        return turns
-    keys = ("from", "value")
-    return [
-        {key: turn.get(key) for key in keys} if isinstance(turn, dict) else turn for turn in turns
-    ]
-
-
-def _from_question(raw: Mapping[str, Any], right: Sequence[str], answer_field: str) -> list[Any]:
-    """Return the two turns of a record in the test layout."""
-    text = raw.get("text")
-    if not isinstance(text, str):
-        raise BadSample("it has neither 'conversations' nor a 'text'")
-    if not right:
-        raise BadSample(f"it has no right answer ('{answer_field}')")
-    return [{"from": "human", "value": text}, {"from": "gpt", "value": right[0]}]
-
-
-def _answers(stated: Any) -> list[str]:
-    """Return the right answers of a record: a text, a number, or a list of such."""
-    listed = stated if isinstance(stated, list) else [] if stated is None else [stated]
-    texts = [item.get("answer") if isinstance(item, Mapping) else item for item in listed]
-    if not all(isinstance(text, str | int | float) for text in texts):
-        raise BadSample("its right answers are not texts")
-    return [str(text) for text in texts]
-
-
-def _image(raw: Mapping[str, Any]) -> str | None:
-    if raw.get("video") is not None:
-        raise BadSample("it has a video, which is not supported")
-    stated = raw.get("image", raw.get("images"))
-    if isinstance(stated, list) and len(stated) > 1:
-        raise BadSample(f"it has {len(stated)} images: one is supported")
-    if isinstance(stated, list):
-        stated = stated[0] if stated else None
-    if stated is not None and (not isinstance(stated, str) or not stated):
-        raise BadSample(f"its 'image' is {str(stated)[:40]!r}, expected a path")
-    return stated
-
-
-def _expect_image_tokens(turns: Any, image: str | None) -> None:
-    """Check that turns, which may still be anything, have no more image tokens than images."""
+def _expect_image_tokens(turns: Any, images: int) -> None:
+    """Check that turns, which may still be anything, show all images or have no image token."""
+    if images > MAX_IMAGES:
+        raise BadSample(f"it has {images} images, more than {MAX_IMAGES}")
     listed = turns if isinstance(turns, list) else []
-    values = [turn.get("value") for turn in listed if isinstance(turn, dict)]
+    values = [
+        turn.get("value")
+        for turn in listed
+        if isinstance(turn, dict) and turn.get("from") in ("human", "user")
+    ]
     tokens = sum(value.count(IMAGE_TOKEN) for value in values if isinstance(value, str))
-    if tokens > (image is not None):
-        has = "one image" if image is not None else "no image"
+    if tokens not in (0, images):
+        has = {0: "no image", 1: "one image"}.get(images, f"{images} images")
         raise BadSample(f"its text has {tokens} image tokens ({IMAGE_TOKEN}) and it has {has}")

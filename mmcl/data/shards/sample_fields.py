@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from mmcl.core import Task
 from mmcl.core.card.schema import escape_unprintable, repr_short
+from mmcl.data.image_formats import is_numbered
 from mmcl.data.shards.tar_index import IMAGES, is_read
 from mmcl.data.stored_sample import BadSample
 
@@ -92,6 +93,10 @@ class SampleFields:
         """The fields that every sample must have; a conversation may have no image."""
         return ("text",) if self.task_type == "instruction" else self.used
 
+    def has_several(self, member: str) -> bool:
+        """Whether a member is one of the several images that a conversation may have: ``0.jpg``."""
+        return self.task_type == "instruction" and not self.image and is_numbered(member)
+
     def members(
         self, extensions: Sequence[str], is_image: Callable[[str], bool]
     ) -> dict[str, StoredAs]:
@@ -124,6 +129,8 @@ class SampleFields:
                 if field == "image":
                     last = name.rpartition(".")[2]
                     rank, stored = (rank if stated else 0), last if last in IMAGES else ""
+                    if self.has_several(name):
+                        stored = name
                 elif name == "json" and "json" in stated:
                     stored = "json"
                 found.setdefault(name, StoredAs(field, rank, stored))

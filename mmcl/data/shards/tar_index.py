@@ -136,13 +136,13 @@ class ShardIndex:
         listed = np.bincount(self.kind, minlength=len(self.extensions)).tolist()
         return {**dict(zip(self.extensions, listed, strict=True)), **self.unread}
 
-    def several(self, members: Collection[str]) -> IntArray:
-        """Return the indices of the samples that have more than one of these members."""
+    def several(self, members: Collection[str], least: int = 2) -> IntArray:
+        """Return the indices of the samples that have at least ``least`` of these members."""
         kinds = [kind for kind, name in enumerate(self.extensions) if name in members]
-        if len(kinds) < 2 or len(self) == 0:
+        if len(kinds) < least or len(self) == 0:
             return np.zeros(0, dtype=np.int64)
         counts = np.add.reduceat(np.isin(self.kind, kinds).astype(np.int64), self.first[:-1])
-        return np.flatnonzero(counts > 1)
+        return np.flatnonzero(counts >= least)
 
     def lengths(self, member: str) -> IntArray:
         """Return (n,) bytes of one member, such as "txt", of each sample, 0 where it has none."""

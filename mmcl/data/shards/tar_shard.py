@@ -191,6 +191,10 @@ class TarShard:
             return str(error)
         images = {name for name, use in found.items() if use.field == "image"}
         several = self.index.several(images)
+        numbered = {name for name in images if fields.has_several(name)}
+        if numbered:
+            plain = self.index.several(images - numbered, least=1)
+            several = several[np.isin(several, plain)]
         if fields.image or len(several) == 0:
             return ""
         first = [name for name, _, _ in self.index.members(int(several[0])) if name in images]
@@ -255,7 +259,7 @@ class TarShard:
     def _expect_fields(fields: SampleFields, uses: dict[str, StoredAs], listed: list[str]) -> None:
         """Check that a sample has every required field, and no field twice."""
         images = [name for name in listed if name in uses and uses[name].field == "image"]
-        if len(images) > 1 and not fields.image:
+        if len(images) > 1 and not fields.image and not all(map(fields.has_several, images)):
             raise BadSample(f"it {two_images(images)}")
         for field in fields.required:
             if not any(uses[name].field == field for name in listed if name in uses):

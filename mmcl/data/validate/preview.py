@@ -10,10 +10,12 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
-from mmcl.core import IMAGE_TOKEN, Conversation, Task, TaskStream
+from mmcl.core import IMAGE_TOKEN, Conversation, Pixels, Task, TaskStream, Turn, each_image
 from mmcl.data.decode import MAX_PIXELS
 from mmcl.data.remote.location import default_cache
 from mmcl.data.shards.open_stream import OpenOptions, open_shard, shard_names
@@ -122,16 +124,30 @@ def _drawn(reader: Reader, index: int, task: Task, max_pixels: int) -> DrawnSamp
     decoded = decode_as_training(sample, task, max_pixels)
     turns: tuple[tuple[str, str], ...] = ()
     if isinstance(decoded.text, Conversation):
-        turns = tuple(
-            (turn.role, turn.text.replace(IMAGE_TOKEN, "").strip()) for turn in decoded.text.turns
-        )
+        turns = tuple((turn.role, _shown(turn)) for turn in decoded.text.turns)
     elif decoded.text is not None:
         turns = (("", decoded.text),)
     thumbnail, size = b"", None
-    if decoded.pixels is not None:
-        thumbnail = make_thumbnail(decoded.pixels)
-        size = decoded.pixels.shape[2], decoded.pixels.shape[1]
+    shown = side_by_side(decoded.pixels)
+    if shown is not None:
+        thumbnail = make_thumbnail(shown)
+        first = each_image(decoded.pixels)[0]
+        size = first.shape[2], first.shape[1]
     return DrawnSample(sample.key, sample.shard, thumbnail, size, decoded.label, turns)
+
+
+def _shown(turn: Turn) -> str:
+    """Return the text of a turn; an image token of an answer is plain text."""
+    text = turn.text.replace(IMAGE_TOKEN, "") if turn.role == "user" else turn.text
+    return text.strip()
+
+
+def side_by_side(pixels: Pixels) -> Tensor | None:
+    """Return the images of a sample as one (3, H, W) uint8, on white where they are lower."""
+    images = each_image(pixels)
+    height = max((image.shape[1] for image in images), default=0)
+    whole = [pad(image, (0, 0, 0, height - image.shape[1]), value=255) for image in images]
+    return torch.cat(whole, dim=2) if whole else None
 
 
 def make_thumbnail(pixels: Tensor) -> bytes:

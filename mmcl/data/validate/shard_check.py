@@ -8,15 +8,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
-from mmcl.core import Conversation, ProcessedSample, Task
+from mmcl.core import Conversation, Pixels, ProcessedSample, Task, each_image
 from mmcl.data.batches.collate import make_example
+from mmcl.data.image_formats import image_members
 from mmcl.data.shards.llava_json import expect_scorable
 from mmcl.data.shards.open_stream import OpenOptions, open_shard, task_type_error
 from mmcl.data.shards.reader import Reader, Shard, evenly_spaced
 from mmcl.data.shards.sample_fields import SampleFields
-from mmcl.data.shards.tar_index import IMAGES
 from mmcl.data.shards.tar_shard import TarShard
 from mmcl.data.stored_sample import (
     NAMED,
@@ -39,7 +38,7 @@ _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
 
 
 def sample_fingerprint(image: bytes, question: bytes) -> tuple[int, int, int]:
-    """Return the fingerprint, a row of ``Fingerprints``, of an image and all questions about it."""
+    """Return the fingerprint, a row of ``Fingerprints``, of images and all questions about them."""
     halves = hash_bytes(image, 16) if image else 0
     return halves >> 64, halves & (1 << 64) - 1, hash_bytes(question) if question else 0
 
@@ -168,12 +167,12 @@ class DecodedSample:
     """Decoded sample, as training would take it.
 
     Attributes:
-        pixels: (3, H, W) uint8, None without an image.
+        pixels: (3, H, W) uint8, several of them, or None.
         text: caption or dialogue, None where only a class counts.
         label: column of the class, or IGNORE_INDEX.
     """
 
-    pixels: Tensor | None
+    pixels: Pixels
     text: str | Conversation | None
     label: int
 
@@ -184,9 +183,9 @@ def decode_as_training(sample: Sample, task: Task, max_pixels: int) -> DecodedSa
     Raises:
         BadSample: whatever ``make_example`` finds wrong with it.
     """
-    seen: list[tuple[Tensor | None, str | Conversation | None]] = []
+    seen: list[tuple[Pixels, str | Conversation | None]] = []
 
-    def keep(pixels: Tensor | None, text: str | Conversation | None, seed: int) -> ProcessedSample:
+    def keep(pixels: Pixels, text: str | Conversation | None, seed: int) -> ProcessedSample:
         seen.append((pixels, text))
         return ProcessedSample(None)
 
@@ -247,16 +246,19 @@ def _count(decoded: DecodedSample, counts: SampleCounts, class_index: dict[int, 
         counts.lengths[len(decoded.text)] += 1
     if decoded.label in class_index:
         counts.labels[class_index[decoded.label]] += 1
-    if decoded.pixels is not None:
-        counts.sizes[decoded.pixels.shape[2], decoded.pixels.shape[1]] += 1
+    for image in each_image(decoded.pixels):
+        counts.sizes[image.shape[2], image.shape[1]] += 1
 
 
 def _fingerprint(sample: Sample, decoded: DecodedSample, by_pixels: bool) -> tuple[int, int, int]:
-    image = next((sample.members[kind] for kind in IMAGES if kind in sample.members), b"")
-    if decoded.pixels is not None and by_pixels:
-        rows = decoded.pixels.permute(1, 2, 0).contiguous().numpy()
-        image = f"{rows.shape}".encode() + rows.tobytes()
+    files = [sample.members[name] for name in image_members(sample.members)]
+    if by_pixels:
+        rows = [one.permute(1, 2, 0).contiguous().numpy() for one in each_image(decoded.pixels)]
+        files = [f"{one.shape}".encode() + one.tobytes() for one in rows]
+    # Lengths keep two images apart from one of both their bytes.
+    image = files[0] if len(files) == 1 else b"".join(b"%d " % len(file) + file for file in files)
     question = ""
     if isinstance(decoded.text, Conversation):
-        question = "\0".join(turn.text for turn in decoded.text.turns[::2])
+        questions = (turn.text for turn in decoded.text.turns if turn.role != "assistant")
+        question = "\0".join(questions)
     return sample_fingerprint(image, question.encode("utf-8", "surrogatepass"))

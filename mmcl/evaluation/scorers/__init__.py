@@ -4,9 +4,13 @@
 exact      equal without case, surrounding white space and a final full stop (UCIT, finance)
 contains   the right answer occurs in the prediction (MLLM-DCL, medicine)
 fraction   fraction of a comma-separated right list that was predicted (MLLM-DCL, maps)
-option     the letter of a multiple choice (ScienceQA)
-vqa        VQA accuracy: how many of ten annotators gave the answer (VQAv2, TextVQA, VizWiz)
-box        four numbers with IoU of at least 0.5 (RefCOCO)
+option     the option of a multiple choice, by letter or text (ScienceQA, MMBench)
+vqa        VQA accuracy: how many of ten annotators gave the answer (VQAv2, VizWiz)
+textvqa    the same with TextVQA's normalization
+anls       similarity of characters to the nearest right answer (DocVQA)
+box        a box with IoU of at least 0.5, in the forms of ``boxes`` (RefCOCO)
+pope       yes/no with POPE's accuracy, precision, recall, F1 and fraction of yes
+mme        yes/no with MME's accuracy and accuracy+ of every category, and their sums
 bleu       corpus BLEU-4
 cider      CIDEr-D / 10
 caption    mean of BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D cut at 1
@@ -17,15 +21,26 @@ An empty prediction scores 0 in all of them, and every sample counts, also one w
 
 from __future__ import annotations
 
+from mmcl.evaluation.scorers.boxes import BOX
 from mmcl.evaluation.scorers.captions import BLEU, CAPTION, CIDER
+from mmcl.evaluation.scorers.multiple_choice import OPTION
 from mmcl.evaluation.scorers.scorer import Scorer, ScoreResult
-from mmcl.evaluation.scorers.short_answers import BOX, CONTAINS, EXACT, FRACTION, OPTION, VQA
+from mmcl.evaluation.scorers.short_answers import (
+    ANLS,
+    CONTAINS,
+    EXACT,
+    FRACTION,
+    TEXTVQA,
+    VQA,
+)
+from mmcl.evaluation.scorers.yes_no import MME, POPE
 
 __all__ = ["SCORERS", "ScoreResult", "Scorer", "find_scorer"]
 
 SCORERS: dict[str, Scorer] = {
     "exact": EXACT, "contains": CONTAINS, "fraction": FRACTION, "option": OPTION, "vqa": VQA,
-    "box": BOX, "bleu": BLEU, "cider": CIDER, "caption": CAPTION,
+    "textvqa": TEXTVQA, "anls": ANLS, "box": BOX, "pope": POPE, "mme": MME, "bleu": BLEU,
+    "cider": CIDER, "caption": CAPTION,
 }  # fmt: skip
 
 

@@ -65,7 +65,13 @@ class CaptionScorer:
     version: str
     measure: Callable[[Sequence[Sequence[Words]]], Measure]
 
-    def score(self, answers: Sequence[str], references: Sequence[References]) -> ScoreResult:
+    def score(
+        self,
+        answers: Sequence[str],
+        references: Sequence[References],
+        questions: Sequence[str] = (),
+        groups: Sequence[str] = (),
+    ) -> ScoreResult:
         """Score captions; see ``Scorer`` and the module."""
         check_references(answers, references)
         predictions = [words(answer) for answer in answers]

@@ -45,12 +45,21 @@ class Scorer(Protocol):
     def version(self) -> str:
         """Version: name and number of the rule, such as ``exact/1``; another rule, another one."""
 
-    def score(self, answers: Sequence[str], references: Sequence[References]) -> ScoreResult:
+    def score(
+        self,
+        answers: Sequence[str],
+        references: Sequence[References],
+        questions: Sequence[str] = (),
+        groups: Sequence[str] = (),
+    ) -> ScoreResult:
         """Score predictions.
 
         Args:
             answers: one prediction per sample.
             references: all right answers of each sample, in the same order.
+            questions: of each sample; () = unknown. ``option`` reads the options that they list.
+            groups: "category/image" of each sample; () = unknown. ``mme`` compares the answers on
+                one image, within a category.
 
         Raises:
             ValueError: if there are no samples, the two differ in length, or a sample has no
@@ -75,19 +84,30 @@ class PerSampleScorer:
         version: name and number of the rule.
         score_sample: scores one prediction that is not empty.
         extras: names of the further numbers that ``score_sample`` gives; an empty prediction has 0.
+        reads_question: whether ``score_sample`` takes the sample's question as its third argument.
     """
 
     name: str
     version: str
-    score_sample: Callable[[str, References], SampleScore]
+    score_sample: Callable[..., SampleScore]
     extras: tuple[str, ...] = ()
+    reads_question: bool = False
 
-    def score(self, answers: Sequence[str], references: Sequence[References]) -> ScoreResult:
+    def score(
+        self,
+        answers: Sequence[str],
+        references: Sequence[References],
+        questions: Sequence[str] = (),
+        groups: Sequence[str] = (),
+    ) -> ScoreResult:
         """Score predictions; see ``Scorer``."""
         check_references(answers, references)
+        questions = questions or [""] * len(answers)
         scores = [
-            SampleScore(0.0, 0.0) if is_blank(answer) else self.score_sample(answer, right)
-            for answer, right in zip(answers, references, strict=True)
+            SampleScore(0.0, 0.0)
+            if is_blank(answer)
+            else self.score_sample(answer, right, *([question] if self.reads_question else []))
+            for answer, right, question in zip(answers, references, questions, strict=True)
         ]
         strict = [each.strict for each in scores]
         lenient = [max(each.strict, each.lenient) for each in scores]

@@ -1,4 +1,4 @@
-"""Scorers of short answers: exact, contains, fraction, option, VQA accuracy, boxes.
+"""Scorers of short answers: exact, contains, fraction, VQA and TextVQA accuracy, ANLS.
 
 Each is the mean over samples. A sample's references are alternatives: the best one counts, but for
 ``vqa``, whose references are the answers of ten annotators.
@@ -6,24 +6,20 @@ Each is the mean over samples. A sample's references are alternatives: the best 
 
 from __future__ import annotations
 
-import math
 import re
+from collections.abc import Callable
 from functools import cache
 
 from mmcl.evaluation.scorers.scorer import PerSampleScorer, References, SampleScore
 from mmcl.evaluation.scorers.text_normalization import (
     has_words,
     occurs,
-    option_letter,
     plain,
     words,
 )
 
-_OPTION = re.compile(r"\W*([A-Za-z])\W*")
-_IN_FRONT = re.compile(r"([A-Z])(?:\.(?:\s.*)?)?", re.DOTALL)
-_IN_A_SENTENCE = re.compile(r"\b[Tt]he answer is ([A-Z])\b")
-
 PEOPLE = 10
+ANLS_THRESHOLD = 0.5
 _ARTICLES = frozenset(("a", "an", "the"))
 _NUMBER_WORDS = {
     "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",
@@ -42,15 +38,6 @@ _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBER_COMMA = re.compile(r"\d,\d")
 # A point stays only in front of a digit.
 _POINT = re.compile(r"\.(?!\d)")
-
-HIT = 0.5
-Box = tuple[float, float, float, float]
-
-_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
-_FOUR = r"\s*,\s*".join([f"({_NUMBER})"] * 4)
-_FORMAT = re.compile(rf"\[\s*{_FOUR}\s*\]")
-_ANYWHERE = re.compile(rf"(?<![\w.]){_NUMBER}(?![\w]|\.\d)")
-_BRACKETS = re.compile(r"[\[(]([^\[\]()]*)[\])]")
 
 
 def score_exact(answer: str, references: References) -> SampleScore:
@@ -95,23 +82,6 @@ def score_fraction(answer: str, references: References) -> SampleScore:
     return max(scores, key=lambda each: (each.strict, each.lenient, each.extras["jaccard"]))
 
 
-def score_option(answer: str, references: References) -> SampleScore:
-    """Compare the option letter of a multiple choice; ScienceQA's rule.
-
-    Strict, as LLaVA's scorer reads it: the letter alone (here also with a full stop), the letter
-    and ". " in front of a text, or "The answer is B", once. Lenient: any sentence that chooses one
-    letter. A prediction without a letter is wrong; no letter is drawn at random.
-
-    Raises:
-        ValueError: if a reference is not a letter.
-    """
-    wanted = [_option(right) for right in references]
-    in_front = _IN_FRONT.fullmatch(answer.strip())
-    letters = [in_front[1]] if in_front is not None else _IN_A_SENTENCE.findall(answer)
-    strict = len(letters) == 1 and letters[0] in wanted
-    return SampleScore(float(strict), float(option_letter(answer) in wanted))
-
-
 def score_vqa(answer: str, references: References) -> SampleScore:
     """VQA accuracy: a prediction is right as far as annotators gave that answer.
 
@@ -119,11 +89,25 @@ def score_vqa(answer: str, references: References) -> SampleScore:
     1), averaged over the subsets that leave one of the ten annotators out. So 1, 2, 3 and 4 matches
     of ten score 0.3, 0.6, 0.9 and 1. The official code normalizes the annotators' answers less than
     the model's (punctuation only, and not where all agree); here both are normalized alike, as in
-    the evaluation of TextVQA and VizWiz. Lenient: the best annotator's answer that occurs in the
-    prediction as whole words.
+    the evaluation of TextVQA and VizWiz, which is equal for annotations that are lower-case words
+    and digits, as VQAv2's are. Lenient: the best annotator's answer that occurs in the prediction
+    as whole words.
     """
-    people = [normal(right) for right in references]
-    prediction = normal(answer)
+    return _vqa_score(answer, references, normal)
+
+
+def score_textvqa(answer: str, references: References) -> SampleScore:
+    """VQA accuracy as the evaluation of TextVQA computes it.
+
+    Singh et al. 2019, arXiv:1904.08920; as ``vqa``, with the normalization of EvalAI and LLaVA's
+    script: commas and question marks are dropped first, and "'s" becomes a word of its own.
+    """
+    return _vqa_score(answer, references, normal_textvqa)
+
+
+def _vqa_score(answer: str, references: References, normalize: Callable[[str], str]) -> SampleScore:
+    people = [normalize(right) for right in references]
+    prediction = normalize(answer)
     found = [
         people.count(given)
         for given, right in zip(people, references, strict=True)
@@ -131,6 +115,34 @@ def score_vqa(answer: str, references: References) -> SampleScore:
     ]
     strict = vqa_accuracy(people.count(prediction), len(people))
     return SampleScore(strict, vqa_accuracy(max(found, default=0), len(people)))
+
+
+def score_anls(answer: str, references: References) -> SampleScore:
+    """Normalized Levenshtein similarity to the nearest reference, 0 below one half (ANLS).
+
+    Biten et al. 2019, arXiv:1905.13648, as DocVQA's evaluation: without case and surrounding white
+    space, 1 - distance / longer length. Lenient: 1 if a right answer occurs as whole words.
+    """
+    prediction = " ".join(answer.lower().split())
+    values = []
+    for right in references:
+        text = " ".join(right.lower().split())
+        values.append(1 - edit_distance(prediction, text) / max(len(prediction), len(text), 1))
+    best = max(values)
+    is_there = any(occurs(right, answer) for right in references)
+    strict = best if best >= ANLS_THRESHOLD else 0.0
+    return SampleScore(strict, max(strict, float(is_there)))
+
+
+def edit_distance(one: str, other: str) -> int:
+    """Levenshtein distance: the fewest characters to insert, delete or replace."""
+    row = list(range(len(other) + 1))
+    for index, letter in enumerate(one, 1):
+        before, row[0] = row[0], index
+        for place, wanted in enumerate(other, 1):
+            changed = before + (letter != wanted)
+            before, row[place] = row[place], min(changed, row[place] + 1, row[place - 1] + 1)
+    return row[-1]
 
 
 def vqa_accuracy(matches: int, people: int) -> float:
@@ -165,64 +177,15 @@ def normal(text: str) -> str:
     return " ".join(_contractions().get(word, word) for word in found) or plain(text)
 
 
+def normal_textvqa(text: str) -> str:
+    """Normalize an answer as TextVQA's evaluation does; see ``normal``."""
+    bare = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+    return normal(bare) if bare.strip() else plain(text)
+
+
 @cache
 def _contractions() -> dict[str, str]:
     return {word.replace("'", ""): word for word in _APOSTROPHES.split()}
-
-
-def score_box(answer: str, references: References) -> SampleScore:
-    """Score a box [x1, y1, x2, y2] by intersection over union, RefCOCO's rule: 0.5 is a hit.
-
-    Boxes are in the unit of the reference (0 to 1, percent, thousandths or pixels). Strict: the
-    prediction is the four bracketed numbers alone. Lenient: the four numbers occur anywhere, those
-    in brackets first. The extra ``iou`` is the mean IoU of the boxes found. CoIN's scorer needs
-    more than 0.5, and cuts the first and the last digit of its own format.
-
-    Raises:
-        ValueError: if a reference is not a box.
-    """
-    boxes = []
-    for right in references:
-        box = find_box(right)
-        if box is None:
-            raise ValueError(f"the scorer box got the reference {right!r}: give [x1, y1, x2, y2]")
-        boxes.append(box)
-    predicted = find_box(answer)
-    best = max(iou(predicted, box) for box in boxes) if predicted is not None else 0.0
-    is_hit = best >= HIT
-    is_formal = _FORMAT.fullmatch(answer.strip()) is not None
-    return SampleScore(float(is_hit and is_formal), float(is_hit), {"iou": best})
-
-
-def find_box(text: str) -> Box | None:
-    """Find a box in a text: four finite numbers in one pair of brackets, else the first four.
-
-    Returns:
-        x1, y1, x2, y2 as written, None if there are not four.
-    """
-    inside = [_numbers(each) for each in _BRACKETS.findall(text)]
-    found = next((numbers for numbers in inside if len(numbers) == 4), _numbers(text)[:4])
-    if len(found) < 4 or not all(map(math.isfinite, found)):
-        return None
-    return found[0], found[1], found[2], found[3]
-
-
-def iou(one: Box, other: Box) -> float:
-    """Intersection over union of two boxes, 0 if either has no area or its corners are swapped."""
-    areas = [_side(box[0], box[2]) * _side(box[1], box[3]) for box in (one, other)]
-    width = _side(max(one[0], other[0]), min(one[2], other[2]))
-    height = _side(max(one[1], other[1]), min(one[3], other[3]))
-    shared = width * height
-    union = areas[0] + areas[1] - shared
-    return shared / union if min(areas) > 0 and math.isfinite(union) else 0.0
-
-
-def _side(start: float, end: float) -> float:
-    return max(0.0, end - start)
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(number) for number in _ANYWHERE.findall(text)]
 
 
 def _contains(answer: str, right: str) -> bool:
@@ -235,19 +198,9 @@ def _items(text: str) -> set[str]:
     return {item for item in map(plain, text.split(",")) if item} or {plain(text)}
 
 
-def _option(reference: str) -> str:
-    found = _OPTION.fullmatch(reference)
-    if found is None:
-        raise ValueError(
-            f"the scorer option got the reference {reference!r}: give one letter, "
-            "or score with exact"
-        )
-    return found[1].upper()
-
-
 EXACT = PerSampleScorer("exact", "exact/1", score_exact)
 CONTAINS = PerSampleScorer("contains", "contains/1", score_contains)
 FRACTION = PerSampleScorer("fraction", "fraction/1", score_fraction, ("jaccard",))
-OPTION = PerSampleScorer("option", "option/1", score_option)
 VQA = PerSampleScorer("vqa", "vqa/1", score_vqa)
-BOX = PerSampleScorer("box", "box/1", score_box, ("iou",))
+TEXTVQA = PerSampleScorer("textvqa", "textvqa/1", score_textvqa)
+ANLS = PerSampleScorer("anls", "anls/1", score_anls)

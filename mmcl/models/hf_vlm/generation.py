@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,11 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmcl.core import IGNORE_INDEX, NO_PROMPTS, Batch, Output, Prompts
+from mmcl.models.hf_vlm.architectures import output_logits
+from mmcl.models.hf_vlm.chat_tokenizer import ChatTokenizer
+from mmcl.models.hf_vlm.greedy_decoding import (
+    GreedyDecoder,
+    OutputTransform,
+    Questions,
+    pad_right,
+)
 from mmcl.models.hf_vlm.image_inputs import ImageInputs
-
-OutputTransform = Callable[[Output], Output]
+from mmcl.models.hf_vlm.last_block import LastBlock
 
 
 class GenerativeModel(Protocol):
@@ -26,9 +33,12 @@ class GenerativeModel(Protocol):
     lm: Any
     processor: Any
     image_inputs: ImageInputs
+    chat_tokenizer: ChatTokenizer
     gates: dict[str, Tensor]
     pad_token_id: int
     end_token_ids: list[int]
+    last_block: LastBlock
+    decoder: GreedyDecoder
 
     def with_placeholders(self, texts: Sequence[Tensor], prompts: Prompts) -> list[Tensor]:
         """Return token sequences with placeholders for the prompts."""
@@ -98,26 +108,98 @@ def generate_with_strategy(
 
     Other arguments are those of ``candidate_log_probs``.
     """
+    read = _questions(model, questions, image_inputs, prompts)
+
+    def reference(count: int) -> tuple[Tensor, Tensor]:
+        return _reference(model, questions, image_inputs, prompts, count)
+
+    ends = model.end_token_ids
+    new = model.decoder.answers(
+        model, read, prompts, max_new_tokens, ends, transform_output, reference
+    )
+    if new is None:
+        settings = _settings(model, max_new_tokens, ends)
+        new = _generate(model, questions, image_inputs, prompts, settings, transform_output)
+    return [model.chat_tokenizer.decode(answer) for answer in new]
+
+
+def _questions(
+    model: GenerativeModel, questions: Sequence[Tensor], image_inputs: dict[str, Any],
+    prompts: Prompts,
+) -> Questions:  # fmt: skip
+    tokens, mask = pad_right(model.with_placeholders(questions, prompts), model.pad_token_id)
+    types = model.image_inputs.token_type_ids(tokens)
+    inputs = {**image_inputs, **types}
+    positions, next_position = _positions(model, tokens, mask, image_inputs)
+    axes = 1 if positions.ndim == 2 else len(positions)
+    if axes > 1:
+        inputs["position_ids"] = positions
+    if "token_type_ids" in types:  # attention in both directions would see the padding
+        inputs["attention_mask"] = mask.long()
+    return Questions(tokens, mask, inputs, next_position, axes)
+
+
+def encode_images_once(model: GenerativeModel, image_inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return inputs in which an image with several questions went through the tower once.
+
+    They are unchanged where no image is repeated, or the model takes no features.
+    """
+    pixels = image_inputs.get("pixel_values")
+    if pixels is None or pixels.ndim != 4 or len(image_inputs) > 1:
+        return image_inputs
+    if not model.image_inputs.takes_features:
+        return image_inputs
+    rows, places = torch.unique(pixels.flatten(1), dim=0, return_inverse=True)
+    if len(rows) == len(pixels):
+        return image_inputs
+    encoded = model.lm.model.get_image_features(pixel_values=rows.view(-1, *pixels.shape[1:]))
+    found = encoded.pooler_output
+    # A list where the model joins lists.
+    each = found[places] if isinstance(found, Tensor) else [found[i] for i in places.tolist()]
+    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=each)}}
+
+
+def _settings(
+    model: GenerativeModel, max_new_tokens: int, ends: Sequence[int], **more: Any
+) -> GenerationConfig:
     # Whatever is not set here comes from the model's own settings: Qwen's penalize repetition.
-    settings = GenerationConfig(
+    return GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=max_new_tokens,
-        pad_token_id=model.pad_token_id, eos_token_id=list(model.end_token_ids), use_cache=True,
+        pad_token_id=model.pad_token_id, eos_token_id=list(ends), use_cache=True,
         repetition_penalty=1.0, no_repeat_ngram_size=0, temperature=1.0, top_p=1.0, top_k=50,
-        return_dict_in_generate=False,
+        **{"return_dict_in_generate": False, **more},
     )  # fmt: skip
+
+
+def _generate(
+    model: GenerativeModel, questions: Sequence[Tensor], image_inputs: dict[str, Any],
+    prompts: Prompts, settings: GenerationConfig, transform_output: OutputTransform | None,
+) -> Any:  # fmt: skip
+    """Return the new tokens (B, K) by transformers' ``generate``, or its output if it is a dict."""
     tokens, mask = left_pad(model.with_placeholders(questions, prompts), model.pad_token_id)
     processors = LogitsProcessorList()
     if transform_output is not None:
         processors.append(StrategyLogitsProcessor(transform_output, prompts))
     with model.entering(prompts, tokens, mask):
-        sequences = model.lm.generate(
+        found = model.lm.generate(
             input_ids=tokens, attention_mask=mask.long(), **image_inputs,
             **model.image_inputs.token_type_ids(tokens), generation_config=settings,
             logits_processor=processors,
         )  # fmt: skip
-    new = sequences[:, tokens.shape[1] :]
-    texts: list[str] = model.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    return found[:, tokens.shape[1] :] if isinstance(found, Tensor) else found
+
+
+def _reference(
+    model: GenerativeModel, questions: Sequence[Tensor], image_inputs: dict[str, Any],
+    prompts: Prompts, count: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return ``count`` tokens (B, K) and their scores (B, K, V) by ``generate``, without an end."""
+    unreachable = [model.lm.get_output_embeddings().weight.shape[0]]
+    settings = _settings(
+        model, count, unreachable, return_dict_in_generate=True, output_logits=True
+    )
+    found = _generate(model, questions, image_inputs, prompts, settings, None)
+    return found.sequences[:, -count:], torch.stack(found.logits, 1)
 
 
 _GROUP_BYTES = 2**30
@@ -172,27 +254,23 @@ def candidate_log_probs(
     return torch.cat(found, 1)
 
 
-def _cache_name(model: GenerativeModel) -> str:
-    # transformers 5 renames this argument, and the output of the same name, and warns of the old.
-    arguments = inspect.signature(model.lm.model.forward).parameters
-    return "cache" if "cache" in arguments else "past_key_values"
-
-
 def _encode_prefix(
     model: GenerativeModel, questions: Sequence[Tensor], image_inputs: dict[str, Any],
     prompts: Prompts, transform_output: OutputTransform | None,
 ) -> _Prefix:  # fmt: skip
     tokens, mask = left_pad(model.with_placeholders(questions, prompts), model.pad_token_id)
     positions, next_position = _positions(model, tokens, mask, image_inputs)
-    with model.entering(prompts, tokens, mask):
-        out = model.lm.model(
-            input_ids=tokens, attention_mask=mask.long(), position_ids=positions, use_cache=True,
-            **image_inputs, **model.image_inputs.token_type_ids(tokens),
-        )  # fmt: skip
+    inputs = {
+        "input_ids": tokens, "attention_mask": mask.long(), "position_ids": positions,
+        "use_cache": True, **image_inputs, **model.image_inputs.token_type_ids(tokens),
+    }  # fmt: skip
     samples = torch.arange(len(tokens), device=tokens.device)
-    log_probs = _log_probs(model, out.last_hidden_state[:, -1], samples, prompts, transform_output)
+    last = torch.full_like(samples, tokens.shape[1] - 1)
+    with model.entering(prompts, tokens, mask):
+        hidden, out = model.last_block.hidden_states(inputs, samples, last)
+    log_probs = _log_probs(model, hidden, samples, prompts, transform_output)
     axes = 1 if positions.ndim == 2 else len(positions)
-    return _Prefix(getattr(out, _cache_name(model)), mask, next_position, log_probs, axes)
+    return _Prefix(getattr(out, model.decoder.cache_name), mask, next_position, log_probs, axes)
 
 
 def _positions(
@@ -211,7 +289,9 @@ def _positions(
 
 def _groups(prefix: _Prefix, candidates: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
     """Split the candidates into groups whose keys, values and scores are small enough."""
-    cached = sum(t.nbytes for layer in prefix.cache.layers for t in (layer.keys, layer.values))
+    # LFM2's convolutions keep a state, which is small, in place of keys and values.
+    attention = [layer for layer in prefix.cache.layers if hasattr(layer, "keys")]
+    cached = sum(t.nbytes for layer in attention for t in (layer.keys, layer.values))
     longest = max(len(candidate) for candidate in candidates)
     scores = 4 * prefix.log_probs.numel() * longest
     size = max(1, _GROUP_BYTES // max(1, cached + scores))
@@ -238,14 +318,15 @@ def _score_group(
     positions = prefix.next_position.repeat_interleave(count)[:, None] + index
     if prefix.axes > 1:
         positions = positions.expand(prefix.axes, -1, -1)
-    cache.batch_repeat_interleave(count)
+    # As ``batch_repeat_interleave``, which the cache of LFM2's convolutions does not have.
+    cache.reorder_cache(torch.arange(samples, device=total.device).repeat_interleave(count))
     model.gates.update({n: g.repeat_interleave(count, 0) for n, g in prompts.gates.items()})
     out = model.lm.model(
         input_ids=inputs,
         attention_mask=torch.cat([prefix.mask.repeat_interleave(count, 0), is_real], 1).long(),
         position_ids=positions,
         use_cache=True,
-        **{_cache_name(model): cache},
+        **{model.decoder.cache_name: cache},
     )
     pairs, steps = torch.nonzero(is_real, as_tuple=True)
     targets = answers[pairs % count, steps + 1]
@@ -260,7 +341,7 @@ def _log_probs(
     transform_output: OutputTransform | None, targets: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return (S, V) log probabilities of next tokens, or (S,) those of the targets."""
-    logits: Tensor = model.lm.get_output_embeddings()(hidden).float()
+    logits = output_logits(model.lm, hidden).float()
     if transform_output is not None:
         logits = transform_output(Output(logits, prompts=prompts, sample_index=samples)).logits
     if targets is None:

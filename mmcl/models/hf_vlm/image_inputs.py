@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mmcl.core import Batch, Conversation, ProcessedSample
+from mmcl.core import Batch, Conversation, Pixels, ProcessedSample, each_image
 from mmcl.core.image_values import expect_levels
 from mmcl.core.model import eval_mode
 from mmcl.models.hf_vlm.architectures import Architecture
-from mmcl.models.hf_vlm.chat_template import ChatTokenizer
+from mmcl.models.hf_vlm.chat_tokenizer import ChatTokenizer
+from mmcl.models.hf_vlm.native_inputs import NativeProcessor, expect_conversation, join_inputs
 
 ImageAspectRatio = Literal["pad", "crop", "stretch"]
+ImageMode = Literal["native", "square"]
+_BLANK_SIDE = 64
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,20 @@ class LlavaTransform:
 
     Attributes:
         chat_tokenizer: of the model.
+        placeholders: tokens of one image, as a text.
         size: side of the square image.
         image_aspect_ratio: "pad" to a square with ``fill`` (LLaVA-1.5), "crop" the center, or
             "stretch".
         fill: color of the padding, 0 to 255.
+        is_training: whether samples that are too long for the model are left out or noted.
     """
 
     chat_tokenizer: ChatTokenizer
+    placeholders: str
     size: int
     image_aspect_ratio: ImageAspectRatio = "pad"
     fill: tuple[int, int, int] = (122, 116, 104)
+    is_training: bool = True
 
     def __post_init__(self) -> None:
         """Check ``image_aspect_ratio``."""
@@ -51,17 +58,15 @@ class LlavaTransform:
             )
 
     def __call__(
-        self, pixels: Tensor | None, text: str | Conversation | None, seed: int
+        self, pixels: Pixels, text: str | Conversation | None, seed: int
     ) -> ProcessedSample:
         """Return the processed sample; see ``mmcl.core.Transform``."""
-        if not isinstance(text, Conversation):
-            raise TypeError(
-                f"a generative model takes conversations and got {type(text).__name__}: use it on "
-                "tasks of task_type 'instruction', or OpenCLIP for classes and captions"
-            )
-        image = None if pixels is None else self._square(pixels)
-        tokens, labels = self.chat_tokenizer.tokenize(text, image is not None)
-        return ProcessedSample(image, tokens, labels)
+        dialogue = expect_conversation(text)
+        images = [self._square(image) for image in each_image(pixels)]
+        placeholders = [self.placeholders] * len(images)
+        encoded = self.chat_tokenizer.encode(dialogue, placeholders, in_training=self.is_training)
+        image = torch.stack(images) if len(images) > 1 else images[0] if images else None
+        return ProcessedSample(image, encoded.input_ids, encoded.labels, note=encoded.note)
 
     def _square(self, pixels: Tensor) -> Tensor:
         height, width = pixels.shape[1:]
@@ -95,10 +100,11 @@ class ImageInputs:
         lm: model of transformers.
         processor: its processor.
         architecture: architecture of its type.
-        size: side of an image; None = as in the model's configuration.
+        size: side of a square image; None = as in the model's configuration.
+        is_native: whether the model's own processor makes the inputs, in the loader.
 
     Attributes:
-        size: side of an image.
+        size: side of a square image.
         mean: of normalization, 0 to 255; float32 whatever the model is cast to.
         std: of normalization, 0 to 255.
         image_token_id: placeholder token; an image has one or more.
@@ -108,28 +114,49 @@ class ImageInputs:
     """
 
     def __init__(
-        self, lm: Any, processor: Any, architecture: Architecture, size: int | None
-    ) -> None:
+        self, lm: Any, processor: Any, architecture: Architecture, size: int | None,
+        *, is_native: bool = False,
+    ) -> None:  # fmt: skip
+        self.is_native = is_native
         self.architecture, self._processor = architecture, processor.image_processor
         self.size = _image_size(lm.config, architecture, size)
         self.mean = [255.0 * value for value in self._processor.image_mean]
         self.std = [255.0 * value for value in self._processor.image_std]
         self.image_token_id = int(lm.config.image_token_id)
         self._stats: dict[torch.device, Tensor] = {}
+        self.native = NativeProcessor.of(lm, processor, architecture)
         arguments = inspect.signature(lm.model.forward).parameters
-        self._takes_token_types = "mm_token_type_ids" in arguments
+        known = ("mm_token_type_ids", "token_type_ids")
+        self._arguments = frozenset(arguments)
+        self._token_types = [name for name in known if name in arguments]
         self._takes_encoder_outputs = "mm_encoder_outputs" in arguments
 
     @property
     def description(self) -> str:
         """Description of the preprocessing, for the fingerprint."""
+        if self.is_native:
+            return self.native.description
         return f"{self.size} {self.mean} {self.std} {dict(self.architecture.image_options)}"
 
-    def token_type_ids(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Return the token types (B, L), 1 for image placeholders, for models that take them."""
-        if not self._takes_token_types:
-            return {}
-        return {"mm_token_type_ids": (tokens == self.image_token_id).long()}
+    @property
+    def takes_features(self) -> bool:
+        """Whether encoded images can enter in place of pixels."""
+        return self.architecture.takes_features and self._takes_encoder_outputs
+
+    def token_type_ids(self, tokens: Tensor, in_answer: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the types of tokens (B, L), for models that take them.
+
+        They are 1 for image placeholders; in models with prefix attention, 1 from the first answer
+        on.
+
+        Args:
+            tokens: (B, L) tokens.
+            in_answer: (B, L) bool, True from each sample's first answer on; None = questions alone.
+        """
+        types = tokens == self.image_token_id
+        if self.architecture.has_prefix_attention:
+            types = torch.zeros_like(types) if in_answer is None else in_answer
+        return dict.fromkeys(self._token_types, types.long())
 
     def forward_kwargs(self, lm: Any, batch: Batch) -> dict[str, Any]:
         """Return the arguments of the forward pass with images or stored features."""
@@ -141,9 +168,12 @@ class ImageInputs:
                 return {}
             return {"mm_encoder_outputs": {"image": self._projected(lm, features)}}
         images = batch.images
+        dtype = _dtype(lm.model.get_submodule(self.architecture.tower).parameters())
+        if batch.image_inputs:
+            joined = join_inputs(batch.image_inputs, batch, self._arguments)
+            return {k: v.to(dtype) if v.is_floating_point() else v for k, v in joined.items()}
         if images is None or not len(images):
             return {}
-        dtype = _dtype(lm.model.get_submodule(self.architecture.tower).parameters())
         if self.architecture.pixel_axes:
             expect_levels(images)
             mean, std = self._mean_std(images.device)
@@ -161,7 +191,7 @@ class ImageInputs:
             ValueError: if there are no images.
         """
         inputs = self.forward_kwargs(lm, batch)
-        if batch.images is None or not inputs:
+        if not batch.has_images or not inputs:
             raise ValueError("the batch has neither images nor features: give one of them")
         captured: list[Tensor] = []
         projector = lm.model.get_submodule(self.architecture.projector)
@@ -171,15 +201,38 @@ class ImageInputs:
                 lm.model.get_image_features(**inputs)
         finally:
             hook.remove()
-        return captured[0].reshape(len(batch.images), -1, captured[0].shape[-1])
+        count = len(batch.image_inputs) if batch.images is None else len(batch.images)
+        return captured[0].reshape(count, -1, captured[0].shape[-1])
+
+    def mean_features(self, lm: Any, batch: Batch) -> Tensor:
+        """Return the mean projector input (M, D) of each of M images, float32."""
+        if not batch.image_inputs:
+            return self.features(lm, batch).float().mean(1)
+        # One by one: the number of features differs, and some towers mix the images of a call.
+        owners = batch.image_owner
+        if owners is None or not self.architecture.is_joint:
+            owners = torch.arange(len(batch.image_inputs), device=batch.labels.device)
+        means = []
+        for owner in sorted(set(owners.tolist())):
+            rows = torch.nonzero(owners == owner).flatten()
+            inputs = tuple(batch.image_inputs[row] for row in rows.tolist())
+            label, own = batch.labels.new_zeros(1), torch.zeros_like(rows)
+            one = Batch(None, label, label, image_owner=own, image_inputs=inputs)
+            means.append(self.features(lm, one).float().mean(1))
+        return torch.cat(means)
 
     def blank_features(self, lm: Any) -> Tensor:
         """Return the projector input (1, N, D) of a black image."""
         device = next(lm.parameters()).device
-        images = torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=device)
         label = torch.zeros(1, dtype=torch.int64, device=device)
+        if self.is_native:
+            inputs, _ = self.native([torch.zeros(3, _BLANK_SIDE, _BLANK_SIDE, dtype=torch.uint8)])
+            batch = Batch(None, label, label, image_inputs=inputs).to(device)
+        else:
+            images = torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=device)
+            batch = Batch(images, label, label)
         with torch.no_grad():
-            return self.features(lm, Batch(images, label, label))
+            return self.features(lm, batch)
 
     def expect_feature_input(self, model_type: str) -> None:
         """Check that stored features can replace images.
@@ -224,7 +277,10 @@ def _image_size(config: Any, architecture: Architecture, size: int | None) -> in
         raise ValueError(
             f"size is {size}, but this model takes images of size {own} only: leave size out"
         )
-    step = prod(int(getattr(config.vision_config, name)) for name in architecture.size_step)
+    parts = [(config.vision_config, config, name) for name in architecture.size_step]
+    step = prod(
+        int(getattr(tower, name, 0) or getattr(whole, name)) for tower, whole, name in parts
+    )
     if size < 1 or size % step:
         raise ValueError(f"size is {size}, expected a multiple of {step} for this model")
     return size

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,14 +27,22 @@ from transformers.utils import is_bitsandbytes_available, logging
 
 from mmcl.core import Conversation, Turn
 from mmcl.models.hf_vlm.architectures import ARCHITECTURES, Architecture, architecture_of
-from mmcl.models.hf_vlm.chat_template import ChatTokenizer, parse_chat_template, vicuna
+from mmcl.models.hf_vlm.chat_template import (
+    ChatTemplate,
+    ConvTemplate,
+    pin_date,
+    pinned_date,
+    reads_date,
+    template_source,
+)
+from mmcl.models.hf_vlm.chat_tokenizer import ChatTokenizer, TooLong, reserved_token_ids
+from mmcl.models.hf_vlm.native_inputs import process_images
 from mmcl.models.hf_vlm.prompts_and_gates import GateReplayContext
 from mmcl.models.open_clip.loading import one_line, quiet_hub_access
 
 TINY_LLAVA = Path(__file__).parent.parent / "tiny_llava"
 DType = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["8bit", "4bit"]
-ConvTemplate = Literal["model", "vicuna_v1"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -86,6 +97,12 @@ def _local_or_hub(model: str) -> str:
         return str(TINY_LLAVA)
     path = Path(model).expanduser()
     if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise ValueError(
+                f"the folder {model} holds a peft adapter{_base_of(path)}: give that base as "
+                f"model, and mmcl.strategies.LoRA(adapter='{model}') to train it further, or with "
+                "adapter_mode 'merge' to begin a new adapter"
+            )
         if not (path / "config.json").is_file():
             raise FileNotFoundError(
                 f"the folder {model} has no config.json: give one that save_pretrained of a model "
@@ -98,6 +115,15 @@ def _local_or_hub(model: str) -> str:
             "'tiny-llava', or a name on the hub such as 'llava-hf/llava-1.5-7b-hf'"
         )
     return model
+
+
+def _base_of(folder: Path) -> str:
+    """Return the base model that a peft adapter names, in words."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return f" of base '{config['base_model_name_or_path']}'"
+    except (ValueError, OSError, KeyError, TypeError):
+        return ""
 
 
 def _unavailable(model: str, source: str, error: Exception) -> str:
@@ -142,42 +168,28 @@ def _random_weights(source: str, options: dict[str, Any], seed: int) -> nn.Modul
 
 
 def make_chat_tokenizer(
-    loaded: LoadedVLM, size: int, conv_template: ConvTemplate, max_length: int
+    loaded: LoadedVLM, conv_template: ConvTemplate, max_length: int, too_long: TooLong = "drop"
 ) -> ChatTokenizer:
-    """Return the chat tokenizer of a model for images of a size; arguments of ``ImageTextToText``.
+    """Return the chat tokenizer of a model; arguments are those of ``ImageTextToText``.
 
     Raises:
-        ValueError: if the tokenizer is a slow one, the template cannot be parsed, or an image takes
-            more than ``max_length``.
+        ValueError: if the tokenizer is a slow one, or the template cannot be used.
     """
     processor, tokenizer = loaded.processor, loaded.processor.tokenizer
-    if conv_template not in ("model", "vicuna_v1"):
-        raise ValueError(f"conv_template is {conv_template!r}, expected 'model' or 'vicuna_v1'")
     if not tokenizer.is_fast:
         raise ValueError(
             f"the tokenizer is a {type(tokenizer).__name__}, a slow one, which returns no offsets "
             "of tokens in a text: give a folder with tokenizer.json"
         )
-    image_token = str(processor.image_token)
     ends = tokenizer.convert_ids_to_tokens(eos_token_ids(loaded))
     if not ends:
         raise ValueError(
             "neither the tokenizer nor generation_config.json names a token that ends an answer: "
             "set eos_token in tokenizer_config.json"
         )
-    if conv_template == "model" and getattr(processor, "chat_template", None):
-        template = parse_chat_template(processor, image_token, ends)
-    else:
-        template = vicuna(image_token, ends[0])
-    placeholders = _image_placeholders(loaded, image_token, size)
-    added = tokenizer.added_tokens_decoder.values()
-    named = [str(token) for token in added if token.special]
-    special_tokens = tuple(dict.fromkeys([*tokenizer.all_special_tokens, *named]))
-    found = ChatTokenizer(
-        tokenizer, template, image_token, placeholders, special_tokens, max_length
-    )
-    _expect_image_fits(found)
-    return found
+    template = ChatTemplate.of(processor, ends, conv_template)
+    reserved = reserved_token_ids(processor, loaded.lm.config, template)
+    return ChatTokenizer(tokenizer, template, reserved, max_length, too_long)
 
 
 def eos_token_ids(loaded: LoadedVLM) -> list[int]:
@@ -188,11 +200,49 @@ def eos_token_ids(loaded: LoadedVLM) -> list[int]:
     return list(dict.fromkeys(int(token) for token in found if token is not None))
 
 
-def _expect_image_fits(chat_tokenizer: ChatTokenizer) -> None:
-    """Check that an image with one word fits into ``max_length``."""
+def pin_template_date(processor: Any, conv_template: ConvTemplate, day: str | None) -> str | None:
+    """Pin the dates that a processor's chat template writes to one day, wherever it is rendered.
+
+    Args:
+        processor: of transformers; its ``chat_template`` is replaced.
+        conv_template: argument of ``ImageTextToText``.
+        day: in ISO format; None = the day to which it is pinned already, or today.
+
+    Returns:
+        the day, or None if the template writes no date.
+
+    Raises:
+        ValueError: if a day is given and the template writes no date, or it cannot be pinned.
+    """
+    source = template_source(processor) if conv_template == "model" else None
+    pinned = None if source is None else pinned_date(source)
+    if source is None or not (pinned or reads_date(source)):
+        if day is not None:
+            raise ValueError(
+                f"template_date is {day!r}, and the chat template writes no date: leave it out"
+            )
+        return None
+    if pinned is not None and day is None:
+        warnings.warn(
+            f"the chat template of this model writes the date {pinned}, to which it was pinned in "
+            "training: template_date sets another",
+            stacklevel=2,
+        )
+        return pinned
+    day = date.today().isoformat() if day is None else day
+    processor.chat_template = pin_date(source, day)
+    return day
+
+
+def expect_image_fits(chat_tokenizer: ChatTokenizer, placeholders: str) -> None:
+    """Check that an image, given by its tokens as a text, with one word fits the length limit.
+
+    Raises:
+        ValueError: if it takes more than ``max_length``.
+    """
     turns = (Turn("user", "?"), Turn("assistant", "!"))
     unlimited = replace(chat_tokenizer, max_length=sys.maxsize)
-    needed = len(unlimited.tokenize(Conversation(turns, ("!",)), has_image=True)[0])
+    needed = len(unlimited.encode(Conversation(turns, ("!",)), [placeholders]).input_ids)
     if needed > chat_tokenizer.max_length:
         raise ValueError(
             f"max_length is {chat_tokenizer.max_length} and an image with one word takes {needed} "
@@ -200,24 +250,11 @@ def _expect_image_fits(chat_tokenizer: ChatTokenizer) -> None:
         )
 
 
-def _image_placeholders(loaded: LoadedVLM, image_token: str, size: int) -> str:
+def image_placeholders(loaded: LoadedVLM, size: int) -> str:
     """Return the text by which the processor replaces the image token of one image of this size."""
     blank = torch.zeros(3, size, size, dtype=torch.uint8)
     options = dict(architecture_of(loaded.lm).image_options)
-    processed = loaded.processor(
-        images=[blank], text=[image_token], add_special_tokens=False, return_tensors="pt", **options
-    )
-    tokens = processed["input_ids"][0].tolist()
-    tokenizer = loaded.processor.tokenizer
-    text = str(tokenizer.decode(tokens, skip_special_tokens=False))
-    repeated = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if repeated != tokens:
-        raise ValueError(
-            f"the processor makes {len(tokens)} tokens of an image, but their text gives "
-            f"{len(repeated)} others: this processor is not supported, use one of type "
-            f"{', '.join(ARCHITECTURES)}"
-        )
-    return text
+    return process_images(loaded.processor, [blank], **options)[1][0]
 
 
 def weight_options(
@@ -237,7 +274,8 @@ def weight_options(
     name = dtype or ("float32" if quantization is None else "bfloat16")
     if name not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected 'float32', 'bfloat16' or 'float16'")
-    options = {"dtype": _DTYPES[name], "attn_implementation": "sdpa"}
+    # transformers takes torch's fused attention where the model has it; Gemma 2 has not.
+    options: dict[str, Any] = {"dtype": _DTYPES[name]}
     if quantization is None:
         return options
     if quantization not in ("8bit", "4bit"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +13,6 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
 from mmcl.core import IGNORE_INDEX, NO_PROMPTS, Batch, Modality, Output, Prompts, Transform
 from mmcl.core.model import eval_mode, module_stacks, set_frozen_to_eval
@@ -21,94 +22,60 @@ from mmcl.models.hf_vlm.architectures import (
     TargetModules,
     architecture_of,
     find_linears,
+    output_logits,
     parameter_locations,
     parameters_of,
     touch_parameters,
 )
+from mmcl.models.hf_vlm.chat_template import ChatTemplate, ConvTemplate
+from mmcl.models.hf_vlm.chat_tokenizer import TooLong
 from mmcl.models.hf_vlm.generation import (
-    OutputTransform,
     candidate_log_probs,
+    encode_images_once,
     expect_tokens,
     generate_with_strategy,
     prompt_lengths,
 )
-from mmcl.models.hf_vlm.image_inputs import ImageAspectRatio, ImageInputs, LlavaTransform
+from mmcl.models.hf_vlm.greedy_decoding import GreedyDecoder, OutputTransform
+from mmcl.models.hf_vlm.image_inputs import (
+    ImageAspectRatio,
+    ImageInputs,
+    ImageMode,
+    LlavaTransform,
+)
+from mmcl.models.hf_vlm.last_block import LastBlock
 from mmcl.models.hf_vlm.loading import (
-    ConvTemplate,
     DType,
     LoadedVLM,
     Quantization,
     enable_gradient_checkpointing,
     eos_token_ids,
+    expect_image_fits,
+    image_placeholders,
     load_vlm,
     make_chat_tokenizer,
+    pin_template_date,
 )
+from mmcl.models.hf_vlm.native_inputs import NativeTransform
 from mmcl.models.hf_vlm.prompts_and_gates import ExpertGates, SoftPromptInserter
+from mmcl.models.hf_vlm.proof import prove
+from mmcl.models.hf_vlm.routing_encoder import embed_with_encoder, pool_images
 
 
 @torch.no_grad()
-def embed_with_encoder(routing_encoder: Any, batch: Batch, modality: Modality) -> Tensor:
-    """Return (B, E) unit embeddings of images or questions by the routing encoder.
-
-    The encoder is a dual one such as ``OpenCLIP``; images are squares of any size, and "text" is
-    the last question of each sample, from its reference.
-
-    Raises:
-        ValueError: if samples have stored features instead of images, or no references.
-    """
-    if modality == "text":
-        return _embed_questions(routing_encoder, batch)
-    if batch.features is not None:
+def _is_native(
+    model: str, mode: ImageMode | None, ratio: ImageAspectRatio | None, size: int | None
+) -> bool:
+    """Return whether the model's own processor makes the image inputs; arguments as given."""
+    square = {"image_aspect_ratio": ratio, "size": size}
+    given = [f"{name} {value!r}" for name, value in square.items() if value is not None]
+    if mode not in (None, *get_args(ImageMode)):
+        raise ValueError(f"image_inputs is {mode!r}, expected 'native' or 'square'")
+    if mode == "native" and given:
         raise ValueError(
-            "routing_encoder needs images and these samples have stored features instead: route "
-            "without FeatureReplay, or leave routing_encoder out"
+            f"image_inputs is 'native' and {' and '.join(given)} is for 'square': give one of them"
         )
-    if batch.images is None or not len(batch.images):
-        device = batch.labels.device
-        return torch.zeros(len(batch), int(routing_encoder.embed_dim), device=device)
-    images = _resized(batch.images, routing_encoder.size)
-    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    return pool_images(routing_encoder.embed(Batch(images, labels, labels), "image"), batch)
-
-
-def pool_images(images: Tensor, batch: Batch) -> Tensor:
-    """Pool the embeddings (M, E) of images to unit embeddings (B, E) of their samples.
-
-    A sample without images has the zero vector, one with several the mean of theirs.
-    """
-    if batch.image_owner is not None:
-        sums = images.new_zeros(len(batch), images.shape[1])
-        images = sums.index_add(0, batch.image_owner, images)
-    return functional.normalize(images, dim=-1)
-
-
-def _embed_questions(routing_encoder: Any, batch: Batch) -> Tensor:
-    if len(batch.references) != len(batch):
-        raise ValueError(
-            f"the batch has {len(batch.references)} references for {len(batch)} samples: a routing "
-            "encoder embeds the questions in batch.references, so give one per sample"
-        )
-    transform = routing_encoder.transform(False)
-    texts = [transform(None, reference.question, 0).input_ids for reference in batch.references]
-    lengths = torch.tensor([len(text) for text in texts])
-    tokens = pad_sequence(texts, batch_first=True)
-    mask = torch.arange(tokens.shape[1])[None] < lengths[:, None]
-    tokens, mask = tokens.to(batch.labels.device), mask.to(batch.labels.device)
-    questions = replace(
-        batch, images=None, image_owner=None, features=None, input_ids=tokens,
-        attention_mask=mask, labels=batch.task_ids,
-    )  # fmt: skip
-    embedded: Tensor = routing_encoder.embed(questions, "text")
-    return embedded
-
-
-def _resized(images: Tensor, size: int | tuple[int, int]) -> Tensor:
-    sides = (size, size) if isinstance(size, int) else size
-    if images.shape[-2:] == sides:
-        return images
-    # torch resizes uint8 on the CPU only.
-    resized = functional.interpolate(images.float(), sides, mode="bicubic", antialias=True)
-    return resized.round_().clamp_(0, 255).to(torch.uint8)
+    return mode == "native" or (mode is None and model != "tiny-llava" and not given)
 
 
 class ImageTextToText(nn.Module):
@@ -130,13 +97,23 @@ class ImageTextToText(nn.Module):
         routing_encoder: a CLIP such as ``OpenCLIP`` whose embeddings route and compare samples,
             always frozen; None = pooled features of the model's own towers.
         conv_template: "model" takes the model's chat template, "vicuna_v1" that of LLaVA-1.5.
+        image_inputs: "native" takes what the model's own processor makes of each image: any size,
+            tiles, as many tokens as it needs. "square" resizes every image to one square. None =
+            "square" for "tiny-llava" and where one of the next two is given, else "native".
         image_aspect_ratio: how an image becomes square: "pad", "crop" or "stretch", in training and
-            evaluation.
+            evaluation; None = "pad".
         size: side of the square; None = as in the model's configuration.
         max_length: largest number of tokens of a sample.
+        too_long: what happens in training to longer samples: "drop" counts, names and leaves them
+            out as samples that cannot be read, "cut" learns their first tokens, without the end of
+            the answer, and counts them in the summary. Images and questions have to fit.
+        template_date: day such as "2026-12-01" that a chat template with a date writes; None = the
+            day of the run's first start, which its directory, checkpoints and exports keep.
         gradient_checkpointing: compute layers twice to save memory.
         seed: of random weights.
     """
+
+    template_date: str | None = None
 
     def __init__(
         self,
@@ -147,29 +124,44 @@ class ImageTextToText(nn.Module):
         freeze: Sequence[ModuleGroup] = ("image",),
         routing_encoder: nn.Module | None = None,
         conv_template: ConvTemplate = "model",
-        image_aspect_ratio: ImageAspectRatio = "pad",
+        image_inputs: ImageMode | None = None,
+        image_aspect_ratio: ImageAspectRatio | None = None,
         size: int | None = None,
         max_length: int = 2048,
+        too_long: TooLong = "drop",
+        template_date: str | None = None,
         gradient_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
         loaded = load_vlm(model, pretrained, seed, dtype=dtype, quantization=quantization)
-        self._set_up(loaded, routing_encoder, conv_template, image_aspect_ratio, size, max_length)
+        self.template_date = pin_template_date(loaded.processor, conv_template, template_date)
+        is_native = _is_native(model, image_inputs, image_aspect_ratio, size)
+        self._set_up(
+            loaded, routing_encoder, conv_template, max_length, image_aspect_ratio or "pad", size,
+            too_long, is_native=is_native,
+        )  # fmt: skip
+        if model != "tiny-llava":
+            prove(self)
         self.freeze(*freeze)
         if gradient_checkpointing:
             enable_gradient_checkpointing(self.lm, self.gates)
 
     def _set_up(
         self, loaded: LoadedVLM, routing_encoder: nn.Module | None, conv_template: ConvTemplate,
-        image_aspect_ratio: ImageAspectRatio, size: int | None, max_length: int,
+        max_length: int, image_aspect_ratio: ImageAspectRatio, size: int | None = None,
+        too_long: TooLong = "drop", *, is_native: bool = False,
     ) -> None:  # fmt: skip
         self.lm, self.processor = loaded.lm, loaded.processor
         self.architecture = architecture_of(self.lm)
         self.image_aspect_ratio: ImageAspectRatio = image_aspect_ratio
-        self.image_inputs = ImageInputs(self.lm, self.processor, self.architecture, size)
-        size = self.image_inputs.size
-        self.chat_tokenizer = make_chat_tokenizer(loaded, size, conv_template, max_length)
+        self.image_inputs = ImageInputs(
+            self.lm, self.processor, self.architecture, size, is_native=is_native
+        )
+        self.chat_tokenizer = make_chat_tokenizer(loaded, conv_template, max_length, too_long)
+        if not is_native:
+            self.image_placeholders = image_placeholders(loaded, self.image_inputs.size)
+            expect_image_fits(self.chat_tokenizer, self.image_placeholders)
         self.end_token_ids = eos_token_ids(loaded)
         tokenizer = self.processor.tokenizer
         pad = tokenizer.pad_token_id
@@ -185,9 +177,48 @@ class ImageTextToText(nn.Module):
         self._base_names = frozenset(name for name, _ in self.named_parameters())
         self._base_buffers = frozenset(name for name, _ in self.named_buffers())
         self._fingerprint = Fingerprint()
-        # Located once: walking through a tower takes as long as a layer of a small model.
+        self.locate_parameters()
+
+    def locate_parameters(self) -> None:
+        """Locate the parameters of tower and projector again, after adapters were injected there.
+
+        Once, because walking through a tower takes as long as a layer of a small model.
+        """
         self._tower = parameter_locations(self.lm, self.tower("image"))
         self._projector = parameter_locations(self.lm, self.tower("projector"))
+        blocks = self.blocks()
+        self.last_block = LastBlock(self.lm.model, blocks[-1] if blocks else None)
+        # transformers 5 renames this argument, and warns of the old name.
+        arguments = inspect.signature(self.lm.model.forward).parameters
+        self.decoder = GreedyDecoder("cache" if "cache" in arguments else "past_key_values")
+
+    def set_template_date(self, day: str) -> None:
+        """Set the day that the chat template writes.
+
+        Raises:
+            ValueError: if the template writes no date.
+        """
+        self.template_date = pin_template_date(self.processor, "model", day)
+        template = ChatTemplate.of(self.processor, self.chat_tokenizer.template.ends)
+        self.chat_tokenizer = replace(self.chat_tokenizer, template=template)
+        self._candidate_tokens.clear()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.template_date is not None:
+            day = torch.tensor(list(self.template_date.encode()))
+            destination[f"{prefix}template_date"] = day
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        stored = state_dict.pop(f"{prefix}template_date", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        day = None if stored is None else bytes(stored.tolist()).decode()
+        if day is not None and day != self.template_date:
+            warnings.warn(
+                f"the chat template now writes the date {day}, to which this checkpoint pinned it",
+                stacklevel=2,
+            )
+            self.set_template_date(day)
 
     def train(self, mode: bool = True) -> ImageTextToText:
         """Set training or evaluation mode; what is frozen is always in evaluation mode."""
@@ -211,15 +242,14 @@ class ImageTextToText(nn.Module):
         images = self.image_inputs.forward_kwargs(self.lm, batch)
         prompt_length = self.soft_prompts.length(prompts)
         inputs = self.soft_prompts.insert_placeholders(tokens, prompt_length)
-        # Right padding under causal attention changes no real position, so there is no mask.
-        with self.entering(prompts, inputs, None):
-            types = self.image_inputs.token_type_ids(inputs)
-            out = self.lm.model(input_ids=inputs, use_cache=False, **images, **types)
         samples, index = torch.nonzero(labels[:, 1:] != IGNORE_INDEX, as_tuple=True)
         shifted = index + prompt_length * (index >= self.soft_prompts.offset)
-        hidden = out.last_hidden_state.flatten(0, 1)
-        in_loss = hidden.index_select(0, samples * inputs.shape[1] + shifted)
-        logits = self.lm.get_output_embeddings()(in_loss)
+        # Right padding under causal attention changes no real position, so there is no mask.
+        with self.entering(prompts, inputs, None):
+            types = self.image_inputs.token_type_ids(inputs, self._in_answer(batch, inputs))
+            given = {"input_ids": inputs, "use_cache": False, **images, **types}
+            in_loss, _ = self.last_block.hidden_states(given, samples, shifted)
+        logits = output_logits(self.lm, in_loss)
         logits = touch_parameters(logits, self._tower, () if images else self._projector)
         return Output(logits, None, None, prompts, samples, labels[samples, index + 1])
 
@@ -255,6 +285,7 @@ class ImageTextToText(nn.Module):
         questions = self._questions(batch)
         images = self.image_inputs.forward_kwargs(self.lm, batch)
         with eval_mode(self):
+            images = encode_images_once(self, images)
             if not candidates:
                 return generate_with_strategy(
                     self, questions, images, prompts, max_new_tokens, transform_output
@@ -298,6 +329,12 @@ class ImageTextToText(nn.Module):
         """
         if batch.features is not None:
             return batch.features
+        if batch.image_inputs:
+            raise ValueError(
+                "stored features replace one image of one size per sample, and these images have "
+                "the sizes of the model's own processor: give the model image_inputs='square', or "
+                "use raw replay (ExperienceReplay)"
+            )
         self.image_inputs.expect_feature_input(self.lm.config.model_type)
         images = 0 if batch.images is None else len(batch.images)
         if images != len(batch):
@@ -348,10 +385,16 @@ class ImageTextToText(nn.Module):
         return self._fingerprint.of(settings, frozen.items())
 
     def transform(self, train: bool) -> Transform:
-        """Return the preprocessing of a sample, the same in training and evaluation."""
+        """Return the preprocessing of a sample; only what is too long for training differs."""
+        if self.image_inputs.is_native:
+            encoder: Any = self.routing_encoder
+            routing = None if encoder is None else encoder.transform(False)
+            return NativeTransform(self.chat_tokenizer, self.image_inputs.native, routing, train)
         red, green, blue = (int(value) for value in self.image_inputs.mean)
         size, fill = self.image_inputs.size, (red, green, blue)
-        return LlavaTransform(self.chat_tokenizer, size, self.image_aspect_ratio, fill)
+        return LlavaTransform(
+            self.chat_tokenizer, self.image_placeholders, size, self.image_aspect_ratio, fill, train
+        )
 
     def with_placeholders(self, texts: Sequence[Tensor], prompts: Prompts) -> list[Tensor]:
         """Return token sequences with placeholders for the prompts after the begin token."""
@@ -374,9 +417,17 @@ class ImageTextToText(nn.Module):
         """Return (B, D) unit means of projector inputs, zero for samples without an image."""
         if batch.features is not None:
             return functional.normalize(batch.features.float().mean(1), dim=-1)
-        if batch.images is None or not len(batch.images):
+        if not batch.has_images:
             return torch.zeros(len(batch), self.embed_dim, device=batch.labels.device)
-        return pool_images(self.image_inputs.features(self.lm, batch).float().mean(1), batch)
+        return pool_images(self.image_inputs.mean_features(self.lm, batch), batch)
+
+    def _in_answer(self, batch: Batch, inputs: Tensor) -> Tensor | None:
+        """Return (B, L) bool, True from each sample's first answer on, if the model needs it."""
+        if not self.architecture.has_prefix_attention:
+            return None
+        added = inputs.shape[1] - batch.labels.shape[1]
+        in_answer = functional.pad(batch.labels != IGNORE_INDEX, (added, 0))
+        return in_answer.cumsum(1) > 0
 
     def _padded_tokens(self, batch: Batch) -> Tensor:
         tokens, mask = expect_tokens(batch)

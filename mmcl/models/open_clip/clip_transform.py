@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmcl.core import Conversation, ProcessedSample
+from mmcl.core import Conversation, Pixels, ProcessedSample
 from mmcl.core.padding import real_tokens
 from mmcl.core.seeding import generator
 
@@ -62,7 +62,7 @@ class ClipTransform:
     pad_id: int = 0
 
     def __call__(
-        self, pixels: Tensor | None, text: str | Conversation | None, seed: int
+        self, pixels: Pixels, text: str | Conversation | None, seed: int
     ) -> ProcessedSample:
         """Return the processed sample; see ``mmcl.core.Transform``."""
         if isinstance(text, Conversation):
@@ -70,6 +70,8 @@ class ClipTransform:
                 "a CLIP takes classes and captions and got a conversation: a stream of task_type "
                 "'instruction' needs a generative model, such as mmcl.models.ImageTextToText"
             )
+        if isinstance(pixels, tuple):
+            raise ValueError(f"got {len(pixels)} images for one text: a CLIP takes one a sample")
         image = None
         if pixels is not None:
             is_random = self.random_crop_scale is not None

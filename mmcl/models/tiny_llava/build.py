@@ -94,9 +94,8 @@ class TinyLlava(ImageTextToText):
         if start is not None:
             _load_stage(lm, Path(start).expanduser())
         processor = _build_processor(vision, hf_tokenizer)
-        self._set_up(
-            LoadedVLM(lm, processor), routing_encoder, "model", image_aspect_ratio, None, max_length
-        )
+        loaded = LoadedVLM(lm, processor)
+        self._set_up(loaded, routing_encoder, "model", max_length, image_aspect_ratio)
         self.freeze(*freeze)
 
     def save(self, folder: Path) -> None:

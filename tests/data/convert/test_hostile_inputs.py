@@ -108,14 +108,20 @@ def test_a_bad_row_is_named_and_nothing_outside_is_read(tmp_path, row, said):
     ("rows", "said"),
     [
         ('0.jpg,"' + "x\n" * 200_000, "perhaps a quote was opened and not closed"),
-        ("0.jpg," + "x" * 200_000, "field larger than field limit"),
-        ("0.jpg," + "x" * (5 << 20), "has a line of more than 4194304 bytes at 2"),
+        ("0.jpg," + "x" * (5 << 20), "its text has 5242880 bytes, more than 1048576"),
         ("", "has a header and no rows"),
     ],
 )
 def test_a_table_that_cannot_be_cut_into_rows_says_where(tmp_path, rows, said):
+    put(tmp_path / "0.jpg", jpeg(0))
     put(tmp_path / "t.csv", f"path,text\n{rows}")
     refused(tmp_path, tmp_path / "t.csv", said)
+
+
+def test_a_line_beyond_the_limit_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmcl.data.convert.inputs.table_input._MAX_LINE", 1 << 16)
+    put(tmp_path / "t.csv", "path,text\n0.jpg," + "x" * (1 << 16))
+    refused(tmp_path, tmp_path / "t.csv", "has a line of more than 65536 bytes at 2")
 
 
 def test_names_with_newlines_and_bytes_that_are_no_text_are_read(tmp_path):

@@ -161,7 +161,13 @@ def test_a_stream_without_a_bad_sample_has_none(tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("scorer", "good", "bad"),
-    [("box/1", "[0.1, 0.2, 0.3, 0.4]", "top left"), ("option", "B", "both")],
+    [
+        ("box/2", "[0.1, 0.2, 0.3, 0.4]", "top left"),
+        ("box", "<|box_start|>(12,34),(56,78)<|box_end|>", "<|box_start|>(12,34)<|box_end|>"),
+        ("box", "<loc0205><loc0102><loc0922><loc0512> cup", "<loc0205> cup"),
+        ("option", "B", "both"),
+        ("option", "(B) gold", "A lot"),
+    ],
 )
 def test_an_answer_that_the_scorer_cannot_use_is_a_bad_test_sample(tmp_path, scorer, good, bad):
     for split, start in (("train", 0), ("test", 100)):

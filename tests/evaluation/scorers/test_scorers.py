@@ -19,6 +19,8 @@ SENTENCES = (
 RIGHT = {
     "box": ("[0.1, 0.2, 0.5, 0.9]", "[10, 20, 50, 90]", "[0,0,1000,1000]"),
     "option": ("A", "B", "(C)", "d"),
+    "pope": ("yes", "no", "Yes"),
+    "mme": ("yes", "no", "Yes"),
     "fraction": ("Texas, Ohio", "Iowa", "new york,maine , utah"),
     "exact": (*SENTENCES, "B", "yes", "7", "+", "🐱", "Ärger", "a", "the", "3.5", "."),
     "contains": (*SENTENCES, "yes", "+", "🐱"),

@@ -1,11 +1,13 @@
-"""Short answers: exact, contains, fraction, option, VQA, boxes, and the words they are made of."""
+"""Short answers: exact, contains, fraction, option, VQA, and the words they are made of."""
 
 import itertools
+import random
+import re
 
 import pytest
 
 from mmcl.evaluation import find_scorer
-from mmcl.evaluation.scorers.short_answers import find_box, iou, normal, vqa_accuracy
+from mmcl.evaluation.scorers.short_answers import edit_distance, normal, vqa_accuracy
 from mmcl.evaluation.scorers.text_normalization import occurs, option_letter, plain, words
 
 
@@ -230,70 +232,78 @@ def test_lenient_is_the_worth_of_the_best_answer_that_occurs():
     assert vqa_score("There are two dogs", ["2"] * 10) == (0, 1)
 
 
-def box_score(answer, *references):
-    found = find_scorer("box").score([answer], [references])
-    return found.strict, found.lenient, found.extras["iou"]
+def official(text):
+    """The official normalization of VQA's evaluation, as its steps are described."""
+    text = " ".join(text.replace("\n", " ").replace("\t", " ").split())
+    kept = text
+    for mark in [";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<",
+                 "@", "`", ",", "?", "!"]:  # fmt: skip
+        if f"{mark} " in text or f" {mark}" in text or re.search(r"\d,\d", text):
+            kept = kept.replace(mark, "")
+        else:
+            kept = kept.replace(mark, " ")
+    kept = re.sub(r"\.(?!\d)", "", kept)
+    digits = dict(none="0", zero="0", one="1", two="2", three="3", ten="10")
+    found = [digits.get(word, word) for word in kept.lower().split()]
+    dropped = {"dont": "don't", "isnt": "isn't", "wont": "won't", "youre": "you're"}
+    return " ".join(dropped.get(word, word) for word in found if word not in ("a", "an", "the"))
 
 
-def test_iou_by_hand():
-    assert iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
-    assert iou((0, 0, 2, 1), (0, 0, 1, 1)) == pytest.approx(1 / 2)
-    assert iou((0, 0, 1, 1), (2, 2, 3, 3)) == 0
-    assert iou((0, 0, 1, 1), (1, 0, 2, 1)) == 0
+PREDICTED = [
+    "yes", "Yes.", "two", "A dog", "the  red car", "red-brown", "red - brown", "1,000", "3.5",
+    "St. Paul", "dont", "black/white", "black / white", "(left)", "it's", "10 %", "none", "no, one",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("box", [(1, 1, 1, 2), (2, 2, 0, 0), (0, 0, 1e308, 1e308)])
-def test_a_box_without_a_finite_area_hits_nothing(box):
-    assert iou(box, (0, 0, 1, 1)) == iou((0, 0, 1, 1), box) == 0
+@pytest.mark.parametrize("answer", PREDICTED)
+def test_vqa_is_the_official_script_on_annotations_of_lower_case_words(answer):
+    people = ["yes"] * 3 + ["2", "2", "dog", "red brown", "black white", "0", "1000"]
+    mine = official(answer)
+    parts = []
+    for place in range(10):
+        others = [given for n, given in enumerate(people) if n != place]
+        parts.append(min(1, others.count(mine) / 3))
+    assert vqa_score(answer, people)[0] == pytest.approx(sum(parts) / 10)
 
 
-def test_half_covered_is_a_hit_and_less_is_none():
-    assert box_score("[0, 0, 2, 1]", "[0, 0, 1, 1]") == (1, 1, pytest.approx(0.5))
-    assert box_score("[0, 0, 2.1, 1]", "[0, 0, 1, 1]") == (0, 0, pytest.approx(1 / 2.1))
+@pytest.mark.parametrize("answer", [*PREDICTED, "dog's", "what?", "red, blue", "a,b", "1,5 l"])
+def test_textvqa_normalizes_both_sides_as_its_evaluation_does(answer):
+    def processed(text):
+        return official(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
+
+    people = ["Yes!", "yes", "Two", "the dog 's", "red blue", "ab", "what", "15 l", "red - brown",
+              "3.5"]  # fmt: skip
+    expected = by_loops(processed(answer), [processed(given) for given in people])
+    found = find_scorer("textvqa").score([answer], [tuple(people)])
+    assert found.strict == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
-    ("answer", "strict"),
+    ("answer", "references", "strict", "lenient"),
     [
-        ("[0.1, 0.2, 0.5, 0.9]", 1),
-        (" [0.10,0.2,.5, 0.9]\n", 1),
-        ("0.1, 0.2, 0.5, 0.9", 0),
-        ("(0.1, 0.2, 0.5, 0.9)", 0),
-        ("[0.1, 0.2, 0.5, 0.9].", 0),
-        ("The box is [0.1, 0.2, 0.5, 0.9]", 0),
-        ("object 1 of 3: [0.1, 0.2, 0.5, 0.9]", 0),
-        ("x1=0.1 y1=0.2 x2=0.5 y2=0.9", 0),
+        ("Microsoft", ("microsoft",), 1, 1),
+        ("Mocrosoft", ("microsoft", "apple"), 8 / 9, 8 / 9),
+        ("abcd", ("abxy",), 1 / 2, 1 / 2),
+        ("abcde", ("abxyz",), 0, 0),
+        ("It is Microsoft", ("microsoft",), 9 / 15, 1),
+        ("12  March", ("12 march",), 1, 1),
+        ("x", ("microsoft",), 0, 0),
     ],
 )
-def test_strict_wants_the_format_and_lenient_the_four_numbers(answer, strict):
-    assert box_score(answer, "[0.1, 0.2, 0.5, 0.9]") == (strict, 1, pytest.approx(1))
+def test_anls_by_hand(answer, references, strict, lenient):
+    assert scores("anls", answer, *references) == pytest.approx((strict, lenient))
 
 
-@pytest.mark.parametrize(
-    "answer",
-    ["[0.1, 0.2, 0.5]", "no box", "[a, b, c, d]", "[nan, 0, 1, 1]", "[" + "9" * 400 + ",0,1,1]"],
-)
-def test_what_is_no_box_is_a_miss(answer):
-    assert box_score(answer, "[0, 0, 1, 1]") == (0, 0, 0)
+def test_the_edit_distance_by_recursion():
+    def distance(one, other):
+        if not one or not other:
+            return len(one) + len(other)
+        if one[0] == other[0]:
+            return distance(one[1:], other[1:])
+        shorter = (one[1:], other), (one, other[1:]), (one[1:], other[1:])
+        return 1 + min(distance(*pair) for pair in shorter)
 
-
-@pytest.mark.parametrize("unit", [1, 100, 1000, 640])
-def test_boxes_are_in_the_unit_of_the_reference(unit):
-    right, predicted = (
-        [side * unit for side in box] for box in ([0.1, 0.1, 0.5, 0.5], [0.1, 0.1, 0.5, 0.4])
-    )
-    assert box_score(str(predicted), str(right)) == (1, 1, pytest.approx(0.75))
-
-
-def test_the_best_of_several_boxes_counts():
-    assert box_score("[0, 0, 1, 1]", "[5, 5, 6, 6]", "[0, 0, 1, 1]") == (1, 1, 1)
-
-
-def test_a_reference_that_is_no_box_is_named():
-    with pytest.raises(ValueError, match=r"got the reference 'red': give \[x1, y1, x2, y2\]"):
-        box_score("[0, 0, 1, 1]", "red")
-
-
-def test_numbers_inside_words_are_no_sides():
-    assert find_box("img2 has 1 2 3 4") == (1, 2, 3, 4)
-    assert find_box("v1.2.3.4") is None
+    draw = random.Random(0)
+    for _ in range(30):
+        one, other = ("".join(draw.choices("abc", k=draw.randrange(6))) for _ in range(2))
+        assert edit_distance(one, other) == distance(one, other)

@@ -137,7 +137,7 @@ def open_caption_file(
             "captioning or retrieval, or leave it out"
         )
     options.expect_none(str(path), "ignore_columns")
-    folder = open_images(images, path.parent)
+    folder = open_images(images, path.parent, follow_links=options.follow_links)
     if layout in ("karpathy", "coco"):
         raw = _parsed(path)
         found = _karpathy(raw) if layout == "karpathy" else _coco(raw, path)

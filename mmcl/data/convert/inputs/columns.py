@@ -2,76 +2,30 @@
 
 from __future__ import annotations
 
-import mimetypes
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
+from mmcl.data.convert.inputs.column_names import (
+    ADDRESSES,
+    COLUMN_OPTIONS,
+    NAMES,
+    NEEDS,
+    NUMBERED,
+    QUESTION_USES,
+    TASKS,
+    is_image_name,
+    is_meaningful,
+    is_part_of_question,
+    key_of,
+    numbered_names,
+)
 from mmcl.data.convert.record import split_of
-from mmcl.data.image_formats import OTHER_IMAGE_EXTENSIONS
-from mmcl.data.shards.tar_index import IMAGES
+from mmcl.data.question_options import option_keys
 
-_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "path": (
-        ("path", "paths", "filepath", "filepaths", "imagepath", "imagepaths", "imgpath",
-         "imagefilepath", "relativepath", "relpath"),
-        ("image", "images", "img", "filename", "filenames", "file", "imagefile", "imgfile",
-         "imagefilename", "imagename", "imgname", "photo", "jpg", "jpeg", "png", "webp"),
-    ),
-    "text": (
-        ("text", "texts", "caption", "captions", "title", "sentence", "sentences", "alttext",
-         "alt", "description", "descriptions", "imagecaption", "imagedescription", "rawcaption"),
-        ("raw", "prompt"),
-    ),
-    "label": (
-        ("label", "labels", "class", "classes", "classname", "category", "categories",
-         "categoryname", "target", "targets", "targetname", "labelname", "labeltext",
-         "classlabel", "finelabel", "finelabels", "coarselabel", "coarselabels", "species",
-         "speciesname", "breed", "superclass", "supercategory"),
-        ("classid", "labelid", "categoryid", "targetid", "classindex", "labelindex", "classidx",
-         "labelidx"),
-    ),
-    "question": (("question",), ("query",), ("prompt",), ("instruction",)),
-    "answer": (
-        ("answer",), ("multiplechoiceanswer",), ("response",), ("completion",), ("output",),
-        ("answers",),
-    ),
-    "task": (("task",),),
-    "split": (
-        ("split", "splits", "splitname", "datasplit"),
-        ("set", "partition", "subset", "dataset", "fold", "phase", "usage", "part", "settype",
-         "istrain", "istraining", "istrainingimage", "istrainingimg", "isval", "isvalid", "istest"),
-    ),
-}  # fmt: skip
-"""Use -> names that are accepted for it, in letters and digits; an earlier group is preferred."""
-_NEEDS = {
-    "captioning": ("path", "text"),
-    "retrieval": ("path", "text"),
-    "classification": ("path", "label"),
-    "instruction": ("question", "answer"),
-}
-_OPTIONS = {"path": "image_column", "text": "text_column", "label": "label_column",
-            "split": "split_column", "task": "task_column"}  # fmt: skip
-_ADDRESSES = ("url", "urls", "imageurl", "imageurls", "imgurl", "imagelink", "photourl", "link")
-_TASKS = ("tasks", "taskid", "taskname", "taskindex", "domain", "domains", "session", "experience",
-          "environment", "timestep")  # fmt: skip
-_MEANINGFUL = {
-    "": {"bbox", "bboxes", "box", "boxes", "mask", "masks", "segmentation", "objects", "keypoints",
-         "polygon", "roi", "weight", "weights", "negative", "negatives"},
-    "record": {"mask", "masks", "weight", "weights", "negative", "negatives"},
-    "text": {"caption", "captions", "sentence", "sentences"},
-    "label": {"label", "labels", "class", "classes", "category", "species"},
-}  # fmt: skip
-"""Use -> words in a name that a user may expect to count; "" for tables, "record" for questions,
-whose records often keep the boxes that they were made from."""
-_ABOUT = {"id", "ids", "len", "length", "num", "count", "url", "score", "similarity", "hash",
-          "lang", "language", "source", "index", "idx", "name"}  # fmt: skip
-"""Words in a name of a column about a text or label that is none itself."""
 _TRUE, _FALSE = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
 _NAMED = 20
 _LAYOUTS = "path,text (captions), path,label (classes) or path,question,answer (questions)"
-_MIME = mimetypes.MimeTypes()
 Peek = Callable[[str], Collection[str]]
 """From the name of a column to its distinct values, as texts; at most some hundred."""
 
@@ -89,6 +43,7 @@ class ColumnOptions:
         split_column: of the split; None = by its name and values.
         ignore_columns: columns or keys that are harmless; in folders, names of files or folders.
         columns: names of the columns of a table without a header; () = its first row.
+        follow_links: whether links in the folders of images may lead outside of them.
     """
 
     task_type: str | None = None
@@ -99,10 +54,11 @@ class ColumnOptions:
     split_column: str | None = None
     ignore_columns: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    follow_links: bool = False
 
     def expect_none(self, where: str, *kept: str) -> None:
         """Refuse the options about columns, except those of ``kept``, where there are none."""
-        for name in (*_OPTIONS.values(), "ignore_columns", "columns"):
+        for name in (*COLUMN_OPTIONS.values(), "ignore_columns", "columns"):
             if getattr(self, name) and name not in kept:
                 raise ValueError(
                     f"--{name} is for tables, and {where} is none: leave it out"
@@ -137,6 +93,7 @@ class _Choice:
     options: ColumnOptions
     where: str
     images: Collection[str]
+    turns: Collection[str]
     peek: Peek
     names: dict[str, str] = field(default_factory=dict)
 
@@ -165,41 +122,40 @@ class _Choice:
         # A column may state the task and the label.
         taken = {name for own, name in self.names.items() if own != "task"}
         free = [name for name in self.free if name not in taken]
-        groups = [[name for name in free if key_of(name) in group] for group in _NAMES[use]]
+        groups = [[name for name in free if key_of(name) in group] for group in NAMES[use]]
+        if use == "turns":
+            groups = [[name for name in free if name in self.turns], *groups]
         if use == "path":
             # An image in the table is better than a path, whatever the column is called.
             inside = [name for name in free if name in self.images]
             known = [name for name in inside if any(name in group for group in groups)]
             groups = [known or inside, *groups]
+        groups.append(numbered_names(free, NUMBERED.get(use, ())))
         return next((group for group in groups if group), [])
 
-    def choose(self, use: str) -> None:
-        """Choose the only candidate for a use, if there is one.
+    def choose(self, use: str, may_have_several: bool = False) -> None:
+        """Choose the only candidate for a use, if there is one, or several that are numbered.
 
         Raises:
             ValueError: if there are several.
         """
         found = self.candidates(use)
+        numbered = numbered_names(found, NUMBERED.get(use, ()))
+        if may_have_several and numbered and len(numbered) == len(found):
+            self.names |= {f"{use}#{number}": name for number, name in enumerate(numbered)}
+            return
         if len(found) > 1:
-            option = f"--{_OPTIONS[use]} {found[0]}" if use in _OPTIONS else "--ignore_columns"
+            option = (
+                f"--{COLUMN_OPTIONS[use]} {found[0]}"
+                if use in COLUMN_OPTIONS
+                else "--ignore_columns"
+            )
             raise ValueError(
                 f"{self.where} has {' and '.join(map(repr, found))}, which could each be the "
                 f"{use}: choose one with {option}"
             )
         if found:
             self.names[use] = found[0]
-
-
-def key_of(name: str) -> str:
-    """Return a column's name by which it is known: its letters and digits in lower case."""
-    return re.sub(r"[\W_]+", "", name.lower())
-
-
-def is_image_name(name: str) -> bool:
-    """Return whether a file's name has the extension of an image, readable or not."""
-    ending = PurePath(name).suffix.lower()
-    kind = _MIME.types_map[True].get(ending) or _MIME.types_map[False].get(ending, "")
-    return ending[1:] in (*IMAGES, *OTHER_IMAGE_EXTENSIONS) or kind.startswith("image/")
 
 
 def list_names(names: Iterable[str]) -> str:
@@ -227,6 +183,7 @@ def find_columns(
     *,
     images: Collection[str] = (),
     lists: Collection[str] = (),
+    turns: Collection[str] = (),
     peek: Peek = lambda _: (),
 ) -> Columns:
     """Choose the columns of a table by their names, ignoring case and separators.
@@ -241,45 +198,75 @@ def find_columns(
         where: path for messages.
         images: columns that hold images, not paths.
         lists: columns whose values are lists.
+        turns: columns whose values are lists of the turns of a conversation.
         peek: gives the values of a column that may state the split.
 
     Raises:
         ValueError: if columns are missing, or more than one task type or column is possible.
     """
-    choice = _Choice(found, options, where, images, peek)
-    for use, option in _OPTIONS.items():
+    choice = _Choice(found, options, where, images, turns, peek)
+    for use, option in COLUMN_OPTIONS.items():
         if (name := getattr(options, option)) is not None:
             choice.names[use] = choice.named(option, name)
     task_type = options.task_type or _task_type(choice)
-    uses = [*_NEEDS[task_type], "path", "task"]
-    missing = [use for use in uses[:2] if not choice.candidates(use)]
-    if missing:
-        _expect_images(choice)
-        raise ValueError(
-            f"{where} lacks the column {' and '.join(missing)} that --task_type {task_type} "
-            f"needs, it has {choice.shown}: expected {_LAYOUTS}; --image_column, --text_column "
-            "and --label_column name others"
-        )
-    for use in dict.fromkeys(uses):
-        choice.choose(use)
+    uses = _uses(choice, task_type)
+    _expect_needed(choice, task_type, uses)
+    for use in uses:
+        choice.choose(use, use == "text" or task_type == "instruction")
     _choose_split(choice)
-    names = {use: name for use, name in choice.names.items() if use in (*uses, "split")}
+    names = {
+        use: name
+        for use, name in choice.names.items()
+        if use.split("#")[0] in (*uses, "split", "option")
+    }
     unused = [name for name in choice.free if name not in names.values()]
     _expect_harmless(choice, task_type, names, unused)
     absent = [name for name in options.ignore_columns if key_of(name) not in choice.by_key]
-    has_lists = names.get("text") in lists
+    has_lists = names.get("text") in lists or "text#0" in names
     return Columns(task_type, names, tuple(unused), tuple(absent), has_lists)
+
+
+def _expect_needed(choice: _Choice, task_type: str, uses: Sequence[str]) -> None:
+    needed = uses[:1] if uses[0] == "turns" else uses[:2]
+    missing = [use for use in needed if not choice.candidates(use)]
+    if missing:
+        _expect_images(choice)
+        raise ValueError(
+            f"{choice.where} lacks the column {' and '.join(missing)} that --task_type {task_type} "
+            f"needs, it has {choice.shown}: expected {_LAYOUTS}; --image_column, --text_column "
+            "and --label_column name others"
+        )
+
+
+def _uses(choice: _Choice, task_type: str) -> list[str]:
+    """Return the uses to choose columns for, those that are needed first."""
+    uses = [*NEEDS[task_type], "path", "task"]
+    if task_type != "instruction":
+        return list(dict.fromkeys(uses))
+    if choice.candidates("turns"):
+        return ["turns", "path", "system", "task"]
+    if not choice.candidates("options"):
+        options = option_keys(choice.free)
+        choice.names |= {f"option#{letter}": name for letter, name in options.items()}
+    # In ScienceQA the task is the form of a question, such as "closed choice".
+    keys = set(choice.by_key)
+    if "task" not in choice.names and {"choices", "lecture", "solution"} <= keys:
+        uses.remove("task")
+    is_alpaca = [key_of(name) for name in choice.candidates("question")] == ["instruction"]
+    return [*uses, *QUESTION_USES, *(["input"] if is_alpaca else [])]
 
 
 def _task_type(choice: _Choice) -> str:
     possible = [
         name
-        for name, needs in _NEEDS.items()
+        for name, needs in NEEDS.items()
         if name != "retrieval" and all(map(choice.candidates, needs))
     ]
     chosen = [name for name in ("text", "label") if name in choice.names]
+    if not chosen and _is_question(choice):
+        return "instruction"
     if len(possible) > 1 and len(chosen) == 1:
-        possible = [name for name in possible if chosen[0] in _NEEDS[name]]
+        possible = [name for name in possible if chosen[0] in NEEDS[name]]
     if "instruction" in possible and choice.candidates("text") == choice.candidates("question"):
         possible = ["instruction"]
     if not possible:
@@ -301,9 +288,21 @@ def _task_type(choice: _Choice) -> str:
     return possible[0]
 
 
+def _is_question(choice: _Choice) -> bool:
+    """Return whether a table is of conversations, or of questions by their very names."""
+    if choice.candidates("turns"):
+        return True
+    has_options = choice.candidates("options") or option_keys(choice.free)
+    keys = {key_of(name) for name in choice.free}
+    has_names = "question" in keys and not keys.isdisjoint(("answer", "answers"))
+    return has_names or bool(
+        has_options and choice.candidates("question") and choice.candidates("answer")
+    )
+
+
 def _expect_images(choice: _Choice) -> None:
     """Refuse a table that has only addresses of its images."""
-    addresses = [name for name in choice.free if key_of(name) in _ADDRESSES]
+    addresses = [name for name in choice.free if key_of(name) in ADDRESSES]
     if addresses and not choice.candidates("path"):
         raise ValueError(
             f"{choice.where} has addresses of images ('{addresses[0]}') and no images, and they "
@@ -316,10 +315,10 @@ def _choose_split(choice: _Choice) -> None:
     """Choose the column of the split; of the less certain names by its values."""
     if "split" in choice.names:
         return
-    sure = [name for name in choice.free if key_of(name) in _NAMES["split"][0]]
+    sure = [name for name in choice.free if key_of(name) in NAMES["split"][0]]
     used = set(choice.names.values())
     unsure = [
-        name for name in choice.free if key_of(name) in _NAMES["split"][1] and name not in used
+        name for name in choice.free if key_of(name) in NAMES["split"][1] and name not in used
     ]
     found = list(sure)
     for name in unsure:
@@ -349,20 +348,23 @@ def find_split(found: Sequence[str], options: ColumnOptions, where: str, peek: P
     Raises:
         ValueError: if several may, or one of a less certain name has other values as well.
     """
-    choice = _Choice(found, options, where, (), peek)
+    choice = _Choice(found, options, where, (), (), peek)
     for use in ("split", "task"):
-        if (name := getattr(options, _OPTIONS[use])) is not None:
-            choice.names[use] = choice.named(_OPTIONS[use], name)
+        if (name := getattr(options, COLUMN_OPTIONS[use])) is not None:
+            choice.names[use] = choice.named(COLUMN_OPTIONS[use], name)
     _choose_split(choice)
     return choice.names.get("split")
 
 
 def expect_harmless_key(where: str, key: str) -> None:
     """Refuse a key of JSON records that is not used and that a user may expect to count."""
-    if is_meaningful(key, "record") or key_of(key) in _TASKS:
+    is_part = is_meaningful(key, "record") or is_part_of_question(key)
+    if is_part or key_of(key) in TASKS:
         raise ValueError(
             f"{where} has records with the key {key!r}, which is not used: give --ignore_columns "
-            f"{key} if that is right, or --task_column {key} if it states the task"
+            f"{key} if that is right"
+            + f", or --task_column {key} if it states the task"
+            * (not is_part)
         )
 
 
@@ -377,12 +379,6 @@ def stated_split(column: str, value: str) -> str | None:
     return split_of(own if plain in _TRUE else other if plain in _FALSE else "")
 
 
-def is_meaningful(name: str, use: str = "") -> bool:
-    """Return whether a user may expect a column or key of this name to count for a use."""
-    words = set(re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()))
-    return bool(words & _MEANINGFUL.get(use, set())) and not (use and words & _ABOUT)
-
-
 def _expect_harmless(
     choice: _Choice, task_type: str, names: Mapping[str, str], unused: Sequence[str]
 ) -> None:
@@ -390,14 +386,20 @@ def _expect_harmless(
         reason = ""
         if name in choice.images:
             reason = "a second image"
+        elif (
+            task_type == "instruction"
+            and is_part_of_question(name)
+            and not ("image" in key_of(name) and any(use.startswith("path") for use in names))
+        ):
+            reason = "a part of the question or the answer"
         elif is_meaningful(name):
             reason = "a part of the image, a weight or a negative"
         elif "text" in names and is_meaningful(name, "text") and not choice.options.text_column:
             reason = "a second caption"
         elif "label" in names and is_meaningful(name, "label") and not choice.options.label_column:
-            is_number = key_of(name) in _NAMES["label"][1]
+            is_number = key_of(name) in NAMES["label"][1]
             reason = "" if is_number else "a second label"
-        elif "task" not in names and key_of(name) in _TASKS:
+        elif "task" not in names and key_of(name) in TASKS:
             reason = "a task"
         if reason:
             raise ValueError(

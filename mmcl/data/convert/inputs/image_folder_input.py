@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from mmcl.data.convert.inputs.columns import absent_names, is_image_name
+from mmcl.data.convert.inputs.column_names import is_image_name
+from mmcl.data.convert.inputs.columns import absent_names
 from mmcl.data.convert.record import (
     InputData,
     InvalidRecord,

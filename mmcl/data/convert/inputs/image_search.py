@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from mmcl.data.shards.image_folder import extension_of, open_image_folder, read_file
+from mmcl.data.shards.image_folder import (
+    extension_of,
+    inner_path,
+    open_image_folder,
+    read_file,
+)
 from mmcl.data.stored_sample import BadSample
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(?=/)")
@@ -26,10 +31,12 @@ class ImageSearch:
     Args:
         folders: links resolved; see `open_images`.
         is_exact: whether paths are taken as they are stated, as a run in place does.
+        follow_links: whether links below the folders may lead outside.
     """
 
     folders: tuple[str, ...]
     is_exact: bool = False
+    follow_links: bool = False
 
     def read(self, stated: str, remarks: list[str] | None = None) -> tuple[str, bytes]:
         """Return the extension of an image's format, and its bytes.
@@ -59,22 +66,29 @@ class ImageSearch:
             BadSample: if there is none.
         """
         try:
-            found = [os.path.realpath(os.path.join(folder, form)) for folder in self.folders]
+            found = [inner_path(folder, form, self.follow_links) for folder in self.folders]
         except ValueError:  # a byte 0, or half of a character
             raise BadSample(f"its image {form[:200]!r} is missing") from None
         roots = tuple(os.path.join(folder, "") for folder in self.folders)
         inside = [path for path in found if path.startswith(roots)]
         if not inside:
             what = "folder" if len(roots) == 1 else "folders"
+            fix = ""
+            if not self.follow_links and ".." not in form:
+                fix = ": give --follow_links if links in it are meant to"
             raise BadSample(
                 f"its image {form[:200]!r} leads outside of the image {what} "
-                f"{', '.join(self.folders)}"
+                f"{', '.join(self.folders)}{fix}"
             )
         return inside
 
 
 def open_images(
-    folders: Path | Sequence[Path] | None, default: Path, *, is_exact: bool = False
+    folders: Path | Sequence[Path] | None,
+    default: Path,
+    *,
+    is_exact: bool = False,
+    follow_links: bool = False,
 ) -> ImageSearch:
     """Open the folders of images.
 
@@ -82,13 +96,16 @@ def open_images(
         folders: one or several; None = ``default``.
         default: folder of the input.
         is_exact: see `ImageSearch`.
+        follow_links: see `ImageSearch`.
 
     Raises:
         FileNotFoundError: if one is missing.
     """
     listed = [default] if folders is None else [folders] if isinstance(folders, Path) else folders
     return ImageSearch(
-        tuple(dict.fromkeys(open_image_folder(folder).path for folder in listed)), is_exact
+        tuple(dict.fromkeys(open_image_folder(folder).path for folder in listed)),
+        is_exact,
+        follow_links,
     )
 
 

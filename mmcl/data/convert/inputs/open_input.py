@@ -18,10 +18,10 @@ from mmcl.data.convert.inputs.sidecar_input import (
     open_captions,
     open_metadata,
 )
-from mmcl.data.convert.inputs.table_input import open_table
+from mmcl.data.convert.inputs.table_input import TABLES, open_table, open_tables, table_paths
 from mmcl.data.convert.record import InputData
 
-_TABLES = (".csv", ".tsv", ".txt")
+_TABLES = (*TABLES, ".txt")
 _PACKED = {
     **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst"), "compressed: unpack it first"),
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "a spreadsheet: save it as .csv in UTF-8"),
@@ -76,7 +76,7 @@ def open_input(
             f"--references is for LLaVA-style JSON, and {path} is none: put the answers into a "
             "column answer"
         )
-    if path.is_dir() and not table_files(path):
+    if path.is_dir() and not table_files(path) and not table_paths(path):
         return _open_folder(path, columns, images, task_level)
     return _open_file(path, columns, images, task_level, answer_field, references, in_place)
 
@@ -108,7 +108,9 @@ def _open_file(
         return open_caption_file(path, layout, columns, images)
     if columns.columns and path.suffix.lower() not in _TABLES:
         raise ValueError(f"--columns is for .csv, .tsv and .txt, and {path} is none: leave it out")
-    if path.is_dir() or path.suffix.lower() == ".parquet":
+    if path.is_dir():
+        return _open_tables(path, columns, images)
+    if path.suffix.lower() == ".parquet":
         return open_parquet(path, columns, images)
     if path.suffix.lower() in _TABLES:
         return open_table(path, columns, images)
@@ -117,9 +119,22 @@ def _open_file(
             path, columns, images,
             answer_field=answer_field, references=references, in_place=in_place,
         )  # fmt: skip
+    raise ValueError(_unknown_type(path))
+
+
+def _open_tables(
+    path: Path, columns: ColumnOptions, images: Path | Sequence[Path] | None
+) -> InputData:
+    """Open a folder of parquet files, or of csv and tsv files."""
+    if table_files(path):
+        return open_parquet(path, columns, images)
+    return open_tables(path, table_paths(path), columns, images)
+
+
+def _unknown_type(path: Path) -> str:
     if path.suffix.lower() in _PACKED:
-        raise ValueError(f"{path} is {_PACKED[path.suffix.lower()]}")
-    raise ValueError(
+        return f"{path} is {_PACKED[path.suffix.lower()]}"
+    return (
         f"{path} is no folder and ends in {path.suffix or 'nothing'!r}: expected .csv, .tsv, "
         ".parquet, .json, .jsonl or, with --columns, .txt"
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from mmcl.data.convert.inputs.columns import ColumnOptions, Columns, find_columns
 from mmcl.data.convert.inputs.image_search import ImageSearch, open_images
-from mmcl.data.convert.inputs.table_input import TableRows, table_input
+from mmcl.data.convert.inputs.table_rows import TableRows, table_input
 from mmcl.data.convert.record import (
     Chunk,
     InputData,
@@ -160,7 +160,7 @@ def open_parquet(
         if first is not None and (columns, named) != first:
             raise ValueError(f"{file} has other columns than {files[0]}: convert them one by one")
         first = columns, named
-        folder = open_images(images, file.parent)
+        folder = open_images(images, file.parent, follow_links=options.follow_links)
         chunks += _chunks(file, columns, named, counts, folder, own_split)
     if first is None or not chunks:
         raise ValueError(f"{path} has no rows")
@@ -254,17 +254,29 @@ def _read_schema(path: Path, options: ColumnOptions) -> tuple[Columns, list[Clas
     of_type = {name: schema.field(name).type for name in set(schema.names)}
     images = {name for name, kind in of_type.items() if _holds_images(arrow.types, kind)}
     lists = {name for name, kind in of_type.items() if _holds_lists(arrow.types, kind)}
-    columns = find_columns(schema.names, options, str(path), images=images, lists=lists, peek=peek)
+    turns = {name for name, kind in of_type.items() if _holds_turns(arrow.types, kind)}
+    columns = find_columns(
+        schema.names, options, str(path), images=images, lists=lists, turns=turns, peek=peek
+    )
     notes = dict(schema.metadata or {})
     named = [_class_names(notes, columns.names.get(use, "")) for use in ("label", "task", "split")]
     return columns, named, counts
 
 
 def _holds_images(types: Any, kind: Any) -> bool:
-    """Return whether a type is that of images: bytes, or a mapping with ``bytes``."""
+    """Return whether a type is bytes, a mapping with ``bytes``, or a list of such: images."""
+    kind = kind.value_type if _holds_lists(types, kind) else kind
     if types.is_binary(kind) or types.is_large_binary(kind):
         return True
     return bool(types.is_struct(kind)) and kind.get_field_index("bytes") >= 0
+
+
+def _holds_turns(types: Any, kind: Any) -> bool:
+    """Return whether a type is a list of turns: mappings of a speaker and a text."""
+    if not _holds_lists(types, kind) or not types.is_struct(kind.value_type):
+        return False
+    pairs = (("from", "value"), ("role", "content"), ("user", "assistant"))
+    return any(all(kind.value_type.get_field_index(name) >= 0 for name in pair) for pair in pairs)
 
 
 def _holds_lists(types: Any, kind: Any) -> bool:

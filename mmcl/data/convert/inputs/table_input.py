@@ -2,221 +2,39 @@
 
 from __future__ import annotations
 
-import ast
 import csv
-import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO
 
-from mmcl.data.convert.inputs.columns import (
-    ColumnOptions,
-    Columns,
-    absent_names,
-    find_columns,
-    is_image_name,
-    list_names,
-    stated_split,
-)
-from mmcl.data.convert.inputs.image_search import ImageSearch, open_images
+from mmcl.data.convert.inputs.column_names import is_image_name, key_of
+from mmcl.data.convert.inputs.columns import ColumnOptions, Columns, find_columns
+from mmcl.data.convert.inputs.image_search import open_images
+from mmcl.data.convert.inputs.table_rows import TableRows, list_captions, row_name, table_input
 from mmcl.data.convert.record import (
-    Chunk,
     InputData,
     InvalidRecord,
     Record,
-    captions_member,
-    task_name,
+    file_splits,
+    without_validation,
 )
-from mmcl.data.shards.image_folder import MAX_IMAGE_FILE_BYTES, extension_of
-from mmcl.data.shards.llava_json import read_sample
-from mmcl.data.stored_sample import MAX_TEXT_BYTES, BadSample, IntArray
+from mmcl.data.shards.image_folder import MAX_IMAGE_FILE_BYTES, is_base64_image
 
 _CHUNK_RECORDS = 1000
-_MAX_LINE = 4 << 20
+_MAX_LINE = 2 * MAX_IMAGE_FILE_BYTES
+"""Longest line, and cell, in bytes: a cell may be an image in base64."""
+_USUAL_CELL = 1 << 17
+"""Longer cells are images, or begin with a quote that is never closed."""
+_LOOKED_AT = 50
+"""Rows by which a column of images is recognized."""
 _BOMS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
 _DELIMITERS = "\t,;|"
 _MAX_VALUES = 100
-_MAX_CAPTIONS = 1000
-
-
-def record_of(
-    row: Mapping[str, Any],
-    columns: Columns,
-    images: ImageSearch,
-    where: str,
-    unused: tuple[str, ...] = (),
-) -> Record:
-    """Convert a row of a table, use -> value, to a record.
-
-    A value is a text, a number or None; the image may also be bytes, or a mapping with ``bytes``
-    and ``path`` as in data sets on the hub. ``where`` is the line or row, for messages.
-
-    Raises:
-        BadSample: if a value or the image is missing.
-    """
-    members: dict[str, bytes] = {}
-    remarks: list[str] = []
-    task_type = columns.task_type
-    image = _only(row.get("path"), "image")
-    if task_type != "instruction" or image not in (None, ""):
-        extension, data = _image(image, images, remarks)
-        members[extension] = data
-    if task_type == "instruction":
-        members["json"] = _conversation(row, bool(members), where)
-    elif task_type != "classification":
-        text = row.get("text")
-        if columns.has_lists:
-            members["json"] = captions_member(list_captions(text) or [_text(row, "text", where)])
-        else:
-            members["txt"] = _text({"text": _only(text, "text")}, "text", where).encode()
-    task = task_name(row["task"], columns.names["task"], where) if "task" in row else ""
-    label = ""
-    if task_type == "classification":
-        label = _text({"label": _only(row.get("label"), "label")}, "label", where)
-    split = _split(row, columns, where)
-    return Record("", members, task, label, split, tuple(remarks), unused)
-
-
-def _only(value: Any, use: str) -> Any:
-    """Return the only value of a list, another value as it is."""
-    if not isinstance(value, list | tuple):
-        return value
-    if len(value) == 1:
-        return value[0]
-    fix = {"label": "a sample has one class", "image": "a sample has one image"}
-    raise BadSample(
-        f"its {use} is a list of {len(value)} values, expected one" + f": {fix[use]}" * (use in fix)
-    )
-
-
-def _conversation(row: Mapping[str, Any], has_image: bool, where: str) -> bytes:
-    answer = row.get("answer")
-    stated = answer if isinstance(answer, list) else _text(row, "answer", where)
-    texts = {"text": _text(row, "question", where), "answer": stated}
-    # The path only tells that there is an image, whose bytes are in the members.
-    return read_sample({**texts, "image": "x" if has_image else None}).data
-
-
-def _split(row: Mapping[str, Any], columns: Columns, where: str) -> str:
-    """Return the split of a row: of its column, else of its file."""
-    if "split" not in columns.names:
-        return str(row.get("file_split", ""))
-    stated = _text(row, "split", where)
-    split = stated_split(columns.names["split"], stated)
-    if split is None:
-        raise BadSample(f"its split is {stated[:40]!r}, expected train, val or test ({where})")
-    return split
-
-
-def list_captions(value: Any) -> list[str]:
-    """Return the captions in a list, or in the text of a JSON or Python list, or in mappings.
-
-    An empty list says that the value is no list of captions.
-    """
-    if isinstance(value, str):
-        if not value.lstrip().startswith("[") or len(value) > MAX_TEXT_BYTES:
-            return []
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            try:
-                value = ast.literal_eval(value.strip())
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                return []
-    if not isinstance(value, list | tuple) or len(value) > _MAX_CAPTIONS:
-        return []
-    texts = [_caption(one) for one in value]
-    return texts if all(isinstance(text, str) for text in texts) else []
-
-
-def _caption(value: Any) -> Any:
-    """Return the text of a caption, which COCO's sentences hold as ``{"raw": text, ...}``."""
-    if not isinstance(value, Mapping):
-        return value
-    return next((value[key] for key in ("raw", "caption", "text") if key in value), None)
-
-
-def _image(stated: Any, images: ImageSearch, remarks: list[str]) -> tuple[str, bytes]:
-    inside = stated
-    if isinstance(stated, Mapping):
-        inside = stated.get("bytes") or stated.get("path")
-    if isinstance(inside, bytes | bytearray | memoryview):
-        if not 0 < len(inside) <= MAX_IMAGE_FILE_BYTES:
-            raise BadSample(
-                f"its image has {len(inside)} bytes, expected 1 to {MAX_IMAGE_FILE_BYTES}"
-            )
-        return extension_of(bytes(inside)), bytes(inside)
-    if not isinstance(inside, str) or not inside.strip():
-        raise BadSample(f"its image is {str(inside)[:40]!r}, expected a path")
-    return images.read(inside.strip(), remarks)
-
-
-def _text(row: Mapping[str, Any], use: str, where: str) -> str:
-    value = row.get(use)
-    if isinstance(value, float) and value.is_integer() and use == "label":
-        value = int(value)  # tables store class numbers with gaps as floats
-    if value is not None and not isinstance(value, str | int | float):
-        raise BadSample(f"its {use} is a {type(value).__name__}, expected a text")
-    text = "" if value is None or value != value else str(value).strip()  # NaN
-    if not text:
-        raise BadSample(f"its {use} is empty")
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError:
-        raise BadSample(f"its {use} is not UTF-8 ({where}): save the table as UTF-8") from None
-    if size > MAX_TEXT_BYTES:
-        raise BadSample(f"its {use} has {size} bytes, more than {MAX_TEXT_BYTES}")
-    return text
-
-
-def row_name(row: Mapping[str, Any]) -> str:
-    """Return the image path of a row for messages, "" if it is not a text."""
-    path = row.get("path")
-    path = path.get("path") if isinstance(path, Mapping) else path
-    return json.dumps(path)[:200].strip('"') if isinstance(path, str) else ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableRows:
-    """Rows of a table that are read together: ``count`` of them, or those at ``chosen`` indices.
-
-    ``split`` is that of the whole file, "" if it states none.
-    """
-
-    path: Path
-    count: int
-    columns: Columns
-    images: ImageSearch
-    chosen: IntArray | None = None
-    split: str = ""
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return self.count if self.chosen is None else len(self.chosen)
-
-    def subset(self: Rows, indices: IntArray) -> Rows:
-        """Return a chunk with only the rows at these indices."""
-        return replace(self, chosen=indices if self.chosen is None else self.chosen[indices])
-
-    def wanted(self) -> Collection[int]:
-        """Return the indices of the rows to read."""
-        return range(self.count) if self.chosen is None else set(self.chosen.tolist())
-
-    def record(
-        self, row: Mapping[str, Any], place: str, unused: tuple[str, ...] = ()
-    ) -> Record | InvalidRecord:
-        """Return the record of a row, use -> value, at a place in the file."""
-        try:
-            stated = {**row, "file_split": self.split}
-            return record_of(stated, self.columns, self.images, place, unused)
-        except BadSample as error:
-            return InvalidRecord(row_name(row), str(error))
-
-
-Rows = TypeVar("Rows", bound=TableRows)
+TABLES = (".csv", ".tsv")
 
 
 @dataclass(frozen=True)
@@ -231,11 +49,16 @@ class _Form:
 
 @dataclass(frozen=True, kw_only=True)
 class CsvChunk(TableRows):
-    """About a thousand rows, from one byte offset of the file, behind so many of its lines."""
+    """About a thousand rows, from one byte offset of the file, behind so many of its lines.
+
+    ``shared`` has, for rows whose image others use, the value of their column ``index`` -> their
+    offset and the lines before them.
+    """
 
     start: int
     lines: int
     form: _Form
+    shared: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def read(self) -> Iterator[Record | InvalidRecord]:
         """Yield the rows.
@@ -261,7 +84,62 @@ class CsvChunk(TableRows):
         if len(row) != len(header):
             reason = f"its row has {len(row)} cells, the header has {len(header)}"
             return InvalidRecord(row_name(values), reason)
+        place = self.shared.get(values.get("path", "").strip())
+        if place is not None:
+            values["path"] = self._cell(place, self.columns.names["path"])
         return self.record(values, f"line {line}")
+
+    def _cell(self, place: tuple[int, int], name: str) -> str:
+        """Return a cell of the row at an offset of the file."""
+        with self.path.open("rb") as file:
+            file.seek(place[0])
+            row, _, _ = next(_rows(file, self.path, self.form, place[1]))
+        return row[self.form.header.index(name)]
+
+
+def table_paths(folder: Path) -> list[Path]:
+    """Return the csv and tsv files of a folder of tables, () if it is none.
+
+    It is one if it has several at its top, or one and nothing else.
+    """
+    found = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in TABLES and path.name[0] != "." and path.stem != "metadata"
+    )
+    others = [path for path in folder.iterdir() if path.name[0] != "." and path not in found]
+    return found if len(found) > 1 or not others else []
+
+
+def open_tables(
+    path: Path,
+    files: Sequence[Path],
+    options: ColumnOptions,
+    images: Path | Sequence[Path] | None = None,
+) -> InputData:
+    """Open a folder of csv and tsv files of the same columns, whose names may state their splits.
+
+    Args:
+        path: of the folder.
+        files: see `table_paths`.
+        options: see `find_columns`.
+        images: folders from which image paths start; None = the folder.
+
+    Raises:
+        FileNotFoundError: if a folder is missing.
+        ValueError: as `open_table`, or if a file has other columns, or a split of unknown name.
+    """
+    splits = file_splits(path, files)
+    opened = [
+        open_table(file, options, images, split) for file, split in zip(files, splits, strict=True)
+    ]
+    first = opened[0]
+    for file, other in zip(files, opened, strict=True):
+        if (other.task_type, other.text_field) != (first.task_type, first.text_field):
+            raise ValueError(f"{file} has other columns than {files[0]}: convert them one by one")
+    chunks, notes = without_validation([chunk for each in opened for chunk in each.chunks])
+    notes += dict.fromkeys(note for each in opened for note in each.notes)
+    return replace(first, where=str(path), chunks=chunks, notes=notes)
 
 
 def open_table(
@@ -285,7 +163,7 @@ def open_table(
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: correct the path")
-    folder = open_images(images, path.parent)
+    folder = open_images(images, path.parent, follow_links=options.follow_links)
     with path.open("rb") as file:
         form = _read_form(file, path, options)
         start = file.tell()
@@ -294,40 +172,96 @@ def open_table(
         if not options.columns:
             header, start, (_, lines) = next(rows, ([], start, (1, 1)))
             form = replace(form, header=tuple(header))
+        inside = _image_columns(path, form, start, lines)
         peek = partial(_peek, path, form, start)
-        columns = find_columns(form.header, options, str(path), peek=peek)
-        text = form.header.index(columns.names["text"]) if "text" in columns.names else -1
-        starts, count, has_lists = [(start, lines)], 0, False
-        for count, (row, end, (_, lines)) in enumerate(rows, start=1):
-            has_lists = has_lists or (-1 < text < len(row) and len(list_captions(row[text])) > 0)
-            if count % _CHUNK_RECORDS == 0:
-                starts.append((end, lines))
+        columns = find_columns(form.header, options, str(path), images=inside, peek=peek)
+        column = columns.names.get("path", "")
+        shared = _SharedImages(form.header, column if column in inside else "")
+        starts, count, has_lists = _chunk_starts(rows, (start, lines), form, columns, shared)
     if not count:
         raise ValueError(f"{path} has a header and no rows")
-    columns = replace(columns, has_lists=has_lists)
+    columns = replace(columns, has_lists=has_lists or columns.has_lists)
     counts = [min(_CHUNK_RECORDS, count - first) for first in range(0, count, _CHUNK_RECORDS)]
     chunks = [
         CsvChunk(
             path=path, count=own, columns=columns, images=folder, start=start, lines=lines,
-            form=form, split=split,
+            form=form, split=split, shared=shared.found(),
         )
         for (start, lines), own in zip(starts, counts, strict=False)
     ]  # fmt: skip
     return table_input(path, chunks, columns, options, interleaved=True)
 
 
-def table_input(
-    path: Path, chunks: Sequence[Chunk], columns: Columns, options: ColumnOptions, **more: Any
-) -> InputData:
-    """Return the input of the chunks of a table; ``more`` are other fields of `InputData`."""
-    notes = list(more.pop("notes", ()))
-    if columns.unused:
-        notes.append(f"not used of {path.name}: {list_names(columns.unused)}")
-    notes += absent_names(path, columns.absent)
-    return InputData(
-        columns.task_type, str(path), chunks, task_column=options.task_column or "",
-        text_field="json.captions" if columns.has_lists else "txt", notes=notes, **more,
-    )  # fmt: skip
+def _chunk_starts(
+    rows: Iterator[tuple[list[str], int, tuple[int, int]]],
+    start: tuple[int, int],
+    form: _Form,
+    columns: Columns,
+    shared: _SharedImages,
+) -> tuple[list[tuple[int, int]], int, bool]:
+    """Read all rows behind an offset and its lines.
+
+    Returns:
+        Offset and lines before each chunk, the number of rows, and whether a text is a list.
+    """
+    starts, count, has_lists = [start], 0, False
+    text = form.header.index(columns.names["text"]) if "text" in columns.names else -1
+    for count, (row, end, (_, lines)) in enumerate(rows, start=1):
+        has_lists = has_lists or (-1 < text < len(row) and len(list_captions(row[text])) > 0)
+        shared.add(row, start)
+        start = end, lines
+        if count % _CHUNK_RECORDS == 0:
+            starts.append(start)
+    return starts, count, has_lists
+
+
+class _SharedImages:
+    """Rows with an image in base64 that other rows name by their column ``index``.
+
+    VLMEvalKit's tables hold an image once, and the number of its row in the others.
+
+    Args:
+        header: of the table.
+        column: of the image, "" if there is none.
+    """
+
+    def __init__(self, header: Sequence[str], column: str) -> None:
+        keys = [key_of(name) for name in header]
+        has_both = "index" in keys and column in header
+        self.places = (keys.index("index"), header.index(column)) if has_both else None
+        self.owners: dict[str, tuple[int, int]] = {}
+        self.wanted: set[str] = set()
+
+    def add(self, row: Sequence[str], place: tuple[int, int]) -> None:
+        """Note a row at an offset, behind so many lines."""
+        if self.places is None or len(row) <= max(self.places):
+            return
+        index, image = (row[column].strip() for column in self.places)
+        if is_base64_image(image):
+            self.owners[index] = place
+        elif image:
+            self.wanted.add(image)
+
+    def found(self) -> dict[str, tuple[int, int]]:
+        """Return the offset and the lines before every row whose image others use."""
+        return {index: place for index, place in self.owners.items() if index in self.wanted}
+
+
+def _image_columns(path: Path, form: _Form, start: int, lines: int) -> set[str]:
+    """Return the columns that hold images in base64, by the first rows behind so many lines."""
+    found: set[str] = set()
+    with path.open("rb") as file:
+        file.seek(start)
+        for (row, _, _), _ in zip(_rows(file, path, form, lines), range(_LOOKED_AT), strict=False):
+            cells = zip(form.header, row, strict=False)
+            found |= {name for name, cell in cells if _holds_image(cell)}
+    return found
+
+
+def _holds_image(cell: str) -> bool:
+    """Return whether a cell is an image in base64, or a list that begins with one."""
+    first = re.split("['\"]", cell[:1000].lstrip("[ '\""), maxsplit=1)[0]
+    return cell.startswith("data:image/") or is_base64_image(first)
 
 
 def _read_form(file: BinaryIO, path: Path, options: ColumnOptions) -> _Form:
@@ -386,14 +320,15 @@ def _rows(
 
     Reads from the current file position, which has ``lines_before`` lines before it.
     """
-    end, number = file.tell(), lines_before
+    end, number, quotes = file.tell(), lines_before, 0
 
     def lines() -> Iterator[str]:
-        nonlocal end, number
+        nonlocal end, number, quotes
         while line := _line(file, form.encoding):
             end, number = end + len(line), number + 1
             if len(line) >= _MAX_LINE:
                 raise ValueError(f"{path} has a line of more than {_MAX_LINE} bytes at {number}")
+            quotes += line.count(b'"')
             # Bytes that are not UTF-8 are reported with the row that holds them.
             errors = "surrogateescape" if form.encoding == "utf-8" else "replace"
             yield line.decode(form.encoding, errors)
@@ -401,11 +336,17 @@ def _rows(
     if form.delimiter == " ":
         yield from ((row, end, (number, number)) for row in _words(lines(), len(form.header)))
         return
+    # The limit is one for the process, and its default is below the size of an image.
+    csv.field_size_limit(max(csv.field_size_limit(), _MAX_LINE))
     reader = csv.reader(lines(), delimiter=form.delimiter)
     while True:
-        first = number + 1
+        first, start, quotes = number + 1, end, 0
         try:
             row = next(reader)
+            if end - start > _USUAL_CELL and quotes % 2 and number > first:
+                raise csv.Error(
+                    f"cell of {max(map(len, row))} characters over {number - first} lines"
+                )
         except StopIteration:
             return
         except csv.Error as error:
