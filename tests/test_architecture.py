@@ -30,11 +30,19 @@ LAYERS = {
         "lightning", "core", "data", "evaluation", "report", "strategies", "streams",
     },
     "export": {"export", "core", "layers", "models", "data", "strategies", "lightning"},
+    "merging": {"merging", "core", "ops", "layers", "models", "lightning", "export"},
+    "diagnostics": {
+        "diagnostics", "core", "ops", "models", "data", "evaluation", "report", "lightning",
+    },
+    "registry": {
+        "registry", "core", "ops", "layers", "models", "data", "evaluation", "report",
+        "strategies", "lightning", "export", "merging",
+    },
     # Beside cli: it trains strategies on models and batches, and no layer below imports it.
     "testing": {"testing", "core", "data", "models", "strategies"},
     "cli": {
         "cli", "core", "ops", "layers", "memory", "models", "data", "evaluation", "report",
-        "strategies", "streams", "lightning", "export",
+        "strategies", "streams", "lightning", "export", "merging", "diagnostics", "registry",
     },
 }  # fmt: skip
 # Inside of mmcl/data, from the ground up; "" are the files of the folder itself.
@@ -56,6 +64,9 @@ OTHERS = {
     "strategies": {"torch", "peft"},
     "lightning": {"torch", "pytorch_lightning", "jsonargparse", "yaml", "rich", "PIL"},
     "export": {"torch", "safetensors"},
+    "merging": {"torch", "safetensors"},
+    "diagnostics": {"torch", "numpy", "matplotlib"},
+    "registry": {"torch", "safetensors", "matplotlib", "yaml"},
     "testing": {"torch"},
     "cli": {"torch", "rich"},
 }  # fmt: skip

@@ -12,15 +12,13 @@ from mmcl.cli.train import print_recalls, with_progress
 from mmcl.evaluation import AccuracyMatrix
 from mmcl.evaluation.run_files import (
     CLASSES,
-    CONFIG,
     CONFUSION,
     EVALUATION,
     MATRIX,
     read_lenient,
 )
 from mmcl.export import FORMATS, default_format
-from mmcl.lightning.config.cli import ContinualCLI
-from mmcl.lightning.continual_run import ContinualRun
+from mmcl.lightning.config.run_reference import RunReference, find_run_dir, finished_tasks
 from mmcl.report import compare, matrix_csv, matrix_latex, matrix_table, write_report
 
 
@@ -37,9 +35,9 @@ def evaluate(argv: Sequence[str]) -> int:
     )
     refuse_renamed_options(argv, {"--rows": "--after_task", "--columns": "--tasks"})
     given, rest = parser.parse_known_args(argv)
-    run = _configured_run(given.run, rest, program="mmcl evaluate")
+    run = RunReference(find_run_dir(given.run)).open(rest, "mmcl evaluate", with_progress)
     run.data.prepare_data()
-    after_tasks = numbers(given.after_task, _finished_tasks(run) + 1, "after_task")
+    after_tasks = numbers(given.after_task, finished_tasks(run) + 1, "after_task")
     tasks = numbers(given.tasks, len(run.data.stream.all_tasks), "tasks")
     matrix = run.evaluate(after_tasks, tasks)
     if run.is_first:
@@ -68,7 +66,7 @@ def report(argv: Sequence[str]) -> int:
         help="number of learned tasks for the classes and their confusion matrix (all)",
     )
     given = parser.parse_args(argv)
-    folder = run_folder(given.run)
+    folder = find_run_dir(given.run)
     matrix = AccuracyMatrix.read(folder / MATRIX)
     page = write_report(folder, given.after_task)
     if given.form == "text":
@@ -94,7 +92,7 @@ def compare_runs(argv: Sequence[str]) -> int:
         help="folder of the results (%(default)s)",
     )
     given = parser.parse_args(argv)
-    found = compare([run_folder(name) for name in given.runs])
+    found = compare([find_run_dir(name) for name in given.runs])
     found.write(given.out)
     print(found.text())
     print(f"plot and page: {given.out}")
@@ -118,8 +116,8 @@ def export(argv: Sequence[str]) -> int:
     given, rest = parser.parse_known_args(argv)
     if given.target.exists():
         raise UsageError(f"{given.target} exists: give a new name, or remove this one")
-    run = _configured_run(given.run, rest, program="mmcl export")
-    done, wanted = _finished_tasks(run), given.after_task
+    run = RunReference(find_run_dir(given.run)).open(rest, "mmcl export", with_progress)
+    done, wanted = finished_tasks(run), given.after_task
     if wanted is not None and not 0 <= wanted <= done:
         raise UsageError(
             f"--after_task is {wanted}, and the run has trained {done} tasks: give 0 to {done}"
@@ -140,34 +138,6 @@ def _run_parser(program: str, description: str | None) -> CommandParser:
     parser = CommandParser(prog=program, description=description)
     parser.add_argument("run", help="run directory, or a run's name under runs/")
     return parser
-
-
-def run_folder(name: str, runs: str = "runs") -> Path:
-    """Find a run directory by its path or its name under ``runs``.
-
-    Raises:
-        FileNotFoundError: if there is neither.
-    """
-    for folder in (Path(name), Path(runs) / name):
-        if (folder / CONFIG).is_file():
-            return folder
-    raise FileNotFoundError(
-        f"there is no run {name}: give a run directory (it has a config.yaml), "
-        f"or its name under {runs}/"
-    )
-
-
-def _configured_run(name: str, changes: Sequence[str], program: str) -> ContinualRun:
-    """Build a run from the configuration in its directory, with settings of the command line."""
-    folder = run_folder(name)
-    cli = ContinualCLI(["--config", str(folder / CONFIG), *changes], program=program)
-    data = with_progress(cli.make_data())
-    return ContinualRun(cli.make_module, cli.make_trainer, data, folder, seed=cli.seed)
-
-
-def _finished_tasks(run: ContinualRun) -> int:
-    state = run.folder.state()
-    return 0 if state is None else state.finished_tasks
 
 
 def numbers(text: str | None, count: int, name: str) -> list[int]:

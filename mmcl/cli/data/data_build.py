@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmcl.cli.data_convert import add_options, report, shared_options, with_bar
+from mmcl.cli.data.data_convert import add_options, report, shared_options, with_bar
 from mmcl.cli.parser import CommandParser
 from mmcl.streams.public_sets import build_set, list_sets, read_set
 from mmcl.streams.registry import STREAMS, build_from_command_line, find_stream

@@ -7,7 +7,7 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmcl.cli.data_validate import (
+from mmcl.cli.data.data_validate import (
     RENAMED_OPTIONS,
     access_options,
     check,

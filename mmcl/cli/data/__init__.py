@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     """Convert your own data to a stream, validate and preview it, or build a known stream."""
     if argv[:1] and argv[0] in ACTIONS:
         module, function = ("build", "list_streams") if argv[0] == "list" else (argv[0], "main")
-        action = importlib.import_module(f"mmcl.cli.data_{module}")
+        action = importlib.import_module(f"mmcl.cli.data.data_{module}")
         return int(getattr(action, function)(list(argv[1:])))
     refuse_renamed(argv[0] if argv else "", RENAMED)
     parser = CommandParser(prog="mmcl data", description=main.__doc__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from mmcl.cli.data_validate import card_argument
+from mmcl.cli.data.data_validate import card_argument
 from mmcl.cli.parser import CommandParser
 from mmcl.data.convert.task_removal import ROLES, SECTIONS, RemovedTask, remove_task
 from mmcl.report.formatting import sanitize, shorten

@@ -1,0 +1,1 @@
+"""Diagnostics of checkpoints: mode connectivity, representation similarity, flatness, probes."""

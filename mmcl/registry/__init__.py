@@ -1,0 +1,1 @@
+"""Registry of base models and adapters, and reuse of adapters on the next base (recycling)."""
