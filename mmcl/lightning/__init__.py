@@ -3,7 +3,7 @@
 from mmcl.lightning.continual_run import ContinualRun
 from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.module import ContinualModule
-from mmcl.lightning.optimizers import ParamGroup
+from mmcl.lightning.optimization.optimizers import ParamGroup
 from mmcl.lightning.strategy_callback import StrategyCallback
 
 __all__ = [

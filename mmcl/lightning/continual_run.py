@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import errno
-import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch.distributed as dist
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from mmcl.core import begin_task
-from mmcl.core.atomic_write import OUT_OF_SPACE, WriteError
-from mmcl.core.distributed import rank_and_world
 from mmcl.evaluation import AccuracyMatrix
 from mmcl.evaluation.cost import Ledger
-from mmcl.lightning.checkpoint_io import (
+from mmcl.lightning.checkpoints.checkpoint_checks import LostCheckpoint, check_whole
+from mmcl.lightning.checkpoints.checkpoint_io import (
     KeepBest,
-    LostCheckpoint,
     check_resumable,
-    check_whole,
     destroy_process_groups,
     raise_on_all_ranks,
     remove_mid_task_checkpoints,
@@ -37,20 +29,21 @@ from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.evaluate import evaluate_row
 from mmcl.lightning.model_support import make_supported_module, pin_template_date
 from mmcl.lightning.module import ContinualModule
+from mmcl.lightning.optimization.lr_schedules import SchedulePosition, schedule_position
+from mmcl.lightning.optimization.stage_settings import task_span
 from mmcl.lightning.resume import (
     check_data,
     check_memory_files,
-    is_out_of_memory,
     load_state,
-    memory_advice,
     note_changes,
     set_back,
     task_fingerprint,
 )
 from mmcl.lightning.run_dir import RunDirectory, RunState
+from mmcl.lightning.run_errors import memory_advice, translate_errors
 from mmcl.lightning.run_loggers import RunLoggers
 from mmcl.lightning.strategy_callback import EVAL_MODE_WARNING
-from mmcl.lightning.task_callback import TaskCallback
+from mmcl.lightning.task_callback import TaskCallback, TaskPart
 
 SCORES = {"captioning": "recall@1", "retrieval": "recall@1"}
 
@@ -135,8 +128,8 @@ class ContinualRun:
             for row in range(rows):
                 # Cells of finished rows are missing after a kill, or for appended tasks.
                 if matrix.missing([row]):
-                    is_last = row == state.finished_tasks
-                    row_module = module if is_last else self._load_to_evaluate(row, matrix)
+                    is_here = row == state.finished_tasks and not self._is_constant(module, row)
+                    row_module = module if is_here else self._load_to_evaluate(row, matrix)
                     if row_module is not None:
                         self._evaluate_row(matrix, row_module, row, state)
                 else:
@@ -146,10 +139,12 @@ class ContinualRun:
                 return matrix
             earlier = state.seconds
             for task in stream.tasks[state.finished_tasks :]:
-                self._train_task(module, state, task.index)
+                module = self._train_task(module, state, task.index)
                 state.seconds = round(earlier + time.monotonic() - started, 3)
                 self.folder.save(state)
                 self._evaluate_row(matrix, module, task.index + 1, state)
+                if self._is_constant(module, task.index + 1):
+                    module = self._reload(module, task.index + 1)
             self.loggers.close()
             return matrix
 
@@ -170,8 +165,13 @@ class ContinualRun:
             evaluate_row(module, self.data, self._trainer([]), matrix, folder, row, columns)
         return matrix
 
-    def load_after(self, tasks: int | None = None) -> ContinualModule:
+    def load_after(self, tasks: int | None = None, *, to_train: bool = False) -> ContinualModule:
         """Return the module after ``tasks`` tasks, None = all finished ones.
+
+        Args:
+            tasks: number of trained tasks.
+            to_train: for the next task, which an infinite schedule trains from the weights before
+                the last one's annealed branch.
 
         Raises:
             LostCheckpoint: if the checkpoint is missing or damaged.
@@ -187,8 +187,25 @@ class ContinualRun:
         for task in self.data.stream.tasks[:tasks]:
             begin_task(module.model, module.strategy, task)
         if tasks:
-            load_state(module, self.folder.task_checkpoint(tasks))
+            is_constant = to_train and self._is_constant(module, tasks)
+            folder = self.folder
+            file = (folder.constant_checkpoint if is_constant else folder.task_checkpoint)(tasks)
+            load_state(module, file)
         return module
+
+    def _reload(self, module: ContinualModule, tasks: int) -> ContinualModule:
+        """Return a new module, from which the task after ``tasks`` tasks is trained."""
+        fresh = self.load_after(tasks, to_train=True)
+        fresh.mesh = module.mesh  # torch caches operations on a mesh by its ranks
+        return fresh
+
+    def _is_constant(self, module: ContinualModule | None, tasks: int) -> bool:
+        """Return whether the task after ``tasks`` tasks is trained from before the last branch."""
+        stream = self.data.stream
+        if module is None or not 0 < tasks < len(stream):
+            return False
+        first, _ = task_span(stream.tasks, tasks, module.stages)
+        return first < tasks and module.settings_of(stream[tasks].stage).schedule.kind == "infinite"
 
     def _load_to_resume(self, state: RunState, matrix: AccuracyMatrix) -> ContinualModule | None:
         """Return the module after the last whole checkpoint, to which ``state`` is set back.
@@ -206,7 +223,7 @@ class ContinualRun:
         tasks = state.finished_tasks
         while True:
             try:
-                module = self.load_after(tasks)
+                module = self.load_after(tasks, to_train=True)
                 if tasks:
                     check_memory_files(module, self.folder.task_checkpoint(tasks))
                 break
@@ -269,14 +286,38 @@ class ContinualRun:
         # A task in closed form has an idle step that is no cost.
         return sum(max(1, cost.steps) for cost in costs[:row])
 
-    def _train_task(self, module: ContinualModule, state: RunState, index: int) -> None:
+    def _train_task(self, module: ContinualModule, state: RunState, index: int) -> ContinualModule:
+        """Train a task, with its annealed branch if its schedule has one; return the module."""
         stream = self.data.stream
-        task = stream[index]
+        schedule = module.settings_of(stream[index].stage).schedule
+        first, last = task_span(stream.tasks, index, module.stages)
         if len(state.tasks) == index:
             declared = self.data.declared_stream
             state.tasks.append(task_fingerprint(declared, declared[index]))
+            state.span_last = last
         state.task = index
         self.folder.save(state)
+        # A task that began before others were appended keeps the schedule that it was planned with.
+        span = (first, last if state.span_last < index else state.span_last)
+        part: TaskPart = "whole"
+        if schedule.kind == "infinite":
+            part = "branch" if state.branch_step else "constant"
+        hooks = self._fit(module, state, part, span)
+        if hooks.part == "constant":
+            module = self._reload(module, index)
+            self._fit(module, state, "branch", span)
+        return module
+
+    def _fit(
+        self, module: ContinualModule, state: RunState, part: TaskPart, span: tuple[int, int]
+    ) -> TaskCallback:
+        """Train a part of the task of ``state``, from its last checkpoint if it has one."""
+        task, stream = self.data.stream[state.task], self.data.stream
+        epochs = {} if task.epochs is None else {"max_epochs": task.epochs}
+        position = SchedulePosition(is_first=task.index == span[0], last=span[1])
+        if module.settings_of(task.stage).schedule.kind == "meta":
+            default = self._trainer([]).max_epochs or 1
+            position = schedule_position(stream.tasks, *span, task.index, default)
         hooks = TaskCallback(
             task,
             self.folder,
@@ -285,16 +326,17 @@ class ContinualRun:
             checkpoint_every_n_steps=self.checkpoint_every_n_steps,
             max_bad_fraction=self.data.max_bad_fraction,
             keep_best=self.keep_best,
+            part=part,
+            position=position,
             show_progress=self.show_progress,
             loggers=self.loggers,
         )
-        self.data.set_task(index)
-        epochs = {} if task.epochs is None else {"max_epochs": task.epochs}
+        self.data.set_task(task.index)
         trainer = self._trainer([hooks], logger=self.loggers.loggers or False, **epochs)
         self._explain_accumulation(trainer)
         self.data.count_global_batches(trainer)
         check_monitors(trainer, self.data.validation_metrics)
-        direct_checkpoints(trainer, self.folder.checkpoints, index)
+        direct_checkpoints(trainer, self.folder.checkpoints, task.index)
         last = None if state.last_checkpoint is None else self.folder.path / state.last_checkpoint
         check_resumable(trainer, last)
         with warnings.catch_warnings():
@@ -306,8 +348,10 @@ class ContinualRun:
             trainer.fit(module, datamodule=self.data, ckpt_path=last, weights_only=True)
         if trainer.interrupted:
             raise KeyboardInterrupt
-        self._finish_task(state, hooks, trainer)
+        if hooks.part != "constant":
+            self._finish_task(state, hooks, trainer)
         destroy_process_groups(trainer, module)
+        return hooks
 
     def _explain_accumulation(self, trainer: pl.Trainer) -> None:
         parts = trainer.accumulate_grad_batches
@@ -321,7 +365,8 @@ class ContinualRun:
             )
 
     def _finish_task(self, state: RunState, hooks: TaskCallback, trainer: pl.Trainer) -> None:
-        state.finished_tasks, state.last_checkpoint, state.step = hooks.task.index + 1, None, 0
+        state.finished_tasks, state.last_checkpoint = hooks.task.index + 1, None
+        state.step = state.branch_step = 0
         state.steps += hooks.counts.steps
         state.warnings += hooks.warnings
         state.errors += [error for error in hooks.counts.errors if error not in state.errors]
@@ -349,76 +394,3 @@ class ContinualRun:
 def first_process() -> bool:
     """Return whether this process is rank 0, which Lightning knows before any process group."""
     return bool(getattr(rank_zero_only, "rank", 0) == 0)
-
-
-class Terminated(RuntimeError):
-    """Error of a run that a signal ended."""
-
-    exit_status = 143  # 128 + SIGTERM, as in a shell
-
-
-@contextmanager
-def translate_errors(
-    where: Callable[[], str], advise: Callable[[], str] = lambda: "--data.micro_batch_size"
-) -> Iterator[None]:
-    """Context that translates what ended a run into a message with the place where it resumes.
-
-    Args:
-        where: returns that place.
-        advise: returns the options that need less memory.
-
-    Raises:
-        WriteError: for a full disk.
-        KeyboardInterrupt: for Lightning's exit with status 1 after one.
-        RuntimeError: if another process of the run was lost, or memory is exhausted.
-        Terminated: for SIGTERM, after which Lightning exits with status 0.
-    """
-    try:
-        yield
-    except SIGTERMException:
-        raise Terminated(f"ended by SIGTERM: the same command resumes {where()}") from None
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise
-    except (OSError, RuntimeError, MemoryError) as error:
-        translated = _translated(error, where, advise)
-        if translated is None:
-            raise
-        raise translated from error
-
-
-def _translated(
-    error: OSError | RuntimeError | MemoryError,
-    where: Callable[[], str],
-    advise: Callable[[], str],
-) -> OSError | RuntimeError | None:
-    """Return the error with the place where the run resumes, None if it says nothing about it."""
-    if is_out_of_memory(error):
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        return RuntimeError(
-            f"out of memory ({reason}). These need less and leave the global batch as it is: "
-            f"{advise()}. The same command with one of them resumes {where()}"
-        )
-    if isinstance(error, OSError):
-        message = _write_error(error)
-        full = f"{message}. Then the same command resumes {where()}"
-        return WriteError(full, error.errno) if message else None
-    # torch raises most errors of its backends as plain RuntimeError.
-    is_lost = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.I)
-    if rank_and_world()[1] == 1 or not is_lost:
-        return None
-    reason = str(error).strip().partition("\n")[0]
-    return RuntimeError(
-        f"another process of this run ended or cannot be reached ({reason}): see its output; the "
-        f"same command resumes {where()}"
-    )
-
-
-def _write_error(error: OSError) -> str:
-    """Return the message for a file that could not be written, "" for another error."""
-    if isinstance(error, WriteError):
-        return str(error)
-    if error.errno not in (*OUT_OF_SPACE, errno.EROFS):
-        return ""
-    return f"{error.filename or 'a file'} cannot be written ({error.strerror}): make room"

@@ -310,11 +310,12 @@ def _train(
     epochs, limit = trainer.max_epochs or 1, trainer.limit_train_batches
     length = _TaskLength(epochs, limit, None if trainer.max_steps == -1 else trainer.max_steps)
     is_endless = epochs == -1 and length.max_steps is None
-    if is_endless and (module.lr_schedule != "constant" or 0 < module.warmup_steps < 1):
+    schedules = [module.settings_of(task.stage).schedule for task in data.stream]
+    endless = next((each for each in schedules if each.needs_steps), None) if is_endless else None
+    if endless is not None:
         raise ValueError(
-            f"lr_schedule is '{module.lr_schedule}' and trainer.max_epochs -1, so the steps of a "
-            f"task are not known (warmup_steps is {module.warmup_steps}): set max_epochs or "
-            "max_steps"
+            f"lr_schedule is '{endless.kind}' and trainer.max_epochs -1, so the steps of a task "
+            f"are not known (warmup_steps is {endless.warmup_steps}): set max_epochs or max_steps"
         )
     trainer.fit_loop.max_epochs, trainer.limit_train_batches = 1, STEPS
     data.count_global_batches(trainer)

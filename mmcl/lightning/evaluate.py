@@ -20,7 +20,7 @@ from mmcl.evaluation.evaluators import Evaluator, GenerationEvaluator
 from mmcl.evaluation.predictions import Prediction, predictions_path, write_predictions
 from mmcl.evaluation.retrieval import RetrievalScores
 from mmcl.evaluation.run_files import LENIENT, align_lenient_matrix, write_retrieval
-from mmcl.lightning.checkpoint_io import raise_on_all_ranks
+from mmcl.lightning.checkpoints.checkpoint_io import raise_on_all_ranks
 from mmcl.lightning.datamodule import ContinualDataModule, check_bad_fraction
 from mmcl.lightning.module import ContinualModule
 from mmcl.lightning.run_dir import RunDirectory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from mmcl.core import Batch, StepOutput, Strategy, forward, generate, loss_weight, step
+from mmcl.core.card import Stage
+from mmcl.core.model import without_adapters
 from mmcl.core.step import check_trainable
-from mmcl.core.strategy import TASK_PROGRESS
 from mmcl.evaluation.evaluators import (
     EvalSpec,
     Evaluator,
@@ -24,20 +25,20 @@ from mmcl.evaluation.evaluators import (
     ValidationLoss,
     make_evaluator,
 )
-from mmcl.lightning.checkpoint_io import check_shardable
-from mmcl.lightning.optimizers import (
-    ParamGroup,
-    Schedule,
-    build_optimizer,
-    expect_warmup,
-    lr_factor,
-    parse_param_groups,
+from mmcl.lightning.checkpoints.checkpoint_io import check_shardable
+from mmcl.lightning.checkpoints.checkpoint_state import REPLICATED, check_state, split_checkpoint
+from mmcl.lightning.optimization.lr_schedules import LRSchedule, Schedule
+from mmcl.lightning.optimization.optimizers import ParamGroup, build_optimizer, parse_param_groups
+from mmcl.lightning.optimization.stage_settings import (
+    StageSettings,
+    TrainingSettings,
+    all_stages_trainable,
+    freeze_for_stage,
+    resolve_stages,
 )
 from mmcl.lightning.strategy_callback import StrategyCallback
 from mmcl.strategies.finetune import Finetune
 
-REPLICATED, NAMES = "replicated", "names"
-"""Keys of a mid-task checkpoint: state that is never sharded, and the names of all its entries."""
 _SHARDED_VALIDATION = (
     "weights are sharded, and devices would wait for each other if one has fewer samples to "
     "validate: set data.validation_share or trainer.limit_val_batches to 0, and use test"
@@ -55,8 +56,12 @@ class ContinualModule(pl.LightningModule):
             prompts and keys.
         betas: AdamW's betas.
         warmup_steps: optimizer steps of linear warm-up in every task; below 1 a share of them.
-        lr_schedule: learning-rate schedule over each task, "constant" or "cosine", see
-            ``lr_factor``.
+        lr_schedule: learning-rate schedule over each task, "constant", "cosine" or "rewarm_cosine",
+            or over all tasks, "infinite" or "meta"; see ``LRSchedule``, also for the next four.
+        min_lr_ratio: last learning rate divided by ``learning_rate``.
+        constant_lr_ratio: constant rate of "infinite" divided by ``learning_rate``.
+        cooldown_steps: steps of "infinite" from ``learning_rate`` to the constant rate.
+        anneal_steps: steps of the annealed branch of every task of "infinite".
         param_groups: part of the model ("image", "text", "projector", "adapter", "prompt", "head"
             ...) or name of parameters with wildcards -> its learning rate, or a ``ParamGroup``; the
             first match counts.
@@ -64,6 +69,8 @@ class ContinualModule(pl.LightningModule):
             three arguments.
         lr_scheduler: scheduler of torch as a function of the optimizer, stepped at every optimizer
             step and new in every task; instead of ``warmup_steps`` and ``lr_schedule``.
+        stages: stage of a task, "cpt", "dap" or "cft" -> settings in place of these, and the parts
+            of the model that are trained in it, see ``StageSettings``.
         seed: mixed into the seeds of the strategy.
 
     Raises:
@@ -83,23 +90,35 @@ class ContinualModule(pl.LightningModule):
         betas: tuple[float, float] = (0.9, 0.98),
         warmup_steps: int | float = 0,
         lr_schedule: Schedule = "constant",
+        min_lr_ratio: float | None = None,
+        constant_lr_ratio: float | None = None,
+        cooldown_steps: int | float | None = None,
+        anneal_steps: int | float | None = None,
         param_groups: Mapping[str, ParamGroup | float] | None = None,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        stages: Mapping[Stage, StageSettings] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
         self.strategy = Finetune() if strategy is None else strategy
-        self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
-        self.warmup_steps, self.lr_schedule = expect_warmup(warmup_steps), lr_schedule
         if lr_scheduler is not None and (warmup_steps or lr_schedule != "constant"):
             raise ValueError(
                 f"lr_scheduler is given beside warmup_steps {warmup_steps} and lr_schedule "
                 f"'{lr_schedule}', which also set the learning rate: leave these two out"
             )
-        self.param_groups = parse_param_groups(param_groups)
+        schedule = LRSchedule(
+            lr_schedule, warmup_steps, min_lr_ratio, constant_lr_ratio, cooldown_steps, anneal_steps
+        )
+        self.settings = self.own_settings = TrainingSettings(
+            learning_rate, weight_decay, betas, schedule, parse_param_groups(param_groups)
+        )
         self._make_optimizer, self._make_scheduler = optimizer, lr_scheduler
+        self.stages = resolve_stages(
+            self.own_settings, stages,
+            has_optimizer=optimizer is not None, has_scheduler=lr_scheduler is not None,
+        )  # fmt: skip
         self._base_names = frozenset(name for name, _ in model.named_parameters())
         for part in self.strategy.modules():
             own_seed = getattr(part, "seed", None)
@@ -107,6 +126,11 @@ class ContinualModule(pl.LightningModule):
                 vars(part)["seed"] = own_seed + 1_000_003 * seed
         self.strategy.attach(self.model)
         self.frozen = {f"model.{n}" for n, p in model.named_parameters() if not p.requires_grad}
+        # The model's own parameters that some stage may train; each stage freezes its others.
+        self._stage_names = frozenset(
+            bare for n, p in model.named_parameters()
+            if p.requires_grad and (bare := without_adapters(n)) in self._base_names
+        )  # fmt: skip
         self.has_trainable = any(p.requires_grad for p in self.parameters())
         # Lightning's DDP refuses a module without trainable parameters.
         self.dummy_parameter = None if self.has_trainable else nn.Parameter(torch.zeros(()))
@@ -136,6 +160,16 @@ class ContinualModule(pl.LightningModule):
         done = self.last_step = step(self.model, self.strategy, batch)
         weight = loss_weight(done.batch)  # the batch may contain replay samples
         return done.loss if weight == 1.0 else done.loss * weight
+
+    def settings_of(self, stage: Stage) -> TrainingSettings:
+        """Return the settings of the tasks of a stage."""
+        return self.stages.get(stage, self.own_settings)
+
+    def begin_stage(self, stage: Stage) -> None:
+        """Take the settings of a stage, and freeze what it does not train; before each task."""
+        self.settings = self.settings_of(stage)
+        if self.stages:
+            freeze_for_stage(self.model, self._stage_names, self.settings.trainable, stage)
 
     def update_trainable(self) -> None:
         """Update whether anything is trainable; a new task may have added parameters.
@@ -186,7 +220,7 @@ class ContinualModule(pl.LightningModule):
                 metric.
         """
         make = self._adamw if self._make_optimizer is None else self._make_optimizer
-        optimizer = build_optimizer(self, make, self.param_groups, self._base_names)
+        optimizer = build_optimizer(self, make, self.settings.param_groups, self._base_names)
         # Some schedulers set the first rate themselves, so they come before `initial_lr` is set.
         make_scheduler = self._make_scheduler or self._own_scheduler()
         scheduler = None if make_scheduler is None else make_scheduler(optimizer)
@@ -206,26 +240,26 @@ class ContinualModule(pl.LightningModule):
         }
 
     def _own_scheduler(self) -> Callable[[Optimizer], LRScheduler] | None:
-        """Return the scheduler of ``warmup_steps`` and ``lr_schedule`` outside of ``mmcl train``.
+        """Return the scheduler of ``lr_schedule`` outside of ``mmcl train``.
 
         There TaskCallback sets the rate.
         """
-        has_schedule = self.warmup_steps > 0 or self.lr_schedule != "constant"
-        if self.in_continual_run or not has_schedule or self._trainer is None:
+        schedule = self.settings.schedule
+        if self.in_continual_run or not schedule.is_active or self._trainer is None:
             return None
-        needs_steps = self.lr_schedule == "cosine" or 0 < self.warmup_steps < 1
-        steps = self.trainer.estimated_stepping_batches if needs_steps else 0
+        if schedule.spans_tasks:
+            raise ValueError(
+                f"lr_schedule is '{schedule.kind}', which spans the tasks of a stream, and this "
+                "fit is of one task: train with mmcl train, or use lr_schedule rewarm_cosine"
+            )
+        steps = self.trainer.estimated_stepping_batches if schedule.needs_steps else 0
         if math.isinf(steps):
             raise ValueError(
-                f"lr_schedule is '{self.lr_schedule}', warmup_steps {self.warmup_steps} and the "
+                f"lr_schedule is '{schedule.kind}', warmup_steps {schedule.warmup_steps} and the "
                 "Trainer has no last step: set max_epochs or max_steps, or use lr_schedule "
                 "'constant' and a number of warmup_steps"
             )
-
-        def factor(step: int) -> float:
-            return lr_factor(step, int(steps), self.warmup_steps, self.lr_schedule)
-
-        return lambda optimizer: LambdaLR(optimizer, factor)
+        return lambda optimizer: LambdaLR(optimizer, lambda n: schedule.factor(n, int(steps)))
 
     def _adamw(self, groups: Any) -> Optimizer:
         # Lightning refuses to clip in mixed precision if the optimizer is fused, in bf16 too.
@@ -234,9 +268,9 @@ class ContinualModule(pl.LightningModule):
         fused = not (clips and "mixed" in str(getattr(trainer, "precision", "")))
         return torch.optim.AdamW(
             groups,
-            lr=self.learning_rate,
-            betas=self.betas,
-            weight_decay=self.weight_decay,
+            lr=self.settings.learning_rate,
+            betas=self.settings.betas,
+            weight_decay=self.settings.weight_decay,
             fused=fused,
         )
 
@@ -250,7 +284,7 @@ class ContinualModule(pl.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in self.frozen}
         checkpoint["fingerprint"] = self.fingerprint()
         if "optimizer_states" in checkpoint:
-            _split_checkpoint(checkpoint, self)
+            split_checkpoint(checkpoint, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check a checkpoint for the same base model and trainable weights, and merge its parts."""
@@ -266,7 +300,11 @@ class ContinualModule(pl.LightningModule):
         if self.fsdp is not None:
             return str(self.fsdp.fingerprint)
         fingerprint = getattr(self.model, "fingerprint", None)
-        return str(fingerprint()) if fingerprint is not None and self.frozen else ""
+        if fingerprint is None or not self.frozen:
+            return ""
+        # What a stage freezes is in the checkpoints: only what no stage trains is the base.
+        with all_stages_trainable(self.model, self._stage_names):
+            return str(fingerprint())
 
     def trainable_state_dict(self) -> dict[str, Any]:
         """Return the state dict of a checkpoint: everything except the frozen weights."""
@@ -359,78 +397,3 @@ class ContinualModule(pl.LightningModule):
 
     def _data(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]
-
-
-def check_state(module: ContinualModule, checkpoint: dict[str, Any]) -> None:
-    """Check that a checkpoint belongs to this model and strategy.
-
-    Raises:
-        ValueError: naming the first keys that differ, or the fingerprints.
-    """
-    expected = set(module.trainable_state_dict())
-    found = set(checkpoint.get(NAMES) or checkpoint["state_dict"])
-    for keys, problem in ((expected - found, "lacks"), (found - expected, "has unknown")):
-        # A strategy states its task once one has begun; earlier versions did not.
-        keys = {key for key in keys if not key.endswith(f".{TASK_PROGRESS}")}
-        if keys:
-            named = ", ".join(sorted(keys)[:3])
-            raise ValueError(
-                f"the checkpoint {problem} {len(keys)} weights ({named} ...): it was written by "
-                "another model, strategy or set of trainable weights; use the run's own config"
-            )
-    fingerprint = module.fingerprint()
-    if checkpoint.get("fingerprint", fingerprint) != fingerprint:
-        raise ValueError(
-            f"the checkpoint was trained on frozen weights {checkpoint['fingerprint'][:12]}, and "
-            f"this model has {fingerprint[:12]}: load the same pretrained weights and settings"
-        )
-
-
-def _split_checkpoint(checkpoint: dict[str, Any], module: ContinualModule) -> None:
-    """Split a mid-task checkpoint into weights and replicated state, with optimizer state by name.
-
-    Lightning loads the weights under any parallelism, but other state, such as a strategy's buffer,
-    only if the weights are not sharded: that state is stored separately. The optimizer's state is
-    keyed by parameter name, because parameter indices differ between sharded and unsharded runs.
-    """
-    trainable, state = module.trainable_state_dict(), checkpoint["state_dict"]
-    weights = {name for name, _ in module.named_parameters()}
-    checkpoint[NAMES] = sorted(trainable)
-    if module.fsdp is None:
-        checkpoint[REPLICATED] = {name: v for name, v in trainable.items() if name not in weights}
-        checkpoint["state_dict"] = {name: v for name, v in state.items() if name in weights}
-        name_of = {id(parameter): name for name, parameter in module.named_parameters()}
-        names = [
-            [name_of.get(id(p), "") for group in optimizer.param_groups for p in group["params"]]
-            for optimizer in module.trainer.optimizers
-        ]
-    else:
-        checkpoint[REPLICATED] = module.fsdp.replicated_state()
-        # If Lightning uses indices instead of names, they follow this order.
-        names = [[name for name, _ in module.named_parameters()]] * len(module.trainer.optimizers)
-    checkpoint["optimizer_states"] = [
-        _key_by_name(state, own_names)
-        for state, own_names in zip(checkpoint["optimizer_states"], names, strict=True)
-    ]
-
-
-def _key_by_name(state: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Return an optimizer's state keyed by parameter names instead of indices.
-
-    Args:
-        state: state of one optimizer; {} on ranks other than 0 of an unsharded checkpoint.
-        names: parameter name of every index, "" = unknown.
-    """
-    groups = state.get("param_groups", [])
-    keys = [key for group in groups for key in group["params"]]
-    has_indices = all(isinstance(key, int) and key < len(names) for key in keys)
-    if not keys or (has_indices and "" in names):
-        return state
-    name_of = {key: names[key] if has_indices else key for key in keys}
-    return {
-        **state,
-        "state": {name_of[key]: value for key, value in state["state"].items()},
-        "param_groups": [
-            {**group, "params": [name_of[k] for k in group["params"]]} for group in groups
-        ],
-    }

@@ -6,9 +6,7 @@ After running out of memory it resumes with settings that need less; ``memory_ad
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -21,15 +19,11 @@ from mmcl.core import Task, TaskStream
 from mmcl.data.shards.shard_content import SPLITS, ShardContent, content_change, task_content
 from mmcl.evaluation import AccuracyMatrix
 from mmcl.evaluation.cost import Ledger
-from mmcl.lightning.checkpoint_io import LostCheckpoint, check_whole
+from mmcl.lightning.checkpoints.checkpoint_checks import LostCheckpoint, check_whole
+from mmcl.lightning.checkpoints.checkpoint_state import check_state
 from mmcl.lightning.datamodule import ContinualDataModule
-from mmcl.lightning.module import ContinualModule, check_state
+from mmcl.lightning.module import ContinualModule
 from mmcl.lightning.run_dir import RunDirectory, RunState
-
-# What torch's allocators, cuBLAS and the system say; only CUDA's allocator has its own error.
-_OUT_OF_MEMORY = re.compile(
-    r"out of memory|DefaultCPUAllocator: |CUBLAS_STATUS_ALLOC_FAILED|Cannot allocate memory", re.I
-)
 
 
 def check_data(
@@ -169,7 +163,7 @@ def set_back(
     dropped = [f"task '{task.name}':" for task in again]
     state.warnings = [w for w in state.warnings if not any(words in w for words in dropped)]
     state.finished_tasks = state.task = tasks
-    state.last_checkpoint, state.step = None, 0
+    state.last_checkpoint, state.step, state.branch_step = None, 0, 0
     if folder.writes:
         folder.save(state)
 
@@ -191,40 +185,6 @@ def note_changes(folder: RunDirectory, state: RunState, stream: TaskStream) -> N
         folder.changes = []
         folder.save(state)
         folder.save_moved_paths()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory of a device or of the host is exhausted."""
-    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError | OSError) and bool(_OUT_OF_MEMORY.search(str(error)))
-
-
-def memory_advice(data: ContinualDataModule) -> str:
-    """Return the options that need less memory than a run has now, and may change on resume.
-
-    Args:
-        data: datamodule of the run, at the Trainer that ran out of memory.
-    """
-    trainer = data.trainer
-    if trainer is None:
-        return "--data.micro_batch_size, --trainer.precision bf16-mixed"
-    if trainer.state.fn != "fit" and data.eval_batch_size > 1:
-        return f"--data.eval_batch_size {data.eval_batch_size // 2}"
-    options = []
-    parts, world = trainer.accumulate_grad_batches, trainer.world_size
-    largest = -(-data.global_batch_size // (parts * world))
-    if largest > 1 and parts > 1 and data.micro_batch_size is None:
-        options.append(f"--trainer.accumulate_grad_batches {2 * parts}")
-    elif largest > 1:
-        options.append(f"--data.micro_batch_size {largest // 2}")
-    model: Any = trainer.lightning_module.model
-    is_on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    if not is_on and "gradient_checkpointing" in inspect.signature(type(model)).parameters:
-        options.append("--model.model.gradient_checkpointing true")
-    if "mixed" not in str(trainer.precision):
-        options.append("--trainer.precision bf16-mixed")
-    return ", ".join(options) or "more devices (--trainer.devices)"
 
 
 def task_fingerprint(stream: TaskStream, task: Task) -> str:

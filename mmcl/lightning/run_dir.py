@@ -66,6 +66,9 @@ class RunState:
         warnings: warnings for the summary.
         steps: optimizer steps of the finished tasks.
         errors: bad samples found so far.
+        branch_step: steps of the task in training after which its annealed branch began, 0 = it
+            did not.
+        span_last: last task that the schedule of the task in training was planned for, -1 = none.
     """
 
     finished_tasks: int
@@ -78,12 +81,17 @@ class RunState:
     steps: int = 0
     warnings: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    branch_step: int = 0
+    span_last: int = -1
 
     def resume_point(self) -> str:
         """Return where the run resumes, as the words after "resumes"."""
         names = [each.partition(" ")[2] for each in self.tasks]
         if self.last_checkpoint is not None:
             name = names[self.finished_tasks]
+            if self.branch_step:
+                past = self.step - self.branch_step
+                return f"in the branch of task {self.finished_tasks} ('{name}') at its step {past}"
             return f"in task {self.finished_tasks} ('{name}') at step {self.step}"
         if self.finished_tasks:
             return f"after task {self.finished_tasks - 1} ('{names[self.finished_tasks - 1]}')"
@@ -133,6 +141,10 @@ class RunDirectory:
     def task_checkpoint(self, tasks: int) -> Path:
         """Return the path of the checkpoint after ``tasks`` tasks."""
         return self.checkpoints / f"task_{tasks - 1:02d}.ckpt"
+
+    def constant_checkpoint(self, tasks: int) -> Path:
+        """Return the path of the checkpoint after ``tasks`` tasks without the last branch."""
+        return self.checkpoints / f"constant_{tasks - 1:02d}.ckpt"
 
     def resume_point(self) -> str:
         """Return where the same command would resume, as the words after "resumes"."""
@@ -282,7 +294,10 @@ def _digest(value: Any) -> str:
 
 
 def _check_state(state: RunState) -> None:
-    counts = (state.finished_tasks, state.task, state.step, state.steps)
+    counts = (
+        state.finished_tasks, state.task, state.step, state.steps, state.branch_step,
+        state.span_last + 1,
+    )  # fmt: skip
     is_good = all(type(count) is int and count >= 0 for count in counts)
     is_good = is_good and isinstance(state.last_checkpoint, str | None)
     for listed in (state.tasks, state.warnings, state.errors):

@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -19,7 +19,7 @@ from mmcl.core.atomic_write import WriteError
 from mmcl.core.distributed import all_gather_strings
 from mmcl.core.seeding import hash_seed
 from mmcl.evaluation.cost import TaskCost
-from mmcl.lightning.checkpoint_io import (
+from mmcl.lightning.checkpoints.checkpoint_io import (
     BestWeights,
     KeepBest,
     raise_on_all_ranks,
@@ -27,13 +27,20 @@ from mmcl.lightning.checkpoint_io import (
     save_mid_task_checkpoint,
     save_task_checkpoint,
 )
-from mmcl.lightning.config.trainer_settings import early_end, planned_steps
+from mmcl.lightning.config.trainer_settings import (
+    early_end,
+    expect_no_early_end,
+    planned_steps,
+)
 from mmcl.lightning.datamodule import check_bad_fraction
+from mmcl.lightning.loop_progress import rescale_loop_progress, set_loop_progress
 from mmcl.lightning.module import ContinualModule
-from mmcl.lightning.optimizers import lr_factor
+from mmcl.lightning.optimization.lr_schedules import SchedulePosition
 from mmcl.lightning.run_dir import RunDirectory, RunState
 from mmcl.lightning.run_loggers import ProgressLine, RunLoggers
 from mmcl.lightning.strategy_callback import StrategyCallback
+
+TaskPart = Literal["whole", "constant", "branch"]
 
 
 @dataclass
@@ -68,6 +75,9 @@ class TaskCallback(StrategyCallback):
         loggers: of the run, which are also the Trainer's.
         keep_best: end the task with the weights of its lowest validation "loss", or of its highest
             "score"; None = with those of its last step.
+        part: of the task: "whole", or with an infinite schedule the "constant" part, or the
+            annealed "branch" after it.
+        position: of the task in the tasks that share its schedule.
         show_progress: draw a progress line on a terminal.
     """
 
@@ -88,9 +98,12 @@ class TaskCallback(StrategyCallback):
         max_bad_fraction: float,
         loggers: RunLoggers,
         keep_best: KeepBest | None = None,
+        part: TaskPart = "whole",
+        position: SchedulePosition | None = None,
         show_progress: bool = True,
     ) -> None:
         super().__init__(task)
+        self.part, self.position = part, position or SchedulePosition()
         self.best = None if keep_best is None else BestWeights(keep_best)
         self.validated = ""  # a sentence on the last validation
         self.show_progress, self._is_save_due = show_progress, False
@@ -115,11 +128,18 @@ class TaskCallback(StrategyCallback):
             )
         module = self.module = pl_module
         self.parameters_before = sum(p.numel() for p in module.parameters())
+        module.begin_stage(self.task.stage)
         begin_task(module.model, module.strategy, self.task)
         module.update_trainable()
         if not module.has_trainable:
             # Closed form: end_task does it all, but Lightning needs one step for a fit.
             trainer.fit_loop.max_epochs, trainer.limit_train_batches = 1, 1
+            self.part = "whole"  # nothing to anneal
+        elif self.part == "branch":
+            steps = self.state.branch_step
+            branch = module.settings.schedule.branch_steps(steps)
+            trainer.fit_loop.max_epochs = -1
+            trainer.fit_loop.epoch_loop.max_steps = steps + branch
         trainer.datamodule.set_model_classes(module.model)  # type: ignore[attr-defined]
         hooks = ("project_gradients", "after_step")
         self._overrides = {hook: module.strategy.overrides(hook) for hook in hooks}
@@ -127,13 +147,19 @@ class TaskCallback(StrategyCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock and the progress line."""
         module = self.module
+        self._schedule = schedule = module.settings.schedule
         self.full_steps, self.steps = planned_steps(trainer)
-        if not self.steps and (module.lr_schedule != "constant" or 0 < module.warmup_steps < 1):
+        if not self.steps and schedule.needs_steps:
             raise ValueError(
-                f"lr_schedule is '{module.lr_schedule}' and trainer.max_epochs -1, so the steps of "
-                f"a task are not known (warmup_steps is {module.warmup_steps}): set max_epochs or "
+                f"lr_schedule is '{schedule.kind}' and trainer.max_epochs -1, so the steps of a "
+                f"task are not known (warmup_steps is {schedule.warmup_steps}): set max_epochs or "
                 "max_steps, or lr_schedule constant and warmup_steps a whole number"
             )
+        self._task_steps = self.state.branch_step if self.part == "branch" else self.steps
+        if self.part != "whole":
+            expect_no_early_end(trainer, self.best is not None)
+            if self.position.is_first:
+                schedule.expect_room(self._task_steps, self.task.name)
         self.step, self._parts = self.counts.steps, trainer.accumulate_grad_batches
         self._base_rates = [
             (group, group.get("initial_lr", group["lr"]))
@@ -142,7 +168,6 @@ class TaskCallback(StrategyCallback):
         ]
         for group, rate in self._base_rates:
             group["initial_lr"] = rate
-        self._has_schedule = module.warmup_steps > 0 or module.lr_schedule != "constant"
         self._rank, self._is_on_gpu = trainer.global_rank, module.device.type == "cuda"
         self._log_every = vars(trainer).get("log_every_n_steps", 50) if trainer.loggers else 0
         self._rates: dict[str, float] = {}
@@ -183,8 +208,8 @@ class TaskCallback(StrategyCallback):
         module = self.module
         if self._overrides["project_gradients"]:
             module.strategy.project_gradients(module.model)
-        if self._has_schedule:
-            factor = lr_factor(self.step, self.steps, module.warmup_steps, module.lr_schedule)
+        if self._schedule.is_active:
+            factor = self._schedule.factor(self.step, self._task_steps, self.position)
             for group, rate in self._base_rates:
                 group["lr"] = rate * factor
         self.step += 1
@@ -251,6 +276,9 @@ class TaskCallback(StrategyCallback):
         module = self.module
         if self._line is not None:
             self._line.close()
+        if self.part == "constant":
+            self._end_constant_part(trainer)
+            return
         reasons = [early_end(trainer, self.step, self.full_steps)] if module.has_trainable else []
         self.warnings = [f"task '{self.task.name}' {reason}" for reason in reasons if reason]
         if self.best is not None and self.best.state["value"] is None:
@@ -262,10 +290,8 @@ class TaskCallback(StrategyCallback):
             kept = f"step {self.best.state['step']}, of the best {self.best.measure}"
             self.validated = f"task '{self.task.name}' ends with the weights of {kept}"
         self.run_end_task(trainer, pl_module)
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        with raise_on_all_ranks(trainer):
-            if self.folder.writes:
-                data.save_replay_copies(module.strategy.replay_plan(), self.task.index)
+        if self.part == "whole":  # after a branch the next task replays what came before it
+            self._save_replay_copies(trainer)
         self._update_seconds()
         # Each rank has its own bad samples; all of them are counted and named.
         self._add_errors(tuple(all_gather_strings(self.counts.errors, module.device)))
@@ -283,6 +309,32 @@ class TaskCallback(StrategyCallback):
         self._flush_loggers(trainer)
         save_task_checkpoint(trainer, module, self.folder.task_checkpoint(self.task.index + 1))
 
+    def _end_constant_part(self, trainer: pl.Trainer) -> None:
+        """Save the state in which the annealed branch begins, and end the task without it.
+
+        The run state names the first file only when the second is written, so a kill between the
+        two repeats steps and skips nothing.
+        """
+        module, folder, state = self.module, self.folder, self.state
+        self._flush_loggers(trainer)
+        point = save_mid_task_checkpoint(trainer, folder.checkpoints, self.step, "last_branch.ckpt")
+        self.run_end_task(trainer, module)
+        self._save_replay_copies(trainer)
+        save_task_checkpoint(trainer, module, folder.constant_checkpoint(self.task.index + 1))
+        state.last_checkpoint, state.step = f"checkpoints/{point.name}", self.step
+        state.branch_step = self.step
+        with raise_on_all_ranks(trainer):
+            folder.save(state)
+            if folder.writes:
+                remove_mid_task_checkpoints(folder.checkpoints, but=point)
+
+    def _save_replay_copies(self, trainer: pl.Trainer) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        with raise_on_all_ranks(trainer):
+            if self.folder.writes:
+                plan = self.module.strategy.replay_plan()
+                data.save_replay_copies(plan, self.task.index)
+
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
@@ -294,31 +346,8 @@ class TaskCallback(StrategyCallback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Set Lightning's loop progress to that of an uninterrupted run.
-
-        A run resumed at the end of an epoch counts that epoch as not started (Lightning 2.6), and a
-        checkpoint of its next epoch cannot be resumed: batches would be trained on twice.
-        """
-        if "loops" not in checkpoint:
-            return
-        loops = checkpoint["loops"]["fit_loop"]
-        # As after the last finished batch of this fit, in on_train_batch_end.
-        total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
-        done = int(total.processed)
-        an_epoch = int(trainer.num_training_batches)
-        epochs = (done - 1) // an_epoch
-        in_epoch = done - epochs * an_epoch
-        progress = loops["epoch_loop.batch_progress"]
-        for name, count in (("total", done), ("current", in_epoch)):
-            progress[name].update(ready=count, started=count, processed=count, completed=count - 1)
-        progress["is_last_batch"] = in_epoch == an_epoch
-        for counts in loops["epoch_progress"].values():
-            counts.update(ready=epochs + 1, started=epochs + 1, processed=epochs, completed=epochs)
-        accumulation = trainer.accumulate_grad_batches
-        optimizers = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
-        for counts in optimizers.values():
-            counts["current"].update(dict.fromkeys(counts["current"], in_epoch // accumulation))
-        loops["epoch_loop.state_dict"]["_batches_that_stepped"] = done // accumulation - 1
+        """Set Lightning's loop progress to that of an uninterrupted run."""
+        set_loop_progress(trainer, checkpoint)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -326,10 +355,7 @@ class TaskCallback(StrategyCallback):
         """Count finished steps in the micro-batches of this start, which may have other devices."""
         now = trainer.accumulate_grad_batches
         then = checkpoint["callbacks"][self.state_key].get("parts", now)
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for name in ("total", "current") if then != now else ():
-            done = progress[name]["processed"] // then * now
-            progress[name].update(ready=done, started=done, processed=done, completed=done - 1)
+        rescale_loop_progress(checkpoint, then, now)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the task's counters and the state of its penalty monitor."""

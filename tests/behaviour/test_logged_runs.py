@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from mmcl.lightning.module import lr_factor
+from mmcl.lightning.optimization.lr_schedules import LRSchedule
 from tests.behaviour.kill_runs import KILLED
 from tests.lightning.small_runs import SmallRuns
 from tests.toys import toy_wandb
@@ -65,7 +65,7 @@ def test_one_csv_file_has_every_step_and_every_row(logged):
     ends = [int(line["step"]) for line in scored]
     assert ends[0] == 0
     assert ends[-1] == total
-    rates = [0.003 * lr_factor(step, end - start, 2, "cosine")
+    rates = [0.003 * LRSchedule("cosine", 2).factor(step, end - start)
              for start, end in zip(ends, ends[1:], strict=False)
              for step in range(end - start)]  # fmt: skip
     for column in ("learning_rate/default", "learning_rate/default/no_decay"):

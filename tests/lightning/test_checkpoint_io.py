@@ -10,12 +10,8 @@ import torch.distributed.checkpoint as dcp
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
-from mmcl.lightning.checkpoint_io import (
-    LostCheckpoint,
-    check_resumable,
-    check_whole,
-    reject_pickles,
-)
+from mmcl.lightning.checkpoints.checkpoint_checks import LostCheckpoint, check_whole, reject_pickles
+from mmcl.lightning.checkpoints.checkpoint_io import check_resumable
 from tests.toys.network_guard import Trap
 
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from mmcl.core.model import fsdp_blocks, module_stacks
 from mmcl.lightning import ContinualModule
-from mmcl.lightning.checkpoint_io import (
+from mmcl.lightning.checkpoints.checkpoint_io import (
     check_resumable,
     check_shardable,
     remove_mid_task_checkpoints,

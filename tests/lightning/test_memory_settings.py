@@ -10,9 +10,9 @@ import yaml
 from mmcl.cli import main
 from mmcl.core import Task
 from mmcl.evaluation.cost import Ledger
-from mmcl.lightning.continual_run import translate_errors
-from mmcl.lightning.resume import is_out_of_memory, note_changes
+from mmcl.lightning.resume import note_changes
 from mmcl.lightning.run_dir import RunDirectory, RunState
+from mmcl.lightning.run_errors import is_out_of_memory, translate_errors
 from mmcl.lightning.task_callback import TaskCallback
 from tests.lightning.small_runs import SmallRuns
 

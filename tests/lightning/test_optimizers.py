@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import timm
@@ -14,7 +15,7 @@ from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau
 from mmcl.core import Strategy, Task, begin_task
 from mmcl.lightning.config.cli import ContinualCLI
 from mmcl.lightning.module import ContinualModule
-from mmcl.lightning.optimizers import ParamGroup
+from mmcl.lightning.optimization.optimizers import ParamGroup
 from mmcl.models import OpenCLIP
 from mmcl.strategies import L2P, Chain, CLMoE, LoRA, ModalPrompt
 from tests.behaviour.kill_runs import KILLED
@@ -201,7 +202,7 @@ def test_adapters_have_the_depth_of_their_block():
     module = a_module(
         a_llava(), LoRA(rank=2), param_groups={"adapter": ParamGroup(layer_decay=0.5)}
     )
-    module.learning_rate = 1.0
+    module.settings = replace(module.settings, learning_rate=1.0)
     groups, _ = groups_of(module)
     assert {name: group["lr"] for name, group in groups.items()} == {"adapter/layer_01": 0.5}
 

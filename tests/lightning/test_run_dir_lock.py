@@ -10,8 +10,8 @@ import pytest
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from mmcl.core.atomic_write import WriteError, write_atomic
-from mmcl.lightning.continual_run import Terminated, translate_errors
 from mmcl.lightning.run_dir import INPUTS, LOCK, RunDirectory, RunState, lock_run_dir
+from mmcl.lightning.run_errors import Terminated, translate_errors
 
 
 def in_child(work):

@@ -7,9 +7,13 @@ import torch
 from transformers import get_scheduler
 
 from mmcl.lightning import ContinualDataModule, ContinualModule
-from mmcl.lightning.optimizers import expect_warmup, lr_factor
+from mmcl.lightning.optimization.lr_schedules import LRSchedule
 from mmcl.models import OpenCLIP
 from tests.lightning.small_runs import SmallRuns, small_model
+
+
+def lr_factor(step, steps, warmup, kind):
+    return LRSchedule(kind, warmup).factor(step, steps)
 
 
 def test_the_rate_rises_over_the_warmup():
@@ -38,7 +42,7 @@ def test_a_warmup_below_one_is_a_share_of_the_steps_rounded_up(share, steps, war
 @pytest.mark.parametrize("wrong", [-1, 1.5, -0.1])
 def test_a_warmup_that_is_neither_steps_nor_a_share_is_refused(wrong):
     with pytest.raises(ValueError, match=f"warmup_steps is {wrong}: give a number of steps"):
-        expect_warmup(wrong)
+        LRSchedule("constant", wrong)
 
 
 def test_the_cosine_would_be_zero_one_step_after_the_last():

@@ -22,7 +22,8 @@ from mmcl.lightning.config.trainer_settings import (
     planned_steps,
 )
 from mmcl.lightning.datamodule import ContinualDataModule
-from mmcl.lightning.module import ContinualModule, lr_factor
+from mmcl.lightning.module import ContinualModule
+from mmcl.lightning.optimization.lr_schedules import LRSchedule
 from mmcl.lightning.run_dir import RunDirectory
 from mmcl.lightning.task_callback import TaskCallback
 from tests.behaviour.kill_runs import KILLED
@@ -306,7 +307,8 @@ def test_a_task_that_max_steps_ends_is_finished_and_named(watched):
     sentence = "task 'task-a' was ended by trainer.max_steps 4 after 4 of 6 steps"
     assert sentence in watched.warnings()
     # The cosine ends with the true last step, and end_task was called: EWC has its table.
-    assert watched.rates == pytest.approx([3e-3 * lr_factor(s, 4, 0, "cosine") for s in range(4)])
+    expected = [3e-3 * LRSchedule("cosine").factor(s, 4) for s in range(4)]
+    assert watched.rates == pytest.approx(expected)
     found = watched.runs.kept("run")["strategy.importance._extra_state"]["tensors"]
     assert any(float(values.abs().max()) > 0 for values in found.values())
 

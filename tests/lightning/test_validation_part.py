@@ -12,7 +12,7 @@ from mmcl.core import Batch, TaskStream
 from mmcl.data import open_stream
 from mmcl.data.decode import decode_image
 from mmcl.data.shards.reader import validation_size
-from mmcl.lightning.checkpoint_io import BestWeights
+from mmcl.lightning.checkpoints.checkpoint_io import BestWeights
 from mmcl.lightning.module import ContinualModule
 from mmcl.lightning.task_callback import TaskCallback
 from mmcl.models import OpenCLIP

@@ -18,7 +18,8 @@ from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-define
     MisconfigurationException,  # re-exported from Fabric
 )
 
-from mmcl.lightning.checkpoint_io import METADATA, KeepBest, reject_pickles
+from mmcl.lightning.checkpoints.checkpoint_checks import METADATA, reject_pickles
+from mmcl.lightning.checkpoints.checkpoint_io import KeepBest
 from mmcl.lightning.config.config_errors import (
     ConfigError,
     config_files,

@@ -335,6 +335,21 @@ def early_end(trainer: Any, done: int, full: int) -> str:
     return f"was ended by {why} after {done} of {full} steps"
 
 
+def expect_no_early_end(trainer: Any, keeps_best: bool) -> None:
+    """Check that nothing ends a task of an infinite schedule before its planned last step.
+
+    Raises:
+        ValueError: naming the setting or callback.
+    """
+    stopping = [type(c).__name__ for c in trainer.callbacks if isinstance(c, Timer | EarlyStopping)]
+    if keeps_best or stopping:
+        name = "keep_best" if keeps_best else f"trainer.callbacks ({stopping[0]}) or max_time"
+        raise ValueError(
+            f"lr_schedule is 'infinite', whose annealed branch begins at the last step of a task, "
+            f"and {name} chooses another: leave it out, or use lr_schedule rewarm_cosine"
+        )
+
+
 def order_unions(parser: Any) -> None:
     """Let a parser try int before float for every setting that may be either.
 

@@ -1,15 +1,14 @@
-"""Optimizer of a module: named parameter groups with rates and weight decay, and the schedule."""
+"""Optimizer of a module: named parameter groups with rates and weight decay."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -19,7 +18,6 @@ from mmcl.core.model import module_stacks, without_adapters
 
 ADAPTER, PROMPT, HEAD = "adapter", "prompt", "head"
 _DEFAULT = "default"
-Schedule = Literal["constant", "cosine"]
 _INPUT = re.compile("embed|token|cls|patch|stem")
 """Words in the names of the parameters below a tower's first block."""
 
@@ -91,40 +89,6 @@ def parse_param_groups(
             value = ParamGroup(**value)
         parsed[pattern] = value if isinstance(value, ParamGroup) else ParamGroup(float(value))
     return parsed
-
-
-def expect_warmup(warmup_steps: int | float) -> int | float:
-    """Return ``warmup_steps``, a whole number or a share of a task's steps below 1.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    if warmup_steps < 0 or (warmup_steps > 1 and warmup_steps % 1):
-        raise ValueError(
-            f"warmup_steps is {warmup_steps}: give a number of steps, or a share of a task's steps "
-            "below 1, such as 0.03"
-        )
-    return warmup_steps
-
-
-def lr_factor(step: int, steps: int, warmup: int | float, schedule: Schedule) -> float:
-    """Return the factor of the base learning rate at a step, so that no scheduler has a state.
-
-    Args:
-        step: finished optimizer steps of this task, from 0.
-        steps: optimizer steps of the whole task.
-        warmup: steps of linear warm-up from 1/warmup to 1; below 1 a share of ``steps``, rounded up
-            as in transformers.
-        schedule: "constant", or "cosine" as in open_clip: 1 in the first of the n steps after the
-            warm-up, (1 + cos(pi (n - 1) / n)) / 2 in the last. It would be 0 in the step after.
-    """
-    warmup = math.ceil(warmup * steps) if warmup < 1 else warmup
-    if step < warmup:
-        return (step + 1) / warmup
-    if schedule == "constant":
-        return 1.0
-    progress = (step - warmup) / max(1, steps - warmup)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def build_optimizer(

@@ -1,0 +1,1 @@
+"""Checkpoints of a run: written atomically, checked before use, with the state they hold."""
