@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from mmcl.lightning.checkpoints.checkpoint_io import (
     raise_on_all_ranks,
     remove_mid_task_checkpoints,
 )
+from mmcl.lightning.config.stream_settings import unused_stages
 from mmcl.lightning.config.trainer_settings import check_monitors, direct_checkpoints
 from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.evaluate import evaluate_row
@@ -119,7 +120,9 @@ class ContinualRun:
             matrix = fresh.with_cells_of(self.folder.path / "matrix.json")
             check_data(self.folder, self.data, state, matrix.measured_names())
             module = self._load_to_resume(state, matrix)
-            for note in self.data.prepared.notes:
+            settings: dict[str, Iterable[str]] = {"data.stages": self.data.stages}
+            settings |= {} if module is None else {"model.stages": module.stages}
+            for note in (*self.data.prepared.notes, *unused_stages(stream, settings)):
                 self.log(note)
             note_changes(self.folder, state, stream)
             self._log_start(state)

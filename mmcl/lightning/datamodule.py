@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 
 from mmcl.core import ReplayPlan, Strategy, Task, TaskStream
+from mmcl.core.card import Stage
 from mmcl.data import (
     ReplayCopyReader,
     eval_loader,
@@ -26,6 +27,7 @@ from mmcl.data.remote.cache import parse_size
 from mmcl.data.shards.replay_copies import released_tasks
 from mmcl.evaluation.evaluators import EvalSpec, make_eval_spec
 from mmcl.evaluation.scorers import SCORERS
+from mmcl.lightning.config.stream_settings import StageData, apply_settings
 from mmcl.lightning.config.trainer_settings import count_global_batches, limit_to_whole_steps
 from mmcl.lightning.model_support import check_model_supports_stream
 from mmcl.lightning.strategy_callback import OnDevice
@@ -51,6 +53,8 @@ class ContinualDataModule(pl.LightningDataModule):
             order of classes is set when a stream is made: mmcl data convert --class_order_seed.
         task_epochs: task name -> epochs of that task, in place of the card's; the other tasks have
             those of the card, else ``trainer.max_epochs``.
+        stages: stage of a task, "cpt", "dap" or "cft" -> its epochs, mixture and replay ratio, in
+            place of the card's, see ``StageData``.
         max_samples: 200 = at most 200 samples of every split of a task, 0.02 = that fraction,
             1 = one sample, 1.0 = all.
         validation_share: fraction of the training samples of every task that is held out: it is
@@ -83,6 +87,7 @@ class ContinualDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         task_order: Sequence[int] | None = None,
         task_epochs: Mapping[str, int] | None = None,
+        stages: Mapping[Stage, StageData] | None = None,
         max_samples: int | float | None = None,
         validation_share: float = 0.0,
         max_bad_fraction: float = 0.01,
@@ -105,6 +110,7 @@ class ContinualDataModule(pl.LightningDataModule):
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
         self.task_order, self.task_epochs = task_order, dict(task_epochs or {})
+        self.stages = dict(stages or {})
         is_count = max_samples is not None and max_samples > 1
         self.max_samples = int(max_samples or 0) if is_count else max_samples
         _check_share(validation_share)
@@ -161,18 +167,11 @@ class ContinualDataModule(pl.LightningDataModule):
 
     @cached_property
     def declared_stream(self) -> TaskStream:
-        """Stream as declared by the card and ``task_epochs``, before samples are counted."""
+        """Stream of card, ``stages`` and ``task_epochs``, before samples are counted."""
         stream = TaskStream.read(self.card, self.task_order, tuple(SCORERS))
-        if self.task_epochs:
+        if self.task_epochs or self.stages:
             known = [task.name for task in TaskStream.read(self.card)]
-            wrong = [name for name, n in self.task_epochs.items() if name not in known or n < 1]
-            if wrong:
-                raise ValueError(
-                    f"data.task_epochs gives '{wrong[0]}' {self.task_epochs[wrong[0]]} epochs: "
-                    f"give 1 or more to tasks of the card, {', '.join(known)}"
-                )
-            epochs = {task.name: task.epochs for task in stream} | self.task_epochs
-            stream.tasks = tuple(replace(task, epochs=epochs[task.name]) for task in stream)
+            apply_settings(stream, known, self.task_epochs, self.stages)
         return stream
 
     @property

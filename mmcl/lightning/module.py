@@ -131,6 +131,10 @@ class ContinualModule(pl.LightningModule):
             bare for n, p in model.named_parameters()
             if p.requires_grad and (bare := without_adapters(n)) in self._base_names
         )  # fmt: skip
+        for stage in self.stages:  # refuses what no stage can train
+            self.begin_stage(stage)
+        self.settings = self.own_settings
+        freeze_for_stage(self.model, self._stage_names, None, "")
         self.has_trainable = any(p.requires_grad for p in self.parameters())
         # Lightning's DDP refuses a module without trainable parameters.
         self.dummy_parameter = None if self.has_trainable else nn.Parameter(torch.zeros(()))
@@ -161,11 +165,11 @@ class ContinualModule(pl.LightningModule):
         weight = loss_weight(done.batch)  # the batch may contain replay samples
         return done.loss if weight == 1.0 else done.loss * weight
 
-    def settings_of(self, stage: Stage) -> TrainingSettings:
+    def settings_of(self, stage: str) -> TrainingSettings:
         """Return the settings of the tasks of a stage."""
         return self.stages.get(stage, self.own_settings)
 
-    def begin_stage(self, stage: Stage) -> None:
+    def begin_stage(self, stage: str) -> None:
         """Take the settings of a stage, and freeze what it does not train; before each task."""
         self.settings = self.settings_of(stage)
         if self.stages:

@@ -198,6 +198,14 @@ def explain_parser_error(message: str, known: Collection[str]) -> str:
         missing = message.partition(":")[2].strip()
         return f"{missing} is not set: give a complete configuration with --config"
     key = re.search(r"(?:Parser|Option) key \"([^\"]+)\"", message)
+    nested = re.search(r"NestedArg\(key='([^']+)', val='([^']*)'\)", message)
+    if nested and key:
+        name, inner = nested[1].partition(".")[::2]
+        example = f"{{{inner}: {nested[2]}}}" if inner else nested[2]
+        return (
+            f"--{key[1]}.{nested[1]} is one value of a mapping, which the command line replaces "
+            f"whole: give --{key[1]}.{name} '{example}', or write it into the configuration file"
+        )
     strategy = re.search(r"dot import path string: (\S+)", message)
     if strategy and key and "strateg" in key[1]:
         return f"{key[1]}: {unknown_strategy(strategy[1])}"

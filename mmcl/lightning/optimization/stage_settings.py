@@ -161,7 +161,7 @@ def task_span(tasks: Sequence[Task], index: int, stages: Collection[str]) -> tup
 def freeze_for_stage(
     model: nn.Module, names: Collection[str], trainable: Sequence[str] | None, stage: str
 ) -> None:
-    """Set which of a model's own parameters are trained in a stage.
+    """Freeze the parameters of a model that a stage does not train, and no others.
 
     Args:
         model: its parameters are changed.
@@ -186,8 +186,8 @@ def freeze_for_stage(
             known = sorted({part_of[id(p)] for p in own.values() if id(p) in part_of})
             raise ValueError(
                 f"model.stages.{stage}.trainable has '{pattern}', which "
-                f"{_no_match(pattern, [*parts, *bare], [*known, *own])}. Parts that may be "
-                f"trained: {', '.join(known) or 'none'}"
+                f"{_no_match(pattern, [*parts, *bare], [*known, *own])} (parts that may be "
+                f"trained: {', '.join(known) or 'none'})"
             )
         chosen |= found
     for name, parameter in own.items():
