@@ -120,10 +120,7 @@ class ContinualRun:
             matrix = fresh.with_cells_of(self.folder.path / "matrix.json")
             check_data(self.folder, self.data, state, matrix.measured_names())
             module = self._load_to_resume(state, matrix)
-            settings: dict[str, Iterable[str]] = {"data.stages": self.data.stages}
-            settings |= {} if module is None else {"model.stages": module.stages}
-            for note in (*self.data.prepared.notes, *unused_stages(stream, settings)):
-                self.log(note)
+            self._log_notes(module)
             note_changes(self.folder, state, stream)
             self._log_start(state)
             rows = state.finished_tasks + 1
@@ -140,16 +137,22 @@ class ContinualRun:
             if module is None:
                 self.loggers.close()
                 return matrix
-            earlier = state.seconds
-            for task in stream.tasks[state.finished_tasks :]:
-                module = self._train_task(module, state, task.index)
-                state.seconds = round(earlier + time.monotonic() - started, 3)
-                self.folder.save(state)
-                self._evaluate_row(matrix, module, task.index + 1, state)
-                if self._is_constant(module, task.index + 1):
-                    module = self._reload(module, task.index + 1)
+            self._train_tasks(module, state, matrix, started)
             self.loggers.close()
             return matrix
+
+    def _train_tasks(
+        self, module: ContinualModule, state: RunState, matrix: AccuracyMatrix, started: float
+    ) -> None:
+        """Train the remaining tasks, and evaluate the row of each."""
+        earlier = state.seconds
+        for task in self.data.stream.tasks[state.finished_tasks :]:
+            module = self._train_task(module, state, task.index)
+            state.seconds = round(earlier + time.monotonic() - started, 3)
+            self.folder.save(state)
+            self._evaluate_row(matrix, module, task.index + 1, state)
+            if self._is_constant(module, task.index + 1):
+                module = self._reload(module, task.index + 1)
 
     def evaluate(self, rows: Sequence[int], columns: Sequence[int]) -> AccuracyMatrix:
         """Evaluate cells again from the task checkpoints, with results under ``evaluation/``.
@@ -251,6 +254,12 @@ class ContinualRun:
                 self.unmeasured.append(sentence)
             warnings.warn(sentence, stacklevel=2)
             return None
+
+    def _log_notes(self, module: ContinualModule | None) -> None:
+        settings: dict[str, Iterable[str]] = {"data.stages": self.data.stages}
+        settings |= {} if module is None else {"model.stages": module.stages}
+        for note in (*self.data.prepared.notes, *unused_stages(self.data.stream, settings)):
+            self.log(note)
 
     def _log_start(self, state: RunState) -> None:
         total = len(self.data.stream)

@@ -80,6 +80,11 @@ class ContinualModule(pl.LightningModule):
 
     model: Any
     strict_loading = False  # checkpoints have no frozen weights; on_load_checkpoint checks
+    in_continual_run = False
+    last_step: StepOutput | None = None
+    fsdp: Any = None
+    mesh: Any = None  # device mesh of the first sharding
+    _validation_loss: ValidationLoss | None = None
 
     def __init__(
         self,
@@ -103,14 +108,14 @@ class ContinualModule(pl.LightningModule):
         super().__init__()
         self.model = model
         self.strategy = Finetune() if strategy is None else strategy
-        if lr_scheduler is not None and (warmup_steps or lr_schedule != "constant"):
+        schedule = LRSchedule(
+            lr_schedule, warmup_steps, min_lr_ratio, constant_lr_ratio, cooldown_steps, anneal_steps
+        )
+        if lr_scheduler is not None and schedule.is_active:
             raise ValueError(
                 f"lr_scheduler is given beside warmup_steps {warmup_steps} and lr_schedule "
                 f"'{lr_schedule}', which also set the learning rate: leave these two out"
             )
-        schedule = LRSchedule(
-            lr_schedule, warmup_steps, min_lr_ratio, constant_lr_ratio, cooldown_steps, anneal_steps
-        )
         self.settings = self.own_settings = TrainingSettings(
             learning_rate, weight_decay, betas, schedule, parse_param_groups(param_groups)
         )
@@ -120,32 +125,29 @@ class ContinualModule(pl.LightningModule):
             has_optimizer=optimizer is not None, has_scheduler=lr_scheduler is not None,
         )  # fmt: skip
         self._base_names = frozenset(name for name, _ in model.named_parameters())
-        for part in self.strategy.modules():
-            own_seed = getattr(part, "seed", None)
-            if seed and isinstance(own_seed, int):
-                vars(part)["seed"] = own_seed + 1_000_003 * seed
+        _mix_seed(self.strategy, seed)
         self.strategy.attach(self.model)
         self.frozen = {f"model.{n}" for n, p in model.named_parameters() if not p.requires_grad}
-        # The model's own parameters that some stage may train; each stage freezes its others.
-        self._stage_names = frozenset(
-            bare for n, p in model.named_parameters()
-            if p.requires_grad and (bare := without_adapters(n)) in self._base_names
-        )  # fmt: skip
-        for stage in self.stages:  # refuses what no stage can train
-            self.begin_stage(stage)
-        self.settings = self.own_settings
-        freeze_for_stage(self.model, self._stage_names, None, "")
+        self._stage_names = self._expect_stages_trainable()
         self.has_trainable = any(p.requires_grad for p in self.parameters())
         # Lightning's DDP refuses a module without trainable parameters.
         self.dummy_parameter = None if self.has_trainable else nn.Parameter(torch.zeros(()))
-        self.in_continual_run = False
         self.scorers: list[Evaluator] = []
         self.validation: dict[str, float] = {}  # metrics of the last validation
-        self._validation_loss: ValidationLoss | None = None
-        self.fsdp: Any = None
-        self.mesh: Any = None  # device mesh of the first sharding
-        self.last_step: StepOutput | None = None
         self._merged = ExitStack()
+
+    def _expect_stages_trainable(self) -> frozenset[str]:
+        """Return the names of the model's own parameters that may be trained, in any stage."""
+        names = frozenset(
+            bare
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and (bare := without_adapters(name)) in self._base_names
+        )
+        for stage, settings in self.stages.items():
+            freeze_for_stage(self.model, names, settings.trainable, stage)
+        if self.stages:
+            freeze_for_stage(self.model, names, None, "")
+        return names
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; two plain ones without torch's search for parameters in them.
@@ -401,3 +403,11 @@ class ContinualModule(pl.LightningModule):
 
     def _data(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]
+
+
+def _mix_seed(strategy: Strategy, seed: int) -> None:
+    """Mix the seed of a run into the seeds of a strategy and its parts."""
+    for part in strategy.modules():
+        own = getattr(part, "seed", None)
+        if seed and isinstance(own, int):
+            vars(part)["seed"] = own + 1_000_003 * seed
