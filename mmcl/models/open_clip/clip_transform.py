@@ -143,7 +143,9 @@ def _scaled(pixels: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     if tuple(pixels.shape[1:]) == size:
         return pixels.contiguous()
     mode = "bilinear" if mode == "bilinear" else "bicubic"
-    return functional.interpolate(pixels[None], size, mode=mode, antialias=True)[0]
+    # Torch resizes a crop, whose lines are apart in memory, in nearly twice the time of a copy.
+    dense = pixels[None].contiguous(memory_format=torch.channels_last)
+    return functional.interpolate(dense, size, mode=mode, antialias=True)[0]
 
 
 def _center(pixels: Tensor, size: tuple[int, int], fill: int = 0) -> Tensor:
