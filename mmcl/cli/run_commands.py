@@ -20,6 +20,7 @@ from mmcl.evaluation.run_files import (
 from mmcl.export import FORMATS, default_format
 from mmcl.lightning.config.run_reference import RunReference, find_run_dir, finished_tasks
 from mmcl.report import compare, matrix_csv, matrix_latex, matrix_table, write_report
+from mmcl.report.equal_cost import COSTS, compare_at_equal
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -91,8 +92,22 @@ def compare_runs(argv: Sequence[str]) -> int:
         default=Path("runs/comparison"),
         help="folder of the results (%(default)s)",
     )
+    parser.add_argument(
+        "--at_equal",
+        metavar="COST",
+        help=f"compare when the runs had cost as much as the cheapest: {', '.join(COSTS)}; "
+        "samples=5000 states the cost",
+    )
     given = parser.parse_args(argv)
-    found = compare([find_run_dir(name) for name in given.runs])
+    folders = [find_run_dir(name) for name in given.runs]
+    if given.at_equal:
+        kind, has_budget, budget = given.at_equal.partition("=")
+        equal = compare_at_equal(folders, kind, _amount(budget) if has_budget else None)
+        equal.write(given.out)
+        print(equal.text())
+        print(f"plot and table: {given.out}")
+        return 0
+    found = compare(folders)
     found.write(given.out)
     print(found.text())
     print(f"plot and page: {given.out}")
@@ -132,6 +147,13 @@ def export(argv: Sequence[str]) -> int:
         )
     print(FORMATS[form](module, given.target, half=given.half))
     return 0
+
+
+def _amount(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"--at_equal has {text!r} behind the =: give a number") from None
 
 
 def _run_parser(program: str, description: str | None) -> CommandParser:

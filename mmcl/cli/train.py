@@ -53,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
         seed=cli.seed,
         checkpoint_every_n_steps=int(cli.config["checkpoint_every_n_steps"]),
         keep_best=cli.config["keep_best"],
+        budget=cli.make_budget(),
         show_progress=cli.config["trainer"]["enable_progress_bar"] is not False,
         log=console.print,
         loggers=cli.make_loggers(),
@@ -162,5 +163,9 @@ def _settings() -> Iterator[tuple[str, str]]:
             if match[1] != "seed":
                 yield f"{group}.{match[1]}", " ".join(match[2].split())
     yield "keep_best", "end every task with the weights of its best validation: loss or score"
+    yield (
+        "budget",
+        "limits: task.train_samples, stream.train_flops, stream.seconds, buffer_bytes ...",
+    )
     yield "trainer.max_epochs", "epochs of every task; trainer.* are the arguments of Lightning's"
     yield "trainer.devices", "Trainer: accelerator, devices, strategy, precision, ..."

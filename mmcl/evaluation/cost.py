@@ -39,6 +39,18 @@ class TaskCost:
     parameters_added: Count = 0
     state_bytes: Count = 0
 
+    @property
+    def memory_adjusted_flops(self) -> float | None:
+        """FLOPs x GiB of peak memory, None if one of them is not known.
+
+        Roth et al. 2024, arXiv:2408.14471, weight the FLOPs of a method by its peak device memory,
+        so that a method that saves one at the cost of the other is not favored. Only ratios between
+        runs on one kind of device mean something; on a CPU the memory is that of the process.
+        """
+        if self.flops is None or self.peak_memory_bytes is None:
+            return None
+        return self.flops * self.peak_memory_bytes / 2**30
+
     def merge(self, later: TaskCost) -> TaskCost:
         """Add the cost of a resumed run of a task to that of its interrupted run.
 

@@ -43,6 +43,7 @@ from mmcl.lightning.resume import (
 from mmcl.lightning.run_dir import RunDirectory, RunState
 from mmcl.lightning.run_errors import memory_advice, translate_errors
 from mmcl.lightning.run_loggers import RunLoggers
+from mmcl.lightning.stages.budget import RunBudget, TaskLimit, budget_line
 from mmcl.lightning.strategy_callback import EVAL_MODE_WARNING
 from mmcl.lightning.task_callback import TaskCallback, TaskPart
 
@@ -62,6 +63,7 @@ class ContinualRun:
         checkpoint_every_n_steps: optimizer steps between mid-task checkpoints, 0 = none.
         keep_best: end every task with the weights of its lowest validation "loss", or of its
             highest "score"; None = with those of its last step.
+        budget: limits of training and of what a strategy keeps, None = there are none.
         show_progress: draw a progress line on a terminal.
         log: receives log messages; the library itself prints nothing.
         loggers: of Lightning, shared by the Trainers of all tasks, see ``RunLoggers``.
@@ -77,6 +79,7 @@ class ContinualRun:
         seed: int = 0,
         checkpoint_every_n_steps: int = 200,
         keep_best: KeepBest | None = None,
+        budget: RunBudget | None = None,
         show_progress: bool = True,
         log: Callable[[str], None] = lambda sentence: None,
         loggers: Sequence[Logger] = (),
@@ -86,6 +89,7 @@ class ContinualRun:
         self.folder = RunDirectory(folder, writes=self.is_first)
         self.seed, self.checkpoint_every_n_steps = seed, checkpoint_every_n_steps
         self.keep_best, self.show_progress = keep_best, show_progress
+        self.budget = budget or RunBudget()
         self._has_explained = False
         if keep_best is not None and not data.validation_share:
             raise ValueError(
@@ -151,6 +155,8 @@ class ContinualRun:
             state.seconds = round(earlier + time.monotonic() - started, 3)
             self.folder.save(state)
             self._evaluate_row(matrix, module, task.index + 1, state)
+            if line := budget_line(self.budget, self._ledger()):
+                self.log(line)
             if self._is_constant(module, task.index + 1):
                 module = self._reload(module, task.index + 1)
 
@@ -313,6 +319,12 @@ class ContinualRun:
         span = (first, last if state.span_last < index else state.span_last)
         part: TaskPart = "whole"
         if schedule.kind == "infinite":
+            if self.budget.limits_steps:
+                raise ValueError(
+                    f"lr_schedule is 'infinite' for task '{stream[index].name}', which ends with "
+                    "an annealed branch, and a budget may end it before: limit its steps with "
+                    "trainer.max_steps, or use lr_schedule rewarm_cosine"
+                )
             part = "branch" if state.branch_step else "constant"
         hooks = self._fit(module, state, part, span)
         if hooks.part == "constant":
@@ -340,6 +352,8 @@ class ContinualRun:
             keep_best=self.keep_best,
             part=part,
             position=position,
+            budget=self.budget,
+            limit=self._task_limit(),
             show_progress=self.show_progress,
             loggers=self.loggers,
         )
@@ -365,6 +379,16 @@ class ContinualRun:
         destroy_process_groups(trainer, module)
         return hooks
 
+    def _ledger(self) -> Ledger:
+        file = self.folder.path / "ledger.json"
+        return Ledger.read(file) if file.is_file() else Ledger()
+
+    def _task_limit(self) -> TaskLimit | None:
+        """Return the limits of the next task by the budget; BudgetSpent if nothing is left."""
+        if not self.budget.limits_steps:
+            return None
+        return TaskLimit(self.budget, self._ledger())
+
     def _explain_accumulation(self, trainer: pl.Trainer) -> None:
         parts = trainer.accumulate_grad_batches
         if parts > 1 and self.is_first and not self._has_explained:
@@ -388,10 +412,9 @@ class ContinualRun:
             self.log(hooks.validated)
         with raise_on_all_ranks(trainer):
             if self.is_first:
-                ledger_file = self.folder.path / "ledger.json"
-                ledger = Ledger.read(ledger_file) if ledger_file.is_file() else Ledger()
+                ledger = self._ledger()
                 ledger.put(hooks.cost)
-                ledger.write(ledger_file)
+                ledger.write(self.folder.path / "ledger.json")
                 self.folder.save(state)
                 remove_mid_task_checkpoints(self.folder.checkpoints)
 

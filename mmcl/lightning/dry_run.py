@@ -25,8 +25,8 @@ from mmcl.lightning.evaluate import evaluate_row
 from mmcl.lightning.model_support import make_supported_module
 from mmcl.lightning.module import ContinualModule
 from mmcl.lightning.run_dir import RunDirectory
+from mmcl.lightning.stages.task_cost import peak_memory
 from mmcl.lightning.strategy_callback import StrategyCallback
-from mmcl.lightning.task_callback import peak_memory
 
 ROWS, STEPS, PASS_BATCHES = 32, 2, 4
 """Test samples of every task, optimizer steps, and batches of the pass at the end of a task."""

@@ -43,10 +43,15 @@ RESUMABLE_KEYS = (
     "trainer.profiler", "trainer.log_every_n_steps", "trainer.default_root_dir", "data.data_dir",
     "data.num_workers", "data.eval_batch_size", "data.verify_hashes", "data.max_bad_fraction",
     "data.cache_dir", "data.cache_limit", "checkpoint_every_n_steps", "trainer.enable_progress_bar",
+    "budget.buffer_bytes",
 )  # fmt: skip
 # Settings of memory and speed that leave the global batch and the parameters as they are: free too,
 # but other bits are computed with them, so a change is noted in the summary.
-MEMORY_KEYS = ("data.micro_batch_size", "trainer.accumulate_grad_batches", "trainer.precision")
+# A larger budget of the stream lets a run go further, which is noted too.
+MEMORY_KEYS = (
+    "data.micro_batch_size", "trainer.accumulate_grad_batches", "trainer.precision",
+    "budget.stream.",
+)  # fmt: skip
 _CHECKPOINTING = ".gradient_checkpointing"
 _DATA_PATHS = ("data.stream", "data.data_dir")
 
@@ -285,7 +290,8 @@ def _is_free(key: str) -> bool:
 
 def _is_of_memory(key: str) -> bool:
     """Return whether a setting is one of memory, whose change is noted."""
-    return key in MEMORY_KEYS or (key.startswith("model.model.") and key.endswith(_CHECKPOINTING))
+    is_checkpointing = key.startswith("model.model.") and key.endswith(_CHECKPOINTING)
+    return key.startswith(MEMORY_KEYS) or is_checkpointing
 
 
 def _digest(value: Any) -> str:

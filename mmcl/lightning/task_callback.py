@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 import warnings
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -18,7 +16,6 @@ from mmcl.core import Task, begin_task
 from mmcl.core.atomic_write import WriteError
 from mmcl.core.distributed import all_gather_strings
 from mmcl.core.seeding import hash_seed
-from mmcl.evaluation.cost import TaskCost
 from mmcl.lightning.checkpoints.checkpoint_io import (
     BestWeights,
     KeepBest,
@@ -38,26 +35,11 @@ from mmcl.lightning.module import ContinualModule
 from mmcl.lightning.optimization.lr_schedules import SchedulePosition
 from mmcl.lightning.run_dir import RunDirectory, RunState
 from mmcl.lightning.run_loggers import ProgressLine, RunLoggers
+from mmcl.lightning.stages.budget import RunBudget, TaskLimit
+from mmcl.lightning.stages.task_cost import TaskCounters, task_cost
 from mmcl.lightning.strategy_callback import StrategyCallback
 
 TaskPart = Literal["whole", "constant", "branch"]
-
-
-@dataclass
-class TaskCounters:
-    """Counters of a task's cost so far, stored in its mid-task checkpoints.
-
-    ``rows`` counts the samples of all steps over all devices, ``new`` those of the task itself;
-    ``notes`` are the sentences of samples of which the model took a part, as keys.
-    """
-
-    seconds: float = 0.0
-    steps: int = 0
-    rows: int = 0
-    new: int = 0
-    flops_per_sample: float = 0.0
-    errors: list[str] = field(default_factory=list)
-    notes: dict[str, bool] = field(default_factory=dict)
 
 
 class TaskCallback(StrategyCallback):
@@ -78,6 +60,8 @@ class TaskCallback(StrategyCallback):
         part: of the task: "whole", or with an infinite schedule the "constant" part, or the
             annealed "branch" after it.
         position: of the task in the tasks that share its schedule.
+        budget: of the run.
+        limit: limits of this task's steps by the budget, None = there are none.
         show_progress: draw a progress line on a terminal.
     """
 
@@ -100,10 +84,13 @@ class TaskCallback(StrategyCallback):
         keep_best: KeepBest | None = None,
         part: TaskPart = "whole",
         position: SchedulePosition | None = None,
+        budget: RunBudget | None = None,
+        limit: TaskLimit | None = None,
         show_progress: bool = True,
     ) -> None:
         super().__init__(task)
         self.part, self.position = part, position or SchedulePosition()
+        self.budget, self.limit = budget or RunBudget(), limit
         self.best = None if keep_best is None else BestWeights(keep_best)
         self.validated = ""  # a sentence on the last validation
         self.show_progress, self._is_save_due = show_progress, False
@@ -148,6 +135,7 @@ class TaskCallback(StrategyCallback):
         """Start the clock and the progress line."""
         module = self.module
         self._schedule = schedule = module.settings.schedule
+        self._parts = trainer.accumulate_grad_batches
         self.full_steps, self.steps = planned_steps(trainer)
         if not self.steps and schedule.needs_steps:
             raise ValueError(
@@ -155,12 +143,14 @@ class TaskCallback(StrategyCallback):
                 f"task are not known (warmup_steps is {schedule.warmup_steps}): set max_epochs or "
                 "max_steps, or lr_schedule constant and warmup_steps a whole number"
             )
+        if self.limit is not None and module.has_trainable:
+            self._limit_steps(trainer, self.limit)
         self._task_steps = self.state.branch_step if self.part == "branch" else self.steps
         if self.part != "whole":
             expect_no_early_end(trainer, self.best is not None)
             if self.position.is_first:
                 schedule.expect_room(self._task_steps, self.task.name)
-        self.step, self._parts = self.counts.steps, trainer.accumulate_grad_batches
+        self.step = self.counts.steps
         self._base_rates = [
             (group, group.get("initial_lr", group["lr"]))
             for optimizer in trainer.optimizers
@@ -182,6 +172,34 @@ class TaskCallback(StrategyCallback):
             title, self.steps or None, is_shown=is_shown and trainer.is_global_zero
         )
         self._clock = time.monotonic()
+
+    def _limit_steps(self, trainer: pl.Trainer, limit: TaskLimit) -> None:
+        """Let the task end with the last step within its limits."""
+        if not self.steps and limit.limits_steps:
+            raise ValueError(
+                "budget limits the samples or operations of a task, and trainer.max_epochs is -1: "
+                "set max_epochs or max_steps"
+            )
+        loader: Any = trainer.train_dataloader
+        epoch_steps = int(trainer.num_training_batches) // self._parts
+        counted = partial(loader.mixture.samples_after, epoch_steps=epoch_steps)
+        steps = limit.limit_steps(self.steps, counted, self.counts.flops_per_sample)
+        if steps < self.steps:
+            trainer.fit_loop.epoch_loop.max_steps = self.steps = steps
+
+    def _is_over_budget(self, trainer: pl.Trainer) -> bool:
+        """Return whether the budget ends the task with the step that was just counted."""
+        limit = self.limit
+        if limit is None:
+            return False
+        if limit.needs_flops and self.step == 1:
+            # Only the first process counts them.
+            flops = trainer.strategy.broadcast(self.counts.flops_per_sample)
+            self.counts.flops_per_sample = float(flops)
+            self._limit_steps(trainer, limit)
+            self._task_steps = self.steps
+        self._update_seconds()
+        return limit.is_over(trainer, self.counts.seconds)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -232,10 +250,8 @@ class TaskCallback(StrategyCallback):
             self.alarm.update(done.terms)
             if self._overrides["after_step"]:
                 module.strategy.after_step(module.model, done.batch, done.output)
-        if batch.errors:
-            self._add_errors(batch.errors)
-        if batch.notes:
-            counts.notes.update(dict.fromkeys(batch.notes, True))
+        self._add_errors(batch.errors)
+        counts.notes.update(dict.fromkeys(batch.notes, True))
         if self._line is not None and self._line.wants() and outputs is not None:
             self._line.show(self.step, float(outputs["loss"]))
         if self.step == counts.steps:
@@ -248,6 +264,8 @@ class TaskCallback(StrategyCallback):
             terms = {"loss": done.loss, **done.terms}
             values = {f"train/{name}": float(term.detach()) for name, term in terms.items()}
             self.loggers.log({**values, **self._rates}, self.state.steps + self.step)
+        if self._is_over_budget(trainer):
+            return
         every = self.checkpoint_every_n_steps
         # The last step is never saved: a resumed task must have a step left, because Lightning
         # calls on_train_end, where the strategy ends the task, only after one.
@@ -279,7 +297,9 @@ class TaskCallback(StrategyCallback):
         if self.part == "constant":
             self._end_constant_part(trainer)
             return
-        reasons = [early_end(trainer, self.step, self.full_steps)] if module.has_trainable else []
+        limit = None if self.limit is None else self.limit.ended_by
+        reasons = [early_end(trainer, self.step, self.full_steps, limit)]
+        reasons = reasons if module.has_trainable else []
         self.warnings = [f"task '{self.task.name}' {reason}" for reason in reasons if reason]
         if self.best is not None and self.best.state["value"] is None:
             self.warnings.append(
@@ -290,6 +310,7 @@ class TaskCallback(StrategyCallback):
             kept = f"step {self.best.state['step']}, of the best {self.best.measure}"
             self.validated = f"task '{self.task.name}' ends with the weights of {kept}"
         self.run_end_task(trainer, pl_module)
+        self.budget.expect_bytes(self.task.name, module.strategy.state_bytes())
         if self.part == "whole":  # after a branch the next task replays what came before it
             self._save_replay_copies(trainer)
         self._update_seconds()
@@ -305,7 +326,7 @@ class TaskCallback(StrategyCallback):
         if self.unsaved:
             problem = f"{self.unsaved} of its mid-task checkpoints could not be written"
             self.warnings.append(f"task '{self.task.name}': {problem}")
-        self.cost = self._cost()
+        self.cost = task_cost(self.task, module, self.counts, self.parameters_before)
         self._flush_loggers(trainer)
         save_task_checkpoint(trainer, module, self.folder.task_checkpoint(self.task.index + 1))
 
@@ -397,6 +418,8 @@ class TaskCallback(StrategyCallback):
                 self.loggers.flush()
 
     def _add_errors(self, errors: tuple[str, ...]) -> None:
+        if not errors:
+            return
         known = self.counts.errors
         known += [error for error in errors if error not in known]
         samples = f"samples of task '{self.task.name}'"
@@ -416,28 +439,3 @@ class TaskCallback(StrategyCallback):
         now = time.monotonic()
         self.counts.seconds += now - self._clock
         self._clock = now
-
-    def _cost(self) -> TaskCost:
-        module, counts = self.module, self.counts
-        learns = module.has_trainable
-        trainable = [p for p in module.parameters() if learns and p.requires_grad]
-        return TaskCost(
-            task=self.task.name,
-            seconds=round(counts.seconds, 3),
-            steps=counts.steps if learns else 0,
-            samples_new=counts.new if learns else 0,
-            samples_replayed=counts.rows - counts.new if learns else 0,
-            flops=counts.flops_per_sample * counts.rows if learns else None,
-            peak_memory_bytes=peak_memory(module.device),
-            trainable_parameters=sum(p.numel() for p in trainable),
-            parameters_added=sum(p.numel() for p in module.parameters()) - self.parameters_before,
-            state_bytes=module.strategy.state_bytes(),
-        )
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the peak memory of the device so far in bytes, or on a CPU of this process."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -218,6 +218,19 @@ class Mixture:
         """Number of samples of the smallest global batch of an epoch."""
         return self.epoch_samples // self.steps + sum(self.replay_slots) if self.steps else 0
 
+    def samples_after(self, step: int, epoch_steps: int | None = None) -> int:
+        """Return the samples of the first ``step`` global batches, over all epochs.
+
+        Args:
+            step: number of batches; with ``group_by_length`` exact at the end of a group, and else
+                by at most one sample a batch of the group.
+            epoch_steps: batches that are taken of every epoch, None = all.
+        """
+        length = epoch_steps or max(1, self.steps)
+        epochs, rest = divmod(step, length)
+        once = epochs * self.start_of(length) + self.start_of(rest)
+        return once + step * sum(self.replay_slots)
+
     def start_of(self, number: int) -> int:
         """Return how many of the samples that come once are used before a batch."""
         return number * self.epoch_samples // max(1, self.steps)

@@ -279,19 +279,19 @@ def train_loader(
 ) -> DataLoader[Batch]:  # fmt: skip
     """Build the training loader of a task, with replayed samples and other sources mixed in.
 
-    Its length is the number of micro-batches of an epoch. The same seed gives the same global
-    batches for any number of ranks, accumulated micro-batches and workers.
+    Its length is the number of micro-batches of an epoch, its ``mixture`` counts samples ahead. The
+    same seed gives the same global batches for any number of ranks, micro-batches and workers.
 
     Args:
         prepared: the stream.
         task: index of the task to train.
         transform: the model's augmenting transform.
         replay_plan: old samples to replay, None = none.
-        replay_readers: task -> reader of its old samples; needed for ``storage="copy"``.
+        replay_readers: task -> reader of its old samples, for ``storage="copy"``.
         global_batch_size: samples of a batch over all ranks and accumulated micro-batches, at most.
         accumulation: micro-batches that make up a rank's slice of a global batch.
         seed: seed of the run.
-        rank: rank of this process.
+        rank: rank of this process, of ``world``.
         world: number of processes.
         workers: processes that read and decode; they stay for the next epoch.
         position: called at every ``iter``: (epoch, micro-batches already done in it).
@@ -302,21 +302,29 @@ def train_loader(
 
     Raises:
         ValueError: if a rank would get no samples, or a sample to replay cannot be read.
-        RuntimeError: if the replay plan names samples and its ``storage`` is "none".
+        RuntimeError: if the plan names samples and its ``storage`` is "none".
     """
     replayed = _replay_samples(prepared, task, replay_plan, replay_readers)
     dataset = TrainDataset(prepared, task, transform, replayed, seed=seed, max_pixels=max_pixels)
-    new, old, *others = dataset.counts
-    replay_ratio = None if replay_plan is None else replay_plan.replay_ratio
-    sources = tuple(zip(others, (share for _, share in dataset.tasks[task].mixture), strict=True))
-    mixture = Mixture(new, global_batch_size, old, replay_ratio, sources)
+    mixture = _mixture(dataset, global_batch_size, replay_plan)
     expect_samples_for_all(dataset.tasks[task], mixture, accumulation, world)
     plan = _planner(dataset, mixture, window, group, lanes, lanes_of_rank(lanes, rank, world))
     batches = ResumableBatchSampler(
         plan, mixture.steps, position, dataset.scored, dataset.composition,
         ShardPrefetcher(dataset.reader), accumulation=accumulation, rank=rank, world=world,
     )  # fmt: skip
-    return make_dataloader(dataset, batches, workers, seed=seed)
+    loader = make_dataloader(dataset, batches, workers, seed=seed)
+    loader.mixture = mixture
+    return loader
+
+
+def _mixture(
+    dataset: TrainDataset, global_batch_size: int, replay_plan: ReplayPlan | None
+) -> Mixture:
+    new, old, *others = dataset.counts
+    shares = (share for _, share in dataset.tasks[dataset.task].mixture)
+    ratio = None if replay_plan is None else replay_plan.replay_ratio
+    return Mixture(new, global_batch_size, old, ratio, tuple(zip(others, shares, strict=True)))
 
 
 def _planner(

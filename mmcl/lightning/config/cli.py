@@ -35,6 +35,7 @@ from mmcl.lightning.config.trainer_settings import (
 )
 from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.module import ContinualModule
+from mmcl.lightning.stages.budget import ComputeBudget, RunBudget
 from mmcl.strategies import discover
 
 _DEFAULTS = {"trainer.logger": False, "trainer.max_epochs": 1}
@@ -102,6 +103,10 @@ class ContinualCLI(LightningCLI):
             help="end every task with the weights of its lowest validation loss, or of its highest "
             "score (null: with those of its last step)",
         )
+        parser.add_argument(
+            "--budget", type=RunBudget, default=RunBudget(),
+            help="limits of each task and of the stream, and bytes that the strategy keeps",
+        )  # fmt: skip
         order_unions(parser)
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
@@ -198,6 +203,16 @@ class ContinualCLI(LightningCLI):
         """Build the datamodule."""
         data: ContinualDataModule = self._build("data", ContinualDataModule)
         return data
+
+    def make_budget(self) -> RunBudget:
+        """Build the budget of the run.
+
+        Raises:
+            ValueError: if a limit is not above 0.
+        """
+        given = self.config["budget"]
+        scopes = {name: ComputeBudget(**vars(given[name])) for name in ("task", "stream")}
+        return RunBudget(**scopes, buffer_bytes=given["buffer_bytes"])
 
     def make_loggers(self) -> list[Logger]:
         """Build the configured loggers; True is one that writes ``logs/metrics.csv`` of the run.

@@ -320,13 +320,22 @@ def planned_steps(trainer: pl.Trainer) -> tuple[int, int]:
     return full, min(full or trainer.max_steps, trainer.max_steps)
 
 
-def early_end(trainer: Any, done: int, full: int) -> str:
-    """Return why a fit ended after ``done`` of ``full`` steps, "" if it took all of them."""
+def early_end(trainer: Any, done: int, full: int, limit: str | None = None) -> str:
+    """Return why a fit ended after ``done`` of ``full`` steps, "" if it took all of them.
+
+    Args:
+        trainer: after the fit.
+        done: its steps.
+        full: steps of all epochs, 0 = they have no end.
+        limit: what else limited them.
+    """
     if done >= full:
         return ""
     timers = [each.time_remaining() for each in trainer.callbacks if isinstance(each, Timer)]
     stopping = [c.monitor for c in trainer.callbacks if isinstance(c, EarlyStopping)]
-    if 0 < trainer.max_steps <= done:
+    if limit:
+        why = limit
+    elif 0 < trainer.max_steps <= done:
         why = f"trainer.max_steps {trainer.max_steps}"
     elif any(seconds is not None and seconds <= 0 for seconds in timers):
         why = "trainer.max_time"

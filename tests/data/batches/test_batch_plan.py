@@ -151,3 +151,12 @@ def test_a_share_that_leaves_nothing_for_new_samples_is_refused():
         _ = Mixture(10, 2, 5, 0.9).replay_slots
     with pytest.raises(ValueError, match="take 8 of the 8 samples"):
         _ = Mixture(10, 8, 5, 0.5, ((3, 0.5),)).replay_slots
+
+
+@pytest.mark.parametrize("epoch_steps", [None, 2])
+def test_samples_are_counted_ahead_as_the_batches_hold_them(epoch_steps):
+    mixture = Mixture(20, 8, 5, 0.25)
+    plans = [EpochPlan(mixture, seed=3, task=1, epoch=epoch) for epoch in range(3)]
+    sizes = [len(p.batch(n)) for p in plans for n in range(epoch_steps or mixture.steps)]
+    for step in range(len(sizes) + 1):
+        assert mixture.samples_after(step, epoch_steps) == sum(sizes[:step])
