@@ -31,6 +31,9 @@ COMMANDS = {
     "report": "write a run's report.html again",
     "export": "export the trained model for open_clip, transformers or peft",
     "compare": "compare runs and seeds in one table and one plot",
+    "gate": "compare a run with gates: limits of scores and metrics, for a CI",
+    "accept": "accept the task at which a broken gate stopped a run",
+    "rollback": "set a run back to an earlier task",
     "data": "convert, validate, preview, list or build streams",
     "strategies": "list the strategies, or show the arguments of one",
 }
@@ -42,6 +45,9 @@ _ENTRY_POINTS = {
     "report": ("run_commands", "report"),
     "compare": ("run_commands", "compare_runs"),
     "export": ("run_commands", "export"),
+    "gate": ("run_state", "gate"),
+    "accept": ("run_state", "accept_task"),
+    "rollback": ("run_state", "rollback"),
 }
 """Command: module and function, where they are not its own name and ``main``."""
 LIGHTNING = {

@@ -21,6 +21,7 @@ from mmcl.lightning.continual_run import ContinualRun
 from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.evaluate import save_sample_images
 from mmcl.lightning.module import ContinualModule
+from mmcl.lightning.stages.acceptance import GateBroken
 from mmcl.lightning.summarize import summarize
 from mmcl.report import matrix_table, retrieval_table, write_report
 
@@ -53,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
         seed=cli.seed,
         checkpoint_every_n_steps=int(cli.config["checkpoint_every_n_steps"]),
         keep_best=cli.config["keep_best"],
+        gates=cli.make_gates(),
         budget=cli.make_budget(),
         show_progress=cli.config["trainer"]["enable_progress_bar"] is not False,
         log=console.print,
@@ -61,7 +63,11 @@ def main(argv: Sequence[str]) -> int:
     cleanup = _removed(folder, run.is_first) if cli.is_fast_dev_run else nullcontext()
     with cleanup, run.folder.lock():
         run.folder.check_config(cli.plain())
-        matrix = run.run()
+        broken: GateBroken | None = None
+        try:
+            matrix = run.run()
+        except GateBroken as error:
+            broken, matrix = error, error.matrix
         if run.is_first and not cli.is_fast_dev_run:
             images = save_sample_images(run.data, run.folder)
             summarize(run, cli.plain(), matrix, images)
@@ -69,6 +75,8 @@ def main(argv: Sequence[str]) -> int:
             print(matrix_table(matrix, lenient=read_lenient(matrix, folder), width=console.width))
             print_recalls(matrix, folder)
             print(f"report: {page}")
+    if broken is not None:
+        raise broken
     if run.is_first and cli.is_fast_dev_run:
         batches = int(cli.config["trainer"]["fast_dev_run"])
         print(f"fast_dev_run: everything ran on {batches} batches of every task; nothing was kept")

@@ -16,6 +16,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from mmcl.core import begin_task
 from mmcl.evaluation import AccuracyMatrix
 from mmcl.evaluation.cost import Ledger
+from mmcl.evaluation.gates import Gate, expect_known
 from mmcl.lightning.checkpoints.checkpoint_checks import LostCheckpoint, check_whole
 from mmcl.lightning.checkpoints.checkpoint_io import (
     KeepBest,
@@ -43,6 +44,7 @@ from mmcl.lightning.resume import (
 from mmcl.lightning.run_dir import RunDirectory, RunState
 from mmcl.lightning.run_errors import memory_advice, translate_errors
 from mmcl.lightning.run_loggers import RunLoggers
+from mmcl.lightning.stages.acceptance import expect_gates_kept
 from mmcl.lightning.stages.budget import RunBudget, TaskLimit, budget_line
 from mmcl.lightning.strategy_callback import EVAL_MODE_WARNING
 from mmcl.lightning.task_callback import TaskCallback, TaskPart
@@ -63,6 +65,7 @@ class ContinualRun:
         checkpoint_every_n_steps: optimizer steps between mid-task checkpoints, 0 = none.
         keep_best: end every task with the weights of its lowest validation "loss", or of its
             highest "score"; None = with those of its last step.
+        gates: limits that the model must keep after each task, or the run stops.
         budget: limits of training and of what a strategy keeps, None = there are none.
         show_progress: draw a progress line on a terminal.
         log: receives log messages; the library itself prints nothing.
@@ -79,6 +82,7 @@ class ContinualRun:
         seed: int = 0,
         checkpoint_every_n_steps: int = 200,
         keep_best: KeepBest | None = None,
+        gates: Sequence[Gate] = (),
         budget: RunBudget | None = None,
         show_progress: bool = True,
         log: Callable[[str], None] = lambda sentence: None,
@@ -89,7 +93,7 @@ class ContinualRun:
         self.folder = RunDirectory(folder, writes=self.is_first)
         self.seed, self.checkpoint_every_n_steps = seed, checkpoint_every_n_steps
         self.keep_best, self.show_progress = keep_best, show_progress
-        self.budget = budget or RunBudget()
+        self.gates, self.budget = tuple(gates), budget or RunBudget()
         self._has_explained = False
         if keep_best is not None and not data.validation_share:
             raise ValueError(
@@ -107,6 +111,7 @@ class ContinualRun:
             the matrix; everything else is in the run directory.
 
         Raises:
+            GateBroken: after a task that breaks a gate and was not accepted by hand.
             OSError: if the run directory cannot be written to, or its disk is full.
             RuntimeError: if another process uses the run directory, one of this run was lost, or
                 memory is exhausted, with the settings that need less.
@@ -122,6 +127,7 @@ class ContinualRun:
             state = self.folder.state() or RunState(0, 0, [], self.seed)
             fresh = AccuracyMatrix.for_stream(stream, SCORES)
             matrix = fresh.with_cells_of(self.folder.path / "matrix.json")
+            expect_known(self.gates, matrix)
             check_data(self.folder, self.data, state, matrix.measured_names())
             module = self._load_to_resume(state, matrix)
             self._log_notes(module)
@@ -138,6 +144,7 @@ class ContinualRun:
                         self._evaluate_row(matrix, row_module, row, state)
                 else:
                     self.loggers.log_row(matrix, row, self._steps_after(row, state), ())
+            expect_gates_kept(self.gates, matrix, self.folder, state, self.log)
             if module is None:
                 self.loggers.close()
                 return matrix
@@ -157,6 +164,7 @@ class ContinualRun:
             self._evaluate_row(matrix, module, task.index + 1, state)
             if line := budget_line(self.budget, self._ledger()):
                 self.log(line)
+            expect_gates_kept(self.gates, matrix, self.folder, state, self.log)
             if self._is_constant(module, task.index + 1):
                 module = self._reload(module, task.index + 1)
 

@@ -169,7 +169,7 @@ def set_back(
 
 
 def note_changes(folder: RunDirectory, state: RunState, stream: TaskStream) -> None:
-    """Note changed settings of memory in the run's warnings, with the step that they begin at.
+    """Note changed settings in the run's warnings, with the step that they begin at.
 
     Not for a finished run, which trains nothing with them.
     """
@@ -183,6 +183,7 @@ def note_changes(folder: RunDirectory, state: RunState, stream: TaskStream) -> N
                 f"too where the run resumed {where}"
             )
         folder.changes = []
+        state.may_change = False
         folder.save(state)
         folder.save_moved_paths()
 

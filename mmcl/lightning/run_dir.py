@@ -43,7 +43,7 @@ RESUMABLE_KEYS = (
     "trainer.profiler", "trainer.log_every_n_steps", "trainer.default_root_dir", "data.data_dir",
     "data.num_workers", "data.eval_batch_size", "data.verify_hashes", "data.max_bad_fraction",
     "data.cache_dir", "data.cache_limit", "checkpoint_every_n_steps", "trainer.enable_progress_bar",
-    "budget.buffer_bytes",
+    "budget.buffer_bytes", "gates",
 )  # fmt: skip
 # Settings of memory and speed that leave the global batch and the parameters as they are: free too,
 # but other bits are computed with them, so a change is noted in the summary.
@@ -73,6 +73,8 @@ class RunState:
         errors: bad samples found so far.
         branch_step: steps of the task in training after which its annealed branch began, 0 = it
             did not.
+        accepted_tasks: number of first tasks whose gates were kept, or that were accepted by hand.
+        may_change: whether the settings may differ on the next start, as after a rollback.
         span_last: last task that the schedule of the task in training was planned for, -1 = none.
     """
 
@@ -88,6 +90,8 @@ class RunState:
     errors: list[str] = field(default_factory=list)
     branch_step: int = 0
     span_last: int = -1
+    accepted_tasks: int = 0
+    may_change: bool = False
 
     def resume_point(self) -> str:
         """Return where the run resumes, as the words after "resumes"."""
@@ -111,7 +115,8 @@ class RunDirectory:
         writes: False on ranks other than 0, which write nothing.
 
     Attributes:
-        changes: settings of memory that differ from those of the last start, a sentence each.
+        changes: settings that differ from those of the last start and are to be noted, a sentence
+            each: those of memory, and any after a rollback.
     """
 
     def __init__(self, path: Path, writes: bool = True) -> None:
@@ -212,8 +217,9 @@ class RunDirectory:
     def check_config(self, config: Mapping[str, Any]) -> None:
         """Store the run's configuration, or check that it equals the stored one.
 
-        A run directory without results accepts any configuration. A path may change if the file or
-        folder there has the same content. ``changes`` gets the changed settings of memory.
+        A run directory without results accepts any configuration, and so does one after a rollback.
+        A path may change if the file or folder there has the same content. ``changes`` gets the
+        changed settings that are to be noted.
 
         Raises:
             ValueError: naming the renamed keys of an old run, or up to five settings that differ.
@@ -235,7 +241,9 @@ class RunDirectory:
             # A setting that is newer than the run, and off: the run was made without it.
             newer = {key for key in differs if key not in stored and not new[key]}
             changed = sorted(key for key in differs - moved - newer if not _is_free(key))
-            if changed:
+            state = self.state()
+            is_allowed = state is not None and state.may_change
+            if changed and not is_allowed:
                 named = "; ".join(
                     f"{k} is {stored.get(k)!r} there and {new.get(k)!r} here" for k in changed[:5]
                 )
@@ -245,7 +253,7 @@ class RunDirectory:
                 )
             self.changes = [
                 f"{key} was changed from {stored.get(key)!r} to {new.get(key)!r}"
-                for key in sorted(filter(_is_of_memory, differs))
+                for key in sorted({*filter(_is_of_memory, differs), *changed})
             ]
             if moved or self.changes or differs & set(_DATA_PATHS):
                 self._moved_config = yaml.safe_dump(plain, sort_keys=False)
@@ -302,10 +310,11 @@ def _digest(value: Any) -> str:
 def _check_state(state: RunState) -> None:
     counts = (
         state.finished_tasks, state.task, state.step, state.steps, state.branch_step,
-        state.span_last + 1,
+        state.span_last + 1, state.accepted_tasks,
     )  # fmt: skip
     is_good = all(type(count) is int and count >= 0 for count in counts)
     is_good = is_good and isinstance(state.last_checkpoint, str | None)
+    is_good = is_good and isinstance(state.may_change, bool)
     for listed in (state.tasks, state.warnings, state.errors):
         is_good = is_good and isinstance(listed, list) and all(isinstance(t, str) for t in listed)
     if not is_good or len(state.tasks) < state.finished_tasks:

@@ -18,6 +18,7 @@ from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-define
     MisconfigurationException,  # re-exported from Fabric
 )
 
+from mmcl.evaluation.gates import Gate, parse_gates
 from mmcl.lightning.checkpoints.checkpoint_checks import METADATA, reject_pickles
 from mmcl.lightning.checkpoints.checkpoint_io import KeepBest
 from mmcl.lightning.config.config_errors import (
@@ -103,6 +104,10 @@ class ContinualCLI(LightningCLI):
             help="end every task with the weights of its lowest validation loss, or of its highest "
             "score (null: with those of its last step)",
         )
+        parser.add_argument(
+            "--gates", type=list[dict[str, Any]], default=[],
+            help="limits that must be kept after each task: [{task: NAME, max_drop: 2.0}]",
+        )  # fmt: skip
         parser.add_argument(
             "--budget", type=RunBudget, default=RunBudget(),
             help="limits of each task and of the stream, and bytes that the strategy keeps",
@@ -203,6 +208,14 @@ class ContinualCLI(LightningCLI):
         """Build the datamodule."""
         data: ContinualDataModule = self._build("data", ContinualDataModule)
         return data
+
+    def make_gates(self) -> list[Gate]:
+        """Build the gates of the run.
+
+        Raises:
+            ValueError: naming the first wrong one.
+        """
+        return parse_gates(self.config["gates"])
 
     def make_budget(self) -> RunBudget:
         """Build the budget of the run.
