@@ -34,6 +34,7 @@ COMMANDS = {
     "gate": "compare a run with gates: limits of scores and metrics, for a CI",
     "accept": "accept the task at which a broken gate stopped a run",
     "rollback": "set a run back to an earlier task",
+    "lineage": "print where a run or an export comes from",
     "data": "convert, validate, preview, list or build streams",
     "strategies": "list the strategies, or show the arguments of one",
 }
@@ -48,6 +49,7 @@ _ENTRY_POINTS = {
     "gate": ("run_state", "gate"),
     "accept": ("run_state", "accept_task"),
     "rollback": ("run_state", "rollback"),
+    "lineage": ("run_state", "lineage"),
 }
 """Command: module and function, where they are not its own name and ``main``."""
 LIGHTNING = {

@@ -18,6 +18,7 @@ from mmcl.evaluation.run_files import (
     read_lenient,
 )
 from mmcl.export import FORMATS, default_format
+from mmcl.export.start_weights import write_lineage
 from mmcl.lightning.config.run_reference import RunReference, find_run_dir, finished_tasks
 from mmcl.report import compare, matrix_csv, matrix_latex, matrix_table, write_report
 from mmcl.report.equal_cost import COSTS, compare_at_equal
@@ -146,6 +147,7 @@ def export(argv: Sequence[str]) -> int:
             "rename it, or give a folder"
         )
     print(FORMATS[form](module, given.target, half=given.half))
+    write_lineage(run.folder.path, given.target, done if wanted is None else wanted)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Commands on the state of a run: ``mmcl gate``, ``accept`` and ``rollback``."""
+"""Commands on the state of a run: ``mmcl gate``, ``accept``, ``rollback`` and ``lineage``."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
 
 from mmcl.cli.parser import CommandParser, UsageError
+from mmcl.data.remote.location import sha256_of
 from mmcl.evaluation import AccuracyMatrix
 from mmcl.evaluation.gates import GateResult, check_gates, expect_known, read_gates
 from mmcl.evaluation.run_files import CONFIG, MATRIX, read_lenient
 from mmcl.lightning.config.run_reference import RunReference, find_run_dir
 from mmcl.lightning.run_dir import RunDirectory, RunState
 from mmcl.lightning.stages.acceptance import ASIDE, GateBroken, accept, planned_moves, roll_back
+from mmcl.lightning.stages.lineage import LINEAGE, Lineage
 
+_MAX_DEPTH = 50
 _WORDS = {True: "kept", False: "BROKEN", None: "not compared"}
 
 
@@ -89,6 +94,61 @@ def rollback(argv: Sequence[str]) -> int:
     if moved:
         print(f"{len(moved)} files were moved to {path / ASIDE}: remove it when you need no more")
     return 0
+
+
+def lineage(argv: Sequence[str]) -> int:
+    """Print where a run or an export comes from: base weights, stages, tasks, checkpoints."""
+    parser = CommandParser(prog="mmcl lineage", description=lineage.__doc__)
+    parser.add_argument("path", help="run directory or its name, folder of an export, or its file")
+    given = parser.parse_args(argv).path
+    file = _lineage_file(given)
+    tree = Tree(_line(str(file.parent if file.name == LINEAGE else given)))
+    _add_lineage(tree, file, Lineage.read(file))
+    Console(highlight=False, markup=False, soft_wrap=True).print(tree)
+    return 0
+
+
+def _lineage_file(given: str) -> Path:
+    path = Path(given)
+    beside = path.with_name(f"{path.name}.{LINEAGE}")
+    if path.is_file() and beside.is_file():
+        return beside
+    folder = path if (path / LINEAGE).is_file() else find_run_dir(given)
+    if not (folder / LINEAGE).is_file():
+        raise UsageError(
+            f"{folder} has no {LINEAGE}: runs and exports of earlier versions have none"
+        )
+    return folder / LINEAGE
+
+
+def _add_lineage(tree: Tree, file: Path, found: Lineage, depth: int = 0) -> None:
+    """Add the links of a lineage, those of the run that it starts from first."""
+    if found.weights_sha256:
+        tree.add(_line(f"exported weights {found.weights_sha256[:12]} of run {found.run}"))
+    base = tree.add(_line(f"base {found.model} {found.base_sha256[:12]}"))
+    if found.start is not None:
+        start = found.start
+        other = Path(start.run) / LINEAGE
+        title = f"start: {start.run} after {start.tasks} tasks"
+        if not other.is_file():
+            base.add(_line(f"{title}; the run is gone"))
+        elif depth < _MAX_DEPTH:
+            earlier = Lineage.read(other).after(start.tasks)
+            is_same = not start.lineage_sha256 or sha256_of(other) == start.lineage_sha256
+            note = "" if is_same else "; its lineage has changed since"
+            _add_lineage(base.add(_line(f"{title}{note}")), other, earlier, depth + 1)
+    for link in found.tasks:
+        checkpoint = file.parent / "checkpoints" / link.checkpoint
+        state = f"{link.checkpoint} {link.sha256[:12]}"
+        if checkpoint.is_file() and link.sha256 and sha256_of(checkpoint) != link.sha256:
+            state += ", which is another file now"
+        elif not checkpoint.is_file() and not found.run:
+            state += ", which is gone"
+        tree.add(_line(f"{link.stage}  {link.task}: {state}"))
+
+
+def _line(text: str) -> Text:
+    return Text(text, no_wrap=True, overflow="ignore")
 
 
 def _state(folder: RunDirectory) -> RunState:

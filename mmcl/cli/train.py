@@ -16,6 +16,7 @@ from rich.table import Table
 from mmcl.cli import COMMANDS, LIGHTNING
 from mmcl.evaluation import AccuracyMatrix
 from mmcl.evaluation.run_files import RECALLS, RETRIEVAL, read_lenient, read_retrieval
+from mmcl.export.start_weights import prepare_start
 from mmcl.lightning.config.cli import ContinualCLI
 from mmcl.lightning.continual_run import ContinualRun
 from mmcl.lightning.datamodule import ContinualDataModule
@@ -63,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
     cleanup = _removed(folder, run.is_first) if cli.is_fast_dev_run else nullcontext()
     with cleanup, run.folder.lock():
         run.folder.check_config(cli.plain())
+        if cli.start_from:
+            prepare_start(folder, cli.start_from, is_first=run.is_first)
         broken: GateBroken | None = None
         try:
             matrix = run.run()

@@ -113,14 +113,14 @@ def write_model(module: ContinualModule, folder: Path, *, half: bool) -> str:
             f"{RUN_WITH_MMCL}"
         )
     with torch.no_grad(), module.strategy.merged_adapters(module.model):
-        plain = plain_model(lm, _plain_state(lm.state_dict(), plain_weight_names(lm)))
+        plain = plain_model(lm, plain_state(lm.state_dict(), plain_weight_names(lm)))
     _expect_same_scores(module, plain, batch)
     with new_folder(folder) as temporary:
         save_pretrained(plain.half() if half else plain, module.model.processor, temporary)
     return f"{folder}: a transformers model with its processor, {folder_bytes(folder)} bytes"
 
 
-def _plain_state(state: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+def plain_state(state: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
     """Return the weights under their names without adapters.
 
     Raises:
@@ -188,6 +188,11 @@ def write_adapter(module: ContinualModule, folder: Path, *, half: bool) -> str:
         ValueError: if the folder exists, or there is no adapter that peft could load.
     """
     hf_model(module)
+    if module.start_weights is not None:
+        raise ValueError(
+            "the adapter was trained on the weights of another run (start_from), which peft cannot "
+            "load: use --as transformers, or export that run too and train on its folder"
+        )
     adapter = exportable_adapter(module)
     if adapter is None:
         reason = beyond_weights(module, example_batch(module)) or "has no adapter here"
@@ -359,7 +364,8 @@ def default_format(module: ContinualModule) -> str:
     if getattr(module.model, "clip", None) is not None:
         return "open_clip"
     try:
-        return "transformers" if exportable_adapter(module) is None else "peft"
+        is_plain = module.start_weights is not None or exportable_adapter(module) is None
+        return "transformers" if is_plain else "peft"
     except ValueError:  # an adapter of a base that peft cannot load
         return "transformers"
 

@@ -46,6 +46,7 @@ from mmcl.lightning.run_errors import memory_advice, translate_errors
 from mmcl.lightning.run_loggers import RunLoggers
 from mmcl.lightning.stages.acceptance import expect_gates_kept
 from mmcl.lightning.stages.budget import RunBudget, TaskLimit, budget_line
+from mmcl.lightning.stages.lineage import note_lineage
 from mmcl.lightning.strategy_callback import EVAL_MODE_WARNING
 from mmcl.lightning.task_callback import TaskCallback, TaskPart
 
@@ -130,6 +131,7 @@ class ContinualRun:
             expect_known(self.gates, matrix)
             check_data(self.folder, self.data, state, matrix.measured_names())
             module = self._load_to_resume(state, matrix)
+            note_lineage(self.folder, self.data, state.finished_tasks, module)
             self._log_notes(module)
             note_changes(self.folder, state, stream)
             self._log_start(state)
@@ -161,6 +163,7 @@ class ContinualRun:
             module = self._train_task(module, state, task.index)
             state.seconds = round(earlier + time.monotonic() - started, 3)
             self.folder.save(state)
+            note_lineage(self.folder, self.data, state.finished_tasks)
             self._evaluate_row(matrix, module, task.index + 1, state)
             if line := budget_line(self.budget, self._ledger()):
                 self.log(line)

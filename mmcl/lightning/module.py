@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -36,6 +37,7 @@ from mmcl.lightning.optimization.stage_settings import (
     freeze_for_stage,
     resolve_stages,
 )
+from mmcl.lightning.stages.lineage import load_start
 from mmcl.lightning.strategy_callback import StrategyCallback
 from mmcl.strategies.finetune import Finetune
 
@@ -71,6 +73,8 @@ class ContinualModule(pl.LightningModule):
             step and new in every task; instead of ``warmup_steps`` and ``lr_schedule``.
         stages: stage of a task, "cpt", "dap" or "cft" -> settings in place of these, and the parts
             of the model that are trained in it, see ``StageSettings``.
+        start_weights: file with other weights of the model, loaded before the strategy is attached;
+            ``start_from`` of a run sets it.
         seed: mixed into the seeds of the strategy.
 
     Raises:
@@ -103,6 +107,7 @@ class ContinualModule(pl.LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         stages: Mapping[Stage, StageSettings] | None = None,
+        start_weights: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -124,6 +129,9 @@ class ContinualModule(pl.LightningModule):
             self.own_settings, stages,
             has_optimizer=optimizer is not None, has_scheduler=lr_scheduler is not None,
         )  # fmt: skip
+        self.start_weights = start_weights
+        if start_weights is not None:
+            load_start(model, Path(start_weights))
         self._base_names = frozenset(name for name, _ in model.named_parameters())
         _mix_seed(self.strategy, seed)
         self.strategy.attach(self.model)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from mmcl.evaluation import AccuracyMatrix, RunSummary
@@ -14,8 +13,7 @@ from mmcl.evaluation.run_files import read_lenient
 from mmcl.evaluation.scorers import find_scorer
 from mmcl.lightning.continual_run import ContinualRun
 from mmcl.lightning.run_dir import RunState
-
-_LIBRARIES = ("mmcl", "torch", "pytorch-lightning", "open_clip_torch", "transformers", "webdataset")
+from mmcl.lightning.stages.lineage import versions
 
 
 def summarize(
@@ -40,7 +38,7 @@ def summarize(
         model=model_name(config["model"].get("model")),
         seed=run.seed,
         metrics=tuple(metrics),
-        versions={**_versions(), **scorer_versions},
+        versions={**versions(), **scorer_versions},
         hashes={"card": hashlib.sha256(run.data.card.read_bytes()).hexdigest(), **stream.hashes},
         errors=tuple(state.errors),
         warnings=(*state.warnings, *run.unmeasured),
@@ -68,13 +66,3 @@ def model_name(model: Any) -> str:
     arguments = model.get("init_args") or {}
     name = str(model.get("class_path", "")).rsplit(".", 1)[-1]
     return f"{name} {arguments.get('model', '')}".strip()
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions

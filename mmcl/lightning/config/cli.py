@@ -37,6 +37,7 @@ from mmcl.lightning.config.trainer_settings import (
 from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.module import ContinualModule
 from mmcl.lightning.stages.budget import ComputeBudget, RunBudget
+from mmcl.lightning.stages.lineage import START
 from mmcl.strategies import discover
 
 _DEFAULTS = {"trainer.logger": False, "trainer.max_epochs": 1}
@@ -72,6 +73,7 @@ class ContinualCLI(LightningCLI):
     ) -> None:
         quiet()
         self._runs = subcommands
+        self.run_folder: Path | None = None  # of a run that was moved
         self._parsed: dict[str, tuple[LightningArgumentParser, Namespace]] = {}
         discover()  # so that a class name alone selects a strategy
         names = LightningCLI.subcommands() if subcommands else ()
@@ -104,6 +106,10 @@ class ContinualCLI(LightningCLI):
             help="end every task with the weights of its lowest validation loss, or of its highest "
             "score (null: with those of its last step)",
         )
+        parser.add_argument(
+            "--start_from", type=str | None,
+            help="another run's state whose weights this run starts from: RUN@3 or RUN@task",
+        )  # fmt: skip
         parser.add_argument(
             "--gates", type=list[dict[str, Any]], default=[],
             help="limits that must be kept after each task: [{task: NAME, max_drop: 2.0}]",
@@ -187,6 +193,12 @@ class ContinualCLI(LightningCLI):
         return Path(str(self.config["output_dir"])) / str(name)
 
     @property
+    def start_from(self) -> str | None:
+        """State of another run whose weights this run starts from."""
+        text: str | None = self.config.get("start_from")
+        return text
+
+    @property
     def is_fast_dev_run(self) -> bool:
         """Whether this is Lightning's ``fast_dev_run``, whose directory is removed at its end."""
         return bool(self.config["trainer"]["fast_dev_run"])
@@ -201,7 +213,10 @@ class ContinualCLI(LightningCLI):
 
     def make_module(self) -> ContinualModule:
         """Build a new module with model and strategy."""
-        module: ContinualModule = self._build("model", ContinualModule)
+        given = {}
+        if self.start_from:
+            given["start_weights"] = str((self.run_folder or self.folder) / START)
+        module: ContinualModule = self._build("model", ContinualModule, **given)
         return module
 
     def make_data(self) -> ContinualDataModule:

@@ -88,6 +88,7 @@ class RunReference:
             prepare: called with the datamodule, for example to show the progress of a build.
         """
         cli = ContinualCLI(["--config", str(self.folder / CONFIG), *changes], program=program)
+        cli.run_folder = self.folder
         data = prepare(cli.make_data())
         return ContinualRun(cli.make_module, cli.make_trainer, data, self.folder, seed=cli.seed)
 
