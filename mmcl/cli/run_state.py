@@ -20,7 +20,7 @@ from mmcl.lightning.run_dir import RunDirectory, RunState
 from mmcl.lightning.stages.acceptance import ASIDE, GateBroken, accept, planned_moves, roll_back
 from mmcl.lightning.stages.lineage import LINEAGE, Lineage
 
-_MAX_DEPTH = 50
+_MAX_DEPTH, _WIDTH = 50, 500
 _WORDS = {True: "kept", False: "BROKEN", None: "not compared"}
 
 
@@ -102,9 +102,10 @@ def lineage(argv: Sequence[str]) -> int:
     parser.add_argument("path", help="run directory or its name, folder of an export, or its file")
     given = parser.parse_args(argv).path
     file = _lineage_file(given)
-    tree = Tree(_line(str(file.parent if file.name == LINEAGE else given)))
+    tree = Tree(Text(str(file.parent if file.name == LINEAGE else given)))
     _add_lineage(tree, file, Lineage.read(file))
-    Console(highlight=False, markup=False, soft_wrap=True).print(tree)
+    # Wide enough for any path: a line that is broken cannot be copied.
+    Console(highlight=False, markup=False, width=_WIDTH).print(tree, crop=False)
     return 0
 
 
@@ -124,19 +125,19 @@ def _lineage_file(given: str) -> Path:
 def _add_lineage(tree: Tree, file: Path, found: Lineage, depth: int = 0) -> None:
     """Add the links of a lineage, those of the run that it starts from first."""
     if found.weights_sha256:
-        tree.add(_line(f"exported weights {found.weights_sha256[:12]} of run {found.run}"))
-    base = tree.add(_line(f"base {found.model} {found.base_sha256[:12]}"))
+        tree.add(Text(f"exported weights {found.weights_sha256[:12]} of run {found.run}"))
+    base = tree.add(Text(f"base {found.model} {found.base_sha256[:12]}"))
     if found.start is not None:
         start = found.start
         other = Path(start.run) / LINEAGE
         title = f"start: {start.run} after {start.tasks} tasks"
         if not other.is_file():
-            base.add(_line(f"{title}; the run is gone"))
+            base.add(Text(f"{title}; the run is gone"))
         elif depth < _MAX_DEPTH:
             earlier = Lineage.read(other).after(start.tasks)
             is_same = not start.lineage_sha256 or sha256_of(other) == start.lineage_sha256
             note = "" if is_same else "; its lineage has changed since"
-            _add_lineage(base.add(_line(f"{title}{note}")), other, earlier, depth + 1)
+            _add_lineage(base.add(Text(f"{title}{note}")), other, earlier, depth + 1)
     for link in found.tasks:
         checkpoint = file.parent / "checkpoints" / link.checkpoint
         state = f"{link.checkpoint} {link.sha256[:12]}"
@@ -144,11 +145,7 @@ def _add_lineage(tree: Tree, file: Path, found: Lineage, depth: int = 0) -> None
             state += ", which is another file now"
         elif not checkpoint.is_file() and not found.run:
             state += ", which is gone"
-        tree.add(_line(f"{link.stage}  {link.task}: {state}"))
-
-
-def _line(text: str) -> Text:
-    return Text(text, no_wrap=True, overflow="ignore")
+        tree.add(Text(f"{link.stage}  {link.task}: {state}"))
 
 
 def _state(folder: RunDirectory) -> RunState:

@@ -6,15 +6,13 @@ A file of its own because a run needs it without the formats of other libraries.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mmcl.core import write_atomic
 from mmcl.data.remote.location import sha256_of
-from mmcl.evaluation import strict_json
 from mmcl.export.formats import (
     RUN_WITH_MMCL,
     beyond_weights,
@@ -32,7 +30,7 @@ _WAIT_SECONDS = 3600.0
 
 
 def plain_weights(module: ContinualModule) -> dict[str, Tensor]:
-    """Return the weights of a module's model under their names without adapters, these folded in.
+    """Return the weights of a module's model under their names without adapters, which are merged.
 
     Raises:
         TypeError: if the model is neither of open_clip nor of transformers.
@@ -95,7 +93,7 @@ def prepare_start(folder: Path, text: str, *, is_first: bool) -> None:
         sha256_of(folder / START),
         sha256_of(lineage) if lineage.is_file() else "",
     )
-    write_atomic(facts, strict_json.to_bytes(asdict(start)))
+    start.write(facts)
 
 
 def write_lineage(run: Path, target: Path, tasks: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -125,13 +124,8 @@ class ContinualModule(pl.LightningModule):
             learning_rate, weight_decay, betas, schedule, parse_param_groups(param_groups)
         )
         self._make_optimizer, self._make_scheduler = optimizer, lr_scheduler
-        self.stages = resolve_stages(
-            self.own_settings, stages,
-            has_optimizer=optimizer is not None, has_scheduler=lr_scheduler is not None,
-        )  # fmt: skip
-        self.start_weights = start_weights
-        if start_weights is not None:
-            load_start(model, Path(start_weights))
+        self.stages = resolve_stages(self.own_settings, stages, optimizer, lr_scheduler)
+        self.start_weights = load_start(model, start_weights)
         self._base_names = frozenset(name for name, _ in model.named_parameters())
         _mix_seed(self.strategy, seed)
         self.strategy.attach(self.model)

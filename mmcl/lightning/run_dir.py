@@ -229,34 +229,7 @@ class RunDirectory:
         plain = json.loads(json.dumps(config, default=str))
         new, inputs = flat(plain), self.inputs()
         if file.is_file() and has_results:
-            stored = flat(_config(file))
-            if old := [f"'{k}' is called '{n}' now" for k in stored if (n := renamed_key(k, new))]:
-                raise ValueError(
-                    f"{file} has keys of an earlier version: {'; '.join(old)}. Give this run "
-                    "another --run_name, or remove the directory"
-                )
-            digests = inputs["settings"]
-            differs = {k for k in stored.keys() | new.keys() if stored.get(k) != new.get(k)}
-            moved = {k for k in differs if digests.get(k) and digests[k] == _digest(new.get(k))}
-            # A setting that is newer than the run, and off: the run was made without it.
-            newer = {key for key in differs if key not in stored and not new[key]}
-            changed = sorted(key for key in differs - moved - newer if not _is_free(key))
-            state = self.state()
-            is_allowed = state is not None and state.may_change
-            if changed and not is_allowed:
-                named = "; ".join(
-                    f"{k} is {stored.get(k)!r} there and {new.get(k)!r} here" for k in changed[:5]
-                )
-                raise ValueError(
-                    f"{self.path} holds a run with another configuration: {named}. Give this run "
-                    "another --run_name, or remove the directory"
-                )
-            self.changes = [
-                f"{key} was changed from {stored.get(key)!r} to {new.get(key)!r}"
-                for key in sorted({*filter(_is_of_memory, differs), *changed})
-            ]
-            if moved or self.changes or differs & set(_DATA_PATHS):
-                self._moved_config = yaml.safe_dump(plain, sort_keys=False)
+            self._compare(file, plain, inputs["settings"])
         elif has_results:
             raise ValueError(
                 f"{self.path} holds a run without its config.yaml: use another --run_name"
@@ -267,6 +240,39 @@ class RunDirectory:
         digests = {key: _digest(value) for key, value in new.items() if not _is_free(key)}
         known = {key: digest for key, digest in digests.items() if digest}
         self.save_inputs({**inputs, "settings": known | inputs["settings"]})
+
+    def _compare(self, file: Path, plain: Mapping[str, Any], digests: Mapping[str, Any]) -> None:
+        """Compare a configuration with the stored one, see ``check_config``."""
+        new = flat(plain)
+        stored = flat(_config(file))
+        if old := [f"'{k}' is called '{n}' now" for k in stored if (n := renamed_key(k, new))]:
+            raise ValueError(
+                f"{file} has keys of an earlier version: {'; '.join(old)}. Give this run "
+                "another --run_name, or remove the directory"
+            )
+        differs = {k for k in stored.keys() | new.keys() if stored.get(k) != new.get(k)}
+        moved = {k for k in differs if digests.get(k) and digests[k] == _digest(new.get(k))}
+        # A setting that is newer than the run, and off: the run was made without it.
+        newer = {key for key in differs if key not in stored and not new[key]}
+        changed = sorted(key for key in differs - moved - newer if not _is_free(key))
+        if changed and not self._may_change():
+            named = "; ".join(
+                f"{k} is {stored.get(k)!r} there and {new.get(k)!r} here" for k in changed[:5]
+            )
+            raise ValueError(
+                f"{self.path} holds a run with another configuration: {named}. Give this run "
+                "another --run_name, or remove the directory"
+            )
+        self.changes = [
+            f"{key} was changed from {stored.get(key)!r} to {new.get(key)!r}"
+            for key in sorted({*filter(_is_of_memory, differs), *changed})
+        ]
+        if moved or self.changes or differs & set(_DATA_PATHS):
+            self._moved_config = yaml.safe_dump(plain, sort_keys=False)
+
+    def _may_change(self) -> bool:
+        state = self.state()
+        return state is not None and state.may_change
 
     def save_moved_paths(self) -> None:
         """Write the configuration again if its paths changed; its data was checked before.

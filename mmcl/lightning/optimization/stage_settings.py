@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -102,17 +102,16 @@ class TrainingSettings:
 def resolve_stages(
     settings: TrainingSettings,
     stages: Mapping[Any, StageSettings | Mapping[str, Any]] | None,
-    *,
-    has_optimizer: bool = False,
-    has_scheduler: bool = False,
+    optimizer: Callable[..., Any] | None = None,
+    scheduler: Callable[..., Any] | None = None,
 ) -> dict[str, TrainingSettings]:
     """Return the settings of each stage that has its own.
 
     Args:
         settings: of the module.
         stages: stage -> its settings.
-        has_optimizer: whether the module's optimizer replaces AdamW.
-        has_scheduler: whether the module's scheduler replaces ``lr_schedule``.
+        optimizer: of the module, if it replaces AdamW.
+        scheduler: of the module, if it replaces ``lr_schedule``.
 
     Raises:
         ValueError: if a stage or key is unknown, or a value is out of range or has no effect.
@@ -123,8 +122,10 @@ def resolve_stages(
             raise ValueError(f"stages has '{name}': the stages of a task are {', '.join(STAGES)}")
         own = StageSettings(**stage) if isinstance(stage, Mapping) else stage
         given = [f.name for f in fields(own) if getattr(own, f.name) is not None]
-        replaced = [key for key in given if has_optimizer and key in _ADAMW]
-        replaced += [key for key in given if has_scheduler and key in ("lr_schedule", *_SCHEDULE)]
+        replaced = [key for key in given if optimizer is not None and key in _ADAMW]
+        replaced += [
+            key for key in given if scheduler is not None and key in ("lr_schedule", *_SCHEDULE)
+        ]
         if replaced:
             other = "optimizer" if replaced[0] in _ADAMW else "lr_scheduler"
             raise ValueError(

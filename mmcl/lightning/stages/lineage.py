@@ -32,7 +32,7 @@ class Start:
     Args:
         run: path of its directory.
         tasks: number of tasks that it had trained.
-        weights_sha256: hash of the weights, adapters folded.
+        weights_sha256: hash of the weights, adapters merged.
         lineage_sha256: hash of its lineage.json then, "" if it had none.
     """
 
@@ -40,6 +40,19 @@ class Start:
     tasks: Count
     weights_sha256: str
     lineage_sha256: str = ""
+
+    @classmethod
+    def read(cls, path: Path) -> Start:
+        """Read start.json.
+
+        Raises:
+            ValueError: naming all errors at once, if it is none.
+        """
+        return strict_json.load(cls, strict_json.read(path), str(path))
+
+    def write(self, path: Path) -> None:
+        """Write start.json atomically."""
+        write_atomic(path, strict_json.to_bytes(asdict(self)))
 
 
 @dataclass(frozen=True)
@@ -151,32 +164,37 @@ def note_lineage(folder: Any, data: Any, finished: int, module: Any = None) -> N
 
 
 def _begin(folder: Path, model: nn.Module, data: Any) -> None:
-    facts, start = folder / START_FACTS, None
-    if facts.is_file():
-        start = strict_json.load(Start, strict_json.read(facts), str(facts))
+    facts = folder / START_FACTS
+    start = Start.read(facts) if facts.is_file() else None
     card = hashlib.sha256(data.card.read_bytes()).hexdigest()
     name, base = type(model).__name__, weights_sha256(model)
     made = Lineage(name, base, data.stream.name, card, start=start, versions=versions())
     made.write(folder / LINEAGE)
 
 
-def load_start(model: nn.Module, file: Path) -> None:
+def load_start(model: nn.Module, path: str | None) -> str | None:
     """Load the weights that a run starts from into its model, before a strategy is attached.
 
     Args:
         model: as its configuration loads it.
-        file: of torch.save: name -> tensor, all of one or more members of the model.
+        path: file of torch.save: name -> tensor, all of one or more members of the model; None =
+            the model stays as it is.
+
+    Returns:
+        the path.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: naming the first weight that is missing, unknown or of another shape.
     """
-    if not file.is_file():
+    if path is None:
+        return None
+    if not Path(path).is_file():
         raise FileNotFoundError(
-            f"{file} is missing, from whose weights this run started: restore it, or start "
+            f"{path} is missing, from whose weights this run started: restore it, or start "
             "again under another --run_name"
         )
-    state: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    state: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     own = model.state_dict()
     members = {name.partition(".")[0] for name in state}
     unknown = [name for name in state if name not in own]
@@ -200,6 +218,7 @@ def load_start(model: nn.Module, file: Path) -> None:
     with torch.no_grad():
         for name, tensor in state.items():
             own[name].copy_(tensor)
+    return path
 
 
 def versions() -> dict[str, str]:
