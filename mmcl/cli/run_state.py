@@ -100,10 +100,11 @@ def lineage(argv: Sequence[str]) -> int:
     """Print where a run or an export comes from: base weights, stages, tasks, checkpoints."""
     parser = CommandParser(prog="mmcl lineage", description=lineage.__doc__)
     parser.add_argument("path", help="run directory or its name, folder of an export, or its file")
-    given = parser.parse_args(argv).path
-    file = _lineage_file(given)
-    tree = Tree(Text(str(file.parent if file.name == LINEAGE else given)))
-    _add_lineage(tree, file, Lineage.read(file))
+    parser.add_argument("--verify", action="store_true", help="hash the checkpoints again")
+    given = parser.parse_args(argv)
+    file = _lineage_file(given.path)
+    tree = Tree(Text(str(file.parent if file.name == LINEAGE else given.path)))
+    _add_lineage(tree, file, Lineage.read(file), verify=given.verify)
     # Wide enough for any path: a line that is broken cannot be copied.
     Console(highlight=False, markup=False, width=_WIDTH).print(tree, crop=False)
     return 0
@@ -122,7 +123,7 @@ def _lineage_file(given: str) -> Path:
     return folder / LINEAGE
 
 
-def _add_lineage(tree: Tree, file: Path, found: Lineage, depth: int = 0) -> None:
+def _add_lineage(tree: Tree, file: Path, found: Lineage, depth: int = 0, *, verify: bool) -> None:
     """Add the links of a lineage, those of the run that it starts from first."""
     if found.weights_sha256:
         tree.add(Text(f"exported weights {found.weights_sha256[:12]} of run {found.run}"))
@@ -137,15 +138,16 @@ def _add_lineage(tree: Tree, file: Path, found: Lineage, depth: int = 0) -> None
             earlier = Lineage.read(other).after(start.tasks)
             is_same = not start.lineage_sha256 or sha256_of(other) == start.lineage_sha256
             note = "" if is_same else "; its lineage has changed since"
-            _add_lineage(base.add(Text(f"{title}{note}")), other, earlier, depth + 1)
-    for link in found.tasks:
-        checkpoint = file.parent / "checkpoints" / link.checkpoint
-        state = f"{link.checkpoint} {link.sha256[:12]}"
-        if checkpoint.is_file() and link.sha256 and sha256_of(checkpoint) != link.sha256:
+            link = base.add(Text(f"{title}{note}"))
+            _add_lineage(link, other, earlier, depth + 1, verify=verify)
+    for task in found.tasks:
+        checkpoint = file.parent / "checkpoints" / task.checkpoint
+        state = f"{task.checkpoint} {task.sha256[:12]}"
+        if verify and checkpoint.is_file() and sha256_of(checkpoint) != task.sha256:
             state += ", which is another file now"
         elif not checkpoint.is_file() and not found.run:
             state += ", which is gone"
-        tree.add(Text(f"{link.stage}  {link.task}: {state}"))
+        tree.add(Text(f"{task.stage}  {task.task}: {state}"))
 
 
 def _state(folder: RunDirectory) -> RunState:

@@ -271,7 +271,10 @@ class RunDirectory:
             self._moved_config = yaml.safe_dump(plain, sort_keys=False)
 
     def _may_change(self) -> bool:
-        state = self.state()
+        try:
+            state = self.state()
+        except ValueError:  # of a damaged file, which is refused where it is needed
+            return False
         return state is not None and state.may_change
 
     def save_moved_paths(self) -> None:

@@ -109,7 +109,7 @@ def test_lineage_names_every_checkpoint_by_its_hash(runs, tmp_path, capsys):
     assert output.count("task_02.ckpt") == 1  # of the consumer alone
     (runs.path("supplier") / "checkpoints" / "task_01.ckpt").write_bytes(b"other")
     shutil.rmtree(runs.path("consumer") / "checkpoints")
-    assert main(["lineage", str(runs.path("consumer"))]) == 0
+    assert main(["lineage", str(runs.path("consumer")), "--verify"]) == 0
     output = " ".join(capsys.readouterr().out.split())
     assert "which is another file now" in output
     assert "which is gone" in output
