@@ -183,6 +183,7 @@ def test_an_image_with_several_questions_goes_through_the_tower_once(model):
     first = hf_reference.a_batch(model, (0, 1, 2))
     batch = replace(first, images=first.images[[0, 1, 0]])
     seen, tower = [], model.lm.model.vision_tower
+    model.image_inputs.forward_kwargs(model.lm, batch)  # proves which layers of the tower are read
     tower.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
     answers = model.generate(batch, max_new_tokens=6)
     assert seen == [2]

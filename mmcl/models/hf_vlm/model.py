@@ -411,9 +411,8 @@ class ImageTextToText(nn.Module):
         """
         self.gates.clear()
         self.gates.update(prompts.gates)
-        words = self._word_embeddings()
-        injecting = self.soft_prompts.inject_prompts(words, prompts, tokens, mask)
-        with injecting, self.image_inputs.used_layers.only(self.lm):
+        words, used = self._word_embeddings(), self.image_inputs.used_layers
+        with self.soft_prompts.inject_prompts(words, prompts, tokens, mask), used.only(self.lm):
             yield
 
     def _mean_features(self, batch: Batch) -> Tensor:
