@@ -32,12 +32,15 @@ class UsedLayers:
     """
 
     def __init__(self, lm: Any, architecture: Architecture) -> None:
-        self._tower = architecture.tower
+        self._tower, self._projector = architecture.tower, architecture.projector
+        self._heads: list[nn.Module] | None = None
+        self._place = self._find_place(lm)
         function = getattr(lm.model, "get_image_features", None)
         names = inspect.signature(function).parameters if function is not None else {}
         takes = _ARGUMENT in names and _ARGUMENT in inspect.signature(lm.model.forward).parameters
         self._names = frozenset(names)
-        self._selected = _selected(lm, self._depth(lm)) if takes else None
+        depth = None if self._place is None else len(getattr(*self._place))
+        self._selected = _selected(lm, depth) if takes else None
         self._is_proven: bool | None = None
 
     def arguments(self, lm: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,6 +51,11 @@ class UsedLayers:
             inputs: arguments of its forward pass, with ``pixel_values``.
         """
         if self._is_proven is None:
+            # A hook that collects statistics would see the images of the proof as well.
+            parts = (lm.model.get_submodule(name) for name in (self._tower, self._projector))
+            if any(_is_observed(part) for part in parts):
+                return {}
+            self._heads = self._find_heads(lm)
             self._is_proven = self._is_exact(lm, inputs)
         if not self._is_proven or self._selected is None:
             return {}
@@ -62,22 +70,21 @@ class UsedLayers:
         if not self._is_proven:
             yield
             return
-        with self._cut(lm):
+        with self._cut():
             yield
 
     @contextmanager
-    def _cut(self, lm: Any) -> Iterator[None]:
-        tower = lm.model.get_submodule(self._tower)
-        heads = [m for m in tower.modules() if getattr(m, "use_head", False) is True]
-        heads = [m for m in heads if not _is_observed(getattr(m, "head", m))]
-        place = self._place(lm)
+    def _cut(self) -> Iterator[None]:
+        heads: list[Any] = [
+            m for m in self._heads or () if not _is_observed(m.get_submodule("head"))
+        ]
+        place = None if self._selected is None else self._place
         layers = None if place is None else getattr(*place)
-        used = None if layers is None else self._used(layers)
         try:
             for module in heads:
                 module.use_head = False
-            if place is not None and used is not None:
-                setattr(*place, used)
+            if place is not None:
+                setattr(*place, self._used(layers))
             yield
         finally:
             for module in heads:
@@ -87,13 +94,15 @@ class UsedLayers:
 
     def _used(self, layers: nn.ModuleList) -> nn.ModuleList:
         """Return the layers that are read; all of them if something looks at another one."""
-        if self._selected is None:
-            return layers
-        chosen = self._selected if isinstance(self._selected, list) else [self._selected]
-        count = max(chosen)
+        selected = self._selected
+        count = selected if isinstance(selected, int) else max(selected or [len(layers)])
         return layers if any(_is_observed(layer) for layer in layers[count:]) else layers[:count]
 
-    def _place(self, lm: Any) -> tuple[nn.Module, str] | None:
+    def _find_heads(self, lm: Any) -> list[nn.Module]:
+        tower = lm.model.get_submodule(self._tower)
+        return [m for m in tower.modules() if getattr(m, "use_head", False) is True and m.head]
+
+    def _find_place(self, lm: Any) -> tuple[nn.Module, str] | None:
         """Return the module that holds the tower's layers, and their name in it."""
         tower = lm.model.get_submodule(self._tower)
         depth = getattr(getattr(tower, "config", None), "num_hidden_layers", None)
@@ -105,23 +114,17 @@ class UsedLayers:
         ]
         return found[0] if len(found) == 1 else None
 
-    def _depth(self, lm: Any) -> int | None:
-        place = self._place(lm)
-        return None if place is None else len(getattr(*place))
-
     @torch.no_grad()
     def _is_exact(self, lm: Any, inputs: Mapping[str, Any]) -> bool:
         """Whether the features of these images are the same bits; False if nothing is left out."""
-        tower = lm.model.get_submodule(self._tower)
-        has_head = any(getattr(module, "use_head", False) is True for module in tower.modules())
-        if not has_head and self._selected is None:
+        if not self._heads and self._selected is None:
             return False
         given = {name: value for name, value in inputs.items() if name in self._names}
         more = {} if self._selected is None else {_ARGUMENT: self._selected}
         with eval_mode(lm.model):
             try:
                 whole = _projected(lm, given)
-                with self._cut(lm):
+                with self._cut():
                     found = _projected(lm, {**given, **more})
             # A family that reads more of its tower fails in a way of its own.
             except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):

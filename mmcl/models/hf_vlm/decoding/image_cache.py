@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmcl.core import Batch, Prompts
@@ -72,7 +72,7 @@ class ImageCache:
         Returns:
             arguments of the forward pass with projected images, and the sha256 of each image. They
             are the ones given, and none, where the model takes no projected images, more than
-            pixels decides them, or gates of a sample apply to its images.
+            pixels decides them, gates of a sample apply to its images, or weights are sharded.
         """
         pixels = image_inputs.get("pixel_values")
         if pixels is None or pixels.ndim != 4 or not image_inputs.keys() <= _ENCODED_NAMES:
@@ -81,6 +81,8 @@ class ImageCache:
         has_adapters = weights.keys() != self._names
         if not model.image_inputs.takes_features or (has_adapters and prompts.gates):
             return image_inputs, []
+        if any(type(t) not in (Tensor, nn.Parameter) or t.is_meta for t in weights.values()):
+            return image_inputs, []  # sharded or offloaded: only the model's own forward pass works
         keys = _digests(pixels if batch.image_inputs else batch.images, pixels)
         self._expect_state(None if has_adapters else _state(weights.values(), pixels))
         known = {key: self._features[key] for key in keys if key in self._features}
