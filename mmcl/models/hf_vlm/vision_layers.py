@@ -79,7 +79,7 @@ class UsedLayers:
             m for m in self._heads or () if not _is_observed(m.get_submodule("head"))
         ]
         place = None if self._selected is None else self._place
-        layers = None if place is None else getattr(*place)
+        layers: Any = None if place is None else getattr(*place)
         try:
             for module in heads:
                 module.use_head = False
