@@ -9,6 +9,7 @@ import argparse
 import copy
 import tempfile
 import time
+from dataclasses import replace
 
 import torch
 
@@ -49,23 +50,24 @@ def trained(base):
 
 def question_tokens(model, batch):
     """Tokens and mask of the questions, padded on the left as ``generate`` takes them."""
-    from mmcl.models.hf_vlm.generation import left_pad
+    from mmcl.models.hf_vlm.decoding.generation import left_pad
 
     tokens, mask = left_pad(model._questions(batch), model.pad_token_id)
     return {"input_ids": tokens, "attention_mask": mask.long()}
 
 
 def measure(vocabulary, rounds, repeated, folder):
-    """Print the ratios; with ``repeated`` every image has two questions."""
+    """Print the ratios; with ``repeated`` every image has two different questions."""
     base = small_llava(folder, vocabulary)
     one, other = dialogues(base, vocabulary, 2)
-    batch = one.join(one if repeated else other)
+    batch = one.join(replace(other, images=one.images) if repeated else other)
     model, strategy = trained(base)
     rival = Rival(base, [batch], list(base.target_linears()), RANK, folder)
     rival.start_from(model)
     theirs = rival.peft.eval()
     given = {**native(base, batch), **question_tokens(base, batch)}
     given.pop("labels")
+    given.pop("vision_feature_layer", None)
     longest = given["input_ids"].shape[1]
     ends = base.lm.get_output_embeddings().weight.shape[0]  # never generated
     model.end_token_ids = [ends]
@@ -80,9 +82,11 @@ def measure(vocabulary, rounds, repeated, folder):
         answers["theirs"] = [model.chat_tokenizer.decode(answer) for answer in found]
 
     def unmerged():
+        model.image_cache.clear()  # the turn before answered questions of the same images
         answers["ours, unmerged"] = model.generate(batch, max_new_tokens=TOKENS)
 
     def merged():
+        model.image_cache.clear()
         with strategy.merged_adapters(model):
             answers["ours"] = model.generate(batch, max_new_tokens=TOKENS)
 

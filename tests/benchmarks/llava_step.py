@@ -13,7 +13,7 @@ import torch
 
 from mmcl.core import IGNORE_INDEX, NO_PROMPTS, Batch, begin_task
 from mmcl.core.step import step
-from mmcl.models.hf_vlm.generation import candidate_log_probs
+from mmcl.models.hf_vlm.decoding.generation import candidate_log_probs
 from mmcl.strategies import LoRA, MoELoRA
 from tests.benchmarks.captions import Losses
 from tests.benchmarks.interleaved_loops import Relay

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from mmcl.core import NO_PROMPTS, Prompts
-from mmcl.models.hf_vlm import generation
-from mmcl.models.hf_vlm.generation import candidate_log_probs
+from mmcl.models.hf_vlm.decoding import generation
+from mmcl.models.hf_vlm.decoding.generation import candidate_log_probs
 from tests.toys.toy_llava import a_dialogue_batch, a_llava
 
 TEXTS = ["red", "a", "it is yellow.", "blue and green, or nothing of the kind", "R"]

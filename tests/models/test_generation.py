@@ -5,7 +5,7 @@ import torch
 
 from mmcl.core import Batch, Prompts
 from mmcl.models import ImageTextToText
-from mmcl.models.hf_vlm.generation import left_pad, prompt_lengths
+from mmcl.models.hf_vlm.decoding.generation import left_pad, prompt_lengths
 from mmcl.models.hf_vlm.prompts_and_gates import GateReplayContext
 from tests.models import hf_reference
 from tests.models.small_vlms import write_model

@@ -8,8 +8,8 @@ import torch
 
 from mmcl.core import NO_PROMPTS, Prompts
 from mmcl.models import ImageTextToText
-from mmcl.models.hf_vlm import generation
-from mmcl.models.hf_vlm.greedy_decoding import GreedyDecoder, UnsupportedCacheError
+from mmcl.models.hf_vlm.decoding import generation
+from mmcl.models.hf_vlm.decoding.greedy_decoding import GreedyDecoder, UnsupportedCacheError
 from tests.models import hf_reference
 from tests.models.family_reference import SAMPLES
 from tests.models.small_families import FAMILIES, write_family
@@ -55,7 +55,7 @@ def native_batch(model, names):
 def test_answers_of_every_family_are_those_of_generate(family, tmp_path, caplog):
     model = ImageTextToText(str(write_family(tmp_path, family)))
     batch = native_batch(model, list(SAMPLES))
-    with caplog.at_level(logging.INFO, logger="mmcl.models.hf_vlm.greedy_decoding"):
+    with caplog.at_level(logging.INFO, logger="mmcl.models.hf_vlm.decoding.greedy_decoding"):
         answers = model.generate(batch, max_new_tokens=8)
     assert answers == by_generate(model, batch)
     assert len(set(answers)) > 1
@@ -166,7 +166,7 @@ def test_questions_too_long_for_the_cache_are_left_to_generate_after_a_proof(mod
 
 
 def test_answers_beyond_the_first_room_of_the_cache_are_right(model, monkeypatch):
-    from mmcl.models.hf_vlm.greedy_decoding import _InPlaceLayer
+    from mmcl.models.hf_vlm.decoding.greedy_decoding import _InPlaceLayer
 
     monkeypatch.setattr(_InPlaceLayer, "_CHUNK", 3)
     batch = hf_reference.a_batch(model, (0, 1, 2))
@@ -183,6 +183,7 @@ def test_an_image_with_several_questions_goes_through_the_tower_once(model):
     first = hf_reference.a_batch(model, (0, 1, 2))
     batch = replace(first, images=first.images[[0, 1, 0]])
     seen, tower = [], model.lm.model.vision_tower
+    model.image_inputs.forward_kwargs(model.lm, batch)  # proves which layers of the tower are read
     tower.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
     answers = model.generate(batch, max_new_tokens=6)
     assert seen == [2]

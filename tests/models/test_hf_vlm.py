@@ -193,7 +193,7 @@ def test_candidates_are_scored_as_if_each_were_the_answer(model, monkeypatch):
     rows = model._questions(batch)
     known = [model.chat_tokenizer.answer_tokens(text) for text in hf_reference.WORDS]
     images = model.image_inputs.forward_kwargs(model.lm, batch)
-    from mmcl.models.hf_vlm import generation
+    from mmcl.models.hf_vlm.decoding import generation
 
     with torch.no_grad():
         together = generation.candidate_log_probs(model, rows, images, NO_PROMPTS, known)

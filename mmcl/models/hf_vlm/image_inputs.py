@@ -19,6 +19,7 @@ from mmcl.core.model import eval_mode
 from mmcl.models.hf_vlm.architectures import Architecture
 from mmcl.models.hf_vlm.chat_tokenizer import ChatTokenizer
 from mmcl.models.hf_vlm.native_inputs import NativeProcessor, expect_conversation, join_inputs
+from mmcl.models.hf_vlm.vision_layers import UsedLayers
 
 ImageAspectRatio = Literal["pad", "crop", "stretch"]
 ImageMode = Literal["native", "square"]
@@ -108,6 +109,7 @@ class ImageInputs:
         mean: of normalization, 0 to 255; float32 whatever the model is cast to.
         std: of normalization, 0 to 255.
         image_token_id: placeholder token; an image has one or more.
+        used_layers: layers of the vision tower that are read.
 
     Raises:
         ValueError: if the model takes no images of this size.
@@ -130,6 +132,7 @@ class ImageInputs:
         self._arguments = frozenset(arguments)
         self._token_types = [name for name in known if name in arguments]
         self._takes_encoder_outputs = "mm_encoder_outputs" in arguments
+        self.used_layers = UsedLayers(lm, architecture)
 
     @property
     def description(self) -> str:
@@ -167,6 +170,11 @@ class ImageInputs:
             if not len(features):
                 return {}
             return {"mm_encoder_outputs": {"image": self._projected(lm, features)}}
+        inputs = self._pixel_kwargs(lm, batch)
+        return {**inputs, **self.used_layers.arguments(lm, inputs)} if inputs else {}
+
+    def _pixel_kwargs(self, lm: Any, batch: Batch) -> dict[str, Any]:
+        """Return the arguments of the forward pass with images."""
         images = batch.images
         dtype = _dtype(lm.model.get_submodule(self.architecture.tower).parameters())
         if batch.image_inputs:
@@ -197,7 +205,8 @@ class ImageInputs:
         projector = lm.model.get_submodule(self.architecture.projector)
         hook = projector.register_forward_pre_hook(lambda module, args: captured.append(args[0]))
         try:
-            with eval_mode(lm.model.get_submodule(self.architecture.tower)):
+            tower = lm.model.get_submodule(self.architecture.tower)
+            with eval_mode(tower), self.used_layers.only(lm):
                 lm.model.get_image_features(**inputs)
         finally:
             hook.remove()

@@ -8,6 +8,7 @@ nothing is assumed about a family, and the first pass of a model proves it on it
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -121,7 +122,9 @@ def _is_observed(block: nn.Module) -> bool:
 
 
 def _without_cache(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {**inputs, "use_cache": False}
+    """Return inputs of a trial pass, which writes into a copy of the given cache, if any."""
+    names = [name for name in ("cache", "past_key_values") if inputs.get(name) is not None]
+    return {**inputs, "use_cache": False, **{name: copy.deepcopy(inputs[name]) for name in names}}
 
 
 @contextmanager
@@ -175,8 +178,10 @@ def _forward_at(block: nn.Module, grid: Tensor, hidden: Tensor, *args: Any, **kw
         raise TypeError(f"{type(block).__name__} asks no cache for keys and values")
     kwargs = {key: _at(key, value, grid, hidden.shape[1]) for key, value in kwargs.items()}
     if kwargs.get("attention_mask") is None:
-        index = torch.arange(recorder.states[0].shape[-2], device=grid.device)
-        kwargs["attention_mask"] = index <= grid[:, None, :, None]
+        count = recorder.states[0].shape[-2]
+        index = torch.arange(count, device=grid.device)
+        # With keys of earlier passes, the positions of this one are the last.
+        kwargs["attention_mask"] = index <= grid[:, None, :, None] + count - hidden.shape[1]
     rows = torch.take_along_dim(hidden, grid[..., None], 1)
     return forward(block, rows, *args, **{**kwargs, name: _Recorded(recorder.states)})
 

@@ -29,14 +29,14 @@ from mmcl.models.hf_vlm.architectures import (
 )
 from mmcl.models.hf_vlm.chat_template import ChatTemplate, ConvTemplate
 from mmcl.models.hf_vlm.chat_tokenizer import TooLong
-from mmcl.models.hf_vlm.generation import (
+from mmcl.models.hf_vlm.decoding.generation import (
     candidate_log_probs,
-    encode_images_once,
     expect_tokens,
     generate_with_strategy,
     prompt_lengths,
 )
-from mmcl.models.hf_vlm.greedy_decoding import GreedyDecoder, OutputTransform
+from mmcl.models.hf_vlm.decoding.greedy_decoding import GreedyDecoder, OutputTransform
+from mmcl.models.hf_vlm.decoding.image_cache import ImageCache
 from mmcl.models.hf_vlm.image_inputs import (
     ImageAspectRatio,
     ImageInputs,
@@ -62,7 +62,6 @@ from mmcl.models.hf_vlm.proof import prove
 from mmcl.models.hf_vlm.routing_encoder import embed_with_encoder, pool_images
 
 
-@torch.no_grad()
 def _is_native(
     model: str, mode: ImageMode | None, ratio: ImageAspectRatio | None, size: int | None
 ) -> bool:
@@ -174,6 +173,7 @@ class ImageTextToText(nn.Module):
         if routing_encoder is not None:
             routing_encoder.requires_grad_(False)
         self._candidate_tokens: dict[str, Tensor] = {}
+        self.image_cache = ImageCache(self.lm, self.architecture)
         self._base_names = frozenset(name for name, _ in self.named_parameters())
         self._base_buffers = frozenset(name for name, _ in self.named_buffers())
         self._fingerprint = Fingerprint()
@@ -239,6 +239,8 @@ class ImageTextToText(nn.Module):
                 f"labels are {tuple(labels.shape)}, expected (B, L): a generative model trains on "
                 "tasks of task_type 'instruction'"
             )
+        if torch.is_grad_enabled():
+            self.image_cache.clear()
         images = self.image_inputs.forward_kwargs(self.lm, batch)
         prompt_length = self.soft_prompts.length(prompts)
         inputs = self.soft_prompts.insert_placeholders(tokens, prompt_length)
@@ -285,13 +287,12 @@ class ImageTextToText(nn.Module):
         questions = self._questions(batch)
         images = self.image_inputs.forward_kwargs(self.lm, batch)
         with eval_mode(self):
-            images = encode_images_once(self, images)
+            images, keys = self.image_cache.encode(self, images, batch, prompts)
+            given = (self, questions, images, prompts)
             if not candidates:
-                return generate_with_strategy(
-                    self, questions, images, prompts, max_new_tokens, transform_output
-                )
+                return generate_with_strategy(*given, max_new_tokens, transform_output, keys)
             tokens = [self._tokens_of(text).to(batch.labels.device) for text in candidates]
-            scores = candidate_log_probs(self, questions, images, prompts, tokens, transform_output)
+            scores = candidate_log_probs(*given, tokens, transform_output, keys)
         # Of equal ones the first.
         return [candidates[index] for index in scores.argmax(1).tolist()]
 
@@ -410,7 +411,8 @@ class ImageTextToText(nn.Module):
         """
         self.gates.clear()
         self.gates.update(prompts.gates)
-        with self.soft_prompts.inject_prompts(self._word_embeddings(), prompts, tokens, mask):
+        words, used = self._word_embeddings(), self.image_inputs.used_layers
+        with self.soft_prompts.inject_prompts(words, prompts, tokens, mask), used.only(self.lm):
             yield
 
     def _mean_features(self, batch: Batch) -> Tensor:

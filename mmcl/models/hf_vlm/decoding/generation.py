@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmcl.core import IGNORE_INDEX, NO_PROMPTS, Batch, Output, Prompts
 from mmcl.models.hf_vlm.architectures import output_logits
 from mmcl.models.hf_vlm.chat_tokenizer import ChatTokenizer
-from mmcl.models.hf_vlm.greedy_decoding import (
+from mmcl.models.hf_vlm.decoding.greedy_decoding import (
     GreedyDecoder,
     OutputTransform,
     Questions,
+    UnsupportedCacheError,
+    expect_whole_cache,
     pad_right,
 )
+from mmcl.models.hf_vlm.decoding.shared_prefix import share_prefix
 from mmcl.models.hf_vlm.image_inputs import ImageInputs
 from mmcl.models.hf_vlm.last_block import LastBlock
 
@@ -103,12 +105,13 @@ def generate_with_strategy(
     prompts: Prompts,
     max_new_tokens: int,
     transform_output: OutputTransform | None = None,
+    image_keys: Sequence[bytes] = (),
 ) -> list[str]:
     """Return B greedily generated answers of at most ``max_new_tokens``, without end tokens.
 
     Other arguments are those of ``candidate_log_probs``.
     """
-    read = _questions(model, questions, image_inputs, prompts)
+    read = _questions(model, questions, image_inputs, prompts, image_keys)
 
     def reference(count: int) -> tuple[Tensor, Tensor]:
         return _reference(model, questions, image_inputs, prompts, count)
@@ -125,7 +128,7 @@ def generate_with_strategy(
 
 def _questions(
     model: GenerativeModel, questions: Sequence[Tensor], image_inputs: dict[str, Any],
-    prompts: Prompts,
+    prompts: Prompts, image_keys: Sequence[bytes] = (),
 ) -> Questions:  # fmt: skip
     tokens, mask = pad_right(model.with_placeholders(questions, prompts), model.pad_token_id)
     types = model.image_inputs.token_type_ids(tokens)
@@ -136,27 +139,12 @@ def _questions(
         inputs["position_ids"] = positions
     if "token_type_ids" in types:  # attention in both directions would see the padding
         inputs["attention_mask"] = mask.long()
-    return Questions(tokens, mask, inputs, next_position, axes)
-
-
-def encode_images_once(model: GenerativeModel, image_inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return inputs in which an image with several questions went through the tower once.
-
-    They are unchanged where no image is repeated, or the model takes no features.
-    """
-    pixels = image_inputs.get("pixel_values")
-    if pixels is None or pixels.ndim != 4 or len(image_inputs) > 1:
-        return image_inputs
-    if not model.image_inputs.takes_features:
-        return image_inputs
-    rows, places = torch.unique(pixels.flatten(1), dim=0, return_inverse=True)
-    if len(rows) == len(pixels):
-        return image_inputs
-    encoded = model.lm.model.get_image_features(pixel_values=rows.view(-1, *pixels.shape[1:]))
-    found = encoded.pooler_output
-    # A list where the model joins lists.
-    each = found[places] if isinstance(found, Tensor) else [found[i] for i in places.tolist()]
-    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=each)}}
+    shared = None
+    # Prompts differ by sample; types of tokens and positions of several axes by what follows.
+    if not (types or prompts.tokens or prompts.gates) and axes == 1:
+        token_id = model.image_inputs.image_token_id
+        shared = share_prefix(tokens, mask, image_inputs, image_keys, token_id)
+    return Questions(tokens, mask, inputs, next_position, axes, shared)
 
 
 def _settings(
@@ -231,6 +219,7 @@ def candidate_log_probs(
     prompts: Prompts,
     candidates: Sequence[Tensor],
     transform_output: OutputTransform | None = None,
+    image_keys: Sequence[bytes] = (),
 ) -> Tensor:
     """Return (B, C) log probability of each candidate answer to each question, with its end.
 
@@ -244,14 +233,42 @@ def candidate_log_probs(
         prompts: of the samples.
         candidates: C answers, (K_c,) tokens each.
         transform_output: changes (S, V) scores, or None.
+        image_keys: digests of the images, see ``ImageCache.encode``; () = no tokens are shared.
     """
-    prefix = _encode_prefix(model, questions, image_inputs, prompts, transform_output)
+    room = max(len(candidate) for candidate in candidates)
+    prefix = _encode_shared(
+        model, questions, image_inputs, prompts, transform_output, image_keys, room
+    ) or _encode_prefix(model, questions, image_inputs, prompts, transform_output)
     groups = list(_groups(prefix, candidates))
     found = []
     for group in groups:
         cache = prefix.cache if group is groups[-1] else copy.deepcopy(prefix.cache)
         found.append(_score_group(model, prefix, cache, prompts, group, transform_output))
     return torch.cat(found, 1)
+
+
+def _encode_shared(
+    model: GenerativeModel, questions: Sequence[Tensor], image_inputs: dict[str, Any],
+    prompts: Prompts, transform_output: OutputTransform | None, image_keys: Sequence[bytes],
+    room: int,
+) -> _Prefix | None:  # fmt: skip
+    """Encode questions that share tokens, padded on the right; None = they share none."""
+    read = _questions(model, questions, image_inputs, prompts, image_keys)
+
+    def reference(count: int) -> tuple[Tensor, Tensor]:
+        return _reference(model, questions, image_inputs, prompts, count)
+
+    if read.shared is None or not model.decoder.is_proven(model, read, prompts, reference):
+        return None
+    with model.entering(prompts, read.tokens, None):
+        hidden, cache = model.decoder.first_pass(model, read)
+    try:
+        expect_whole_cache(cache, read.tokens.shape[1] + room)
+    except UnsupportedCacheError:
+        return None
+    samples = torch.arange(len(hidden), device=hidden.device)
+    log_probs = _log_probs(model, hidden, samples, prompts, transform_output)
+    return _Prefix(cache, read.mask, read.next_position, log_probs, read.axes)
 
 
 def _encode_prefix(

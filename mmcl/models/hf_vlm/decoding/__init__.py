@@ -1,0 +1,1 @@
+"""Answers of generative models: greedy decoding, candidates, and questions of one image."""
