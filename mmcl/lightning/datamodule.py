@@ -49,6 +49,7 @@ class ContinualDataModule(pl.LightningDataModule):
         num_workers: processes that read and decode, 0 = none.
         task_order: task indices in training order, a subset is allowed; None = as on the card. The
             order of classes is set when a stream is made: mmcl data convert --class_order_seed.
+        repeats: times that all tasks are trained in this order, None = 1; the second "a" is "a (2)".
         task_epochs: task name -> epochs of that task, in place of the card's; the other tasks have
             those of the card, else ``trainer.max_epochs``.
         max_samples: 200 = at most 200 samples of every split of a task, 0.02 = that fraction,
@@ -82,6 +83,7 @@ class ContinualDataModule(pl.LightningDataModule):
         eval_batch_size: int = 256,
         num_workers: int = 0,
         task_order: Sequence[int] | None = None,
+        repeats: int | None = None,
         task_epochs: Mapping[str, int] | None = None,
         max_samples: int | float | None = None,
         validation_share: float = 0.0,
@@ -104,7 +106,8 @@ class ContinualDataModule(pl.LightningDataModule):
         self.stream_name, self.data_dir = stream, Path(data_dir)
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
-        self.task_order, self.task_epochs = task_order, dict(task_epochs or {})
+        self.task_order, self.repeats = task_order, 1 if repeats is None else repeats
+        self.task_epochs = dict(task_epochs or {})
         is_count = max_samples is not None and max_samples > 1
         self.max_samples = int(max_samples or 0) if is_count else max_samples
         _check_share(validation_share)
@@ -162,7 +165,7 @@ class ContinualDataModule(pl.LightningDataModule):
     @cached_property
     def declared_stream(self) -> TaskStream:
         """Stream as declared by the card and ``task_epochs``, before samples are counted."""
-        stream = TaskStream.read(self.card, self.task_order, tuple(SCORERS))
+        stream = TaskStream.read(self.card, self.task_order, tuple(SCORERS), self.repeats)
         if self.task_epochs:
             known = [task.name for task in TaskStream.read(self.card)]
             wrong = [name for name, n in self.task_epochs.items() if name not in known or n < 1]
@@ -171,8 +174,10 @@ class ContinualDataModule(pl.LightningDataModule):
                     f"data.task_epochs gives '{wrong[0]}' {self.task_epochs[wrong[0]]} epochs: "
                     f"give 1 or more to tasks of the card, {', '.join(known)}"
                 )
+            names = [stream[stream.first_occurrence(task.index)].name for task in stream]
             epochs = {task.name: task.epochs for task in stream} | self.task_epochs
-            stream.tasks = tuple(replace(task, epochs=epochs[task.name]) for task in stream)
+            pairs = zip(stream, names, strict=True)
+            stream.tasks = tuple(replace(task, epochs=epochs[name]) for task, name in pairs)
         return stream
 
     @property

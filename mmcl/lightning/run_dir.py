@@ -43,12 +43,14 @@ RESUMABLE_KEYS = (
     "trainer.profiler", "trainer.log_every_n_steps", "trainer.default_root_dir", "data.data_dir",
     "data.num_workers", "data.eval_batch_size", "data.verify_hashes", "data.max_bad_fraction",
     "data.cache_dir", "data.cache_limit", "checkpoint_every_n_steps", "trainer.enable_progress_bar",
+    "data.repeats",  # more repeats append tasks; fewer than trained are refused as missing tasks
 )  # fmt: skip
 # Settings of memory and speed that leave the global batch and the parameters as they are: free too,
 # but other bits are computed with them, so a change is noted in the summary.
 MEMORY_KEYS = ("data.micro_batch_size", "trainer.accumulate_grad_batches", "trainer.precision")
 _CHECKPOINTING = ".gradient_checkpointing"
-_DATA_PATHS = ("data.stream", "data.data_dir")
+_STORED_AGAIN = ("data.stream", "data.data_dir", "data.repeats")
+"""Settings whose new value is stored once the data is known to be that of the run."""
 
 
 @dataclass
@@ -230,7 +232,7 @@ class RunDirectory:
                 f"{key} was changed from {stored.get(key)!r} to {new.get(key)!r}"
                 for key in sorted(filter(_is_of_memory, differs))
             ]
-            if moved or self.changes or differs & set(_DATA_PATHS):
+            if moved or self.changes or differs & set(_STORED_AGAIN):
                 self._moved_config = yaml.safe_dump(plain, sort_keys=False)
         elif has_results:
             raise ValueError(

@@ -182,11 +182,19 @@ def open_stream(
     options = OpenOptions(cache_dir or default_cache(), cache_limit, allow_pipes)
     work = _Work(stream, options, verify_hashes, max_samples, seed)
     all_splits: list[tuple[Task, Split]] = [(t, p) for t in stream.all_tasks for p in _splits_of(t)]
-    splits = [(t, p) for t, p in all_splits if p == "test" or t.index not in finished]
+    wanted = [(t, p) for t, p in all_splits if p == "test" or t.index not in finished]
+    # A repeated task has the readers of the first, so also the same subset and validation part.
+    origins = {(t.index, p): stream.first_occurrence(t.index) for t, p in wanted}
+    needed = {(origins[t.index, p], p): None for t, p in wanted}
+    splits: list[tuple[Task, Split]] = [(stream.evaluated_task(n), p) for n, p in needed]
     mixed = sorted({number for task in stream.tasks for number, _ in task.mixture})
     own = {n: stream.sources[n - 1].task for n in mixed}
     work.open_all([*splits, *((source, "train") for source in own.values())], progress)
     readers = work.readers(splits, validation_share)
+    for (number, split), origin in origins.items():
+        readers[number, split] = readers[origin, split]
+        if split == "train" and (origin, "validation") in readers:
+            readers[number, "validation"] = readers[origin, "validation"]
     sources = {number: work.reader(each, "train") for number, each in own.items()}
     work.errors.raise_all(stream.name)
     stream = _counted(stream, readers, max_samples, validation_share)
