@@ -31,6 +31,9 @@ COMMANDS = {
     "report": "write a run's report.html again",
     "export": "export the trained model for open_clip, transformers or peft",
     "compare": "compare runs and seeds in one table and one plot",
+    "diagnose": "flatness, linear probes and recovery over the states of a run",
+    "connect": "loss and score on the line between two checkpoints",
+    "similarity": "similarity of layers and attention heads of two checkpoints",
     "data": "convert, validate, preview, list or build streams",
     "strategies": "list the strategies, or show the arguments of one",
 }
@@ -42,6 +45,8 @@ _ENTRY_POINTS = {
     "report": ("run_commands", "report"),
     "compare": ("run_commands", "compare_runs"),
     "export": ("run_commands", "export"),
+    "connect": ("diagnose", "connect_checkpoints"),
+    "similarity": ("diagnose", "compare_checkpoints"),
 }
 """Command: module and function, where they are not its own name and ``main``."""
 LIGHTNING = {

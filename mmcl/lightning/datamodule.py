@@ -49,7 +49,7 @@ class ContinualDataModule(pl.LightningDataModule):
         num_workers: processes that read and decode, 0 = none.
         task_order: task indices in training order, a subset is allowed; None = as on the card. The
             order of classes is set when a stream is made: mmcl data convert --class_order_seed.
-        repeats: times that all tasks are trained in this order, None = 1; the second "a" is "a (2)".
+        repeats: times that all tasks are trained in that order, None = 1; a second is "name (2)".
         task_epochs: task name -> epochs of that task, in place of the card's; the other tasks have
             those of the card, else ``trainer.max_epochs``.
         max_samples: 200 = at most 200 samples of every split of a task, 0.02 = that fraction,

@@ -73,39 +73,39 @@ def diagnostic_csv(diagnostic: Diagnostic) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_header(diagnostic))
-    for index, name in enumerate(_points(diagnostic)):
+    points = list(diagnostic.x_names) or list(map(repr, diagnostic.x_values))
+    for index, name in enumerate(points):
         row = [series.values[index] for panel in diagnostic.panels for series in panel.series]
         writer.writerow([name, *("" if value is None else repr(value) for value in row)])
     return text.getvalue().encode("utf-8", "replace")
 
 
 def diagnostic_table(diagnostic: Diagnostic, max_columns: int = 8) -> str:
-    """Return a diagnostic as text: its curves, its metrics, and what was left out.
+    """Return a diagnostic as text: a table per panel, its metrics, and what was left out.
 
     Args:
         diagnostic: the record.
-        max_columns: series that are shown; all are in the csv file.
+        max_columns: series that are shown of each panel; all are in the csv file.
     """
-    columns = [
-        (series, 100 if panel.is_score else 1)
-        for panel in diagnostic.panels
-        for series in panel.series
-    ]
-    header = _header(diagnostic)
-    rows = [header[: 1 + max_columns]]
-    for index, name in enumerate(_points(diagnostic)):
-        shown = [
-            "-" if (v := series.values[index]) is None else f"{scale * v:.4g}"
-            for series, scale in columns[:max_columns]
-        ]
-        rows.append([name, *shown])
-    lines = [sanitize(diagnostic.title), *_aligned(rows)]
-    if len(columns) > max_columns:
-        lines.append(f"{len(columns) - max_columns} more columns are in the csv file")
+    lines = [sanitize(diagnostic.title)]
+    for panel in diagnostic.panels:
+        title = f"{panel.title}, %" if panel.is_score else panel.title
+        lines += [sanitize(f"  {title}"), *_aligned(_panel_rows(diagnostic, panel, max_columns))]
+        if len(panel.series) > max_columns:
+            lines.append(f"{len(panel.series) - max_columns} more columns are in the csv file")
     for metric in diagnostic.metrics:
         value = f"undefined: {metric.reason}" if metric.value is None else f"{metric.value:.4g}"
         lines.append(sanitize(f"{metric.name}: {value}"))
     return "\n".join([*lines, *(sanitize(note) for note in diagnostic.notes)])
+
+
+def _panel_rows(diagnostic: Diagnostic, panel: Panel, max_columns: int) -> list[list[str]]:
+    scale, shown = (100 if panel.is_score else 1), panel.series[:max_columns]
+    rows = [[diagnostic.x_label, *(series.name for series in shown)]]
+    for index, name in enumerate(_points(diagnostic)):
+        values = [series.values[index] for series in shown]
+        rows.append([name, *("-" if v is None else f"{scale * v:.4g}" for v in values)])
+    return rows
 
 
 def _header(diagnostic: Diagnostic) -> list[str]:
@@ -118,7 +118,7 @@ def _header(diagnostic: Diagnostic) -> list[str]:
 
 
 def _points(diagnostic: Diagnostic) -> list[str]:
-    return list(diagnostic.x_names) or [f"{value:g}" for value in diagnostic.x_values]
+    return list(diagnostic.x_names) or [f"{value:.4g}" for value in diagnostic.x_values]
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
