@@ -131,7 +131,7 @@ def collect_features(
         split: train or test.
 
     Returns:
-        (N, D) float32 and (N,) int64 on the CPU; samples without a class are left out.
+        (N, D) float32 and (N,) int64 on the CPU, -1 for an answer that is none of the classes.
     """
     spec = probes.spec(row, number)
     model = module.model
@@ -151,9 +151,7 @@ def collect_features(
             labels.append(batch.labels.cpu())
     if not features:
         return torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64)
-    all_features, all_labels = torch.cat(features), torch.cat(labels)
-    is_known = all_labels >= 0
-    return all_features[is_known], all_labels[is_known]
+    return torch.cat(features), torch.cat(labels)
 
 
 def _features(module: ContinualModule, batch: Batch) -> Tensor:
@@ -223,17 +221,18 @@ def linear_probe(
     ]
     found: dict[tuple[int, int], float] = {}
     reasons: dict[tuple[int, int], str] = {}
+    left_out: dict[str, None] = {}
     for row in rows:
         module = load(row)
         for number in probed:
             if module is None:
                 reasons[row, number] = f"the checkpoint after '{names[row]}' is lost"
                 continue
-            parts = [collect_features(module, probes, row, number, s) for s in ("train", "test")]
             try:
-                found[row, number] = fit_probe(parts[0], parts[1], seed=seed).accuracy
+                found[row, number] = _probe_cell(module, probes, row, number, seed, left_out)
             except ValueError as error:
                 reasons[row, number] = str(error)
+    notes += left_out
     notes += [
         f"No probe of '{probes.name(n)}' after '{names[row]}': {reason}."
         for (row, n), reason in reasons.items()
@@ -259,6 +258,30 @@ def linear_probe(
         notes=notes,
         settings={"seed": str(seed), "samples": str(probes.samples or "all")},
     )
+
+
+def _probe_cell(
+    module: ContinualModule,
+    probes: ProbeData,
+    row: int,
+    number: int,
+    seed: int,
+    left_out: dict[str, None],
+) -> float:
+    """Return the accuracy of the probe of a task; samples without a class are noted."""
+    splits: tuple[Split, Split] = ("train", "test")
+    parts = [collect_features(module, probes, row, number, split) for split in splits]
+    train, test = ((x[labels >= 0], labels[labels >= 0]) for x, labels in parts)
+    gaps = [len(part[1]) - len(kept[1]) for part, kept in zip(parts, (train, test), strict=True)]
+    if not len(train[1]):
+        raise ValueError("no training sample has an answer that is one of its classes")
+    if any(gaps):
+        name = probes.name(number)
+        left_out[
+            f"{gaps[0]} training samples of '{name}' and {gaps[1]} test samples have an answer "
+            "that is no class and are left out."
+        ] = None
+    return fit_probe(train, test, seed=seed).accuracy
 
 
 def _has_classes(probes: ProbeData, number: int) -> bool:

@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from mmcl.evaluation.diagnostic_record import Diagnostic, Panel
 from mmcl.report.formatting import sanitize, shorten
@@ -51,6 +52,8 @@ def _draw_panel(axes: Axes, diagnostic: Diagnostic, panel: Panel) -> None:
         names = [shorten(name, 14) for name in diagnostic.x_names[::step]]
         turn = {"rotation": 30, "ha": "right"}
         name_ticks(axes.xaxis, list(diagnostic.x_values)[::step], names, **turn)
+    elif all(value == round(value) for value in diagnostic.x_values):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     write_text(axes.set_xlabel(" "), diagnostic.x_label, color=MUTED)
     title = f"{panel.title}, %" if panel.is_score else panel.title
     write_text(axes.set_title(" ", loc="left"), title, color=MUTED, fontsize=9)
