@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,13 @@ def connect_checkpoints(argv: Sequence[str]) -> int:
     ends = [Checkpoint(one.name, one.tasks, one.load) for one in (first, second)]
     wanted = _chosen_tasks(given, probes, max(first.tasks, second.tasks))
     found = connect(
-        ends[0], ends[1], probes, wanted, points=given.points, with_score=not given.no_score
+        ends[0],
+        ends[1],
+        probes,
+        wanted,
+        row=None if given.data is None else len(probes.data.stream),
+        points=given.points,
+        with_score=not given.no_score,
     )
     _write(first.folder, found)
     return _finish(first.folder, [found])
@@ -101,8 +106,8 @@ def main(argv: Sequence[str]) -> int:
         "--samples", type=int, default=256, help="samples of a split, at most (%(default)s)"
     )
     parser.add_argument(
-        "--sigmas", default=",".join(f"{sigma:g}" for sigma in SIGMAS),
-        help="flatness: sizes of the noise, relative to each weight tensor (%(default)s)",
+        "--sigmas", type=_numbers_of, default=SIGMAS, metavar="S,S",
+        help="flatness: sizes of the noise, relative to each weight tensor (0.001,0.003,0.01)",
     )  # fmt: skip
     parser.add_argument(
         "--draws", type=int, default=3, help="flatness: draws of the noise (%(default)s)"
@@ -133,9 +138,13 @@ def main(argv: Sequence[str]) -> int:
             continue
         _write(reference.folder, result)
         found.append(result)
-    for sentence in skipped:
+    for sentence in (*loader.lost, *skipped):
         print(sentence)
     return _finish(reference.folder, found)
+
+
+def _numbers_of(text: str) -> list[float]:
+    return [float(word) for word in text.split(",")]
 
 
 class _StateLoader:
@@ -144,10 +153,12 @@ class _StateLoader:
     Attributes:
         device: of the run's Trainer.
         precision: makes the context of the Trainer's precision.
+        lost: checkpoints that are missing or damaged, a sentence each.
     """
 
     def __init__(self, run: ContinualRun) -> None:
         self.run = run
+        self.lost: dict[str, None] = {}
         run.data.prepare_data()
         run.data.setup()
         folder = str(run.folder.path)
@@ -161,11 +172,11 @@ class _StateLoader:
         return module.eval().to(self.device)
 
     def load_or_none(self, row: int) -> ContinualModule | None:
-        """Load the state after ``row`` tasks, None with a warning if its checkpoint is lost."""
+        """Load the state after ``row`` tasks, None if its checkpoint is lost, which is noted."""
         try:
             return self.load(row)
         except LostCheckpoint as lost:
-            warnings.warn(f"{lost.reason}: this state is left out", stacklevel=2)
+            self.lost[f"{lost.reason}: this state is left out"] = None
             return None
 
 
@@ -235,13 +246,9 @@ def _matrix(folder: Path) -> AccuracyMatrix | None:
 def _run_flatness(
     given: Any, loader: _StateLoader, probes: ProbeData, matrix: AccuracyMatrix | None
 ) -> Diagnostic:
-    try:
-        sigmas = [float(word) for word in given.sigmas.split(",")]
-    except ValueError:
-        raise UsageError(f"--sigmas is '{given.sigmas}': give numbers such as 0.001,0.01") from None
     tasks = None if given.tasks is None else _trained_tasks(given, probes)
     return flatness(
-        loader.load_or_none, probes, given.rows, tasks, sigmas=sigmas, draws=given.draws,
+        loader.load_or_none, probes, given.rows, tasks, sigmas=given.sigmas, draws=given.draws,
         seed=given.seed,
     )  # fmt: skip
 

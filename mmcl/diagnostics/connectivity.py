@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from mmcl.diagnostics.folded_weights import (
+from mmcl.diagnostics.interpolated_weights import (
     copy_weights,
     different_weights,
-    fold_adapters,
+    merged_weights,
     write_weights,
 )
 from mmcl.diagnostics.task_loss import (
@@ -119,19 +120,21 @@ def connect(
     probes: ProbeData,
     numbers: Sequence[int],
     *,
+    row: int | None = None,
     points: int = 26,
     with_score: bool = True,
 ) -> Diagnostic:
     """Measure loss and score on the line between two checkpoints, and the barrier.
 
-    Adapters are folded into the weights first (LoRA in the product B A). The classes that compete
-    are those after the later of the two checkpoints, at every point.
+    Adapters are merged into the weights first (LoRA in the product B A).
 
     Args:
-        first: at mu = 0; its module is built first and runs all points.
+        first: at mu = 0; its module runs all points, and has its own bits again afterwards.
         second: at mu = 1.
         probes: of the stream whose tasks are measured.
         numbers: tasks and eval-only tasks.
+        row: number of learned tasks that decides which classes compete, at every point; None = that
+            of the later checkpoint.
         points: evenly spaced, both ends included.
         with_score: measure scores too.
 
@@ -140,43 +143,55 @@ def connect(
             checkpoint need more than its weights.
     """
     positions = evenly_spaced_points(points)
-    row = min(max(first.tasks, second.tasks), len(probes.data.stream))
+    learned = max(first.tasks, second.tasks) if row is None else row
 
-    def measure(module: ContinualModule, score: bool = with_score) -> list[Measured]:
-        return [measure_task(module, probes, row, n, with_score=score) for n in numbers]
+    def measure(module: ContinualModule, score: bool = False) -> list[Measured]:
+        return [measure_task(module, probes, learned, n, with_score=score) for n in numbers]
 
-    module = second.load()
-    native = {second.name: measure(module, False)}
-    with fold_adapters(module) as own:
-        end = copy_weights(own)
+    end, other = _measured_end(second, measure)
     module = first.load()
-    native[first.name] = measure(module, False)
-    with fold_adapters(module) as own:
+    native = measure(module)
+    with merged_weights(module) as own:
         start = copy_weights(own)
         names = different_weights(start, end, module.model)
         start, end = ({name: side[name] for name in names} for side in (start, end))
-
-        def measure_at(weights: Mapping[str, Tensor]) -> list[Measured]:
-            write_weights(own, weights)
-            return measure(module)
-
-        measured = measure_line(measure_at, start, end, positions)
-        write_weights(own, start)
-    _expect_same_loss(first.name, module, native[first.name], measured[0])
-    _expect_same_loss(second.name, module, native[second.name], measured[-1])
+        try:
+            measure_at = partial(_measure_at, own, lambda: measure(module, with_score))
+            measured = measure_line(measure_at, start, end, positions)
+        finally:
+            write_weights(own, start)
+    _expect_same_loss(first.name, module, native, measured[0])
+    _expect_same_loss(second.name, module, other, measured[-1])
     tasks = [probes.name(number) for number in numbers]
     return _diagnostic(first.name, second.name, tasks, positions, measured, _distance(start, end))
 
 
+def _measured_end(
+    checkpoint: Checkpoint, measure: Callable[[ContinualModule], list[Measured]]
+) -> tuple[dict[str, Tensor], list[Measured]]:
+    """Return the merged weights of a checkpoint, and what its own model measures."""
+    module = checkpoint.load()
+    native = measure(module)
+    with merged_weights(module) as own:
+        return copy_weights(own), native
+
+
+def _measure_at(
+    own: Mapping[str, Tensor], measure: Callable[[], T], weights: Mapping[str, Tensor]
+) -> T:
+    write_weights(own, weights)
+    return measure()
+
+
 def _expect_same_loss(
-    name: str, module: ContinualModule, native: Sequence[Measured], folded: Sequence[Measured]
+    name: str, module: ContinualModule, native: Sequence[Measured], merged: Sequence[Measured]
 ) -> None:
     """Check that a checkpoint's weights alone give the loss of its model and strategy.
 
     Raises:
         ValueError: if they do not.
     """
-    for whole, alone in zip(native, folded, strict=True):
+    for whole, alone in zip(native, merged, strict=True):
         is_same = abs(whole.loss - alone.loss) <= _TOLERANCE * max(1.0, abs(whole.loss))
         if not is_same and math.isfinite(whole.loss):
             raise ValueError(
@@ -210,7 +225,9 @@ def _diagnostic(
     barriers += [(name, [point[n].loss for point in measured]) for n, name in enumerate(tasks)]
     metrics = [_barrier_metric(name, positions, values) for name, values in barriers]
     metrics.append(
-        MetricValue("weight distance", distance, "L2 norm of B - A over all folded weights")
+        MetricValue(
+            "weight distance", distance, "L2 norm of B - A over all weights, adapters merged"
+        )
     )
     return Diagnostic(
         f"connect_{file_part(first)}_{file_part(second)}",

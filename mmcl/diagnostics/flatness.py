@@ -20,6 +20,11 @@ from mmcl.evaluation.diagnostic_record import Diagnostic, Panel, Series
 from mmcl.lightning.module import ContinualModule
 
 SIGMAS = (1e-3, 3e-3, 1e-2)
+_TEXT = (
+    "Mean rise of the loss under Gaussian noise on every weight tensor, of size sigma times the "
+    "tensor's root mean square, over {} seeded draws. Mean over the tasks of each state, and each "
+    "task at the largest sigma."
+)
 
 
 @contextmanager
@@ -121,25 +126,18 @@ def flatness(
     values: dict[tuple[int, float], dict[int, float | None]] = {}
     for row in rows:
         module = load(row)
-        if module is None:
-            continue
-        own = _tasks_of(probes, row) if numbers is None else list(numbers)
-        with module.strategy.merged_adapters(module.model):
-            rises = _rises(module, probes, row, own, sigmas, draws, seed)
-        values |= {(row, sigma): dict(zip(own, found, strict=True)) for sigma, found in rises}
+        if module is not None:
+            own = _tasks_of(probes, row) if numbers is None else list(numbers)
+            with module.strategy.merged_adapters(module.model):
+                values |= _rises(module, probes, row, own, sigmas, draws, seed)
     means = [
-        Series(
-            f"sigma {sigma:g}",
-            [mean_or_none(list(values.get((row, sigma), {}).values())) for row in rows],
-        )
-        for sigma in sigmas
+        Series(f"sigma {s:g}", [mean_or_none([*values.get((r, s), {}).values()]) for r in rows])
+        for s in sigmas
     ]
     return Diagnostic(
         "flatness",
         "Flatness",
-        "Mean rise of the loss under Gaussian noise on every weight tensor, of size sigma times "
-        f"the tensor's root mean square, over {draws} seeded draws. Mean over the tasks of each "
-        "state, and each task at the largest sigma.",
+        _TEXT.format(draws),
         "after",
         list(range(len(rows))),
         [
@@ -167,14 +165,16 @@ def _rises(
     sigmas: Sequence[float],
     draws: int,
     seed: int,
-) -> list[tuple[float, list[float | None]]]:
+) -> dict[tuple[int, float], dict[int, float | None]]:
+    """Return (row, sigma) -> task -> loss rise, None if it is not finite."""
+
     def measure() -> list[float]:
         return [measure_task(module, probes, row, number).loss for number in numbers]
 
-    start, found = measure(), []
+    start, found = measure(), {}
     for sigma in sigmas:
         rises = loss_rise(module.model, measure, start, sigma=sigma, draws=draws, seed=seed)
-        found.append((sigma, [finite_or_none(rise) for rise in rises]))
+        found[row, sigma] = dict(zip(numbers, map(finite_or_none, rises), strict=True))
     return found
 
 

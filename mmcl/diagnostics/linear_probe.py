@@ -83,7 +83,7 @@ def fit_probe(
             features that are not finite.
     """
     (x, labels), (test_x, test_labels) = train, test
-    classes = labels.unique()
+    classes = torch.tensor(sorted(set(labels.tolist())), dtype=labels.dtype)
     if len(x) < _FEWEST or len(classes) < 2:
         raise ValueError(
             f"a probe needs {_FEWEST} training samples of 2 classes, got {len(x)} of {len(classes)}"
@@ -219,24 +219,8 @@ def linear_probe(
     notes = [
         f"'{probes.name(n)}' has no classes and is left out." for n in numbers if n not in probed
     ]
-    found: dict[tuple[int, int], float] = {}
-    reasons: dict[tuple[int, int], str] = {}
-    left_out: dict[str, None] = {}
-    for row in rows:
-        module = load(row)
-        for number in probed:
-            if module is None:
-                reasons[row, number] = f"the checkpoint after '{names[row]}' is lost"
-                continue
-            try:
-                found[row, number] = _probe_cell(module, probes, row, number, seed, left_out)
-            except ValueError as error:
-                reasons[row, number] = str(error)
-    notes += left_out
-    notes += [
-        f"No probe of '{probes.name(n)}' after '{names[row]}': {reason}."
-        for (row, n), reason in reasons.items()
-    ]
+    found, gaps = _probe_all(load, probes, rows, probed, seed)
+    notes += gaps
     curves = [Series(probes.name(n), [found.get((row, n)) for row in rows]) for n in probed] or [
         Series("no task with classes", [None] * len(rows))
     ]
@@ -258,6 +242,35 @@ def linear_probe(
         notes=notes,
         settings={"seed": str(seed), "samples": str(probes.samples or "all")},
     )
+
+
+def _probe_all(
+    load: Callable[[int], ContinualModule | None],
+    probes: ProbeData,
+    rows: Sequence[int],
+    numbers: Sequence[int],
+    seed: int,
+) -> tuple[dict[tuple[int, int], float], list[str]]:
+    """Return the accuracy of the probe of every (row, task), and what was left out."""
+    names = ("zero-shot", *(task.name for task in probes.data.stream))
+    found: dict[tuple[int, int], float] = {}
+    reasons: dict[tuple[int, int], str] = {}
+    left_out: dict[str, None] = {}
+    for row in rows:
+        module = load(row)
+        for number in numbers:
+            if module is None:
+                reasons[row, number] = f"the checkpoint after '{names[row]}' is lost"
+                continue
+            try:
+                found[row, number] = _probe_cell(module, probes, row, number, seed, left_out)
+            except ValueError as error:
+                reasons[row, number] = str(error)
+    undefined = [
+        f"No probe of '{probes.name(n)}' after '{names[row]}': {reason}."
+        for (row, n), reason in reasons.items()
+    ]
+    return found, [*left_out, *undefined]
 
 
 def _probe_cell(
@@ -308,13 +321,15 @@ def _forgetting_metrics(
     last = max(rows, default=0)
     earlier = [number for number in numbers if number + 1 < last]
     metrics: list[MetricValue] = []
-    for kind, definition, value_at in (
-        ("representation forgetting", _REPRESENTATION, lambda row, n: found.get((row, n))),
-        ("read-out forgetting", _READOUT, lambda row, n: _cell(matrix, row, n)),
-    ):
+    cells = {(row, n): _cell(matrix, row, n) for row in range(last + 1) for n in earlier}
+    kinds: list[tuple[str, str, Mapping[tuple[int, int], float | None]]] = [
+        ("representation forgetting", _REPRESENTATION, found),
+        ("read-out forgetting", _READOUT, cells),
+    ]
+    for kind, definition, values in kinds:
         lost: dict[int, float | None] = {}
         for number in earlier:
-            learned, now = value_at(number + 1, number), value_at(last, number)
+            learned, now = values.get((number + 1, number)), values.get((last, number))
             lost[number] = None if learned is None or now is None else learned - now
         reason = "a value is missing" if earlier else "no task was learned after another"
         mean = mean_or_none(list(lost.values()))

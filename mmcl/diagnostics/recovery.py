@@ -15,6 +15,11 @@ from mmcl.evaluation.diagnostic_record import Diagnostic, Panel, Series
 from mmcl.evaluation.matrix import AccuracyMatrix
 from mmcl.lightning.module import ContinualModule
 
+_TEXT = (
+    "Loss on every task after every task of a cyclic stream. Where it falls before the task is "
+    "trained again, the model recovers what it forgot in anticipation (Yang et al. 2024, "
+    "arXiv:2403.09613)."
+)
 _INDEX = (
     "(L_peak - L_before) / L_peak: L_peak is the highest loss since the task was last trained, "
     "L_before the loss just before it is trained again"
@@ -91,15 +96,8 @@ def recovery(
         )
     numbers = [task.index for task in stream if task.repeat_of is None]
     names = ("zero-shot", *(task.name for task in stream))
-    losses: dict[tuple[int, int], float | None] = {}
-    notes = []
-    for row in rows:
-        module = load(row)
-        if module is None:
-            notes.append(f"The checkpoint after '{names[row]}' is lost, so it is left out.")
-            continue
-        for number in numbers:
-            losses[row, number] = finite_or_none(measure_task(module, probes, row, number).loss)
+    losses, lost = _losses(load, probes, rows, numbers)
+    notes = [f"The checkpoint after '{names[row]}' is lost, so it is left out." for row in lost]
     curves = [Series(probes.name(n), [losses.get((row, n)) for row in rows]) for n in numbers]
     panels = [Panel("loss", curves)]
     if matrix is not None:
@@ -113,9 +111,7 @@ def recovery(
     return Diagnostic(
         "recovery",
         "Anticipatory recovery",
-        "Loss on every task after every task of a cyclic stream. Where it falls before the task is "
-        "trained again, the model recovers what it forgot in anticipation (Yang et al. 2024, "
-        "arXiv:2403.09613).",
+        _TEXT,
         "after",
         list(range(len(rows))),
         panels,
@@ -124,6 +120,25 @@ def recovery(
         notes=notes,
         settings={"samples": str(probes.samples or "all")},
     )
+
+
+def _losses(
+    load: Callable[[int], ContinualModule | None],
+    probes: ProbeData,
+    rows: Sequence[int],
+    numbers: Sequence[int],
+) -> tuple[dict[tuple[int, int], float | None], list[int]]:
+    """Return the loss of every (row, task), and the rows whose checkpoint is lost."""
+    losses: dict[tuple[int, int], float | None] = {}
+    lost = []
+    for row in rows:
+        module = load(row)
+        if module is None:
+            lost.append(row)
+            continue
+        for number in numbers:
+            losses[row, number] = finite_or_none(measure_task(module, probes, row, number).loss)
+    return losses, lost
 
 
 def _metrics(

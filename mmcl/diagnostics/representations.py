@@ -56,7 +56,8 @@ def find_blocks(model: nn.Module) -> dict[Layer, nn.Module]:
     Towers are named as ``model.parts()`` names them; a model without has one tower, "model".
     """
     names = {id(module): name for name, module in model.named_modules()}
-    parts = model.parts() if callable(getattr(model, "parts", None)) else {}
+    own_parts: Any = getattr(model, "parts", None)
+    parts = own_parts() if callable(own_parts) else {}
     owner = {id(p): part for part, parameters in parts.items() for p in parameters}
     found: dict[Layer, nn.Module] = {}
     counts: dict[str, int] = {}
@@ -118,7 +119,8 @@ class _Recorder:
             if mask is not None and mask.shape[1] < shape[1]:  # prompts stand in front
                 mask = nn.functional.pad(mask, (shape[1] - mask.shape[1], 0), value=True)
         elif tower == "text" and self.token_ids is not None and hasattr(self.model, "pad_id"):
-            mask = real_tokens(self.token_ids, self.model.pad_id)
+            pad_id: Any = self.model.pad_id
+            mask = real_tokens(self.token_ids, pad_id)
         return mask if mask is not None and tuple(mask.shape) == tuple(shape[:2]) else None
 
     def _see_block(self, layer: Layer) -> Any:

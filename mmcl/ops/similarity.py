@@ -97,5 +97,5 @@ def attention_similarity(a: Tensor, b: Tensor, is_real: Tensor | None = None) ->
     if is_real is not None:
         a, b = (each * is_real[:, None, :, None] for each in (a, b))
     left, right = a.double().flatten(2), b.double().flatten(2)
-    norms = left.norm(dim=2) * right.norm(dim=2)
+    norms = left.square().sum(2).sqrt() * right.square().sum(2).sqrt()
     return (left * right).sum(2) / norms.clamp_min(torch.finfo(torch.float64).tiny)

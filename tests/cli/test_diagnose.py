@@ -81,13 +81,13 @@ def test_diagnose_finds_recovery_in_a_cyclic_run(desk):
     assert [series.name for series in found.panels[0].series] == ["task-a", "task-b", "task-c"]
 
 
-def test_a_lost_checkpoint_is_left_out_with_a_warning(learned):
+def test_a_lost_checkpoint_is_left_out_and_named(learned):
     (learned.results / "checkpoints" / "task_01.ckpt").unlink()
-    status, _, error = learned.give(
+    status, output, error = learned.give(
         "diagnose", "small_run", "--what", "flatness", "--draws", 1, "--samples", 4
     )
     assert status == 0, error
-    assert "this state is left out" in error
+    assert "task_01.ckpt is missing: this state is left out" in output
     assert record(learned, "flatness").panels[0].series[0].values[2] is None
 
 
@@ -96,7 +96,7 @@ def test_a_lost_checkpoint_is_left_out_with_a_warning(learned):
     [
         (("diagnose", "small_run", "--what", "depth"), 2, "there is no 'depth': choose any of"),
         (("diagnose", "small_run", "--what", "recovery"), 1, "trains every task once"),
-        (("diagnose", "small_run", "--sigmas", "a"), 2, "--sigmas is 'a'"),
+        (("diagnose", "small_run", "--sigmas", "a"), 2, "argument --sigmas: invalid"),
         (("diagnose", "small_run", "--samples", "0"), 1, "samples is 0"),
         (("diagnose", "nowhere"), 1, "there is no run nowhere"),
         (("connect", "small_run", "small_run@3"), 2, "are the same checkpoint"),

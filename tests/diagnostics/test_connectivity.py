@@ -1,4 +1,4 @@
-"""Loss on the line between checkpoints: the barrier of a quadratic, folded adapters, refusals."""
+"""Loss on the line between checkpoints: the barrier of a quadratic, merged adapters, refusals."""
 
 import math
 
@@ -14,7 +14,7 @@ from mmcl.diagnostics.connectivity import (
     loss_barrier,
     measure_line,
 )
-from mmcl.diagnostics.folded_weights import copy_weights, different_weights, fold_adapters
+from mmcl.diagnostics.interpolated_weights import copy_weights, different_weights, merged_weights
 from mmcl.diagnostics.task_loss import measure_task
 from mmcl.strategies import L2P, LoRA, MoELoRA, OLoRA
 from tests.diagnostics.diagnosed import (
@@ -125,13 +125,13 @@ def test_adapters_are_interpolated_in_the_product(tmp_path, strategy):
         with_noise(begun(llava_module(tmp_path, strategy(rank=2)), data), seed, only="lora_")
         for seed in (1, 2)
     ]
-    folded = []
+    merged = []
     for module in ends:
-        with fold_adapters(module) as own:
-            folded.append(copy_weights(own))
+        with merged_weights(module) as own:
+            merged.append(copy_weights(own))
     plain = llava_module(tmp_path)
-    assert folded[0].keys() == plain.model.state_dict().keys()
-    halfway = {name: (one + folded[1][name]) / 2 for name, one in folded[0].items()}
+    assert merged[0].keys() == plain.model.state_dict().keys()
+    halfway = {name: (one + merged[1][name]) / 2 for name, one in merged[0].items()}
     plain.model.load_state_dict(halfway)
     expected = measure_task(plain, probes, 1, 0).loss
     found = connect(
@@ -143,17 +143,17 @@ def test_adapters_are_interpolated_in_the_product(tmp_path, strategy):
     assert losses[2] == pytest.approx(measure_task(ends[1], probes, 1, 0).loss, rel=1e-4)
 
 
-def test_a_folded_weight_is_the_base_plus_the_scaled_product(tmp_path):
+def test_a_merged_weight_is_the_base_plus_the_scaled_product(tmp_path):
     data = small_data(tmp_path, kind="instruction")
     module = with_noise(begun(llava_module(tmp_path, LoRA(rank=2)), data), 1, only="lora_")
     state = copy_weights(module.model.state_dict())
-    with fold_adapters(module) as own:
-        folded = copy_weights(own)
+    with merged_weights(module) as own:
+        merged = copy_weights(own)
     name = next(name for name in state if name.endswith("q_proj.lora_A.default.weight"))
     layer = name.removesuffix(".lora_A.default.weight")
     A, B = state[name], state[f"{layer}.lora_B.default.weight"]
     expected = state[f"{layer}.base_layer.weight"] + 2.0 * B @ A  # alpha / rank
-    torch.testing.assert_close(folded[f"{layer}.weight"], expected)
+    torch.testing.assert_close(merged[f"{layer}.weight"], expected)
 
 
 @pytest.mark.parametrize(("strategy", "words"), [(L2P, "L2P predicts with more")])

@@ -8,7 +8,7 @@ from torch import nn
 
 from mmcl.core.seeding import generator
 from mmcl.diagnostics.flatness import add_noise, flatness, loss_rise
-from mmcl.diagnostics.folded_weights import copy_weights
+from mmcl.diagnostics.interpolated_weights import copy_weights
 from mmcl.strategies import LoRA
 from tests.diagnostics.diagnosed import (
     begun,

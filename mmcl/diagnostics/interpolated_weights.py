@@ -1,4 +1,4 @@
-"""Folded weights: the weights of a model with its adapters merged, as one set that can be written.
+"""Weights of a model with its adapters merged, as one set that can be interpolated and written.
 
 A LoRA adapter B A has many pairs of factors for one product, and the mean of two products is not
 the product of the means. So weights of different checkpoints are compared and mixed here, never A
@@ -19,7 +19,7 @@ from mmcl.lightning.module import ContinualModule
 
 
 @contextmanager
-def fold_adapters(module: ContinualModule) -> Iterator[dict[str, Tensor]]:
+def merged_weights(module: ContinualModule) -> Iterator[dict[str, Tensor]]:
     """Merge adapters into the weights inside the block, and let the model run by these alone.
 
     Adapters that no weight can replace (gated or routed experts) take no part in the output
@@ -38,8 +38,8 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights and buffers of a model that are not of an adapter."""
     adapted = tuple(f"{name}." for name in adapter_layers(model))
     found = {}
-    named = [*model.named_parameters(remove_duplicate=False)]
-    named += [*model.named_buffers(remove_duplicate=False)]
+    named: list[tuple[str, Tensor]] = list(model.named_parameters(remove_duplicate=False))
+    named += model.named_buffers(remove_duplicate=False)
     persistent = model.state_dict().keys()
     for name, tensor in named:
         prefix = next((each for each in adapted if name.startswith(each)), "")
@@ -55,7 +55,7 @@ def copy_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_weights(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Write values into a model's own tensors, as ``fold_adapters`` gave them."""
+    """Write values into a model's own tensors, as ``merged_weights`` gave them."""
     with torch.no_grad():
         for name, value in values.items():
             own[name].copy_(value)
@@ -69,7 +69,7 @@ def different_weights(
     Args:
         start: weights of one checkpoint.
         end: those of the other.
-        model: whose parameters are told from its buffers.
+        model: has these parameters and buffers.
 
     Raises:
         ValueError: if names, shapes or buffers differ, or weights that are not floating point.
