@@ -115,8 +115,7 @@ def flatness(
         load: row -> the module after so many tasks, on the device of ``probes``; None = lost.
         probes: of the run's stream.
         rows: numbers of learned tasks.
-        numbers: tasks whose loss is measured in every row; None = those learned until then, all
-            before training.
+        numbers: tasks to measure in every row; None = those learned until then, all in row 0.
         sigmas: relative sizes of the noise.
         draws: of the noise, for each size.
         seed: of the draws, the same in every row.
@@ -124,8 +123,7 @@ def flatness(
     stream = probes.data.stream
     names = [("zero-shot", *(task.name for task in stream))[row] for row in rows]
     values: dict[tuple[int, float], dict[int, float | None]] = {}
-    for row in rows:
-        module = load(row)
+    for row, module in ((row, load(row)) for row in rows):
         if module is not None:
             own = _tasks_of(probes, row) if numbers is None else list(numbers)
             with module.strategy.merged_adapters(module.model):
