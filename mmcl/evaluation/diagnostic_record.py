@@ -16,6 +16,7 @@ DIAGNOSTICS = "diagnostics"
 _NAME = re.compile(r"[A-Za-z0-9_@.-]{1,120}")
 _MAX_BYTES = 4 * 2**20
 _MAX_PANELS = 4
+_MAX_POINTS = 10_000
 _MAX_FILES = 50
 
 
@@ -79,6 +80,8 @@ class Diagnostic:
         if not 1 <= len(self.panels) <= _MAX_PANELS:
             raise ValueError(f"there are {len(self.panels)} panels: give 1 to {_MAX_PANELS}")
         points = len(self.x_values)
+        if points > _MAX_POINTS:
+            raise ValueError(f"there are {points} points: give at most {_MAX_POINTS}")
         lengths = {each.name: len(each.values) for panel in self.panels for each in panel.series}
         lengths |= {"x_names": len(self.x_names)} if self.x_names else {}
         wrong = [f"{name!r} has {n}" for name, n in lengths.items() if n != points]

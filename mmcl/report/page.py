@@ -205,7 +205,7 @@ def _values(run: RunFiles, drawn: dict[str, bytes], classes: _Classes | None) ->
         "recalls": [each for each in run.retrieval if each.after == run.retrieval[-1].after],
         "classes": _class_values(run, classes),
         "after": (matrix.last_complete_row or 0) if matrix else 0,
-        "diagnostics": [_diagnostic(each) for each in run.diagnostics],
+        "diagnostics": [_diagnostic(n, each) for n, each in enumerate(run.diagnostics)],
         "costs": list(run.ledger) if run.ledger else [],
         "total": run.ledger.total() if run.ledger else None,
         "samples": [_sample(sample) for sample in run.samples],
@@ -276,9 +276,9 @@ def _class_values(run: RunFiles, classes: _Classes | None) -> dict[str, Any] | N
     }
 
 
-def _diagnostic(record: Diagnostic) -> dict[str, Any]:
+def _diagnostic(number: int, record: Diagnostic) -> dict[str, Any]:
     svg = draw_diagnostic(record)
-    return {"record": record, "svg": inline_svg(svg, f"diagnostic-{record.name}", record.title)}
+    return {"record": record, "svg": inline_svg(svg, f"diagnostic-{number}", record.title)}
 
 
 def _loss(of: ClassMetrics) -> tuple[bool, float, float]:

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from tests.behaviour.kill_runs import KILLED
+from tests.distributed.ranks import on_ranks
 from tests.lightning.small_runs import SmallRuns
 
 pytestmark = pytest.mark.slow
@@ -80,3 +81,32 @@ def test_class_texts_of_the_own_task_alone_are_refused_for_repeated_tasks(runs):
     status, output = runs.start("cyclic", **option)
     assert status == 1
     assert "use logit_scope 'seen'" in output
+
+
+def test_a_task_that_is_appended_to_the_card_of_a_cyclic_run_is_refused(runs):
+    full = yaml.safe_load(runs.card.read_text())["tasks"]
+    change_card(runs, tasks=full[:2])
+    runs.finish("cyclic", data__repeats=2)
+    change_card(runs, tasks=full)
+    status, output = runs.start("cyclic", data__repeats=2)
+    assert status == 1
+    assert "task 2 ('task-a (2)') is not the one this run was trained on" in output
+
+
+def test_two_processes_train_a_cycle_more_and_copy_its_cells(tmp_path):
+    runs = SmallRuns(tmp_path, sizes=(12, 10), test_size=7)
+    still = {"model__optimizer": "torch.optim.SGD", "model__optimizer.lr": 0.0}
+    for repeats in (1, 2):
+        words = runs.words("two", data__repeats=repeats, **still)
+        folder = tmp_path / f"ranks_{repeats}"
+        assert on_ranks(words, folder, world=2) == [0, 0], (folder / "output_0").read_text()
+    runs.finish("one", data__repeats=2, **still)
+    assert runs.matrix("two").missing() == []
+    assert runs.matrix("two").values == runs.matrix("one").values
+
+
+def test_a_validation_part_is_the_same_in_every_cycle(runs):
+    options = {"data__repeats": 2, "data__validation_share": 0.2}
+    output = runs.finish("cyclic", **options)
+    assert "task-a (2)" in output
+    assert runs.matrix("cyclic").missing() == []

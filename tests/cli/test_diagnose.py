@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from mmcl.evaluation import AccuracyMatrix
 from mmcl.evaluation.diagnostic_record import Diagnostic
 
 pytestmark = pytest.mark.slow
@@ -79,6 +80,21 @@ def test_diagnose_finds_recovery_in_a_cyclic_run(desk):
     found = record(desk, "recovery")
     assert len(found.x_values) == 7
     assert [series.name for series in found.panels[0].series] == ["task-a", "task-b", "task-c"]
+
+
+def test_a_dry_run_counts_the_tasks_of_all_cycles(desk):
+    status, output, error = desk.run("--data.repeats", 2, command=["check"])
+    assert status == 0, error
+    assert "6 tasks" in output
+    assert "task-c (2)" in output
+
+
+def test_evaluate_measures_a_repeated_task_as_the_last_one_trained(desk):
+    assert desk.run("--data.repeats", 2)[0] == 0
+    status, output, error = desk.give("evaluate", "small_run", "--after_task", 5, "--tasks", 3)
+    assert status == 0, error
+    found = AccuracyMatrix.read(desk.results / "evaluation" / "matrix.json")
+    assert found.get(5, 3) == AccuracyMatrix.read(desk.results / "matrix.json").get(5, 0)
 
 
 def test_a_lost_checkpoint_is_left_out_and_named(learned):
