@@ -131,7 +131,7 @@ def main(argv: Sequence[str]) -> int:
     for name in names:
         try:
             result = _DIAGNOSES[name](given, loader, probes, matrix)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             if given.what != "all":
                 raise
             skipped.append(f"{name} is left out: {error}")
@@ -263,7 +263,8 @@ def _run_linear_probe(
 def _run_recovery(
     given: Any, loader: _StateLoader, probes: ProbeData, matrix: AccuracyMatrix | None
 ) -> Diagnostic:
-    return recovery(loader.load_or_none, probes, given.rows, matrix)
+    tasks = _trained_tasks(given, probes)
+    return recovery(loader.load_or_none, probes, given.rows, matrix, tasks)
 
 
 _DIAGNOSES: Mapping[str, Callable[..., Diagnostic]] = {

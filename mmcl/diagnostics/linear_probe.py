@@ -163,12 +163,17 @@ def _features(module: ContinualModule, batch: Batch) -> Tensor:
                 "image embedding of every sample"
             )
         return output.image
+    if not callable(blocks := getattr(module.model, "blocks", None)):
+        raise TypeError(
+            f"a linear probe needs model.blocks() -> the layers of the language model, and "
+            f"{type(module.model).__name__} has none: wrap it in mmcl.models or add the method"
+        )
     hidden: list[Tensor] = []
 
     def see(block: nn.Module, given: Any, output: Any) -> None:
         hidden.append(output[0] if isinstance(output, tuple | list) else output)
 
-    handle = module.model.blocks()[-1].register_forward_hook(see)
+    handle = blocks()[-1].register_forward_hook(see)
     try:
         forward(module.model, module.strategy, batch)
     finally:

@@ -76,6 +76,7 @@ def recovery(
     probes: ProbeData,
     rows: Sequence[int],
     matrix: AccuracyMatrix | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Diagnostic:
     """Measure the loss on every task after every task of a cyclic stream, and what is recovered.
 
@@ -84,21 +85,18 @@ def recovery(
         probes: of the run's stream, which repeats its tasks.
         rows: numbers of learned tasks; an index needs all rows of its cycle.
         matrix: of the run; its scores are drawn beside the losses.
+        numbers: tasks to measure; None = all.
 
     Raises:
         ValueError: if the stream repeats no task.
     """
-    stream = probes.data.stream
-    if not any(task.repeat_of is not None for task in stream):
-        raise ValueError(
-            f"the stream '{stream.name}' trains every task once, and recovery needs a cyclic one: "
-            "train a run with data.repeats 2 or more"
-        )
-    numbers = [task.index for task in stream if task.repeat_of is None]
+    stream = _expect_cyclic(probes.data.stream)
+    firsts = [task.index for task in stream if task.repeat_of is None]
+    numbers = firsts if numbers is None else numbers
     names = ("zero-shot", *(task.name for task in stream))
     losses, lost = _losses(load, probes, rows, numbers)
     notes = [f"The checkpoint after '{names[row]}' is lost, so it is left out." for row in lost]
-    curves = [Series(probes.name(n), [losses.get((row, n)) for row in rows]) for n in numbers]
+    curves = [Series(probes.name(n), [losses.get((r, n)) for r in rows]) for n in numbers]
     panels = [Panel("loss", curves)]
     if matrix is not None:
         cells = [
@@ -116,10 +114,19 @@ def recovery(
         list(range(len(rows))),
         panels,
         x_names=[names[row] for row in rows],
-        metrics=_metrics(stream, losses),
+        metrics=_metrics(stream, losses, numbers),
         notes=notes,
         settings={"samples": str(probes.samples or "all")},
     )
+
+
+def _expect_cyclic(stream: TaskStream) -> TaskStream:
+    if not any(task.repeat_of is not None for task in stream):
+        raise ValueError(
+            f"the stream '{stream.name}' trains every task once, and recovery needs a cyclic one: "
+            "train a run with data.repeats 2 or more"
+        )
+    return stream
 
 
 def _losses(
@@ -142,12 +149,14 @@ def _losses(
 
 
 def _metrics(
-    stream: TaskStream, losses: Mapping[tuple[int, int], float | None]
+    stream: TaskStream, losses: Mapping[tuple[int, int], float | None], numbers: Sequence[int]
 ) -> list[MetricValue]:
     each: list[MetricValue] = []
     indices: list[float | None] = []
     shares: list[float | None] = []
     for number, trained, before in repetitions(stream):
+        if number not in numbers:
+            continue
         name = f"before '{stream[before].name}'"
         try:
             index, share = recovery_index(
