@@ -32,7 +32,8 @@ LAYERS = {
     "export": {"export", "core", "layers", "models", "data", "strategies", "lightning"},
     "merging": {"merging", "core", "ops", "layers", "models", "lightning", "export"},
     "diagnostics": {
-        "diagnostics", "core", "ops", "models", "data", "evaluation", "report", "lightning",
+        "diagnostics", "core", "ops", "layers", "models", "data", "evaluation", "report",
+        "lightning",
     },
     "registry": {
         "registry", "core", "ops", "layers", "models", "data", "evaluation", "report",

@@ -35,6 +35,9 @@ COMMANDS = {
     "accept": "accept the task at which a broken gate stopped a run",
     "rollback": "set a run back to an earlier task",
     "lineage": "print where a run or an export comes from",
+    "diagnose": "flatness, linear probes and recovery over the states of a run",
+    "connect": "loss and score on the line between two checkpoints",
+    "similarity": "similarity of layers and attention heads of two checkpoints",
     "data": "convert, validate, preview, list or build streams",
     "strategies": "list the strategies, or show the arguments of one",
 }
@@ -50,6 +53,8 @@ _ENTRY_POINTS = {
     "accept": ("run_state", "accept_task"),
     "rollback": ("run_state", "rollback"),
     "lineage": ("run_state", "lineage"),
+    "connect": ("diagnose", "connect_checkpoints"),
+    "similarity": ("diagnose", "compare_checkpoints"),
 }
 """Command: module and function, where they are not its own name and ``main``."""
 LIGHTNING = {

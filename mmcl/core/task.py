@@ -51,6 +51,7 @@ class Task:
         replay_ratio: fraction of every batch that is replayed, None = the strategy's setting.
         mixture: (number of a source, its fraction of every batch) for each source.
         is_eval_only: True for an eval-only task, which is evaluated after every task.
+        repeat_of: index of the task that this one repeats, with the same data, None = of none.
     """
 
     index: int
@@ -78,6 +79,7 @@ class Task:
     replay_ratio: float | None = None
     mixture: tuple[tuple[int, float], ...] = ()
     is_eval_only: bool = False
+    repeat_of: int | None = None
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,9 @@ class TaskStream(Sequence[Task]):
 
     @classmethod
     def read(
-        cls, card: Path, order: Sequence[int] | None = None, scorers: Sequence[str] = ()
-    ) -> TaskStream:
+        cls, card: Path, order: Sequence[int] | None = None, scorers: Sequence[str] = (),
+        repeats: int = 1,
+    ) -> TaskStream:  # fmt: skip
         """Read a stream card.
 
         Args:
@@ -153,24 +156,30 @@ class TaskStream(Sequence[Task]):
             order: indices of the card's tasks in training order, None = as on the card; a task
                 that is left out is not part of the stream.
             scorers: names that tasks may give as ``scorer``; empty = any.
+            repeats: see ``of_card``.
 
         Raises:
             FileNotFoundError: if there is no card.
-            ValueError: with all errors of the card at once, or if the order is wrong.
+            ValueError: with all errors of the card at once, or if order or repeats are wrong.
         """
-        return cls.of_card(read_card(card, scorers), card, order)
+        return cls.of_card(read_card(card, scorers), card, order, repeats)
 
     @classmethod
-    def of_card(cls, read: Card, card: Path, order: Sequence[int] | None = None) -> TaskStream:
+    def of_card(
+        cls, read: Card, card: Path, order: Sequence[int] | None = None, repeats: int = 1
+    ) -> TaskStream:
         """Make a stream from a card that was read already.
 
         Args:
             read: the card's content.
             card: its file; relative shard names start in its folder.
             order: see ``read``.
+            repeats: times that all tasks are trained, in the same order. The second time "a" is a
+                task of its own named "a (2)": with ``repeat_of``, the same data and classes.
 
         Raises:
-            ValueError: if the order is empty, repeats a task or names one that does not exist.
+            ValueError: if the order is empty, repeats a task or names one that does not exist; if
+                repeats is below 1, or a task of the card has the name of a repeated one.
         """
         chosen = list(range(len(read.tasks))) if order is None else list(order)
         known = set(range(len(read.tasks)))
@@ -179,7 +188,7 @@ class TaskStream(Sequence[Task]):
                 f"order is {chosen}, expected some of 0 to {len(read.tasks) - 1}, none twice: "
                 f"{card} has {len(read.tasks)} tasks"
             )
-        tasks = _numbered(read, [read.tasks[number] for number in chosen])
+        tasks = _repeated(_numbered(read, [read.tasks[number] for number in chosen]), repeats)
         eval_only = [
             _eval_only_task(read, entry, index)
             for index, entry in enumerate(read.eval_only, start=len(tasks))
@@ -196,6 +205,19 @@ class TaskStream(Sequence[Task]):
             counts={name: count for name, count in read.counts.items() if count},
             class_names=read.class_names,
         )
+
+    def first_occurrence(self, number: int) -> int:
+        """Return the column of the task that a column repeats, its own if it repeats none."""
+        origin = self.evaluated_task(number).repeat_of
+        return number if origin is None else origin
+
+    def last_trained(self, number: int, row: int) -> int:
+        """Return the last occurrence of a column's task among the first ``row`` tasks.
+
+        None of them trained = the first occurrence.
+        """
+        first = self.first_occurrence(number)
+        return max([first, *(t.index for t in self.tasks[:row] if t.repeat_of == first)])
 
     def classes_seen(self, index: int) -> tuple[str, ...]:
         """Return the names of all classes of tasks 0 to ``index``, in order of class number."""
@@ -264,6 +286,24 @@ def _numbered(card: Card, entries: Sequence[TaskEntry]) -> list[Task]:
         task = replace(task, classes=new, class_ids=labels, label_to_class=columns)
         tasks.append(replace(task, label_names=tuple(card.classes)))
     return tasks
+
+
+def _repeated(tasks: list[Task], repeats: int) -> list[Task]:
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}, expected the times that tasks are trained, from 1")
+    found = list(tasks)
+    for time in range(2, repeats + 1):
+        for task in tasks:
+            name = f"{task.name} ({time})"
+            again = replace(task, name=name, classes=(), repeat_of=task.index)
+            found.append(replace(again, index=len(found)))
+    names = {task.name for task in tasks} & {task.name for task in found[len(tasks) :]}
+    if names:
+        raise ValueError(
+            f"the card has a task '{min(names)}', the name of a task when it is repeated: rename "
+            "it, or set repeats to 1"
+        )
+    return found
 
 
 def _eval_only_task(card: Card, entry: TaskEntry, index: int) -> Task:

@@ -215,7 +215,8 @@ class _ClassCounts:
 
     def __init__(self, matrix: AccuracyMatrix, confusions: Confusions, last: int) -> None:
         self.matrix, self.last = matrix, last
-        learned = enumerate(matrix.columns[:last], 1)
+        # A repeated task has the test samples of the first.
+        learned = [(n, c) for n, c in enumerate(matrix.columns[:last], 1) if not c.repeat_of]
         self.tasks = [task for task, column in learned if column.task_type == "classification"]
         self.cells: dict[Cell, dict[str, tuple[int, int]]] = {}
         self.final: Counter[tuple[str, str]] = Counter()

@@ -115,6 +115,17 @@ def score(matrix: AccuracyMatrix, row: int, task: int) -> float:
     return value
 
 
+def expect_new_tasks(matrix: AccuracyMatrix) -> None:
+    """Check that no task of the stream is repeated, for metrics of tasks before they are learned.
+
+    Raises:
+        Undefined: naming the first repeated task.
+    """
+    for column in matrix.columns:
+        if column.repeat_of:
+            raise Undefined(f"{column.name!r} was learned before, as {column.repeat_of!r}")
+
+
 def mean_score(matrix: AccuracyMatrix, cells: Iterable[Cell]) -> float:
     """Return the mean of a[row][task] over cells; Undefined if one was not measured."""
     return fmean([score(matrix, row, task) for row, task in cells])
@@ -249,6 +260,7 @@ def forward_transfer(matrix: AccuracyMatrix, last: int) -> float:
     The baseline is the zero-shot row and not chance, because a pretrained model has zero-shot
     skill; for such models forward transfer is usually negative.
     """
+    expect_new_tasks(matrix)
     return fmean([score(matrix, i - 1, i) - score(matrix, 0, i) for i in range(2, last + 1)])
 
 
@@ -266,6 +278,7 @@ def zero_shot_accuracy(matrix: AccuracyMatrix, last: int) -> float:
 )
 def zero_shot_degradation(matrix: AccuracyMatrix, last: int) -> float:
     """Mean drop of the tasks not learned yet below zero-shot, ZSD; positive is worse."""
+    expect_new_tasks(matrix)
     return mean_score(matrix, _row(0, last)[1:]) - mtil_transfer.compute(matrix, last)
 
 
@@ -277,6 +290,7 @@ def zero_shot_degradation(matrix: AccuracyMatrix, last: int) -> float:
 )
 def mtil_transfer(matrix: AccuracyMatrix, last: int) -> float:
     """Mean score of tasks not learned yet, "Transfer" of ZSCL (arXiv:2303.06628)."""
+    expect_new_tasks(matrix)
     return fmean([mean_score(matrix, [(t, i) for t in range(1, i)]) for i in range(2, last + 1)])
 
 
@@ -307,12 +321,14 @@ def backward_in_time(matrix: AccuracyMatrix, last: int) -> float:
 @partial(Metric, "forward (TiC)", "mean of a[t][i] with 1 <= t < i <= T", least=2)
 def forward_in_time(matrix: AccuracyMatrix, last: int) -> float:
     """Mean score on periods newer than the one just learned, TiC."""
+    expect_new_tasks(matrix)
     return mean_score(matrix, [(row, task) for row, task in _square(last) if task > row])
 
 
 @partial(Metric, "unseen accuracy", "mean of a[T][i] over the tasks i > T of the stream", least=0)
 def unseen_accuracy(matrix: AccuracyMatrix, last: int) -> float:
     """Mean score of the tasks of the stream that are not learned yet."""
+    expect_new_tasks(matrix)
     if last == matrix.tasks:
         raise Undefined("every task of the stream was learned")
     return mean_score(matrix, _row(last, matrix.tasks)[last:])

@@ -30,12 +30,14 @@ class Column:
         task_type: classification, captioning, retrieval ...
         score: name of the score, in [0, 1] unless its name says otherwise.
         size: test samples behind each cell.
+        repeat_of: name of the task that it repeats, whose scores it has, "" = of none.
     """
 
     name: str
     task_type: str = "classification"
     score: str = "accuracy"
     size: int = 0
+    repeat_of: str = ""
 
 
 class AccuracyMatrix:
@@ -104,6 +106,7 @@ class AccuracyMatrix:
                 if task.scorer
                 else scores.get(task.task_type, "accuracy"),
                 task.test_size,
+                "" if task.repeat_of is None else stream[task.repeat_of].name,
             )
             for task in stream.all_tasks
         ]
@@ -200,6 +203,8 @@ class AccuracyMatrix:
             "scores": [column.score for column in self.columns],
             "sizes": [column.size for column in self.columns],
         }
+        if any(repeats := [column.repeat_of for column in self.columns]):
+            head["repeats"] = repeats
         lines = [f"  {_inline(key)}: {_inline(value)}" for key, value in head.items()]
         rows = ",\n".join(f"    {_inline(row)}" for row in self._values)
         return "{\n" + ",\n".join([*lines, f'  "values": [\n{rows}\n  ]']) + "\n}\n"
@@ -212,7 +217,7 @@ class AccuracyMatrix:
             ValueError: naming all errors at once, if it is not a matrix.
         """
         raw = strict_json.parse(text, source)
-        return strict_json.load(_MatrixFile, raw, source).matrix()
+        return strict_json.load(_MatrixFile, raw, source, ("repeats",)).matrix()
 
     @classmethod
     def read(cls, path: Path) -> AccuracyMatrix:
@@ -250,13 +255,18 @@ class _MatrixFile:
     scores: tuple[str, ...]
     sizes: tuple[Count, ...]
     values: tuple[tuple[Value, ...], ...]
+    repeats: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.columns)
         lists = {key: len(getattr(self, key)) for key in ("task_types", "scores", "sizes")}
+        lists |= {"repeats": len(self.repeats)} if self.repeats else {}
         errors = [f"{key!r} has {k} entries for {n} columns" for key, k in lists.items() if k != n]
         if self.tasks > n:
             errors.append(f"tasks is {self.tasks} of {n} columns")
+        unknown = [name for name in self.repeats if name and name not in self.columns]
+        if unknown:
+            errors.append(f"'repeats' names {unknown[0]!r}, which is no column")
         if len(self.values) != len(self.rows):
             errors.append(f"'values' has {len(self.values)} rows, 'rows' names {len(self.rows)}")
         lengths = zip(self.rows, map(len, self.values), strict=False)
@@ -266,7 +276,10 @@ class _MatrixFile:
         self.matrix()
 
     def matrix(self) -> AccuracyMatrix:
-        described = zip(self.columns, self.task_types, self.scores, self.sizes, strict=True)
+        repeats = self.repeats or ("",) * len(self.columns)
+        described = zip(
+            self.columns, self.task_types, self.scores, self.sizes, repeats, strict=True
+        )
         columns = [Column(*each) for each in described]
         tasks, eval_only = columns[: self.tasks], columns[self.tasks :]
         matrix = AccuracyMatrix(self.stream, self.scenario, tasks, eval_only, self.rows)

@@ -15,6 +15,7 @@ from mmcl.evaluation import strict_json
 from mmcl.evaluation.class_metrics import read_confusions
 from mmcl.evaluation.continual_metrics import MetricValue
 from mmcl.evaluation.cost import Ledger
+from mmcl.evaluation.diagnostic_record import Diagnostic, diagnostic_files
 from mmcl.evaluation.matrix import AccuracyMatrix, Cell
 from mmcl.evaluation.predictions import Prediction, predictions_path, read_predictions
 from mmcl.evaluation.retrieval import RetrievalScores
@@ -221,6 +222,7 @@ class RunFiles:
         samples: from figures/samples.json and answers/.
         confusions: from answers/, of measured cells of the stream's classification tasks: (target,
             predicted class) -> test samples.
+        diagnostics: from diagnostics/.
         notes: what could not be read, a sentence each.
     """
 
@@ -233,6 +235,7 @@ class RunFiles:
     config: str | None = None
     samples: list[SamplePredictions] = field(default_factory=list)
     confusions: dict[Cell, Counter[tuple[str, str]]] = field(default_factory=dict)
+    diagnostics: list[Diagnostic] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -255,6 +258,9 @@ class RunFiles:
         run.config = run._read(CONFIG, _read_config)
         run.samples = run._read(SAMPLES, run._read_samples) or []
         run._read_confusions()
+        names = [str(file.relative_to(folder)) for file in diagnostic_files(folder)]
+        records = [run._read(name, Diagnostic.read) for name in names]
+        run.diagnostics = [record for record in records if record is not None]
         return run
 
     def _read(self, name: str, read: Callable[[Path], Read]) -> Read | None:

@@ -51,6 +51,7 @@ class ContinualDataModule(pl.LightningDataModule):
         num_workers: processes that read and decode, 0 = none.
         task_order: task indices in training order, a subset is allowed; None = as on the card. The
             order of classes is set when a stream is made: mmcl data convert --class_order_seed.
+        repeats: times that all tasks are trained in that order, None = 1; a second is "name (2)".
         task_epochs: task name -> epochs of that task, in place of the card's; the other tasks have
             those of the card, else ``trainer.max_epochs``.
         stages: stage of a task, "cpt", "dap" or "cft" -> its epochs, mixture and replay ratio, in
@@ -86,6 +87,7 @@ class ContinualDataModule(pl.LightningDataModule):
         eval_batch_size: int = 256,
         num_workers: int = 0,
         task_order: Sequence[int] | None = None,
+        repeats: int | None = None,
         task_epochs: Mapping[str, int] | None = None,
         stages: Mapping[Stage, StageData] | None = None,
         max_samples: int | float | None = None,
@@ -109,8 +111,8 @@ class ContinualDataModule(pl.LightningDataModule):
         self.stream_name, self.data_dir = stream, Path(data_dir)
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
-        self.task_order, self.task_epochs = task_order, dict(task_epochs or {})
-        self.stages = dict(stages or {})
+        self.task_order, self.repeats = task_order, 1 if repeats is None else repeats
+        self.task_epochs, self.stages = dict(task_epochs or {}), dict(stages or {})
         is_count = max_samples is not None and max_samples > 1
         self.max_samples = int(max_samples or 0) if is_count else max_samples
         _check_share(validation_share)
@@ -168,7 +170,7 @@ class ContinualDataModule(pl.LightningDataModule):
     @cached_property
     def declared_stream(self) -> TaskStream:
         """Stream of card, ``stages`` and ``task_epochs``, before samples are counted."""
-        stream = TaskStream.read(self.card, self.task_order, tuple(SCORERS))
+        stream = TaskStream.read(self.card, self.task_order, tuple(SCORERS), self.repeats)
         if self.task_epochs or self.stages:
             known = [task.name for task in TaskStream.read(self.card)]
             apply_settings(stream, known, self.task_epochs, self.stages)

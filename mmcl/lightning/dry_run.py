@@ -190,7 +190,8 @@ def _refusals(
 def _unanswered(module: ContinualModule, stream: TaskStream, max_bad_fraction: float) -> list[str]:
     """Return why a run would end because of test samples that the model did not answer."""
     reasons = []
-    for scorer, task in zip(module.scorers, stream.all_tasks, strict=True):
+    for scorer in module.scorers:
+        task = stream.evaluated_task(scorer.column.task.index)
         errors = [error for error in scorer.errors if ": no answer (" in error]
         tried = min(ROWS, task.test_size)
         if len(errors) > 1 and len(errors) > max_bad_fraction * tried:

@@ -53,46 +53,74 @@ def evaluate_row(
     if not columns:
         return []
     data.setup()
-    module.score([data.column(row, column) for column in columns])
+    # The occurrences of a repeated task have one test split: it is evaluated once, as the last one
+    # that was trained, and the score is that of each of them.
+    firsts = dict.fromkeys(data.stream.first_occurrence(column) for column in columns)
+    missing = [column for column in firsts if column in columns or matrix.get(row, column) is None]
+    evaluated = {column: data.stream.last_trained(column, row) for column in missing}
+    module.score([data.column(row, number) for number in evaluated.values()])
     data.trainer = trainer
-    trainer.test(module, datamodule=_TestLoaders(data, columns), verbose=False)
-    scorers = dict(zip(columns, module.scorers, strict=True))
+    if evaluated:
+        loaders = _TestLoaders(data, list(evaluated.values()))
+        trainer.test(module, datamodule=loaders, verbose=False)
+    scorers = dict(zip(evaluated, module.scorers, strict=True))
     for column, scorer in scorers.items():
         task = scorer.column.task
         samples = f"test samples of '{task.name}'"
         check_bad_fraction(scorer.errors, samples, task.test_size, data.max_bad_fraction)
         matrix.set(row, column, scorer.value)
+    for column in columns:
+        matrix.set(row, column, matrix.get(row, data.stream.first_occurrence(column)))
     with raise_on_all_ranks(trainer):
         if folder.writes:
-            for column, scorer in scorers.items():
-                predictions = _answers(data, scorer, column)
-                if predictions:
-                    write_predictions(predictions_path(folder.path, row, column), predictions)
-            _write_lenient(matrix, folder, row, scorers)
-            recalls = [
-                RetrievalScores.of(scorer.retrieval, matrix.rows[row], matrix.names[column])
-                for column, scorer in scorers.items()
-                if scorer.retrieval is not None
-            ]
-            if recalls:
-                write_retrieval(matrix, folder.path, recalls)
-            # The matrix comes last: a cell in it is not evaluated again.
-            matrix.write(folder.path / "matrix.json")
+            _write_row(data, matrix, folder, row, scorers)
     return [error for scorer in scorers.values() for error in scorer.errors]
 
 
+def _write_row(
+    data: ContinualDataModule,
+    matrix: AccuracyMatrix,
+    folder: RunDirectory,
+    row: int,
+    scorers: Mapping[int, Evaluator],
+) -> None:
+    """Write the predictions, lenient scores and recalls of evaluated columns, and the matrix."""
+    for column, scorer in scorers.items():
+        predictions = _answers(data, scorer, column)
+        if predictions:
+            write_predictions(predictions_path(folder.path, row, column), predictions)
+    _write_lenient(data, matrix, folder, row, scorers)
+    recalls = [
+        RetrievalScores.of(scorer.retrieval, matrix.rows[row], matrix.names[column])
+        for column, scorer in scorers.items()
+        if scorer.retrieval is not None
+    ]
+    if recalls:
+        write_retrieval(matrix, folder.path, recalls)
+    # The matrix comes last: a cell in it is not evaluated again.
+    matrix.write(folder.path / "matrix.json")
+
+
 def _write_lenient(
-    matrix: AccuracyMatrix, folder: RunDirectory, row: int, scorers: Mapping[int, Evaluator]
+    data: ContinualDataModule,
+    matrix: AccuracyMatrix,
+    folder: RunDirectory,
+    row: int,
+    scorers: Mapping[int, Evaluator],
 ) -> None:
     """Write the lenient scores as a second matrix."""
     scores = {
         column: s.lenient for column, s in scorers.items() if isinstance(s, GenerationEvaluator)
     }
-    if scores:
-        file = folder.path / LENIENT
+    file = folder.path / LENIENT
+    if scores or (data.repeats > 1 and file.is_file()):
         lenient = align_lenient_matrix(matrix, file)
         for column, value in scores.items():
             lenient.set(row, column, value)
+        for column in range(len(data.stream)):
+            origin = data.stream.first_occurrence(column)
+            if origin != column and matrix.get(row, column) is not None:
+                lenient.set(row, column, lenient.get(row, origin))
         lenient.write(file)
 
 
@@ -138,7 +166,7 @@ def save_sample_images(data: ContinualDataModule, folder: RunDirectory) -> list[
     """
     entries = []
     for number, task in enumerate(data.stream.all_tasks):
-        if task.task_type not in ("classification", "instruction"):
+        if task.task_type not in ("classification", "instruction") or task.repeat_of is not None:
             continue
         reader = data.prepared.reader(number, "test")
         names = data.column(number + 1, number).names

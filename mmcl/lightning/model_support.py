@@ -42,6 +42,13 @@ def check_model_supports_stream(stream: TaskStream, model: object) -> None:
         )
     if missing := missing_run_members(stream, model):
         raise MissingMembersError(model, missing)
+    is_cyclic = any(task.repeat_of is not None for task in stream)
+    if is_cyclic and getattr(model, "logit_scope", "seen") == "task":
+        raise ValueError(
+            "data.repeats trains tasks again, and logit_scope 'task' compares samples with the "
+            "classes first met in their own task, of which a repeated task has none: use "
+            "logit_scope 'seen'"
+        )
 
 
 def missing_run_members(stream: TaskStream, model: object) -> dict[str, list[str]]:

@@ -44,6 +44,7 @@ RESUMABLE_KEYS = (
     "data.num_workers", "data.eval_batch_size", "data.verify_hashes", "data.max_bad_fraction",
     "data.cache_dir", "data.cache_limit", "checkpoint_every_n_steps", "trainer.enable_progress_bar",
     "budget.buffer_bytes", "gates",
+    "data.repeats",  # more repeats append tasks; fewer than trained are refused as missing tasks
 )  # fmt: skip
 # Settings of memory and speed that leave the global batch and the parameters as they are: free too,
 # but other bits are computed with them, so a change is noted in the summary.
@@ -53,7 +54,8 @@ MEMORY_KEYS = (
     "budget.stream.",
 )  # fmt: skip
 _CHECKPOINTING = ".gradient_checkpointing"
-_DATA_PATHS = ("data.stream", "data.data_dir")
+_STORED_AGAIN = ("data.stream", "data.data_dir", "data.repeats")
+"""Settings whose new value is stored once the data is known to be that of the run."""
 
 
 @dataclass
@@ -267,7 +269,7 @@ class RunDirectory:
             f"{key} was changed from {stored.get(key)!r} to {new.get(key)!r}"
             for key in sorted({*filter(_is_of_memory, differs), *changed})
         ]
-        if moved or self.changes or differs & set(_DATA_PATHS):
+        if moved or self.changes or differs & set(_STORED_AGAIN):
             self._moved_config = yaml.safe_dump(plain, sort_keys=False)
 
     def _may_change(self) -> bool:

@@ -23,6 +23,7 @@ from mmcl.evaluation.continual_metrics import (
     compute_lenient_metrics,
     forgetting,
 )
+from mmcl.evaluation.diagnostic_record import Diagnostic
 from mmcl.evaluation.predictions import RIGHT_FROM, Prediction
 from mmcl.evaluation.run_files import (
     CLASSES,
@@ -34,6 +35,7 @@ from mmcl.evaluation.run_files import (
     SamplePredictions,
 )
 from mmcl.report import plots
+from mmcl.report.diagnostic_output import draw_diagnostic
 from mmcl.report.formatting import format_metric, percent
 from mmcl.report.html import inline_svg, render_template
 from mmcl.report.tables import UNMEASURED, classes_csv, confusion_csv, retrieval_csv
@@ -203,6 +205,7 @@ def _values(run: RunFiles, drawn: dict[str, bytes], classes: _Classes | None) ->
         "recalls": [each for each in run.retrieval if each.after == run.retrieval[-1].after],
         "classes": _class_values(run, classes),
         "after": (matrix.last_complete_row or 0) if matrix else 0,
+        "diagnostics": [_diagnostic(n, each) for n, each in enumerate(run.diagnostics)],
         "costs": list(run.ledger) if run.ledger else [],
         "total": run.ledger.total() if run.ledger else None,
         "samples": [_sample(sample) for sample in run.samples],
@@ -271,6 +274,11 @@ def _class_values(run: RunFiles, classes: _Classes | None) -> dict[str, Any] | N
         "has_frames": confusion is not None and bool(confusion.group(_MAX_CLASSES).blocks),
         "shown": shown,
     }
+
+
+def _diagnostic(number: int, record: Diagnostic) -> dict[str, Any]:
+    svg = draw_diagnostic(record)
+    return {"record": record, "svg": inline_svg(svg, f"diagnostic-{number}", record.title)}
 
 
 def _loss(of: ClassMetrics) -> tuple[bool, float, float]:

@@ -96,7 +96,7 @@ def task_curves(matrix: AccuracyMatrix) -> bytes:
             for row in range(len(matrix.rows))
             if (value := matrix.get(row, task)) is not None
         ]
-        if not points:
+        if not points or matrix.columns[task].repeat_of:  # its line is that of the first
             continue
         color = series_color(task, matrix.tasks)
         since = [point for point in points if point[0] > task]

@@ -181,16 +181,48 @@ def open_stream(
     expect_max_samples(max_samples)
     options = OpenOptions(cache_dir or default_cache(), cache_limit, allow_pipes)
     work = _Work(stream, options, verify_hashes, max_samples, seed)
-    all_splits: list[tuple[Task, Split]] = [(t, p) for t in stream.all_tasks for p in _splits_of(t)]
-    splits = [(t, p) for t, p in all_splits if p == "test" or t.index not in finished]
+    origins = _origins(stream, finished)
+    splits = _original_splits(stream, origins)
     mixed = sorted({number for task in stream.tasks for number, _ in task.mixture})
     own = {n: stream.sources[n - 1].task for n in mixed}
     work.open_all([*splits, *((source, "train") for source in own.values())], progress)
-    readers = work.readers(splits, validation_share)
+    readers = _shared(work.readers(splits, validation_share), origins)
     sources = {number: work.reader(each, "train") for number, each in own.items()}
     work.errors.raise_all(stream.name)
     stream = _counted(stream, readers, max_samples, validation_share)
     return OpenStream(stream, readers, sources, work.unused.lines())
+
+
+def _origins(stream: TaskStream, finished: Collection[int]) -> dict[tuple[int, Split], int]:
+    """Return (column, split) -> column whose reader it has, of all splits that are opened.
+
+    A repeated task has the reader of the first, so also the same subset and validation part.
+    """
+    return {
+        (task.index, split): stream.first_occurrence(task.index)
+        for task in stream.all_tasks
+        for split in _splits_of(task)
+        if split == "test" or task.index not in finished
+    }
+
+
+def _original_splits(
+    stream: TaskStream, origins: Mapping[tuple[int, Split], int]
+) -> list[tuple[Task, Split]]:
+    needed = dict.fromkeys((origin, split) for (_, split), origin in origins.items())
+    return [(stream.evaluated_task(number), split) for number, split in needed]
+
+
+def _shared(
+    readers: Mapping[tuple[int, Split], Reader], origins: Mapping[tuple[int, Split], int]
+) -> dict[tuple[int, Split], Reader]:
+    """Give every column the readers of its origin, and the validation part with training."""
+    found: dict[tuple[int, Split], Reader] = {}
+    for (number, split), origin in origins.items():
+        found[number, split] = readers[origin, split]
+        if split == "train" and (origin, "validation") in readers:
+            found[number, "validation"] = readers[origin, "validation"]
+    return found
 
 
 def display_name(task: Task) -> str:

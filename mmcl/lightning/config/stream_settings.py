@@ -66,8 +66,9 @@ def apply_settings(
             task = replace(task, mixture=mixture)
         if own.replay_ratio is not None:
             task = replace(task, replay_ratio=own.replay_ratio)
-        if task.name in task_epochs:
-            task = replace(task, epochs=task_epochs[task.name])
+        name = stream[stream.first_occurrence(task.index)].name  # of a repeated task
+        if name in task_epochs:
+            task = replace(task, epochs=task_epochs[name])
         return task
 
     stream.tasks = tuple(changed(task) for task in stream.tasks)
