@@ -26,7 +26,7 @@ from mmcl.diagnostics.flatness import SIGMAS
 from mmcl.evaluation import AccuracyMatrix
 from mmcl.evaluation.diagnostic_record import DIAGNOSTICS, Diagnostic
 from mmcl.evaluation.run_files import FIGURES, MATRIX
-from mmcl.lightning.checkpoint_io import LostCheckpoint
+from mmcl.lightning.checkpoints.checkpoint_checks import LostCheckpoint
 from mmcl.lightning.config.run_reference import RunReference, find_run_dir, finished_tasks
 from mmcl.lightning.continual_run import ContinualRun
 from mmcl.lightning.datamodule import ContinualDataModule

@@ -77,6 +77,7 @@ class ContinualDataModule(pl.LightningDataModule):
     """
 
     wrap_train_loader: Callable[[Any], Any] | None = None  # of a dry run
+    memory: Path | None = None
 
     def __init__(
         self,
@@ -123,7 +124,6 @@ class ContinualDataModule(pl.LightningDataModule):
         self.shuffle_lanes = expect_lanes(shuffle_lanes, global_batch_size)
         self.allow_pipes, self.max_bad_fraction = allow_pipes, max_bad_fraction
         self.task_index, self.seed = task_index, seed
-        self.memory: Path | None = None
         self.on_build: Callable[[int, int], None] | None = None
         self._start = (0, 0)
         self._prepared: Any = None
