@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,11 +14,15 @@ from rich.table import Table
 
 from mmcl.cli.train import with_progress
 from mmcl.data.validate.sample_counts import COUNTED, SplitCount
+from mmcl.evaluation import AccuracyMatrix
+from mmcl.evaluation.gates import expect_known
+from mmcl.export.start_weights import prepare_start
 from mmcl.lightning.config.cli import ContinualCLI
-from mmcl.lightning.continual_run import ContinualRun, first_process
+from mmcl.lightning.continual_run import SCORES, ContinualRun, first_process
 from mmcl.lightning.datamodule import ContinualDataModule
 from mmcl.lightning.dry_run import ROWS, DryRunReport, dry_run
 from mmcl.lightning.run_dir import RunDirectory
+from mmcl.lightning.stages.lineage import START
 from mmcl.lightning.summarize import model_name, name_of
 from mmcl.models.hf_vlm.memory_estimate import MemoryEstimate, Workload, estimate_memory
 from mmcl.report.formatting import size
@@ -44,11 +50,13 @@ def main(argv: Sequence[str]) -> int:
         return with_progress(cli.make_data())
 
     # Refuses settings that do not go together, and builds the loggers.
-    ContinualRun(
-        cli.make_module, cli.make_trainer, make_data(), cli.folder,
-        keep_best=cli.config["keep_best"], loggers=cli.make_loggers(),
+    run = ContinualRun(
+        cli.make_module, cli.make_trainer, make_data(), cli.folder, gates=cli.make_gates(),
+        budget=cli.make_budget(), keep_best=cli.config["keep_best"], loggers=cli.make_loggers(),
     )  # fmt: skip
-    report = dry_run(cli.make_module, cli.make_trainer, make_data, counted)
+    with _start_weights(cli):
+        report = dry_run(cli.make_module, cli.make_trainer, make_data, counted)
+    expect_known(run.gates, AccuracyMatrix.for_stream(report.stream, SCORES))
     if first_process():
         config = cli.plain()["model"]
         names = f"{model_name(config['model'])}, {name_of(config['strategy'])}"
@@ -63,6 +71,18 @@ def main(argv: Sequence[str]) -> int:
         _print_some(console, "learned in part", notes)
         console.print(f"the configuration works; nothing was written to {cli.folder}")
     return 0
+
+
+@contextmanager
+def _start_weights(cli: ContinualCLI) -> Iterator[None]:
+    """Context in which the weights that a run starts from are in a temporary folder."""
+    if not cli.start_from or (cli.folder / START).is_file():
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        cli.run_folder = Path(folder)
+        prepare_start(cli.run_folder, cli.start_from, is_first=True)
+        yield
 
 
 def _print_some(console: Console, what: str, lines: Sequence[str]) -> None:

@@ -88,7 +88,11 @@ class StrategyCallback(pl.Callback):
             )
         model, strategy = model_of(pl_module), strategy_of(pl_module)
         is_new = strategy.current_task is None
-        begin_task(model, strategy, self._next_task(trainer, strategy))
+        task = self._next_task(trainer, strategy)
+        begin_stage = getattr(pl_module, "begin_stage", None)
+        if callable(begin_stage):
+            begin_stage(task.stage)
+        begin_task(model, strategy, task)
         if not hasattr(getattr(trainer, "datamodule", None), "start_task"):
             _before_load(pl_module, partial(_begin_tasks_of_checkpoint, model, strategy, is_new))
         update_trainable = getattr(pl_module, "update_trainable", None)

@@ -160,10 +160,24 @@ class ContinualCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build everything for a subcommand, nothing yet for ``mmcl train``."""
         if self.subcommand is not None:
+            self._refuse_run_settings(self.subcommand)
             try:
                 super().instantiate_classes()
             except ValueError as error:
                 raise ValueError(constructor_error(error)) from error
+
+    def _refuse_run_settings(self, subcommand: str) -> None:
+        """Refuse settings of whole runs, which Lightning's commands would not obey."""
+        given = self.config[subcommand]
+        has_budget = RunBudget(**_budget(given["budget"])) != RunBudget()
+        is_set = {"start_from": given["start_from"]}
+        if subcommand == "fit":
+            is_set |= {"gates": given["gates"], "budget": has_budget}
+        if names := [name for name, value in is_set.items() if value]:
+            raise ConfigError(
+                f"mmcl {subcommand} is of one task and does not obey {', '.join(names)}: leave it "
+                "out, or use mmcl train"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the Trainer of a subcommand; the loaders divide samples over devices themselves."""
@@ -238,9 +252,7 @@ class ContinualCLI(LightningCLI):
         Raises:
             ValueError: if a limit is not above 0.
         """
-        given = self.config["budget"]
-        scopes = {name: ComputeBudget(**vars(given[name])) for name in ("task", "stream")}
-        return RunBudget(**scopes, buffer_bytes=given["buffer_bytes"])
+        return RunBudget(**_budget(self.config["budget"]))
 
     def make_loggers(self) -> list[Logger]:
         """Build the configured loggers; True is one that writes ``logs/metrics.csv`` of the run.
@@ -296,3 +308,9 @@ class ContinualCLI(LightningCLI):
             return parser.instantiate(values)[key]
         except ValueError as error:
             raise ValueError(constructor_error(error)) from error
+
+
+def _budget(given: Any) -> dict[str, Any]:
+    """Return the arguments of a ``RunBudget`` from its parsed values."""
+    scopes = {name: ComputeBudget(**vars(given[name])) for name in ("task", "stream")}
+    return {**scopes, "buffer_bytes": given["buffer_bytes"]}
