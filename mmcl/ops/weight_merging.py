@@ -213,7 +213,7 @@ def ties(
         count += agrees
     merged /= count.clamp(min=1)
     sizes = [base[name].numel() for name in names]
-    vector_of = dict(zip(names, merged.split(sizes), strict=True))
+    vector_of = dict(zip(names, torch.split(merged, sizes), strict=True))
     return _merge(
         [base, *others], lambda name, t: t[0] + scale * vector_of[name].view_as(t[0]).to(t[0].dtype)
     )
