@@ -26,7 +26,7 @@ from mmcl.export.formats import (
 from mmcl.layers.adapters import adapter_layers
 from mmcl.lightning.module import ContinualModule
 from mmcl.models.hf_vlm.loading import plain_model, save_pretrained
-from mmcl.ops import weight_merging as merging
+from mmcl.ops import model_merging as merging
 
 METHODS = ("average", "ema", "wise", "task_arithmetic", "ties", "dare", "magmax")
 FROM_BASE = ("task_arithmetic", "ties", "dare", "magmax")
@@ -107,7 +107,7 @@ def merge_weights(
     base: LoadedWeights | None,
     arguments: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """Merge plain weights by a formula of ``mmcl.ops.weight_merging``.
+    """Merge plain weights by a formula of ``mmcl.ops.model_merging``.
 
     Args:
         method: one of ``METHODS``.

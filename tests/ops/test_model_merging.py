@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mmcl.ops import weight_merging as merging
+from mmcl.ops import model_merging as merging
 
 
 def sets(count, dtype=torch.float64):

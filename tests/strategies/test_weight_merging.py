@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from mmcl.core import Chain, begin_task, trainable_parameters
-from mmcl.ops import weight_merging as merging
+from mmcl.ops import model_merging as merging
 from mmcl.strategies import LoRA
 from mmcl.strategies.finetune import Finetune
-from mmcl.strategies.model_merging import WeightMerging
+from mmcl.strategies.weight_merging import WeightMerging
 from tests.strategies.plain_loop import learn
 from tests.toys.toy_clip import StandIn, a_task
 from tests.toys.toy_llava import a_llava, an_answer_task

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmcl.core import VLM, Batch, Strategy, Task, trainable_parameters
 from mmcl.layers.adapters import adapter_layers, expect_lasting_weights
 from mmcl.memory.snapshot import Snapshot
-from mmcl.ops import weight_merging as merging
+from mmcl.ops import model_merging as merging
 
 Method = Literal["average", "ema", "task_arithmetic", "ties", "dare", "magmax"]
 
