@@ -30,6 +30,7 @@ COMMANDS = {
     "rescore": "rescore stored predictions without the model, also of LLaVA-style repositories",
     "report": "write a run's report.html again",
     "export": "export the trained model for open_clip, transformers or peft",
+    "merge": "merge the weights of checkpoints into one exported model",
     "compare": "compare runs and seeds in one table and one plot",
     "gate": "compare a run with gates: limits of scores and metrics, for a CI",
     "accept": "accept the task at which a broken gate stopped a run",

@@ -112,15 +112,27 @@ def write_model(module: ContinualModule, folder: Path, *, half: bool) -> str:
             f"{type(module.strategy).__name__} {reason}, which a plain model cannot do: "
             f"{RUN_WITH_MMCL}"
         )
-    with torch.no_grad(), module.strategy.merged_adapters(module.model):
-        plain = plain_model(lm, plain_state(lm.state_dict(), plain_weight_names(lm)))
+    plain = plain_model(lm, plain_weights(module))
     _expect_same_scores(module, plain, batch)
     with new_folder(folder) as temporary:
         save_pretrained(plain.half() if half else plain, module.model.processor, temporary)
     return f"{folder}: a transformers model with its processor, {folder_bytes(folder)} bytes"
 
 
-def plain_state(state: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+@torch.no_grad()
+def plain_weights(module: ContinualModule) -> dict[str, Tensor]:
+    """Return the weights of a transformers model, adapters merged.
+
+    Raises:
+        TypeError: if the model is not one of transformers.
+        ValueError: if weights are quantized.
+    """
+    lm = hf_model(module)
+    with module.strategy.merged_adapters(module.model):
+        return _plain_state(lm.state_dict(), plain_weight_names(lm))
+
+
+def _plain_state(state: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
     """Return the weights under their names without adapters.
 
     Raises:

@@ -9,7 +9,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from mmcl.data.remote.location import sha256_of
@@ -17,19 +16,18 @@ from mmcl.export.formats import (
     RUN_WITH_MMCL,
     beyond_weights,
     example_batch,
-    plain_state,
+    plain_weights,
     strategies_of,
 )
 from mmcl.lightning.checkpoints.checkpoint_io import write_checkpoint
 from mmcl.lightning.config.run_reference import RunReference
 from mmcl.lightning.module import ContinualModule
 from mmcl.lightning.stages.lineage import LINEAGE, START, START_FACTS, Lineage, Start
-from mmcl.models.hf_vlm.loading import plain_weight_names
 
 _WAIT_SECONDS = 3600.0
 
 
-def plain_weights(module: ContinualModule) -> dict[str, Tensor]:
+def start_weights(module: ContinualModule) -> dict[str, Tensor]:
     """Return the weights of a module's model under their names without adapters, which are merged.
 
     Raises:
@@ -41,9 +39,7 @@ def plain_weights(module: ContinualModule) -> dict[str, Tensor]:
         reason = beyond_weights(module, example_batch(module))
         if reason:
             raise ValueError(f"{names} {reason}, which weights alone cannot do: {RUN_WITH_MMCL}")
-        with torch.no_grad(), module.strategy.merged_adapters(model):
-            state = plain_state(model.lm.state_dict(), plain_weight_names(model.lm))
-            return {f"lm.{name}": tensor.clone() for name, tensor in state.items()}
+        return {f"lm.{name}": tensor for name, tensor in plain_weights(module).items()}
     if getattr(model, "clip", None) is None:
         raise TypeError(
             f"{type(model).__name__} has no model of open_clip or transformers, and only their "
@@ -85,7 +81,7 @@ def prepare_start(folder: Path, text: str, *, is_first: bool) -> None:
     reference = RunReference.parse(text)
     run = reference.open(program="mmcl train")
     module = reference.load(run)
-    write_checkpoint(folder / START, plain_weights(module))
+    write_checkpoint(folder / START, start_weights(module))
     lineage = reference.folder / LINEAGE
     start = Start(
         str(reference.folder.resolve()),
