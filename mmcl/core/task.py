@@ -7,7 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, overload
 
-from mmcl.core.card import Card, Decoding, KeyUntil, Scenario, Stage, TaskEntry, read_card
+from mmcl.core.card import (
+    Ability,
+    Card,
+    Decoding,
+    EvalOnlyEntry,
+    KeyUntil,
+    Knowledge,
+    Scenario,
+    Shift,
+    Stage,
+    TaskEntry,
+    read_card,
+)
 
 TaskType = Literal[
     "captioning", "classification", "retrieval", "instruction", "preference", "editing", "image"
@@ -52,6 +64,10 @@ class Task:
         mixture: (number of a source, its fraction of every batch) for each source.
         is_eval_only: True for an eval-only task, which is evaluated after every task.
         repeat_of: index of the task that this one repeats, with the same data, None = of none.
+        knowledge: facts that an eval-only task asks for: "invariant" over time, "updated" or "new"
+            since before training; None = not stated.
+        ability: what an eval-only task probes: "general" ability, "instruction" following or
+            "safety"; None = not stated.
     """
 
     index: int
@@ -80,6 +96,8 @@ class Task:
     mixture: tuple[tuple[int, float], ...] = ()
     is_eval_only: bool = False
     repeat_of: int | None = None
+    knowledge: Knowledge | None = None
+    ability: Ability | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +135,8 @@ class TaskStream(Sequence[Task]):
         sources: general and reference sets that tasks mix in.
         counts: shard name -> number of samples, for shards whose count the card states.
         class_names: class -> its name in prompts, for classes that have another there.
+        shift: what changes from task to task: "temporal" (time), "content" (domain) or "language";
+            None = not stated.
     """
 
     def __init__(
@@ -132,6 +152,7 @@ class TaskStream(Sequence[Task]):
         sources: Sequence[DataSource] = (),
         counts: dict[str, int] | None = None,
         class_names: Mapping[str, str] | None = None,
+        shift: Shift | None = None,
     ) -> None:
         self.name = name
         self.scenario = scenario
@@ -143,6 +164,7 @@ class TaskStream(Sequence[Task]):
         self.sources = tuple(sources)
         self.counts = dict(counts or {})
         self.class_names = dict(class_names or {})
+        self.shift = shift
 
     @classmethod
     def read(
@@ -204,6 +226,7 @@ class TaskStream(Sequence[Task]):
             sources=_sources(read, tasks),
             counts={name: count for name, count in read.counts.items() if count},
             class_names=read.class_names,
+            shift=read.shift,
         )
 
     def first_occurrence(self, number: int) -> int:
@@ -306,7 +329,7 @@ def _repeated(tasks: list[Task], repeats: int) -> list[Task]:
     return found
 
 
-def _eval_only_task(card: Card, entry: TaskEntry, index: int) -> Task:
+def _eval_only_task(card: Card, entry: EvalOnlyEntry, index: int) -> Task:
     names = entry.classes
     # Labels are positions in the card's list, unless the task has classes that the card lacks.
     listed = card.classes if set(names) <= set(card.classes) else names
@@ -314,7 +337,13 @@ def _eval_only_task(card: Card, entry: TaskEntry, index: int) -> Task:
     columns = tuple(column_of.get(name, -1) for name in listed)
     task, labels = _entry(card, entry, index), tuple(range(len(names)))
     task = replace(task, classes=names, class_ids=labels, label_to_class=columns)
-    return replace(task, label_names=tuple(listed), is_eval_only=True)
+    return replace(
+        task,
+        label_names=tuple(listed),
+        is_eval_only=True,
+        knowledge=entry.knowledge,
+        ability=entry.ability,
+    )
 
 
 def _sources(card: Card, tasks: Sequence[Task]) -> list[DataSource]:

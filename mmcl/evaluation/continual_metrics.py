@@ -394,6 +394,16 @@ def compute_all_metrics(matrix: AccuracyMatrix, after: int | None = None) -> lis
     return [metric(matrix, after) for metric in metrics] + eval_only_retention(matrix, after)
 
 
+def either_form(strict: AccuracyMatrix, lenient: AccuracyMatrix) -> AccuracyMatrix:
+    """Make the matrix of lenient scores, with the strict ones where no answers are generated."""
+    either = strict.empty_copy()
+    for row in range(len(strict.rows)):
+        for index, column in enumerate(strict.columns):
+            source = lenient if column.task_type == "instruction" else strict
+            either.set(row, index, source.get(row, index))
+    return either
+
+
 def compute_lenient_metrics(
     strict: AccuracyMatrix, lenient: AccuracyMatrix, after: int | None = None
 ) -> list[MetricValue]:
@@ -412,11 +422,7 @@ def compute_lenient_metrics(
         ValueError: if the stream has fewer than ``after`` tasks.
     """
     last = row_of(strict, after)
-    either = strict.empty_copy()
-    for row in range(len(strict.rows)):
-        for index, column in enumerate(strict.columns):
-            source = lenient if column.task_type == "instruction" else strict
-            either.set(row, index, source.get(row, index))
+    either = either_form(strict, lenient)
 
     def gap(matrix: AccuracyMatrix, last: int) -> float:
         cells = _row(last, last)

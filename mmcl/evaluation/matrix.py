@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import get_args
 
 from mmcl.core.atomic_write import write_atomic
-from mmcl.core.card import Scenario
+from mmcl.core.card import Ability, Knowledge, Scenario, Shift, Stage
 from mmcl.core.task import TaskStream
 from mmcl.evaluation import strict_json
 from mmcl.evaluation.scorers import find_scorer
@@ -31,6 +31,9 @@ class Column:
         score: name of the score, in [0, 1] unless its name says otherwise.
         size: test samples behind each cell.
         repeat_of: name of the task that it repeats, whose scores it has, "" = of none.
+        stage: of a trained task: "cpt", "dap" or "cft"; None = not stated.
+        knowledge: of an eval-only task: "invariant", "updated" or "new" facts; None = not stated.
+        ability: of an eval-only task: "general", "instruction" or "safety"; None = not stated.
     """
 
     name: str
@@ -38,6 +41,10 @@ class Column:
     score: str = "accuracy"
     size: int = 0
     repeat_of: str = ""
+    # A run from before a card stated these is still a run of the same stream.
+    stage: Stage | None = field(default=None, compare=False)
+    knowledge: Knowledge | None = field(default=None, compare=False)
+    ability: Ability | None = field(default=None, compare=False)
 
 
 class AccuracyMatrix:
@@ -52,6 +59,8 @@ class AccuracyMatrix:
         tasks: one column per task, in training order.
         eval_only: one column per eval-only task, which is never trained on.
         rows: row names; default is ``zero-shot`` and the tasks' names.
+        shift: what changes from task to task: "temporal", "content" or "language"; None = not
+            stated.
 
     Raises:
         ValueError: if there is no task, a name occurs twice, or the rows do not fit the tasks.
@@ -64,6 +73,7 @@ class AccuracyMatrix:
         tasks: Sequence[Column],
         eval_only: Sequence[Column] = (),
         rows: Sequence[str] | None = None,
+        shift: Shift | None = None,
     ) -> None:
         if scenario not in SCENARIOS:
             raise ValueError(f"scenario is {scenario!r}: choose one of {', '.join(SCENARIOS)}")
@@ -71,6 +81,7 @@ class AccuracyMatrix:
             raise ValueError("a matrix needs a task and got none: give at least one Column")
         self.stream = stream
         self.scenario = scenario
+        self.shift = shift
         self.columns = (*tasks, *eval_only)
         self.tasks = len(tasks)
         self.rows = (FIRST_ROW, *(task.name for task in tasks)) if rows is None else tuple(rows)
@@ -98,6 +109,7 @@ class AccuracyMatrix:
         Raises:
             ValueError: if a task names a scorer that does not exist.
         """
+        has_probes = any(task.ability for task in stream.eval_only_tasks)
         columns = [
             Column(
                 task.name,
@@ -107,16 +119,21 @@ class AccuracyMatrix:
                 else scores.get(task.task_type, "accuracy"),
                 task.test_size,
                 "" if task.repeat_of is None else stream[task.repeat_of].name,
+                stage=task.stage if has_probes and not task.is_eval_only else None,
+                knowledge=task.knowledge,
+                ability=task.ability,
             )
             for task in stream.all_tasks
         ]
         tasks = len(stream.tasks)
-        return cls(stream.name, stream.scenario, columns[:tasks], columns[tasks:])
+        return cls(
+            stream.name, stream.scenario, columns[:tasks], columns[tasks:], shift=stream.shift
+        )
 
     def empty_copy(self) -> AccuracyMatrix:
         """Make a matrix of the same rows and columns in which nothing is measured."""
         tasks, eval_only = self.columns[: self.tasks], self.columns[self.tasks :]
-        return AccuracyMatrix(self.stream, self.scenario, tasks, eval_only, self.rows)
+        return AccuracyMatrix(self.stream, self.scenario, tasks, eval_only, self.rows, self.shift)
 
     def with_cells_of(self, file: Path) -> AccuracyMatrix:
         """Copy the measured cells of a matrix file by row and column name, none if it is missing.
@@ -203,8 +220,16 @@ class AccuracyMatrix:
             "scores": [column.score for column in self.columns],
             "sizes": [column.size for column in self.columns],
         }
-        if any(repeats := [column.repeat_of for column in self.columns]):
-            head["repeats"] = repeats
+        # Keys that few cards declare are written only where they are.
+        declared = {
+            "shift": self.shift,
+            "stages": [column.stage for column in self.columns],
+            "knowledge": [column.knowledge for column in self.columns],
+            "abilities": [column.ability for column in self.columns],
+        }
+        for key, value in declared.items():
+            if value and not (isinstance(value, list) and set(value) == {None}):
+                head[key] = value
         lines = [f"  {_inline(key)}: {_inline(value)}" for key, value in head.items()]
         rows = ",\n".join(f"    {_inline(row)}" for row in self._values)
         return "{\n" + ",\n".join([*lines, f'  "values": [\n{rows}\n  ]']) + "\n}\n"
@@ -217,7 +242,7 @@ class AccuracyMatrix:
             ValueError: naming all errors at once, if it is not a matrix.
         """
         raw = strict_json.parse(text, source)
-        return strict_json.load(_MatrixFile, raw, source, ("repeats",)).matrix()
+        return strict_json.load(_MatrixFile, raw, source, _OPTIONAL).matrix()
 
     @classmethod
     def read(cls, path: Path) -> AccuracyMatrix:
@@ -242,6 +267,9 @@ class AccuracyMatrix:
             )
 
 
+_OPTIONAL = ("shift", "stages", "knowledge", "abilities", "repeats")
+
+
 @dataclass(frozen=True)
 class _MatrixFile:
     """Keys and types of matrix.json."""
@@ -256,11 +284,16 @@ class _MatrixFile:
     sizes: tuple[Count, ...]
     values: tuple[tuple[Value, ...], ...]
     repeats: tuple[str, ...] = ()
+    shift: Shift | None = None
+    stages: tuple[Stage | None, ...] = ()
+    knowledge: tuple[Knowledge | None, ...] = ()
+    abilities: tuple[Ability | None, ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.columns)
         lists = {key: len(getattr(self, key)) for key in ("task_types", "scores", "sizes")}
-        lists |= {"repeats": len(self.repeats)} if self.repeats else {}
+        optional = {key: len(getattr(self, key)) for key in _OPTIONAL[1:]}
+        lists |= {key: count for key, count in optional.items() if count}
         errors = [f"{key!r} has {k} entries for {n} columns" for key, k in lists.items() if k != n]
         if self.tasks > n:
             errors.append(f"tasks is {self.tasks} of {n} columns")
@@ -276,13 +309,21 @@ class _MatrixFile:
         self.matrix()
 
     def matrix(self) -> AccuracyMatrix:
-        repeats = self.repeats or ("",) * len(self.columns)
+        unstated = (None,) * len(self.columns)
         described = zip(
-            self.columns, self.task_types, self.scores, self.sizes, repeats, strict=True
+            self.columns,
+            self.task_types,
+            self.scores,
+            self.sizes,
+            self.repeats or ("",) * len(self.columns),
+            self.stages or unstated,
+            self.knowledge or unstated,
+            self.abilities or unstated,
+            strict=True,
         )
         columns = [Column(*each) for each in described]
         tasks, eval_only = columns[: self.tasks], columns[self.tasks :]
-        matrix = AccuracyMatrix(self.stream, self.scenario, tasks, eval_only, self.rows)
+        matrix = AccuracyMatrix(self.stream, self.scenario, tasks, eval_only, self.rows, self.shift)
         for row, values in enumerate(self.values):
             for column, value in enumerate(values):
                 matrix.set(row, column, value)

@@ -9,6 +9,7 @@ from typing import Any
 
 from mmcl.evaluation import AccuracyMatrix, RunSummary
 from mmcl.evaluation.continual_metrics import compute_all_metrics, compute_lenient_metrics
+from mmcl.evaluation.declared_metrics import compute_declared_metrics
 from mmcl.evaluation.run_files import read_lenient
 from mmcl.evaluation.scorers import find_scorer
 from mmcl.lightning.continual_run import ContinualRun
@@ -30,6 +31,7 @@ def summarize(
     scorer_versions = {f"scorer {name}": find_scorer(name).version for name in scorers}
     metrics = compute_all_metrics(matrix)
     metrics += compute_lenient_metrics(matrix, lenient) if lenient is not None else []
+    metrics += compute_declared_metrics(matrix, lenient)
     summary = RunSummary(
         name=folder.path.name,
         stream=stream.name,

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from mmcl.core.atomic_write import write_atomic
 from mmcl.evaluation.continual_metrics import LENIENT_MAIN, MAIN, average_accuracy
+from mmcl.evaluation.declared_metrics import declared_names
 from mmcl.evaluation.matrix import AccuracyMatrix
 from mmcl.evaluation.run_files import MATRIX, SUMMARY, RunSummary
 from mmcl.report.formatting import format_metric, sanitize, shorten, unit
@@ -109,11 +110,11 @@ class Comparison:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the compared metrics: the main ones, and lenient average accuracy if known."""
+        """Names of the compared metrics: the main ones, then those that some runs have."""
         return tuple(stat.name for stat in self.groups[0].stats)
 
     def text(self, width: int = 100, *, is_colored: bool = False) -> str:
-        """Format the table for a terminal of 100 characters or more, 112 with a lenient average."""
+        """Format the table for a terminal of 100 characters, 12 more per metric beyond MAIN."""
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
         table.add_column(
             f"{sanitize(self.stream)} ({self.scenario})", overflow="fold", vertical="bottom"
@@ -218,7 +219,8 @@ def compare(runs: Sequence[Path]) -> Comparison:
         together.setdefault(key, []).append(run)
     labels = _labels(list(together))
     has_forms = any(run.summary.metric(LENIENT_MAIN) for run in finished)
-    names = (*MAIN, LENIENT_MAIN) if has_forms else MAIN
+    names: tuple[str, ...] = (*MAIN, LENIENT_MAIN) if has_forms else MAIN
+    names += tuple(dict.fromkeys(name for run in finished for name in declared_names(run.matrix)))
     groups = [
         _group(label, members, names)
         for label, members in zip(labels, together.values(), strict=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import unicodedata
 
-_DIFFERENCES = ("forgetting", "transfer", "change", "degradation", "gap")
+_DIFFERENCES = ("forgetting", "transfer", "change", "degradation", "gap", "delta", "loss")
+_RATIOS = ("retention", "FUAR")
 _SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 # Line separators, and characters that change the writing direction or that XML forbids.
 _HIDDEN = frozenset(
@@ -39,7 +40,7 @@ def percent(value: float) -> str:
 
 def format_metric(name: str, value: float) -> str:
     """Format a metric: differences with their sign, ratios as they are, the rest in percent."""
-    if name.startswith("retention"):
+    if name.startswith(_RATIOS):
         return f"{value:.3f}"
     if is_difference(name):
         return f"{100 * value:+.1f}"
@@ -48,7 +49,7 @@ def format_metric(name: str, value: float) -> str:
 
 def unit(name: str) -> str:
     """Unit of a metric as ``format_metric`` formats it: %, pp or ×."""
-    if name.startswith("retention"):
+    if name.startswith(_RATIOS):
         return "×"
     return "pp" if is_difference(name) else "%"
 

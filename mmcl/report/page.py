@@ -23,6 +23,7 @@ from mmcl.evaluation.continual_metrics import (
     compute_lenient_metrics,
     forgetting,
 )
+from mmcl.evaluation.declared_metrics import TIME, compute_declared_metrics, probe_grid
 from mmcl.evaluation.diagnostic_record import Diagnostic
 from mmcl.evaluation.predictions import RIGHT_FROM, Prediction
 from mmcl.evaluation.run_files import (
@@ -38,6 +39,7 @@ from mmcl.report import plots
 from mmcl.report.diagnostic_output import draw_diagnostic
 from mmcl.report.formatting import format_metric, percent
 from mmcl.report.html import inline_svg, render_template
+from mmcl.report.plot_style import ACCENT, WARM
 from mmcl.report.tables import UNMEASURED, classes_csv, confusion_csv, retrieval_csv
 
 # Captions have several right answers, VQA those of ten annotators.
@@ -52,6 +54,11 @@ _CAPTIONS = {
         "Accuracy matrix",
         "Score in percent of every task (column) after each learned task (row). A frame marks the "
         "task just learned, a dot what was not measured.",
+    ),
+    "shift": (
+        "Shift from task to task",
+        "Score in percent by what was trained last (row) and what is tested (column). The frames "
+        "are in-domain, left of them is backward, right of them forward.",
     ),
     "average": (
         "Seen and unseen tasks",
@@ -169,6 +176,8 @@ def _draw(run: RunFiles, classes: _Classes | None) -> dict[str, bytes]:
     if matrix is not None:
         drawn["matrix"] = plots.heat_map(matrix)
         after = matrix.last_complete_row or 0
+        if after and matrix.shift is not None:
+            drawn["shift"] = plots.shift_map(matrix)
         if after:
             drawn["average"] = plots.seen_and_unseen(matrix)
             drawn["curves"] = plots.task_curves(matrix)
@@ -202,6 +211,8 @@ def _values(run: RunFiles, drawn: dict[str, bytes], classes: _Classes | None) ->
         },
         "scores": sorted({column.score for column in matrix.columns}) if matrix else [],
         "forms": _forms(run),
+        "shift": _shift_metrics(run, metrics),
+        "grid": _probe_grid(run),
         "recalls": [each for each in run.retrieval if each.after == run.retrieval[-1].after],
         "classes": _class_values(run, classes),
         "after": (matrix.last_complete_row or 0) if matrix else 0,
@@ -227,7 +238,41 @@ def _metrics(run: RunFiles) -> list[MetricValue]:
         return []
     after = run.matrix.last_complete_row or 0
     lenient = [] if run.lenient is None else compute_lenient_metrics(run.matrix, run.lenient, after)
-    return compute_all_metrics(run.matrix, after) + lenient
+    declared = compute_declared_metrics(run.matrix, run.lenient, after)
+    return compute_all_metrics(run.matrix, after) + lenient + declared
+
+
+def _shift_metrics(run: RunFiles, metrics: list[MetricValue]) -> list[MetricValue]:
+    """Metrics shown below the map of a shift: the three of time, or transfer to each language."""
+    kind = run.matrix.shift if run.matrix is not None else None
+    if kind == "language":
+        return [each for each in metrics if each.name.startswith("forward transfer of ")]
+    return [each for each in metrics if each.name in TIME] if kind is not None else []
+
+
+def _probe_grid(run: RunFiles) -> list[dict[str, Any]]:
+    """Rows of the table of probes by stage, each cell with a shade of its absolute loss."""
+    if run.matrix is None or run.matrix.last_row is None:
+        return []
+    return [
+        {
+            "title": end.title,
+            "is_first": end.row == 0,
+            "cells": [
+                {"probe": column, "values": cell, "shade": _shade(cell.loss.value)}
+                for column, cell in cells
+            ],
+        }
+        for end, cells in probe_grid(run.matrix, run.lenient)
+    ]
+
+
+def _shade(loss: float | None) -> str:
+    """Background of a loss, orange where something was lost, blue where it was gained."""
+    if not loss:
+        return "transparent"
+    color = WARM if loss > 0 else ACCENT
+    return f"{color}{round(255 * min(0.1 + abs(loss), 0.5)):02x}"
 
 
 def _forms(run: RunFiles) -> list[tuple[str, str, str, str]]:

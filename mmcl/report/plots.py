@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
 
@@ -59,26 +60,52 @@ def heat_map(matrix: AccuracyMatrix, format: Format = "svg") -> bytes:
     percent. Where columns have different scores, each is named with its own. Scores above 1 (not
     fractions) are drawn on a scale that ends at the highest.
     """
-    rows, columns = len(matrix.rows), len(matrix.columns)
-    is_wide = columns > _WIDE
-    cell = (0.36, 0.3) if is_wide else (0.62, 0.42)
+    figure, axes = _draw_map(matrix, 0, len(matrix.columns))
+    axes.set_ylabel("after learning", color=MUTED)
+    return render(figure, "matrix", format)
+
+
+def shift_map(matrix: AccuracyMatrix) -> bytes:
+    """Draw the square of trained tasks over what the card's ``shift`` says: time by time, say.
+
+    Without the row before training and eval-only tasks; the frame is the diagonal.
+
+    Raises:
+        ValueError: if the matrix has no shift, or no row after training.
+    """
+    if matrix.shift is None or len(matrix.rows) < 2:
+        raise ValueError(
+            f"shift is {matrix.shift!r} and there are {len(matrix.rows)} rows: give a matrix with "
+            "a shift and a learned task"
+        )
+    word = {"temporal": "time", "content": "domain", "language": "language"}[matrix.shift]
+    figure, axes = _draw_map(matrix, 1, matrix.tasks)
+    axes.set_ylabel(f"train {word}", color=MUTED)
+    axes.set_xlabel(f"test {word}", color=MUTED)
+    axes.xaxis.set_label_position("top")
+    return render(figure, "shift")
+
+
+def _draw_map(matrix: AccuracyMatrix, first_row: int, columns: int) -> tuple[Figure, Axes]:
+    """Draw the cells from a row on, in the first columns."""
+    rows = len(matrix.rows) - first_row
+    cell = (0.36, 0.3) if len(matrix.columns) > _WIDE else (0.62, 0.42)
     figure, axes = canvas(2.6 + cell[0] * (columns + 0.3), 1.5 + cell[1] * rows)
     highest = max((v for row in matrix.values for v in row if v is not None), default=1.0)
-    for row in range(rows):
+    for row in range(first_row, len(matrix.rows)):
         for column in range(columns):
             _draw_cell(axes, matrix, row, column, max(highest, 1.0))
     axes.set_xlim(0, _left(matrix, columns - 1) + 1)
-    axes.set_ylim(rows, 0)
+    axes.set_ylim(len(matrix.rows), first_row)
     axes.xaxis.tick_top()
     centers = [_left(matrix, column) + 0.5 for column in range(columns)]
     slant = {"rotation": 40, "ha": "left", "rotation_mode": "anchor"}
-    name_ticks(axes.xaxis, centers, _column_names(matrix), **slant)
-    middles = [row + 0.5 for row in range(rows)]
-    name_ticks(axes.yaxis, middles, [shorten(name, 18) for name in matrix.rows])
+    name_ticks(axes.xaxis, centers, _column_names(matrix)[:columns], **slant)
+    middles = [row + 0.5 for row in range(first_row, len(matrix.rows))]
+    name_ticks(axes.yaxis, middles, [shorten(name, 18) for name in matrix.rows[first_row:]])
     axes.tick_params(length=0, pad=5)
     axes.spines[:].set_visible(False)
-    axes.set_ylabel("after learning", color=MUTED)
-    return render(figure, "matrix", format)
+    return figure, axes
 
 
 def task_curves(matrix: AccuracyMatrix) -> bytes:

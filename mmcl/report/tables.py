@@ -17,6 +17,11 @@ from mmcl.evaluation.continual_metrics import (
     compute_all_metrics,
     compute_lenient_metrics,
 )
+from mmcl.evaluation.declared_metrics import (
+    TIME,
+    compute_declared_metrics,
+    probe_grid,
+)
 from mmcl.evaluation.matrix import AccuracyMatrix
 from mmcl.evaluation.retrieval import KS, RetrievalScores
 from mmcl.report.formatting import format_metric, percent, sanitize
@@ -76,6 +81,13 @@ def matrix_table(
     lines = [Text(metric_line([named[name] for name in MAIN if name in named]), "bold")]
     if lenient is not None:
         lines.append(Text(metric_line(compute_lenient_metrics(matrix, lenient))))
+    declared = [each for each in known if matrix.shift == "temporal" and each.name in TIME]
+    declared += compute_declared_metrics(matrix, lenient)
+    lines += [
+        Text(metric_line([each]) + (f" ({sanitize(each.reason)})" if each.reason else ""))
+        for each in declared
+    ]
+    blocks += _probe_tables(matrix, lenient)
     return render([*blocks, *map(Text, notes), *lines], width, is_colored)
 
 
@@ -209,6 +221,25 @@ def _block(matrix: AccuracyMatrix, columns: range) -> Table:
         cells = [_cell(matrix, row, column) for column in columns]
         table.add_row(Text(_row_title(matrix, row)), *cells)
     return table
+
+
+def _probe_tables(matrix: AccuracyMatrix, lenient: AccuracyMatrix | None) -> list[Table]:
+    """Draw the probes after every stage: score, loss and, if known, the lenient score."""
+    grid = probe_grid(matrix, lenient)
+    if not grid:
+        return []
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("after stage, score (loss), %", no_wrap=True, overflow="ellipsis")
+    for column, _ in grid[0][1]:
+        table.add_column(f"{sanitize(column.name)}\n{column.ability}", justify="right")
+    for end, cells in grid:
+        shown = []
+        for _, cell in cells:
+            loss = "" if end.row == 0 else f" ({_format(cell.loss)})"
+            form = "" if cell.lenient is None else f" ~{_format(cell.lenient)}"
+            shown.append(f"{_format(cell.score)}{form}{loss}")
+        table.add_row(Text(sanitize(end.title)), *map(Text, shown))
+    return [table]
 
 
 def _score_notes(matrix: AccuracyMatrix) -> list[str]:

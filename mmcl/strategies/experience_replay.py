@@ -3,11 +3,13 @@
 Paper: Chaudhry et al. 2019, arXiv:1902.10486.
 Herding: Rebuffi et al. 2017, arXiv:1611.07725. K-center: Sener and Savarese 2018, arXiv:1708.00489.
 Uncertainty: Bang et al. 2021, arXiv:2103.17230. InsCL: Wang et al. 2024, arXiv:2403.11435.
+Pools: Garg et al. 2024, arXiv:2310.16226 (TiC-CLIP).
 Code followed: none; each is a sampling rule, stated in its paper.
 Differs: the buffer changes when a task ends, not at every step; the reservoir is by hash; replayed
 samples are an exact fraction of the global batch. Uncertainty is the entropy of one prediction, not
 votes over augmented copies. InsCL draws from all old data and has a language model tag every
 instruction: here it draws from the buffer, and tags are a question's words, counted in its task.
+The pools of TiC-CLIP bound the old data kept; here they are shares of the replayed samples.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from mmcl.memory.selection import (
     herding,
     inscl_counts,
     k_center_greedy,
+    largest_remainder,
     order_by_information,
     order_by_score,
     order_within_groups,
@@ -44,6 +47,7 @@ Selection = Literal[
     "reservoir", "class_balanced", "herding", "k_center", "loss", "uncertainty", "information"
 ]
 Allocation = Literal["none", "task_balanced", "inscl"]
+Pool = Literal["all", "exponential", "equal"]
 
 _SCORE_ORDERS: dict[str, ScoreOrder] = {"loss": "high", "uncertainty": "spread"}
 
@@ -86,6 +90,11 @@ class ExperienceReplay(Strategy):
         candidate_pool_size: candidates of a task where images, scores or words are compared:
             a uniform sample of it. Bounds memory and time of the pass.
         instructions: samples of a task whose texts "inscl" compares.
+        pool: shares of the earlier tasks in what is replayed. "all" = in proportion to what is
+            stored of each. "exponential" = weight 1 for the task before this one, 1/2 for the one
+            before that, and so on. "equal" = equally many of each. The batch, ``replay_ratio`` and
+            the number of steps are the same for all three. A task that has fewer samples stored
+            than its share repeats them, one whose share is below half a sample may have none.
 
     **Remembers** 40 bytes per sample (copies, if kept, are files). "inscl" also stores 2 E + 8
     bytes for each of ``instructions`` text embeddings per task.
@@ -105,13 +114,16 @@ class ExperienceReplay(Strategy):
         score_order: ScoreOrder | None = None,
         candidate_pool_size: int = 20000,
         instructions: int = 256,
+        pool: Pool = "all",
     ) -> None:
         super().__init__()
         _expect_numbers(buffer_size, buffer_bytes, replay_ratio, candidate_pool_size, instructions)
         _expect_words(selection, storage, allocation, score_order)
+        _expect_pool(pool, allocation)
         self.replay_ratio, self.storage, self.seed = replay_ratio, storage, seed
         self.candidate_pool_size = candidate_pool_size
         self.selection = selection
+        self.pool = pool
         self.score_order: ScoreOrder = score_order or _SCORE_ORDERS.get(selection, "high")
         self.memory = ReplayIndex(
             buffer_size,
@@ -187,11 +199,15 @@ class ExperienceReplay(Strategy):
         )
 
     def _counts(self) -> dict[int, int]:
-        """Return the number of replayed samples of each task by InsCL, empty = the whole buffer."""
+        """Return the replayed samples of each task by pool or InsCL, empty = the whole buffer."""
         texts, current = self.instructions, self.current_task
         tasks = sorted(set(self.memory.task_ids.tolist()))
         # At a task's end replay_plan() lists the whole buffer, so that copies of it are kept.
-        if texts is None or current is None or current.index in tasks:
+        if current is None or current.index in tasks:
+            return {}
+        if self.pool != "all":
+            return pool_counts(len(self.memory), self.pool, current.index, tasks)
+        if texts is None:
             return {}
         distances = texts.distances(current.index)
         if not set(tasks) <= set(distances):
@@ -252,6 +268,33 @@ class ExperienceReplay(Strategy):
             worth = tag_information(different)[which]
             return lambda members: order_by_information(worth[members], which[members])
         return lambda members: order_by_score(seen[members], self.score_order)
+
+
+def pool_counts(
+    total: int, pool: Literal["exponential", "equal"], current: int, tasks: Iterable[int]
+) -> dict[int, int]:
+    """Allocate replayed samples to earlier tasks by their age, up to rounding.
+
+    Args:
+        total: number of replayed samples.
+        pool: "exponential" = halving with every task of age, "equal" = the same for each.
+        current: index of the task that is trained.
+        tasks: indices of the earlier tasks, each below ``current``.
+    """
+    ages = {task: current - task for task in tasks}
+    halves = [1.0 if pool == "equal" else 0.5 ** (age - 1) for age in ages.values()]
+    weights = torch.tensor(halves, dtype=torch.float64)
+    return dict(zip(ages, largest_remainder(total, weights).tolist(), strict=True))
+
+
+def _expect_pool(pool: str, allocation: str) -> None:
+    if pool not in get_args(Pool):
+        raise ValueError(f"pool is '{pool}': choose one of {', '.join(get_args(Pool))}")
+    if pool != "all" and allocation == "inscl":
+        raise ValueError(
+            f"pool is '{pool}' and allocation 'inscl', and both say how often a task is replayed: "
+            "choose pool 'all', or allocation 'none' or 'task_balanced'"
+        )
 
 
 def _expect_scores(batch: Batch, selection: str) -> None:

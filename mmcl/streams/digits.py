@@ -168,6 +168,7 @@ def build_domains(folder: Path, seed: int = 0, progress: Progress | None = None)
     card = {
         "name": "digits_domains",
         "scenario": "domain",
+        "shift": "content",
         "description": (
             "The same handwritten digits in five looks: clean, inverted (blue ink on yellow "
             "paper), noisy (normal, deviation 70 of 255), rotated (40 degrees counter-clockwise), "

@@ -93,6 +93,7 @@ _SOURCE = (
 )
 
 
+_SHIFTS = {"emoji_years": "temporal", "emoji_languages": "language"}
 _ABOUT = {
     "emoji_groups": "Emoji pictures, one group of Unicode's in every task.",
     "emoji_years": "Emoji pictures in the order in which Unicode took them up.",
@@ -242,6 +243,7 @@ def _cards(classes: Mapping[str, Emoji], cells: Cells, font: str) -> list[Card]:
         {
             "name": name,
             "scenario": scenario,
+            **({"shift": _SHIFTS[name]} if name in _SHIFTS else {}),
             "description": f"{_ABOUT[name]} Each picture has its own place, size, angle and "
             "background; train and test pictures show the same glyphs.",
             "license": next((text for f, text in _LICENSES if font.startswith(f)), unknown),

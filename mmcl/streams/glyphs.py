@@ -119,6 +119,7 @@ SHARD_SIZE = 2000
 _CARD = {
     "name": "glyphs",
     "scenario": "domain",
+    "shift": "content",
     "description": "Made pictures with captions: handwritten and printed digits, printed letters, "
     f"coloured shapes; {SIDE} x {SIDE} RGB PNG.",
     "license": "CC0-1.0 (made by this program)",

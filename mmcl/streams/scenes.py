@@ -294,8 +294,8 @@ def build(
     words: Card = {"scorer": "exact", "decoding": "candidates", "max_new_tokens": 8}
     cards = (
         start_card("scenes", "domain", f"{_SKILLS} {_SPLIT}"),
-        start_card("scenes_looks", "domain", f"{_LOOKS} {_SPLIT}", **looks),
-        start_card("scenes_words", "class", f"{_WORDS} {_SPLIT}", **words),
+        start_card("scenes_looks", "domain", f"{_LOOKS} {_SPLIT}", shift="content", **looks),
+        start_card("scenes_words", "class", f"{_WORDS} {_SPLIT}", shift="content", **words),
     )
     planned = (
         plan_tasks(cards[0], "scenes", SKILLS, (train, test), seed),

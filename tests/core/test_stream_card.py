@@ -179,3 +179,25 @@ def test_a_task_that_the_order_leaves_out_is_not_part_of_the_stream(tmp_path):
     assert [task.index for task in stream] == [0]
     assert stream[0].name == TaskStream.read(write(tmp_path))[1].name
     assert set(stream.classes_seen(0)) == set(stream[0].classes)
+
+
+def test_a_card_declares_shift_knowledge_and_ability(tmp_path):
+    probe = {"name": "p", "classes": ["owl"], "test": ["p.tar"]}
+    declared = [{**probe, "knowledge": "updated"}, {**probe, "name": "q", "ability": "safety"}]
+    stream = TaskStream.read(write(tmp_path, shift="temporal", eval_only=declared))
+    assert stream.shift == "temporal"
+    assert [task.knowledge for task in stream.eval_only_tasks] == ["updated", None]
+    assert [task.ability for task in stream.eval_only_tasks] == [None, "safety"]
+    assert TaskStream.read(write(tmp_path)).shift is None
+
+
+def test_unknown_declarations_are_refused(tmp_path):
+    probe = {"name": "p", "classes": ["owl"], "test": ["p.tar"], "knowledge": "old", "ability": 3}
+    tasks = [{**CARD["tasks"][0], "ability": "general"}]
+    with pytest.raises(ValueError, match="has 4 errors") as caught:
+        TaskStream.read(write(tmp_path, shift="tidal", eval_only=[probe], tasks=tasks))
+    text = str(caught.value)
+    assert "has shift 'tidal', expected one of temporal, content, language" in text
+    assert "has knowledge 'old', expected one of invariant, updated, new" in text
+    assert "has ability 3, expected one of general, instruction, safety" in text
+    assert "task 0 ('a') has the unknown key 'ability'" in text

@@ -7,7 +7,7 @@ import torch
 
 from mmcl.core import IGNORE_INDEX, begin_task, end_task
 from mmcl.core.seeding import hash_priorities
-from mmcl.strategies.experience_replay import ExperienceReplay
+from mmcl.strategies.experience_replay import ExperienceReplay, pool_counts
 from tests.toys.toy_clip import StandIn, a_batch, a_task, task_batches
 
 
@@ -99,3 +99,70 @@ def test_balanced_refuses_samples_without_a_class():
     batch = replace(a_batch(4), labels=torch.full((4,), IGNORE_INDEX))
     with pytest.raises(ValueError, match="choose selection='reservoir' for captions"):
         end_task(StandIn(), strategy, a_task(), [batch])
+
+
+def pool_by_hand(pool, stored, current, total):
+    """Shares of a pool by loops: whole parts first, then the largest remainders."""
+    weights = {}
+    for task in stored:
+        weights[task] = 1.0
+        if pool == "exponential":
+            for _ in range(current - task - 1):
+                weights[task] /= 2
+    exact = {task: total * weight / sum(weights.values()) for task, weight in weights.items()}
+    counts = {task: int(share) for task, share in exact.items()}
+    rest = sorted(exact, key=lambda task: (counts[task] - exact[task], task))
+    for task in rest[: total - sum(counts.values())]:
+        counts[task] += 1
+    return counts
+
+
+@pytest.mark.parametrize("pool", ["exponential", "equal"])
+@pytest.mark.parametrize("size", [7, 30])
+def test_a_pool_replays_its_share_of_every_earlier_task(pool, size):
+    strategy = after(ExperienceReplay(buffer_size=size, pool=pool), tasks=4)
+    stored = sorted(set(strategy.memory.task_ids.tolist()))
+    begin_task(StandIn(), strategy, a_task(4, size=24))
+    counts = Counter(task for task, _ in replayed(strategy))
+    by_hand = pool_by_hand(pool, stored, 4, size)
+    assert counts == {task: count for task, count in by_hand.items() if count}
+    memory = strategy.memory
+    held = zip(memory.task_ids.tolist(), memory.sample_ids.tolist(), strict=True)
+    assert set(replayed(strategy)) <= set(held)
+
+
+def test_the_exponential_pool_halves_with_age():
+    assert pool_counts(70, "exponential", 3, [0, 1, 2]) == {0: 10, 1: 20, 2: 40}
+    assert pool_counts(70, "exponential", 3, [2]) == {2: 70}
+    assert pool_counts(70, "equal", 3, [0, 2]) == {0: 35, 2: 35}
+
+
+def test_the_pool_of_all_is_the_whole_buffer():
+    plain, pooled = (
+        after(ExperienceReplay(buffer_size=9, **given), 3) for given in ({}, {"pool": "all"})
+    )
+    for strategy in (plain, pooled):
+        begin_task(StandIn(), strategy, a_task(3, size=24))
+    assert replayed(plain) == replayed(pooled)
+    assert len(replayed(plain)) == len(set(replayed(plain))) == 9
+
+
+def test_a_pool_lists_all_that_is_stored_when_a_task_has_ended():
+    strategy = after(ExperienceReplay(buffer_size=9, pool="equal"), 3)
+    assert len(set(replayed(strategy))) == 9
+
+
+def test_a_pool_resumes_with_the_same_plan():
+    strategy = after(ExperienceReplay(buffer_size=9, pool="exponential"), 3)
+    resumed = ExperienceReplay(buffer_size=9, pool="exponential")
+    resumed.load_state_dict(through_a_file(strategy.state_dict()))
+    for each in (strategy, resumed):
+        begin_task(StandIn(), each, a_task(3, size=24))
+    assert replayed(resumed) == replayed(strategy)
+
+
+def test_a_wrong_pool_and_a_pool_beside_inscl_are_refused():
+    with pytest.raises(ValueError, match=r"pool is 'half': choose one of all, exponential, equal"):
+        ExperienceReplay(pool="half")
+    with pytest.raises(ValueError, match="pool is 'equal' and allocation 'inscl'"):
+        ExperienceReplay(pool="equal", allocation="inscl")

@@ -173,6 +173,9 @@ TaskType = Literal[
     "captioning", "classification", "retrieval", "instruction", "preference", "editing"
 ]
 Stage = Literal["cpt", "dap", "cft"]
+Shift = Literal["temporal", "content", "language"]
+Knowledge = Literal["invariant", "updated", "new"]
+Ability = Literal["general", "instruction", "safety"]
 Scenario = Literal["task", "class", "domain"]
 Decoding = Literal["generate", "candidates"]
 KeyUntil = Literal["first_dot", "last_dot"]
@@ -297,6 +300,9 @@ class EvalOnlyEntry(TaskEntry):
     required = ("name", "test")
     ignored = ("train", "size", "replay_ratio", "mixture")
 
+    knowledge: Knowledge | None = Field(None, description="facts that it asks for, for FUAR")
+    ability: Ability | None = Field(None, description="what it probes, for vertical forgetting")
+
 
 class _Origin(_Entry):
     license: Text = Field("", description="license of the data")
@@ -327,6 +333,7 @@ class Card(_Inherited, _Origin):
 
     name: Name = Field("", description="name of the stream")
     scenario: Scenario = Field("task", description="what the model may know at test")
+    shift: Shift | None = Field(None, description="what changes from task to task")
     sources: dict[Name, SourceEntry] = Field({}, description="sets that tasks mix in, by name")
     tasks: tuple[TaskEntry, ...] = Field((), min_length=1, description="in training order")
     eval_only: tuple[EvalOnlyEntry, ...] = Field((), description="test-only tasks")
