@@ -220,6 +220,8 @@ class AccuracyMatrix:
             "scores": [column.score for column in self.columns],
             "sizes": [column.size for column in self.columns],
         }
+        if any(repeats := [column.repeat_of for column in self.columns]):
+            head["repeats"] = repeats
         # Keys that few cards declare are written only where they are.
         declared = {
             "shift": self.shift,
