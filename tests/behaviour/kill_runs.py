@@ -121,6 +121,7 @@ def _moments():
     from mmcl.evaluation import AccuracyMatrix
     from mmcl.evaluation.cost import Ledger
     from mmcl.evaluation.evaluators import Evaluator, GenerationEvaluator
+    from mmcl.lightning import task_callback
     from mmcl.lightning.datamodule import ContinualDataModule
     from mmcl.lightning.run_dir import RunDirectory
     from mmcl.lightning.strategy_callback import StrategyCallback
@@ -132,7 +133,7 @@ def _moments():
         "written": (Path, "replace", _rename),
         "ending": (StrategyCallback, "run_end_task", None),
         "copy": (ContinualDataModule, "save_replay_copies", None),
-        "ended": (TaskCallback, "_cost", None),
+        "ended": (task_callback, "task_cost", None),
         "ledger": (Ledger, "write", None),
         "state": (RunDirectory, "save", None),
         "score": (Evaluator, "compute", None),
