@@ -90,7 +90,7 @@ class ExperienceReplay(Strategy):
         candidate_pool_size: candidates of a task where images, scores or words are compared:
             a uniform sample of it. Bounds memory and time of the pass.
         instructions: samples of a task whose texts "inscl" compares.
-        pool: shares of the earlier tasks in what is replayed. "all" = in proportion to what is
+        replay_pool: shares of the earlier tasks in what is replayed. "all" = in proportion to what is
             stored of each. "exponential" = weight 1 for the task before this one, 1/2 for the one
             before that, and so on. "equal" = equally many of each. The batch, ``replay_ratio`` and
             the number of steps are the same for all three. A task that has fewer samples stored
@@ -114,16 +114,16 @@ class ExperienceReplay(Strategy):
         score_order: ScoreOrder | None = None,
         candidate_pool_size: int = 20000,
         instructions: int = 256,
-        pool: Pool = "all",
+        replay_pool: Pool = "all",
     ) -> None:
         super().__init__()
         _expect_numbers(buffer_size, buffer_bytes, replay_ratio, candidate_pool_size, instructions)
         _expect_words(selection, storage, allocation, score_order)
-        _expect_pool(pool, allocation)
+        _expect_pool(replay_pool, allocation)
         self.replay_ratio, self.storage, self.seed = replay_ratio, storage, seed
         self.candidate_pool_size = candidate_pool_size
         self.selection = selection
-        self.pool = pool
+        self.replay_pool = replay_pool
         self.score_order: ScoreOrder = score_order or _SCORE_ORDERS.get(selection, "high")
         self.memory = ReplayIndex(
             buffer_size,
@@ -205,8 +205,8 @@ class ExperienceReplay(Strategy):
         # At a task's end replay_plan() lists the whole buffer, so that copies of it are kept.
         if current is None or current.index in tasks:
             return {}
-        if self.pool != "all":
-            return pool_counts(len(self.memory), self.pool, current.index, tasks)
+        if self.replay_pool != "all":
+            return pool_counts(len(self.memory), self.replay_pool, current.index, tasks)
         if texts is None:
             return {}
         distances = texts.distances(current.index)
@@ -289,11 +289,11 @@ def pool_counts(
 
 def _expect_pool(pool: str, allocation: str) -> None:
     if pool not in get_args(Pool):
-        raise ValueError(f"pool is '{pool}': choose one of {', '.join(get_args(Pool))}")
+        raise ValueError(f"replay_pool is '{pool}': choose one of {', '.join(get_args(Pool))}")
     if pool != "all" and allocation == "inscl":
         raise ValueError(
-            f"pool is '{pool}' and allocation 'inscl', and both say how often a task is replayed: "
-            "choose pool 'all', or allocation 'none' or 'task_balanced'"
+            f"replay_pool is '{pool}' and allocation 'inscl', and both say how often a task is replayed: "
+            "choose replay_pool 'all', or allocation 'none' or 'task_balanced'"
         )
 
 

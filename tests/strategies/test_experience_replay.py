@@ -120,7 +120,7 @@ def pool_by_hand(pool, stored, current, total):
 @pytest.mark.parametrize("pool", ["exponential", "equal"])
 @pytest.mark.parametrize("size", [7, 30])
 def test_a_pool_replays_its_share_of_every_earlier_task(pool, size):
-    strategy = after(ExperienceReplay(buffer_size=size, pool=pool), tasks=4)
+    strategy = after(ExperienceReplay(buffer_size=size, replay_pool=pool), tasks=4)
     stored = sorted(set(strategy.memory.task_ids.tolist()))
     begin_task(StandIn(), strategy, a_task(4, size=24))
     counts = Counter(task for task, _ in replayed(strategy))
@@ -139,7 +139,7 @@ def test_the_exponential_pool_halves_with_age():
 
 def test_the_pool_of_all_is_the_whole_buffer():
     plain, pooled = (
-        after(ExperienceReplay(buffer_size=9, **given), 3) for given in ({}, {"pool": "all"})
+        after(ExperienceReplay(buffer_size=9, **given), 3) for given in ({}, {"replay_pool": "all"})
     )
     for strategy in (plain, pooled):
         begin_task(StandIn(), strategy, a_task(3, size=24))
@@ -148,13 +148,13 @@ def test_the_pool_of_all_is_the_whole_buffer():
 
 
 def test_a_pool_lists_all_that_is_stored_when_a_task_has_ended():
-    strategy = after(ExperienceReplay(buffer_size=9, pool="equal"), 3)
+    strategy = after(ExperienceReplay(buffer_size=9, replay_pool="equal"), 3)
     assert len(set(replayed(strategy))) == 9
 
 
 def test_a_pool_resumes_with_the_same_plan():
-    strategy = after(ExperienceReplay(buffer_size=9, pool="exponential"), 3)
-    resumed = ExperienceReplay(buffer_size=9, pool="exponential")
+    strategy = after(ExperienceReplay(buffer_size=9, replay_pool="exponential"), 3)
+    resumed = ExperienceReplay(buffer_size=9, replay_pool="exponential")
     resumed.load_state_dict(through_a_file(strategy.state_dict()))
     for each in (strategy, resumed):
         begin_task(StandIn(), each, a_task(3, size=24))
@@ -162,7 +162,9 @@ def test_a_pool_resumes_with_the_same_plan():
 
 
 def test_a_wrong_pool_and_a_pool_beside_inscl_are_refused():
-    with pytest.raises(ValueError, match=r"pool is 'half': choose one of all, exponential, equal"):
-        ExperienceReplay(pool="half")
-    with pytest.raises(ValueError, match="pool is 'equal' and allocation 'inscl'"):
-        ExperienceReplay(pool="equal", allocation="inscl")
+    with pytest.raises(
+        ValueError, match=r"replay_pool is 'half': choose one of all, exponential, equal"
+    ):
+        ExperienceReplay(replay_pool="half")
+    with pytest.raises(ValueError, match="replay_pool is 'equal' and allocation 'inscl'"):
+        ExperienceReplay(replay_pool="equal", allocation="inscl")
