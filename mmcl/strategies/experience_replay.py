@@ -90,8 +90,8 @@ class ExperienceReplay(Strategy):
         candidate_pool_size: candidates of a task where images, scores or words are compared:
             a uniform sample of it. Bounds memory and time of the pass.
         instructions: samples of a task whose texts "inscl" compares.
-        replay_pool: shares of the earlier tasks in what is replayed. "all" = in proportion to what is
-            stored of each. "exponential" = weight 1 for the task before this one, 1/2 for the one
+        replay_pool: shares of the earlier tasks in what is replayed. "all" = in proportion to what
+            is stored of each. "exponential" = weight 1 for the task before this one, 1/2 for the one
             before that, and so on. "equal" = equally many of each. The batch, ``replay_ratio`` and
             the number of steps are the same for all three. A task that has fewer samples stored
             than its share repeats them, one whose share is below half a sample may have none.
@@ -292,8 +292,8 @@ def _expect_pool(pool: str, allocation: str) -> None:
         raise ValueError(f"replay_pool is '{pool}': choose one of {', '.join(get_args(Pool))}")
     if pool != "all" and allocation == "inscl":
         raise ValueError(
-            f"replay_pool is '{pool}' and allocation 'inscl', and both say how often a task is replayed: "
-            "choose replay_pool 'all', or allocation 'none' or 'task_balanced'"
+            f"replay_pool is '{pool}' and allocation 'inscl', and both say how often a task is "
+            "replayed: choose replay_pool 'all', or allocation 'none' or 'task_balanced'"
         )
 
 
