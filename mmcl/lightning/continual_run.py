@@ -228,7 +228,11 @@ class ContinualRun:
         if module is None or not 0 < tasks < len(stream):
             return False
         first, _ = task_span(stream.tasks, tasks, module.stages)
-        return first < tasks and module.settings_of(stream[tasks].stage).schedule.kind == "infinite"
+        kind = module.settings_of(stream[tasks].stage).schedule.kind
+        # What is solved in closed form has no steps to anneal.
+        dummy = module.dummy_parameter
+        has_steps = any(p.requires_grad for p in module.parameters() if p is not dummy)
+        return first < tasks and kind == "infinite" and has_steps
 
     def _load_to_resume(self, state: RunState, matrix: AccuracyMatrix) -> ContinualModule | None:
         """Return the module after the last whole checkpoint, to which ``state`` is set back.

@@ -91,10 +91,11 @@ class ExperienceReplay(Strategy):
             a uniform sample of it. Bounds memory and time of the pass.
         instructions: samples of a task whose texts "inscl" compares.
         replay_pool: shares of the earlier tasks in what is replayed. "all" = in proportion to what
-            is stored of each. "exponential" = weight 1 for the task before this one, 1/2 for the one
-            before that, and so on. "equal" = equally many of each. The batch, ``replay_ratio`` and
-            the number of steps are the same for all three. A task that has fewer samples stored
-            than its share repeats them, one whose share is below half a sample may have none.
+            is stored of each. "exponential" = weight 1 for the last task before this one, 1/2 for
+            the one before that, and so on. "equal" = equally many of each. The batch,
+            ``replay_ratio`` and the number of steps are the same for all three. A task that has
+            fewer samples stored than its share repeats them, one whose share is below half a sample
+            may have none.
 
     **Remembers** 40 bytes per sample (copies, if kept, are files). "inscl" also stores 2 E + 8
     bytes for each of ``instructions`` text embeddings per task.
