@@ -24,7 +24,7 @@ class TaskCost:
         flops: floating-point operations of training, None if not counted.
         peak_memory_bytes: peak device (or process) memory, None if not measured.
         trainable_parameters: parameters with a gradient during the task.
-        parameters_added: parameters added for the task.
+        parameters_added: parameters added for the task, 0 if it freed more.
         state_bytes: size of the strategy's state after the task, files included.
     """
 

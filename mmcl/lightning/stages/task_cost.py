@@ -52,7 +52,8 @@ def task_cost(
         flops=counts.flops_per_sample * counts.rows if learns else None,
         peak_memory_bytes=peak_memory(module.device),
         trainable_parameters=sum(p.numel() for p in trainable),
-        parameters_added=sum(p.numel() for p in module.parameters()) - parameters_before,
+        # A strategy may free what an earlier task had, as OSF does.
+        parameters_added=max(0, sum(p.numel() for p in module.parameters()) - parameters_before),
         state_bytes=module.strategy.state_bytes(),
     )
 
