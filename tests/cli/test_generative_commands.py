@@ -212,7 +212,7 @@ def test_a_run_resumed_on_another_day_asks_with_the_date_of_its_first_start(aski
     def stopped(run, module, state, index):
         if index == 1:
             raise KeyboardInterrupt
-        train_task(run, module, state, index)
+        return train_task(run, module, state, index)
 
     monkeypatch.setattr(ContinualRun, "_train_task", stopped)
     assert asking.run("--run_name", "stopped")[0] == 130
