@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmcl.core import Batch, Chain, Conversation, Strategy, Turn, device_of, write_atomic
+from mmcl.core.master_weights import rounded_state
 from mmcl.core.model import without_adapters
 from mmcl.data.batches.collate import Example, collate
 from mmcl.data.remote.location import sha256_of
@@ -113,7 +114,7 @@ def write_model(module: ContinualModule, folder: Path, *, half: bool) -> str:
             f"{RUN_WITH_MMCL}"
         )
     with torch.no_grad(), module.strategy.merged_adapters(module.model):
-        plain = plain_model(lm, plain_state(lm.state_dict(), plain_weight_names(lm)))
+        plain = plain_model(lm, plain_state(rounded_state(lm), plain_weight_names(lm)))
     _expect_same_scores(module, plain, batch)
     with new_folder(folder) as temporary:
         save_pretrained(plain.half() if half else plain, module.model.processor, temporary)
@@ -249,7 +250,7 @@ def _stacked(model: Any, layers: Mapping[str, MultiLoRALinear]) -> Adapter | Non
     rank, scale = shapes.pop()
     saved = modules_in_full(model.lm)
     for name, module in saved.items():
-        state |= {f"{name}.{key}": value.cpu() for key, value in module.state_dict().items()}
+        state |= {f"{name}.{key}": value.cpu() for key, value in rounded_state(module).items()}
     config = {
         "peft_type": "LORA",
         "r": rank,

@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from mmcl.core import NO_PROMPTS, Prompts, Strategy
+from mmcl.core.master_weights import compute_dtype
 from mmcl.core.model import BASE_LAYER_NAMES
 
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}
@@ -215,14 +216,13 @@ def _language_bytes(
 ) -> int:
     """Return the bytes that the language model's forward pass of (samples, tokens) stores."""
     language = model.lm.model.get_submodule(model.architecture.language)
-    weight = model.lm.get_input_embeddings().weight
     size = torch.Size((*shape, model.lm.config.get_text_config().hidden_size))
     needs_grad = not model.is_frozen("projector") or bool(prompts.tokens)
     old_gates = dict(model.gates)
     with FakeTensorMode(), torch.enable_grad(), _FusedKernels():
         named = (*language.named_parameters(), *language.named_buffers())
         state = {name: _fake(t, t.shape, t.requires_grad) for name, t in named}
-        inputs = _fake(weight, size, needs_grad)
+        inputs = torch.empty(size, dtype=compute_dtype(model.lm)).requires_grad_(needs_grad)
         model.gates.clear()
         for name, gate in prompts.gates.items():
             wanted = torch.Size((shape[0], *gate.shape[1:]))
@@ -313,7 +313,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _item_size(model: Any) -> int:
     """Return the bytes of a number in the language model's activations."""
-    return int(model.lm.get_input_embeddings().weight.element_size())
+    return compute_dtype(model.lm).itemsize
 
 
 def _layer_width(config: Any) -> int:
