@@ -668,7 +668,9 @@ def test_the_start_of_a_run_is_silent(folders, tmp_path):
 
 
 def test_master_weights_are_exported_in_the_models_own_dtype(folders, tmp_path):
-    module = trained(folders["llava"], {"train_projector": True}, dtype="bfloat16")
+    model = ImageTextToText(folders["llava"], dtype="bfloat16")
+    module = ContinualModule(model, LoRA(2, train_projector=True)).eval()
+    begin_task(module.model, module.strategy, an_answer_task(0))
     projector = dict(module.model.lm.model.multi_modal_projector.named_parameters())
     assert {p.dtype for p in projector.values()} == {torch.float32}
     write_model(module, tmp_path / "whole", half=False)

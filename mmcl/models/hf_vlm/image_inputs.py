@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any, Literal, get_args
 
@@ -83,6 +85,17 @@ class LlavaTransform:
         encoded = self.chat_tokenizer.encode(dialogue, placeholders, in_training=self.is_training)
         image = torch.stack(images) if len(images) > 1 else images[0] if images else None
         return ProcessedSample(image, encoded.input_ids, encoded.labels, note=encoded.note)
+
+    @cached_property
+    def tokens_per_image(self) -> int:
+        """Number of tokens of an image, whatever its size."""
+        return len(
+            self.chat_tokenizer.tokenizer.encode(self.placeholders, add_special_tokens=False)
+        )
+
+    def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
+        """Return the number of tokens of images of these (height, width)."""
+        return self.tokens_per_image * len(sizes)
 
     def _square(self, pixels: Tensor) -> Tensor:
         height, width = pixels.shape[1:]
