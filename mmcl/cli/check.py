@@ -236,7 +236,9 @@ def _workload(report: DryRunReport, limit: int) -> Workload:
 def _in_parts(estimate: MemoryEstimate) -> str:
     parts = ("weights", "gradients", "optimizer", "activations", "scores")
     named = ", ".join(f"{name} {size(getattr(estimate, name))}" for name in parts)
-    kept = f", merged adapters {size(estimate.merged_weights)}" if estimate.merged_weights else ""
+    kept = ""
+    if estimate.merged_weights:
+        kept = f"; {size(estimate.merged_weights)} of merged layers stay in the host's memory"
     return (
         f"{size(estimate.training)} in a step on the longest samples ({named}); "
         f"{size(estimate.generation)} in evaluation (cache {size(estimate.kv_cache)}{kept})"

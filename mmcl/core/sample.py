@@ -112,7 +112,12 @@ class ProcessedSample:
 
 
 class Transform(Protocol):
-    """Protocol of a model's transform of one sample; picklable, since loader workers run it."""
+    """Protocol of a model's transform of one sample; picklable, since loader workers run it.
+
+    One that turns images into tokens of a text may have ``tokens_per_image``, None where their
+    number depends on the size, and ``image_tokens(sizes)`` -> tokens of the images of a sample,
+    given their (height, width): then ``group_by_length`` counts them.
+    """
 
     def __call__(
         self, pixels: Pixels, text: str | Conversation | None, seed: int

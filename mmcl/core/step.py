@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmcl.core.batch import IGNORE_INDEX, Batch
 from mmcl.core.distributed import all_reduce_sum, rank_and_world
+from mmcl.core.master_weights import keep_master_weights
 from mmcl.core.model import (
     STEP_MEMBERS,
     VLM,
@@ -279,10 +280,13 @@ def _grouped(names: Sequence[str]) -> str:
 def begin_task(model: VLM, strategy: Strategy, task: Task) -> None:
     """Begin a task: run ``before_task`` and ``begin_task``, then set ``current_task``.
 
-    The model's frozen modules are put into evaluation mode, and stay there in every ``step``.
+    The model's frozen modules are put into evaluation mode, and stay there in every ``step``. A
+    model with ``master_weights`` gets float32 parameters where it trains narrower ones.
     """
     strategy.before_task(model, task)
     strategy.begin_task(model, task)
+    if getattr(model, "master_weights", False):
+        keep_master_weights(cast(nn.Module, model))
     strategy.current_task, strategy.is_task_ended = task, False
     strategy.frozen_modules = set_frozen_to_eval(model)
     plan = strategy.replay_plan()

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmcl.core import Batch, Chain, Conversation, Strategy, Turn, device_of, write_atomic
+from mmcl.core.master_weights import rounded_state
 from mmcl.core.model import without_adapters
 from mmcl.data.batches.collate import Example, collate
 from mmcl.data.remote.location import sha256_of
@@ -129,7 +130,7 @@ def plain_weights(module: ContinualModule) -> dict[str, Tensor]:
     """
     lm = hf_model(module)
     with module.strategy.merged_adapters(module.model):
-        return _plain_state(lm.state_dict(), plain_weight_names(lm))
+        return _plain_state(rounded_state(lm), plain_weight_names(lm))
 
 
 def _plain_state(state: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
@@ -261,7 +262,7 @@ def _stacked(model: Any, layers: Mapping[str, MultiLoRALinear]) -> Adapter | Non
     rank, scale = shapes.pop()
     saved = modules_in_full(model.lm)
     for name, module in saved.items():
-        state |= {f"{name}.{key}": value.cpu() for key, value in module.state_dict().items()}
+        state |= {f"{name}.{key}": value.cpu() for key, value in rounded_state(module).items()}
     config = {
         "peft_type": "LORA",
         "r": rank,

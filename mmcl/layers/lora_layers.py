@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmcl.layers.original_weights import OriginalWeights
 from mmcl.ops.lora_linear import expert_linear, low_rank_linear, routed_linear
 
 Mode = Literal["none", "one", "sum", "fused", "gates"]
@@ -118,7 +119,7 @@ class MultiLoRALinear(FrozenLinear):
         self.active: tuple[int, ...] = ()
         self._gates, self._name = gates, name
         self._concatenated: tuple[list[Any], tuple[Tensor, Tensor]] | None = None
-        self._unmerged: Tensor | None = None
+        self._unmerged: OriginalWeights | None = None
 
     def adapter(self, number: int) -> LoRAAdapter:
         """Return one adapter."""
@@ -242,18 +243,20 @@ class MultiLoRALinear(FrozenLinear):
                 "this layer cannot be merged: its adapters are weighed by gates or its base is "
                 "quantized; check can_merge first"
             )
-        kept = self.weight.data
+        kept, weight = OriginalWeights(), self.weight
         # Outside inference mode, because tensors made in it may not become weights.
         with torch.inference_mode(False), torch.no_grad():
             delta = self.delta_weight()
-            wide = torch.promote_types(kept.dtype, torch.float32)
-            self.weight.data = (kept.to(wide) + delta.to(wide)).to(kept.dtype)
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            merged = (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+            kept.keep(self.base, "weight")
+        weight.data = merged
         self._unmerged = kept
 
     def unmerge(self) -> None:
         """Unmerge: restore the original weight bit for bit; no effect on an unmerged layer."""
         if self._unmerged is not None:
-            self.weight.data = self._unmerged.to(self.weight.device)
+            self._unmerged.restore()
             self._unmerged = None
 
     def extra_repr(self) -> str:

@@ -16,6 +16,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 from mmcl.layers.lora_layers import is_plain_linear
+from mmcl.layers.original_weights import OriginalWeights
 from mmcl.layers.shared_input import SharedInput
 from mmcl.ops.lora_linear import LoRAWeights, low_rank_linear
 
@@ -75,30 +76,29 @@ def merged_lora(model: nn.Module) -> Iterator[None]:
     Rows of word embeddings that train are merged as well. peft's own ``unmerge`` subtracts the
     delta, which rounds. Quantized layers and layers that were merged before stay as they are.
     """
-    kept: list[tuple[Any, dict[str, Tensor], dict[str, Any]]] = []
     layers = [
         layer
         for layer in model.modules()
         if isinstance(layer, LoraLayer | TrainableTokensLayer)
         if not layer.merged and _is_floating(layer)
     ]
-    # All before the first is merged: tied embeddings and head are two layers around one weight.
-    weights = [dict(layer.get_base_layer().named_parameters(recurse=False)) for layer in layers]
-    originals = [{name: p.data for name, p in own.items()} for own in weights]
+    caches: list[tuple[Any, dict[str, Any]]] = []
+    originals = OriginalWeights()
     try:
-        for layer, bits in zip(layers, originals, strict=True):
-            kept.append((layer, bits, dict(getattr(layer, "_caches", {}))))
-            _merge(layer, layer.get_base_layer(), bits)
+        # All before the first is merged: tied embeddings and head are two layers around one weight.
+        for layer in layers:
+            for name, _ in layer.get_base_layer().named_parameters(recurse=False):
+                originals.keep(layer.get_base_layer(), name)
+        for layer in layers:
+            caches.append((layer, dict(getattr(layer, "_caches", {}))))
+            _merge(layer, originals)
         yield
     finally:
-        for layer, bits, caches in kept:
-            own = layer.get_base_layer()
-            for name, tensor in bits.items():
-                parameter = getattr(own, name)
-                parameter.data = tensor.to(parameter.device)
+        originals.restore()
+        for layer, own in caches:
             layer.merged_adapters.clear()
             if isinstance(layer, LoraLayer):
-                layer._caches = caches
+                layer._caches = own
 
 
 def _is_floating(layer: Any) -> bool:
@@ -106,9 +106,9 @@ def _is_floating(layer: Any) -> bool:
     return isinstance(weight, Tensor) and weight.is_floating_point()
 
 
-def _merge(layer: Any, own: nn.Module, bits: dict[str, Tensor]) -> None:
+def _merge(layer: Any, originals: OriginalWeights) -> None:
     # Outside inference mode, because tensors made in it may not become weights.
     with torch.inference_mode(False), torch.no_grad():
-        for name, tensor in bits.items():
-            getattr(own, name).data = tensor.clone()
+        for parameter in layer.get_base_layer().parameters(recurse=False):
+            parameter.data = originals.of(parameter).to(parameter.device, copy=True)
         layer.merge()

@@ -15,6 +15,7 @@ from peft.tuners.osf import Linear as PeftLinear
 from torch import Tensor, nn
 
 from mmcl.layers.lora_layers import adapter_dtype
+from mmcl.layers.original_weights import OriginalWeights
 
 _ADAPTER = "default"
 _KEPT = ("_osf_U_low_init", "_osf_S_low_init", "_osf_V_low_init", "_osf_U_high", "_osf_V_high")
@@ -91,14 +92,15 @@ def merged_osf(model: nn.Module) -> Iterator[None]:
     peft itself cannot unmerge these layers.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, OSFLinear)]
-    kept = [layer.weight.data for layer in layers]
+    originals = OriginalWeights()
     try:
         # Outside inference mode, because tensors made in it may not become weights.
         with torch.inference_mode(False), torch.no_grad():
             for layer in layers:
+                originals.keep(layer.base_layer, "weight")
                 layer.merge()
         yield
     finally:
-        for layer, weight in zip(layers, kept, strict=True):
-            layer.weight.data = weight.to(layer.weight.device)
+        originals.restore()
+        for layer in layers:
             layer.merged_adapters.clear()

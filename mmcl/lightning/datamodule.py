@@ -70,8 +70,8 @@ class ContinualDataModule(pl.LightningDataModule):
         shuffle_lanes: parts of a task's remote shards that are read in parallel, a multiple of the
             number of devices: then a node fetches only its own. The order of samples depends on
             it. None = 1, and a warning where several nodes fetch the same shards.
-        group_by_length: batches over which samples are sorted by text length before they are cut
-            into batches, to reduce padding; 0 = no sorting.
+        group_by_length: batches over which samples are sorted by the length of text and images
+            before they are cut into batches, to reduce padding; 0 = no sorting.
         task_index: index of the task of ``fit`` and ``validate``; ``mmcl train`` sets it.
         seed: seed of order, augmentation and limits.
     """

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcl.core import VLM, Strategy, require
+from mmcl.core.master_weights import rounded_state
 from mmcl.core.seeding import hash_seed
 from mmcl.layers.adapters import TaskAdapters
 from mmcl.layers.target_layers import (
@@ -310,7 +311,7 @@ def peft_state(model: VLM) -> dict[str, Tensor]:
     root, _ = _root(model, _adapted(cast(nn.Module, model)))
     state = dict(get_peft_model_state_dict(root, save_embedding_layers=False))
     for name, module in modules_in_full(root).items():
-        state |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+        state |= {f"{name}.{key}": tensor for key, tensor in rounded_state(module).items()}
     # A copy of each: safetensors refuses tensors that share memory, as tied weights do.
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
 

@@ -218,7 +218,7 @@ def memory_row(method, shape="7b"):
     one = estimate_memory(model, strategy, work, prompts)
     saved = _saved_by_quantization(model, "4bit")
     plain, sharded = Memory(one, kept), Memory(replace(one, shards=8), kept)
-    quantized = Memory(replace(one, weights=one.weights - saved, merged_weights=0), kept)
+    quantized = Memory(replace(one, weights=one.weights - saved, merging=0), kept)
     sizes = (plain.one.weights + kept, plain.training(4), plain.generation(16))
     return [
         method.name, f"{plain.one.trainable / 1e6:.1f}", *(f"{size / GIB:.1f}" for size in sizes),

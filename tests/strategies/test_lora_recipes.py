@@ -665,3 +665,20 @@ def test_the_start_of_a_run_is_silent(folders, tmp_path):
         warnings.simplefilter("error")
         for mode in ("continue", "merge"):
             started(folders["llava"], tmp_path, mode)
+
+
+def test_master_weights_are_exported_in_the_models_own_dtype(folders, tmp_path):
+    model = ImageTextToText(folders["llava"], dtype="bfloat16")
+    module = ContinualModule(model, LoRA(2, train_projector=True)).eval()
+    begin_task(module.model, module.strategy, an_answer_task(0))
+    projector = dict(module.model.lm.model.multi_modal_projector.named_parameters())
+    assert {p.dtype for p in projector.values()} == {torch.float32}
+    write_model(module, tmp_path / "whole", half=False)
+    write_adapter(module, tmp_path / "adapter", half=False)
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in whole.values()} == {torch.bfloat16}
+    for name, parameter in projector.items():
+        for state in (whole, adapter):
+            own = [v for key, v in state.items() if key.endswith(f"multi_modal_projector.{name}")]
+            assert torch.equal(own[0], parameter.detach().bfloat16()), name

@@ -43,6 +43,14 @@ class Permutation(Protocol):
         ...
 
 
+class Lengths(Protocol):
+    """Lengths of entries, such as an array of them."""
+
+    def __getitem__(self, entries: IntArray, /) -> IntArray:
+        """Return the lengths (n,) of n entries."""
+        ...
+
+
 def shuffled(seed: int, count: int) -> Permutation:
     """Return a pseudo-random permutation of 0 to ``count`` - 1, the same on every machine."""
     return HashPermutation(seed, count) if count <= SORTED else FeistelPermutation(seed, count)
@@ -254,8 +262,8 @@ class EpochPlan:
         order: permutation of the samples that come once; None = shuffled.
         lanes: L, if ``order`` takes number p of the samples of a batch from its lane ``p % L``:
             samples are grouped by length inside of every lane.
-        lengths: (entries,) text length of every possible entry, see ``group``; None = samples are
-            not grouped by length.
+        lengths: length of every possible entry, see ``group``; None = samples are not grouped by
+            length.
         group: batches over which samples are sorted by length before they are cut into batches,
             which then come in random order.
     """
@@ -269,7 +277,7 @@ class EpochPlan:
         epoch: int,
         order: Permutation | None = None,
         lanes: int = 1,
-        lengths: IntArray | None = None,
+        lengths: Lengths | None = None,
         group: int = 0,
     ) -> None:
         self.mixture, self.lanes, self.lengths, self.group = mixture, lanes, lengths, group
@@ -313,7 +321,7 @@ class EpochPlan:
         before = self._epoch * self.mixture.steps
         return first + _cycled(seed, count, (before + start) * slots, (stop - start) * slots)
 
-    def _grouped_by_length(self, window: int, lengths: IntArray) -> list[IntArray]:
+    def _grouped_by_length(self, window: int, lengths: Lengths) -> list[IntArray]:
         """Return the batches of a window, samples of similar length together."""
         start = window * self.group
         stop = min(start + self.group, len(self))

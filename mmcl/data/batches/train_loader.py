@@ -20,9 +20,9 @@ from mmcl.data.batches.batch_plan import (
     WindowedShuffle,
     rank_slice,
 )
-from mmcl.data.batches.caption_member import text_member
 from mmcl.data.batches.collate import Example, collate, make_example
 from mmcl.data.batches.lanes import LanedShuffle, Lanes, ShardPrefetcher, lanes_of_rank
+from mmcl.data.batches.sample_lengths import entry_lengths
 from mmcl.data.batches.shared_memory import make_dataloader
 from mmcl.data.decode import MAX_PIXELS
 from mmcl.data.shards.open_stream import OpenStream
@@ -172,6 +172,11 @@ class TrainDataset(Dataset[Batch]):
         """Return 0 for a new sample, 1 for a replayed one, 1 + n for one of the n-th source."""
         return bisect_right(self._starts, entry) - 1
 
+    def reader_of(self, entry: int) -> tuple[SampleReader, int]:
+        """Return the reader of the sample of an entry, and its number there."""
+        location = self._location(entry)
+        return location.reader, location.number
+
     def _location(self, entry: int) -> SampleLocation:
         kind = self._kind(entry)
         number = entry - self._starts[kind]
@@ -298,7 +303,7 @@ def train_loader(
         max_pixels: larger images are bad samples.
         window: shards whose samples are shuffled together, if any is remote; local ones all are.
         lanes: parts of remote shards read in parallel; a multiple of ``world``: each by one rank.
-        group: batches over which samples are grouped by text length; 0 = none. Opens every shard.
+        group: batches over which samples are grouped by length; 0 = none. Opens every shard.
 
     Raises:
         ValueError: if a rank would get no samples, or a sample to replay cannot be read.
@@ -338,7 +343,7 @@ def _planner(
     in_windows = dataset.reader.in_windows and mixture.epoch_samples == mixture.new
     divided = Lanes(lanes, mixture.new, mixture.steps) if in_windows and lanes > 1 else None
     numbers = None if divided is None else divided.numbers(own)
-    lengths = _lengths(dataset, numbers) if group > 1 else None
+    lengths = entry_lengths(dataset, numbers) if group > 1 else None
 
     def plan(epoch: int) -> EpochPlan:
         order: Permutation | None = None
@@ -353,32 +358,6 @@ def _planner(
         )  # fmt: skip
 
     return plan
-
-
-def _lengths(dataset: TrainDataset, new: IntArray | None) -> IntArray:
-    """Return the bytes of text of every possible entry, in the order of entries.
-
-    With lanes, of the new samples those of this rank's lanes alone (``new``): lanes are sorted one
-    by one, so the others, which are 0 here, change nothing that this rank reads.
-    """
-    lengths = [np.zeros(len(dataset.reader), dtype=np.int64)]
-    own = slice(None) if new is None else new
-    lengths[0][own] = _text_lengths(dataset.reader, dataset.tasks[dataset.task], new)
-    replayed = dataset.replayed
-    old = np.zeros(len(replayed.task_ids), dtype=np.int64)
-    for task, reader in replayed.readers.items():
-        of_task = replayed.task_ids == task
-        old[of_task] = _text_lengths(reader, dataset.tasks[task], replayed.sample_ids[of_task])
-    lengths.append(old)
-    for source, reader in zip(dataset.sources, dataset.source_readers, strict=True):
-        lengths.append(_text_lengths(reader, source.task))
-    return np.concatenate(lengths).astype(np.int32)
-
-
-def _text_lengths(reader: SampleReader, task: Task, numbers: IntArray | None = None) -> IntArray:
-    return reader.text_bytes(
-        "json" if task.task_type == "instruction" else text_member(task.text_field), numbers
-    )
 
 
 def _replay_samples(

@@ -51,14 +51,18 @@ class ImageFolder:
             )
         return found
 
-    def read(self, stated: str) -> tuple[str, bytes]:
+    def read(self, stated: str, limit: int | None = None) -> tuple[str, bytes]:
         """Return the extension of an image's format, whatever its name, and its bytes.
+
+        Args:
+            stated: as of ``find``.
+            limit: largest number of bytes, of its beginning; None = all.
 
         Raises:
             BadSample: as `find`; or if it is missing, no file, empty, too large, or of a format
                 that is not read.
         """
-        data = read_file(self.find(stated), stated)
+        data = read_file(self.find(stated), stated, limit)
         return extension_of(data, stated), data
 
 
@@ -140,8 +144,8 @@ def open_image_folder(path: Path, *, follow_links: bool = False) -> ImageFolder:
     return ImageFolder(os.path.realpath(path), follow_links)
 
 
-def read_file(path: str | Path, stated: str) -> bytes:
-    """Read a whole image file; ``stated`` is its name for messages.
+def read_file(path: str | Path, stated: str, limit: int | None = None) -> bytes:
+    """Read an image file, or its first ``limit`` bytes; ``stated`` is its name for messages.
 
     Raises:
         BadSample: if it is missing, no regular file, empty, or too large.
@@ -157,7 +161,7 @@ def read_file(path: str | Path, stated: str) -> bytes:
                 f"{MAX_IMAGE_FILE_BYTES}"
             )
         with open(path, "rb") as file:
-            return file.read(MAX_IMAGE_FILE_BYTES)
+            return file.read(MAX_IMAGE_FILE_BYTES if limit is None else limit)
     except FileNotFoundError:
         raise BadSample(f"its image {stated[:200]!r} is missing") from None
     except OSError as error:

@@ -12,6 +12,7 @@ import json
 import re
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,22 @@ class JsonShard:
         if member.lower() != "json":
             return np.zeros(len(opened.numbers), dtype=np.int64)
         return opened.index.text_bytes[opened.numbers]
+
+    def image_heads(
+        self, index: int, limit: int | None, fields: SampleFields | None = None
+    ) -> list[bytes]:
+        """Return the first ``limit`` bytes of each image of a sample, None = all of them.
+
+        Raises:
+            BadSample: as ``read``.
+        """
+        opened = self._open()
+        stored = opened.index.records.read(int(opened.numbers[index]))
+        images = read_sample(stored, (), opened.stated.answer_field).images
+        if limit == 0:
+            return [b""] * len(images)
+        read = partial(opened.images.read, limit=limit)
+        return [load_image(image, read)[1][:limit] for image in images]
 
     def field_error(self, fields: SampleFields) -> str:
         """Return why a task cannot take its fields from this shard, "" if it can."""

@@ -128,6 +128,23 @@ class SampleReader(Protocol):
         """Return (R,) bytes of a text member of the numbered samples, None = of all."""
         ...
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether samples may have to be fetched."""
+        ...
+
+    def image_heads(self, number: int, limit: int | None) -> list[bytes]:
+        """Return the first bytes of each image of a sample.
+
+        Args:
+            number: of the sample.
+            limit: bytes of each, None = all; with 0 no image is opened, and each is b"".
+
+        Raises:
+            BadSample: if an image is missing.
+        """
+        ...
+
 
 class Reader:
     """Reader of the samples of one split (train or test) of one task.
@@ -238,6 +255,11 @@ class Reader:
                 raise RuntimeError(f"shard {self.shards[shard].name} {error}") from None
             lengths[order[in_shard]] = of_shard[indices[in_shard] - self._starts[shard]]
         return lengths
+
+    def image_heads(self, number: int, limit: int | None) -> list[bytes]:
+        """Return the first bytes of each image of a sample; see ``SampleReader``."""
+        shard, index = self._find(number)
+        return shard.image_heads(index, limit, self.fields)
 
     def _find(self, number: int) -> tuple[Shard, int]:
         """Return the shard of a sample and its index there."""

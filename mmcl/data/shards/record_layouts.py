@@ -1,9 +1,10 @@
 """Layouts of instruction records in the field: turns, images and answers of each of them.
 
 LLaVA's and ShareGPT's ``conversations``, OpenAI's and Hugging Face's ``messages`` (also with parts
-of text and image), the_cauldron's ``texts``, ``query``/``response``/``history`` as in ms-swift,
-``instruction``/``input``/``output`` as in Alpaca, LLaVA's questions (``text``), and questions with
-options as in VLMEvalKit's tables, ScienceQA and MMMU. All become LLaVA's turns.
+of text and image), TRL's ``prompt`` and ``completion`` as lists of such messages, the_cauldron's
+``texts``, ``query``/``response``/``history`` as in ms-swift, ``instruction``/``input``/``output``
+as in Alpaca, LLaVA's and POPE's questions (``text``), and questions with options as in VLMEvalKit's
+tables, ScienceQA and MMMU. All become LLaVA's turns.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from mmcl.data.stored_sample import BadSample
 
 TURN_KEYS = ("conversations", "conversation", "messages", "texts")
 """Keys of a list of turns; the first that a record has counts."""
+PROMPT_KEYS = ("prompt", "completion")
+"""Keys of the turns before the answer, and of the answer, as lists of turns."""
 IMAGE_KEYS = (
     "image", "images", "image_path", "image_paths", "image_file", "img", "img_path", "file_name",
 )  # fmt: skip
@@ -72,8 +75,18 @@ def has_turns(raw: Mapping[str, Any]) -> bool:
     """Return whether a record states its turns as a list of mappings, or as the JSON of one."""
     stated = first_of(raw, TURN_KEYS)
     listed = listed_values(stated)
-    return first_key(raw, TURN_KEYS) in ("conversations", "messages") or (
-        bool(listed) and all(isinstance(turn, Mapping) for turn in listed)
+    return (
+        has_prompt_turns(raw)
+        or first_key(raw, TURN_KEYS) in ("conversations", "messages")
+        or (bool(listed) and all(isinstance(turn, Mapping) for turn in listed))
+    )
+
+
+def has_prompt_turns(raw: Mapping[str, Any]) -> bool:
+    """Return whether a record states its turns as lists of messages, prompt and completion."""
+    lists = [listed_values(raw.get(key)) for key in PROMPT_KEYS]
+    return not first_key(raw, TURN_KEYS) and all(
+        own and all(isinstance(turn, Mapping) for turn in own) for own in lists
     )
 
 
@@ -149,6 +162,8 @@ def read_answers(stated: Any) -> list[str]:
 def _listed_turns(raw: Mapping[str, Any], images: list[Any]) -> ParsedRecord:
     """Read a list of turns: from/value, role/content or user/assistant."""
     stated = first_of(raw, TURN_KEYS)
+    if has_prompt_turns(raw):
+        stated = [turn for key in PROMPT_KEYS for turn in listed_values(raw[key])]
     turns = listed_values(stated) if isinstance(stated, str) else stated
     if isinstance(stated, str) and not turns:
         return ParsedRecord(stated, images)
@@ -249,7 +264,7 @@ def _stated_question(
     # LLaVA's own questions are kept to the letter.
     is_plain = isinstance(raw.get("text"), str)
     question = raw["text"] if is_plain else _plain_question(raw)
-    key = first_key(raw, tuple(dict.fromkeys((answer_field, *ANSWER_KEYS))))
+    key = _answer_key(raw, answer_field)
     right = list(references) or read_answers(raw.get(key))
     if not right:
         raise BadSample(
@@ -265,6 +280,12 @@ def _stated_question(
     turns = _history(raw.get("history"))
     turns += [{"from": "human", "value": question}, {"from": "gpt", "value": right[0]}]
     return ParsedRecord(turns, images, right)
+
+
+def _answer_key(raw: Mapping[str, Any], answer_field: str) -> str:
+    """Return the key of the right answer: POPE's is ``label``, which is a number elsewhere."""
+    key = first_key(raw, tuple(dict.fromkeys((answer_field, *ANSWER_KEYS))))
+    return key or ("label" if isinstance(raw.get("label"), str) else "")
 
 
 def _plain_question(raw: Mapping[str, Any]) -> str:
@@ -335,13 +356,13 @@ def used_keys(raw: Mapping[str, Any], answer_field: str = "answer") -> set[str]:
         first_key(raw, IMAGE_KEYS), first_key(raw, SYSTEM_KEYS),
     }  # fmt: skip
     if has_turns(raw):
-        return {*used, first_key(raw, TURN_KEYS)}
+        return {*used, *(PROMPT_KEYS if has_prompt_turns(raw) else [first_key(raw, TURN_KEYS)])}
     options = first_key(raw, OPTION_KEYS)
     letters = [] if options else option_keys(raw).values()
     question = "text" if isinstance(raw.get("text"), str) else first_key(raw, QUESTION_KEYS)
     return {
         *used, *letters, options, question, "history", "input" if question == "instruction" else "",
-        first_key(raw, (answer_field, *ANSWER_KEYS)), first_key(raw, HINT_KEYS),
+        _answer_key(raw, answer_field), first_key(raw, HINT_KEYS),
     }  # fmt: skip
 
 

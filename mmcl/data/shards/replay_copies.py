@@ -95,6 +95,15 @@ class ReplayCopyReader:
         lengths = self._copies.text_bytes(member)
         return lengths if numbers is None else lengths[np.searchsorted(self.numbers, numbers)]
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether copies may have to be fetched: never."""
+        return False
+
+    def image_heads(self, number: int, limit: int | None) -> list[bytes]:
+        """Return the first ``limit`` bytes of each image of a copy, None = all of them."""
+        return self._copies.image_heads(self._index(number), limit)
+
     def _index(self, number: int) -> int:
         index = int(np.searchsorted(self.numbers, number))
         if index == len(self.numbers) or self.numbers[index] != number:

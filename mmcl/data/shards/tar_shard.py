@@ -216,6 +216,24 @@ class TarShard:
             lengths = np.maximum(lengths, self.index.lengths(name))
         return lengths
 
+    def image_heads(
+        self, index: int, limit: int | None, fields: SampleFields | None = None
+    ) -> list[bytes]:
+        """Return the first ``limit`` bytes of each image of a sample, None = all of them."""
+        shard_index = self._opened()
+        data, listed = self._map(shard_index), shard_index.members(index)
+        if fields is not None:
+            try:
+                uses = self.members(fields)
+            except UnfitMembers as error:
+                raise BadSample(f"its shard {error}") from None
+            listed = _preferred(listed, uses) if fields.has_alternatives else listed
+            listed = [each for each in listed if each[0] in uses and uses[each[0]].field == "image"]
+        else:
+            listed = [each for each in listed if _is_image(each[0])]
+        longest = MAX_IMAGE_MEMBER_BYTES if limit is None else limit
+        return [data[offset : offset + min(length, longest)] for _, offset, length in listed]
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out index and map; the hash of the shard's first and last bytes is included."""
         own: dict[str, Any] = {"_index": None, "_map_key": None, "_members": {}, "_latest": None}

@@ -139,9 +139,10 @@ class ChatTokenizer:
 
     @property
     def first_token(self) -> int:
-        """First token of a conversation without images."""
+        """First token of a conversation with an image; PaliGemma's begin token follows images."""
         turns = (Turn("user", "?"), Turn("assistant", "!"))
-        return int(self.encode(Conversation(turns, ("!",)), ()).input_ids[0])
+        images = (self.template.image_token,)
+        return int(self.encode(Conversation(turns, ("!",)), images).input_ids[0])
 
     def _divide(self, conversation: Conversation, images: int) -> tuple[Shape, list[str]]:
         """Divide a conversation into its shape and the words of its texts, without outer space."""

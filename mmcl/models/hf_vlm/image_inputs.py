@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmcl.core import Batch, Conversation, Pixels, ProcessedSample, each_image
 from mmcl.core.image_values import expect_levels
+from mmcl.core.master_weights import compute_dtype
 from mmcl.core.model import eval_mode
 from mmcl.models.hf_vlm.architectures import Architecture
 from mmcl.models.hf_vlm.chat_tokenizer import ChatTokenizer
@@ -24,6 +26,21 @@ from mmcl.models.hf_vlm.vision_layers import UsedLayers
 ImageAspectRatio = Literal["pad", "crop", "stretch"]
 ImageMode = Literal["native", "square"]
 _BLANK_SIDE = 64
+
+
+def takes_native_inputs(
+    model: str, mode: ImageMode | None, ratio: ImageAspectRatio | None, size: int | None
+) -> bool:
+    """Return whether the model's own processor makes the image inputs; arguments as given."""
+    square = {"image_aspect_ratio": ratio, "size": size}
+    given = [f"{name} {value!r}" for name, value in square.items() if value is not None]
+    if mode not in (None, *get_args(ImageMode)):
+        raise ValueError(f"image_inputs is {mode!r}, expected 'native' or 'square'")
+    if mode == "native" and given:
+        raise ValueError(
+            f"image_inputs is 'native' and {' and '.join(given)} is for 'square': give one of them"
+        )
+    return mode == "native" or (mode is None and model != "tiny-llava" and not given)
 
 
 @dataclass(frozen=True)
@@ -68,6 +85,17 @@ class LlavaTransform:
         encoded = self.chat_tokenizer.encode(dialogue, placeholders, in_training=self.is_training)
         image = torch.stack(images) if len(images) > 1 else images[0] if images else None
         return ProcessedSample(image, encoded.input_ids, encoded.labels, note=encoded.note)
+
+    @cached_property
+    def tokens_per_image(self) -> int:
+        """Number of tokens of an image, whatever its size."""
+        return len(
+            self.chat_tokenizer.tokenizer.encode(self.placeholders, add_special_tokens=False)
+        )
+
+    def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
+        """Return the number of tokens of images of these (height, width)."""
+        return self.tokens_per_image * len(sizes)
 
     def _square(self, pixels: Tensor) -> Tensor:
         height, width = pixels.shape[1:]
@@ -176,7 +204,7 @@ class ImageInputs:
     def _pixel_kwargs(self, lm: Any, batch: Batch) -> dict[str, Any]:
         """Return the arguments of the forward pass with images."""
         images = batch.images
-        dtype = _dtype(lm.model.get_submodule(self.architecture.tower).parameters())
+        dtype = compute_dtype(lm.model.get_submodule(self.architecture.tower))
         if batch.image_inputs:
             joined = join_inputs(batch.image_inputs, batch, self._arguments)
             return {k: v.to(dtype) if v.is_floating_point() else v for k, v in joined.items()}
@@ -265,7 +293,7 @@ class ImageInputs:
     def _projected(self, lm: Any, features: Tensor) -> BaseModelOutputWithPooling:
         self.expect_feature_input(lm.config.model_type)
         projector = lm.model.get_submodule(self.architecture.projector)
-        projected = projector(features.to(_dtype(projector.parameters())))
+        projected = projector(features.to(compute_dtype(projector)))
         return BaseModelOutputWithPooling(
             pooler_output=projected if self.architecture.is_stacked else list(projected)
         )
@@ -293,9 +321,3 @@ def _image_size(config: Any, architecture: Architecture, size: int | None) -> in
     if size < 1 or size % step:
         raise ValueError(f"size is {size}, expected a multiple of {step} for this model")
     return size
-
-
-def _dtype(parameters: Iterable[nn.Parameter]) -> torch.dtype:
-    """Return the dtype of the first weight that is not quantized."""
-    dtypes = (parameter.dtype for parameter in parameters if parameter.is_floating_point())
-    return next(dtypes, torch.bfloat16)

@@ -116,9 +116,11 @@ def _as_grid(samples: Tensor, positions: Tensor, count: int) -> tuple[Tensor, Te
 
 def _is_observed(block: nn.Module) -> bool:
     """Whether something looks at the block's activations, or computes them a second time."""
-    return (getattr(block, "gradient_checkpointing", False) and block.training) or any(
-        module._forward_hooks or module._forward_pre_hooks for module in block.modules()
-    )
+    if (getattr(block, "gradient_checkpointing", False) and block.training) or (
+        "forward" in vars(block)
+    ):
+        return True
+    return any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
 
 
 def _without_cache(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from mmcl.core import NO_PROMPTS, Prompts, Strategy
+from mmcl.core.master_weights import compute_dtype
 from mmcl.core.model import BASE_LAYER_NAMES
 
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}
@@ -42,7 +43,9 @@ class MemoryEstimate:
         scores: of the token positions in the loss, with their gradients.
         kv_cache: keys and values of a generated batch, at its longest.
         prefill: activations of a layer while the questions are read.
-        merged_weights: copies of the weights into which adapters are merged for generation.
+        merging: the largest layer that is merged, while its adapter is added.
+        merged_weights: original weights of merged layers, which a GPU's generation keeps in the
+            memory of the host.
         trainable: number of trainable weights.
         shards: devices that share weights, gradients and optimizer state of a training step.
     """
@@ -54,6 +57,7 @@ class MemoryEstimate:
     scores: int
     kv_cache: int
     prefill: int
+    merging: int
     merged_weights: int
     trainable: int
     shards: int = 1
@@ -68,7 +72,7 @@ class MemoryEstimate:
     def generation(self) -> int:
         """Peak of generating a batch; the optimizer is gone then, gradients are not."""
         cache = self.kv_cache + self.prefill
-        return self.weights + self.gradients + self.merged_weights + cache
+        return self.weights + self.gradients + max(self.merging, cache)
 
     @property
     def peak(self) -> int:
@@ -143,6 +147,7 @@ def estimate_memory(
     config, item = model.lm.config.get_text_config(), _item_size(model)
     samples, tokens = workload.eval_batch_size or workload.batch_size, workload.tokens
     scored = workload.batch_size * workload.scored_tokens
+    merged = [] if quantization else _merged_weights(model, strategy)
     return MemoryEstimate(
         weights=_bytes([*parameters, *buffers]) - _saved_by_quantization(model, quantization),
         gradients=gradients,
@@ -151,7 +156,8 @@ def estimate_memory(
         scores=_LOGIT_BYTES * scored * int(config.vocab_size),
         kv_cache=samples * (tokens + workload.max_new_tokens) * _cache_bytes(config, item),
         prefill=samples * tokens * _layer_width(config) * item,
-        merged_weights=0 if quantization else _merged_bytes(model, strategy),
+        merging=max((_merging_bytes(weight) for weight in merged), default=0),
+        merged_weights=_bytes(merged),
         trainable=sum(p.numel() for p in trainable),
         shards=workload.shards,
     )
@@ -210,14 +216,13 @@ def _language_bytes(
 ) -> int:
     """Return the bytes that the language model's forward pass of (samples, tokens) stores."""
     language = model.lm.model.get_submodule(model.architecture.language)
-    weight = model.lm.get_input_embeddings().weight
     size = torch.Size((*shape, model.lm.config.get_text_config().hidden_size))
     needs_grad = not model.is_frozen("projector") or bool(prompts.tokens)
     old_gates = dict(model.gates)
     with FakeTensorMode(), torch.enable_grad(), _FusedKernels():
         named = (*language.named_parameters(), *language.named_buffers())
         state = {name: _fake(t, t.shape, t.requires_grad) for name, t in named}
-        inputs = _fake(weight, size, needs_grad)
+        inputs = torch.empty(size, dtype=compute_dtype(model.lm)).requires_grad_(needs_grad)
         model.gates.clear()
         for name, gate in prompts.gates.items():
             wanted = torch.Size((shape[0], *gate.shape[1:]))
@@ -308,7 +313,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _item_size(model: Any) -> int:
     """Return the bytes of a number in the language model's activations."""
-    return int(model.lm.get_input_embeddings().weight.element_size())
+    return compute_dtype(model.lm).itemsize
 
 
 def _layer_width(config: Any) -> int:
@@ -332,15 +337,20 @@ def _image_tokens(model: Any) -> int:
     return int(getattr(model.lm.config, "image_seq_length", None) or 0)
 
 
-def _merged_bytes(model: nn.Module, strategy: Strategy) -> int:
-    """Return the bytes of the weights that generation replaces by merged ones, which it keeps."""
+def _merged_weights(model: nn.Module, strategy: Strategy) -> list[Tensor]:
+    """Return the weights that merged ones replace in generation."""
     members = [part for part in strategy.modules() if isinstance(part, Strategy)]
     if not any(part.overrides("merged_adapters") for part in members):
-        return 0
+        return []
     layers = [layer for layer in model.modules() if getattr(layer, "can_merge", True)]
     bases = [getattr(layer, name, None) for layer in layers for name in BASE_LAYER_NAMES]
     weights = [getattr(base, "weight", None) for base in bases if isinstance(base, nn.Module)]
-    return _bytes(w for w in weights if isinstance(w, Tensor) and w.is_floating_point())
+    return _unique(w for w in weights if isinstance(w, Tensor) and w.is_floating_point())
+
+
+def _merging_bytes(weight: Tensor) -> int:
+    """Return the bytes that merging into a weight takes: it again, and two copies of 32 bits."""
+    return weight.numel() * (weight.element_size() + 8)
 
 
 def _saved_by_quantization(model: Any, quantization: str | None) -> int:

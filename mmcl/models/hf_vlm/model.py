@@ -42,6 +42,7 @@ from mmcl.models.hf_vlm.image_inputs import (
     ImageInputs,
     ImageMode,
     LlavaTransform,
+    takes_native_inputs,
 )
 from mmcl.models.hf_vlm.last_block import LastBlock
 from mmcl.models.hf_vlm.loading import (
@@ -60,21 +61,6 @@ from mmcl.models.hf_vlm.native_inputs import NativeTransform
 from mmcl.models.hf_vlm.prompts_and_gates import ExpertGates, SoftPromptInserter
 from mmcl.models.hf_vlm.proof import prove
 from mmcl.models.hf_vlm.routing_encoder import embed_with_encoder, pool_images
-
-
-def _is_native(
-    model: str, mode: ImageMode | None, ratio: ImageAspectRatio | None, size: int | None
-) -> bool:
-    """Return whether the model's own processor makes the image inputs; arguments as given."""
-    square = {"image_aspect_ratio": ratio, "size": size}
-    given = [f"{name} {value!r}" for name, value in square.items() if value is not None]
-    if mode not in (None, *get_args(ImageMode)):
-        raise ValueError(f"image_inputs is {mode!r}, expected 'native' or 'square'")
-    if mode == "native" and given:
-        raise ValueError(
-            f"image_inputs is 'native' and {' and '.join(given)} is for 'square': give one of them"
-        )
-    return mode == "native" or (mode is None and model != "tiny-llava" and not given)
 
 
 class ImageTextToText(nn.Module):
@@ -109,6 +95,8 @@ class ImageTextToText(nn.Module):
         template_date: day such as "2026-12-01" that a chat template with a date writes; None = the
             day of the run's first start, which its directory, checkpoints and exports keep.
         gradient_checkpointing: compute layers twice to save memory.
+        master_weights: keep what trains in full in float32 where ``dtype`` is narrower, and round
+            it where it is used; False trains it in ``dtype``, which loses small updates.
         seed: of random weights.
     """
 
@@ -130,12 +118,14 @@ class ImageTextToText(nn.Module):
         too_long: TooLong = "drop",
         template_date: str | None = None,
         gradient_checkpointing: bool = False,
+        master_weights: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.master_weights = master_weights
         loaded = load_vlm(model, pretrained, seed, dtype=dtype, quantization=quantization)
         self.template_date = pin_template_date(loaded.processor, conv_template, template_date)
-        is_native = _is_native(model, image_inputs, image_aspect_ratio, size)
+        is_native = takes_native_inputs(model, image_inputs, image_aspect_ratio, size)
         self._set_up(
             loaded, routing_encoder, conv_template, max_length, image_aspect_ratio or "pad", size,
             too_long, is_native=is_native,

@@ -7,9 +7,11 @@ It is run for each sample in the loader's workers, so a batch may mix images of 
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +27,11 @@ _TEXT_NAMES = frozenset({
     "batch_num_images",
 })  # fmt: skip
 """Outputs of a processor that are made here: from the tokens, or from the whole batch."""
+
+
+_BLANK_SIDE, _TEST_SIZES = 64, ((300, 500), (96, 64))
+_ALIKE, _MAX_BLANK, _KEPT_COUNTS = 32, 4_000_000, 1 << 16
+"""Sides of blank images are multiples of the first; they have no more pixels than the second."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,63 @@ class NativeProcessor:
             return tuple({n: v[row] for n, v in outputs.items()} for row in rows), texts
         each = [self._processed([image]) for image in images]
         return tuple(outputs for outputs, _ in each), [text for _, own in each for text in own]
+
+    def count_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
+        """Return about how many tokens the images of one sample become, by height and width.
+
+        transformers' own formula is used where it gives what the processor makes of a test image;
+        else a blank image is processed, once for sizes that are alike.
+        """
+        if self.is_joint and len(sizes) > 1:
+            return sum(self._blank_tokens([(_BLANK_SIDE, _BLANK_SIDE)] * 2)) * len(sizes) // 2
+        return sum(map(self._count, sizes))
+
+    def _count(self, size: tuple[int, int]) -> int:
+        if size not in self._counts:
+            if len(self._counts) == _KEPT_COUNTS:
+                self._counts.clear()
+            if self._has_formula:
+                self._counts[size] = self._by_formula(size)
+            else:
+                alike = _alike(size)
+                if alike not in self._counts:
+                    try:
+                        self._counts[alike] = self._blank_tokens([alike])[0]
+                    except Exception:  # processors refuse some shapes, each in a way of its own
+                        self._counts[alike] = 0
+                self._counts[size] = self._counts[alike]
+        return self._counts[size]
+
+    @cached_property
+    def _counts(self) -> dict[tuple[int, int], int]:
+        return {}
+
+    @cached_property
+    def _has_formula(self) -> bool:
+        """Whether transformers counts the tokens of test images as its processor makes them."""
+        for size in _TEST_SIZES:
+            try:
+                counted = self._by_formula(size)
+            # A private method, which some families lack and others change.
+            except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+                return False
+            if abs(counted - self._blank_tokens([size])[0]) > max(1, counted // 50):
+                return False
+        return True
+
+    def _by_formula(self, size: tuple[int, int]) -> int:
+        found = self.processor._get_num_multimodal_tokens(image_sizes=[size])
+        return int(found["num_image_tokens"][0])
+
+    def _blank_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Return the number of tokens of each of the blank images of a sample."""
+        blank = [torch.zeros(3, *size, dtype=torch.uint8) for size in sizes]
+        encode = self.processor.tokenizer.encode
+        return [len(encode(text, add_special_tokens=False)) for text in self(blank)[1]]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields alone: counts stay in the process that groups samples."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def description(self) -> str:
@@ -147,11 +211,27 @@ class NativeTransform:
             self._for_routing(images), encoded.input_ids, encoded.labels, inputs, encoded.note
         )
 
+    @property
+    def tokens_per_image(self) -> None:
+        """None: the number of tokens of an image depends on its size."""
+        return
+
+    def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
+        """Return about how many tokens images of these (height, width) become in one sample."""
+        return self.native.count_tokens(sizes)
+
     def _for_routing(self, images: Sequence[Tensor]) -> Tensor | None:
         if self.routing_transform is None or not images:
             return None
         made = [self.routing_transform(image, None, 0).image for image in images]
         return torch.stack([image for image in made if image is not None])
+
+
+def _alike(size: tuple[int, int]) -> tuple[int, int]:
+    """Return a size whose sides are rounded up, or shrunk where it has very many pixels."""
+    factor = min(1.0, math.sqrt(_MAX_BLANK / max(1, size[0] * size[1])))
+    height, width = (max(1, -(-int(side * factor) // _ALIKE)) * _ALIKE for side in size)
+    return height, width
 
 
 def join_inputs(

@@ -124,6 +124,16 @@ RECORDS = {
         {"conversations": [{"from": "user", "value": f"Picture 1: <img>0.jpg</img>\n{ASKED}"},
                            {"from": "assistant", "value": HUE}]},
         [("user", f"Picture 1: <image>\n{ASKED}"), ("assistant", HUE)]),
+    "prompt and completion": (
+        {"prompt": roles(("system", "Be short."), ("user", [{"type": "image"}, TEXT])),
+         "completion": roles(("assistant", HUE)), "images": ["0.jpg"]},
+        [("system", "Be short."), ("user", f"<image>{ASKED}"), ("assistant", HUE)]),
+    "prompt and completion as texts": (
+        {"prompt": ASKED, "completion": HUE, "images": ["0.jpg"]},
+        [("user", ASKED), ("assistant", HUE)]),
+    "label of POPE": (
+        {"question_id": 1, "image": "0.jpg", "text": ASKED, "label": "yes"},
+        [("user", ASKED), ("assistant", "yes")]),
     "an image token in an answer": (
         {"image": "0.jpg", "conversations": said(f"<image>\n{ASKED}", "It writes <image>.")},
         [("user", f"<image>\n{ASKED}"), ("assistant", "It writes <image>.")]),
@@ -142,6 +152,17 @@ def test_a_layout_becomes_these_turns_as_shards_and_in_place(tmp_path, name):
     assert notes == []
     in_place, _ = converted(source, tmp_path / "loose", tmp_path / "pics", in_place=True)
     assert in_place == shards
+
+
+def test_a_label_that_is_a_number_is_no_answer_and_messages_come_before_a_prompt():
+    with pytest.raises(BadSample, match="has no right answer"):
+        read_sample({"image": "0.jpg", "text": ASKED, "label": 1})
+    both = {
+        "messages": said(ASKED),
+        "prompt": roles(("user", "x")),
+        "completion": roles(("y", "z")),
+    }
+    assert [turn.text for turn in read_dialogue(read_sample(both).data).turns] == [ASKED, HUE]
 
 
 QUESTIONS = {

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicLayer
 
 from mmcl.core import NO_PROMPTS, Output, Prompts
+from mmcl.core.master_weights import compute_dtype
 from mmcl.models.hf_vlm.architectures import output_logits
 from mmcl.models.hf_vlm.decoding.shared_prefix import SharedPrefix
 from mmcl.models.hf_vlm.last_block import LastBlock
@@ -139,7 +140,7 @@ class GreedyDecoder:
         self, model: DecodingModel, questions: Questions, prompts: Prompts
     ) -> tuple[str, ...]:
         is_ragged = "ragged" if not bool(questions.mask.all()) else "even"
-        dtype = str(next(model.lm.parameters()).dtype)
+        dtype = str(compute_dtype(model.lm))
         gates = [f"gates {name}" for name in sorted(prompts.gates)]
         places = [f"prompts {place}" for place in sorted(prompts.tokens)]
         shared = [] if questions.shared is None else ["shared prefix"]
@@ -170,7 +171,7 @@ class GreedyDecoder:
         same = (tokens == found).long().cumprod(1)
         compared = torch.cat([torch.ones_like(same[:, :1]), same[:, :-1]], 1).bool()
         worst = (torch.stack(seen, 1).double() - scores.double())[compared].abs().max()
-        dtype = next(model.lm.parameters()).dtype
+        dtype = compute_dtype(model.lm)
         tolerance = _TOLERANCES.get(dtype, _NARROW_TOLERANCE) * scores[compared].abs().max()
         return "" if worst <= tolerance else f"scores differ by up to {float(worst):.2g}"
 
