@@ -31,6 +31,9 @@ COMMANDS = {
     "report": "write a run's report.html again",
     "export": "export the trained model for open_clip, transformers or peft",
     "compare": "compare runs and seeds in one table and one plot",
+    "registry": "register base models and their adapters, list and show them",
+    "upgrade": "check whether an adapter fits the next base model",
+    "recycle": "move an adapter to the next base model: as it is, as start, as teacher",
     "data": "convert, validate, preview, list or build streams",
     "strategies": "list the strategies, or show the arguments of one",
 }
@@ -42,6 +45,9 @@ _ENTRY_POINTS = {
     "report": ("run_commands", "report"),
     "compare": ("run_commands", "compare_runs"),
     "export": ("run_commands", "export"),
+    "registry": ("registry", "registry"),
+    "upgrade": ("registry", "upgrade"),
+    "recycle": ("registry", "recycle"),
 }
 """Command: module and function, where they are not its own name and ``main``."""
 LIGHTNING = {
