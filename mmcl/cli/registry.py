@@ -1,4 +1,4 @@
-"""``mmcl registry``, ``mmcl upgrade`` and ``mmcl recycle``: bases, their adapters, and the next base."""
+"""``mmcl registry``, ``mmcl upgrade`` and ``mmcl recycle``: bases, adapters, and the next base."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def check_arguments(
 def recycle(argv: Sequence[str]) -> int:
     """Move an adapter to the next base model: as it is, as start, as teacher, or both.
 
-    Qin et al. 2023, arXiv:2305.08702. Settings of the runs, such as --trainer.accelerator, are those
-    of mmcl train. The same command resumes a stopped recycling.
+    Qin et al. 2023, arXiv:2305.08702. Settings of the runs, such as --trainer.accelerator, are
+    those of mmcl train. The same command resumes a stopped recycling.
     """
     parser = CommandParser(prog="mmcl recycle", description=recycle.__doc__)
     _add_adapter(parser)

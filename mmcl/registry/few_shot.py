@@ -73,7 +73,7 @@ def write_few_shot(
         What was chosen; a folder that a killed call finished is read again.
 
     Raises:
-        ValueError: if there is no such task, or fewer samples than classes are asked for.
+        ValueError: if there is no such task, or ``samples`` is below its number of classes.
     """
     if (folder / RECORD).is_file():
         record: FewShot = strict_json.load(

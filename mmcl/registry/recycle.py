@@ -7,6 +7,8 @@ the next base, ``direct`` is N + (T - M), or the LoRA adapter on N; ``init`` tra
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch import Tensor
 from mmcl.core import write_atomic
 from mmcl.evaluation import AccuracyMatrix, strict_json
 from mmcl.export import FORMATS
+from mmcl.export.formats import new_folder
 from mmcl.registry.few_shot import CARD, FewShot, write_few_shot
 from mmcl.registry.learning_curve import (
     LearningCurve,
@@ -197,9 +200,12 @@ class Recycling:
     def _write_materials(self) -> None:
         """Write the adapter as a folder, or tuned and moved weights as models; each once."""
         if self.adapter.kind == "lora":
-            self.moved = self.adapter.folder or self.folder / "adapter"
+            self.moved = self.folder / "adapter"
+            old = self.adapter.folder or self.folder / "old_adapter"
+            if not old.exists():
+                FORMATS["peft"](self._tuned, old, half=False)
             if not self.moved.exists():
-                FORMATS["peft"](self._tuned, self.moved, half=False)
+                copy_adapter(old, self.moved, self._new.model.lm.config._name_or_path)
         else:
             self.moved = self.folder / "start"
             if not self.moved.exists():
@@ -218,7 +224,7 @@ class Recycling:
         return self._like(self.base, self.moved), _FINETUNE
 
     def _student(self) -> Mapping[str, Any]:
-        """Return the strategy of training anew: a new adapter, or all that the old run trained."""
+        """Return the strategy without recycling: a new adapter, or what the old run trained."""
         if self.adapter.kind == "lora":
             return lora_config(**self.adapter.lora_arguments())
         return _FINETUNE
@@ -290,6 +296,18 @@ class Recycling:
         config = self._config(self.base, self._student(), 1)
         run, _ = make_run(config, self.folder / "scratch", self.changes)
         return max(1, round(recycled.flops / step_flops(run)))
+
+
+def copy_adapter(source: Path, target: Path, base: str) -> None:
+    """Copy a peft folder, with another base model named in its ``adapter_config.json``."""
+    with new_folder(target) as temporary:
+        for file in sorted(source.iterdir()):
+            if file.is_file() and file.suffix in (".json", ".safetensors", ".bin"):
+                shutil.copyfile(file, temporary / file.name)
+        config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = base
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (temporary / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
 @torch.no_grad()

@@ -89,15 +89,17 @@ def _figure(result: Recycled, form: str) -> bytes:
         if curve is not None:
             _draw(axes, curve, name, color)
     if result.scores.old is not None:
-        axes.axhline(100 * result.scores.old, color=MUTED, linestyle="--", linewidth=1)
-        axes.annotate(
-            "old base and adapter", (0, 100 * result.scores.old), xytext=(2, 3),
-            textcoords="offset points", color=MUTED, fontsize=8.5,
-        )  # fmt: skip
+        axes.axhline(
+            100 * result.scores.old,
+            color=MUTED,
+            linestyle="--",
+            linewidth=1,
+            label="old base and adapter",
+        )
     axes.set_xlabel("training operations (FLOPs)")
     axes.set_ylabel("score, %")
     axes.set_ylim(0, 104)
-    axes.legend(loc="lower right", frameon=False, fontsize=8.5)
+    axes.legend(loc="best", frameon=False, fontsize=8.5)
     tidy(axes)
     return render(figure, "recycle", "svg" if form == "svg" else "png")
 

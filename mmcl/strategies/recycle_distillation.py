@@ -39,8 +39,8 @@ class RecycleDistillation(Strategy):
         temperature: T, softens both distributions; the paper searches 5, 10 and 20.
         hidden_weight: weight of the mean squared error of the image embeddings; 0 = none.
 
-    **Remembers** the sha256 of the teacher's weights, with which a resume compares them. The weights
-    themselves are those that the configuration names.
+    **Remembers** the sha256 of the teacher's weights, with which a resume compares them. The
+    weights themselves are those that the configuration names.
 
     **Asks of the model** to be a torch module that reads images and texts as the teacher does, and
     embeddings in its output where the weight of their error is above 0.
@@ -119,8 +119,8 @@ class RecycleDistillation(Strategy):
         """
         if self._hash and state["teacher"] not in ("", self._hash):
             raise RuntimeError(
-                f"the checkpoint was distilled from a teacher {state['teacher'][:12]}, and this one "
-                f"is {self._hash[:12]}: give the same teacher's weights"
+                f"the checkpoint was distilled from a teacher {state['teacher'][:12]}, and this "
+                f"one is {self._hash[:12]}: give the same teacher's weights"
             )
 
     @torch.no_grad()
