@@ -17,7 +17,7 @@ from mmcl.registry.records import AdapterRecord, BaseRecord, Registry
 from mmcl.registry.recycle import RecycleOptions, Recycling, Scores
 from mmcl.registry.recycle_report import HEADER, percent, table_rows, write_recycle_report
 from mmcl.registry.register import describe_adapter, describe_base
-from mmcl.registry.sources import find_adapter
+from mmcl.registry.sources import Adapter, find_adapter
 from mmcl.registry.upgrade import check_fit, direct_scores
 from mmcl.report.tables import render
 
@@ -138,8 +138,8 @@ def recycle(argv: Sequence[str]) -> int:
     result = recycling.run()
     written = write_recycle_report(result, given.out)
     print(_table(HEADER, table_rows(result)))
-    kind = "adapter" if adapter.kind == "lora" else "model"
-    print(f"{kind} for direct use: {recycling.moved}")
+    moved = "adapter" if adapter.kind == "lora" else "model"
+    print(f"{moved} for direct use: {recycling.moved}")
     if result.recycled is not None:
         print(f"recycled run: {given.out / 'run'}")
     print(f"results: {', '.join(str(file) for file in written)}")
@@ -208,7 +208,8 @@ def _add(given: argparse.Namespace, records: Registry) -> int:
 def _show(name: str, records: Registry) -> int:
     record = records.find(name)
     if record is None:
-        known = ", ".join(r.id for r in (*records.bases(), *records.adapters())) or "none"
+        ids = [base.id for base in records.bases()] + [one.id for one in records.adapters()]
+        known = ", ".join(ids) or "none"
         raise ValueError(f"there is no record '{name}' in {records.folder} (records: {known})")
     for key, value in asdict(record).items():
         rows = value.items() if isinstance(value, dict) else [("", value)]
@@ -261,7 +262,7 @@ def _print_scores(scores: Scores) -> None:
 
 
 def _recycle_head(
-    given: argparse.Namespace, adapter: object, records: Registry, rest: Sequence[str],
+    given: argparse.Namespace, adapter: Adapter, records: Registry, rest: Sequence[str],
     console: Console,
 ) -> int:  # fmt: skip
     head = recycle_head(

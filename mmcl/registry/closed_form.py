@@ -6,16 +6,18 @@ data are read once more. A file of its own because nothing is trained by gradien
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mmcl.evaluation import AccuracyMatrix
 from mmcl.evaluation.run_files import MATRIX
+from mmcl.lightning.config.run_reference import RunReference
 from mmcl.registry.learning_curve import make_run, train
 from mmcl.registry.records import Registry
-from mmcl.registry.sources import export_base, model_config
+from mmcl.registry.recycle_plan import BASE, check_plan, write_plan
+from mmcl.registry.sources import Adapter, export_base, model_config
 
 Row = tuple[str, tuple[float | None, ...]]
 
@@ -34,7 +36,7 @@ class RecycledHead:
 
 
 def recycle_head(
-    adapter: Any, base: str, registry: Registry, folder: Path, *, mode: str, stream: str,
+    adapter: Adapter, base: str, registry: Registry, folder: Path, *, mode: str, stream: str,
     data_dir: str, changes: Sequence[str] = (), log: Callable[[str], None] = lambda text: None,
 ) -> RecycledHead:  # fmt: skip
     """Solve the head of a run again on the next base, as an ordinary run in ``folder/run``.
@@ -52,8 +54,12 @@ def recycle_head(
             f"{adapter.name} is a head in closed form, whose sums are of the old base's features: "
             "give --data with the card of its training data, from which it is solved again"
         )
-    text = export_base(base, registry, folder / "base")
-    settings = dict(adapter.settings)
+    plan = {"adapter": adapter.name, "base": base, "mode": mode, "stream": stream}
+    check_plan(folder, plan)
+    text = export_base(base, registry, folder / BASE)
+    write_plan(folder, plan)
+    settings = dict(cast(Mapping[str, Any], adapter.settings))
+    state = cast(RunReference, adapter.run)
     model = {**settings["model"], "model": model_config(text, registry, adapter.base)}
     data = {**settings["data"], "stream": stream, "data_dir": data_dir}
     kept = ("seed_everything", "trainer", "checkpoint_every_n_steps")
@@ -62,9 +68,9 @@ def recycle_head(
         linked.pop("seed", None)
     run, cli = make_run({**config, "model": model, "data": data}, folder / "run", changes, log=log)
     matrix = train(run, cli)
-    tasks = int(adapter.run.state)
+    tasks = int(state.state)
     rows: list[Row] = []
-    old = AccuracyMatrix.read(adapter.run.folder / MATRIX)
+    old = AccuracyMatrix.read(state.folder / MATRIX)
     for name, known, row in (
         ("old base and head", old, tasks), ("next base alone", matrix, 0),
         ("next base and head", matrix, matrix.tasks),

@@ -44,7 +44,7 @@ class BaseRecord:
 
     Attributes:
         id: unique in the registry.
-        fingerprint: sha256 of all its weights and its preprocessing.
+        fingerprint: sha256 of all its weights.
         source: what the model's configuration loads: a name, folder or file, or RUN@task.
         model: class path of the model.
         signature: its architecture.

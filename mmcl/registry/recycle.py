@@ -32,6 +32,7 @@ from mmcl.registry.learning_curve import (
     train,
 )
 from mmcl.registry.records import Registry
+from mmcl.registry.recycle_plan import BASE, check_plan, discard, write_plan
 from mmcl.registry.signatures import FitCheck, base_weights, compare
 from mmcl.registry.sources import (
     Adapter,
@@ -45,7 +46,6 @@ from mmcl.registry.sources import (
 )
 
 Mode = Literal["direct", "init", "distill", "both"]
-PLAN = "plan.json"
 _FINETUNE = {"class_path": "mmcl.strategies.Finetune"}
 _MUST_FIT = ("shapes", "tokenizer", "image token")
 Log = Callable[[str], None]
@@ -167,15 +167,20 @@ class Recycling:
     ) -> None:  # fmt: skip
         self.adapter, self.options, self.folder = adapter, options, folder
         self.changes, self.log = tuple(changes), log
-        _check_plan(folder, options)
-        text = export_base(options.base, registry, folder / "base")
+        check_plan(folder, asdict(options))
+        text = export_base(options.base, registry, folder / BASE)
         self.base = model_config(text, registry, adapter.base)
         self._tuned = adapter.load()
         self._old, self._new = build_module(adapter.base), build_module(self.base)
         self._weights = base_weights(self._old.model)
         self.touched = touched_weights(self._tuned, self._weights)
         self.checks = tuple(compare(self._old.model, self._new.model, self.touched))
-        _expect_fit(adapter, options, self.checks)
+        try:
+            _expect_fit(adapter, options, self.checks)
+        except ValueError:
+            discard(folder)
+            raise
+        write_plan(folder, asdict(options))
         self.few: FewShot | None = None
         if options.stream:
             self.few = write_few_shot(
@@ -350,23 +355,3 @@ def _expect_fit(adapter: Adapter, options: RecycleOptions, checks: Sequence[FitC
                 f"{adapter.name} does not fit {options.base}, {check.what}: {check.detail}. Train "
                 "it again on the new base; mmcl upgrade check lists all differences"
             )
-
-
-def _check_plan(folder: Path, options: RecycleOptions) -> None:
-    """Write the options to a folder, or check that it has the same ones."""
-    plan = asdict(options)
-    file = folder / PLAN
-    if file.is_file():
-        known = strict_json.read(file)
-        old = known if isinstance(known, dict) else {}
-        changed = [name for name in plan if old.get(name) != plan[name]]
-        if changed:
-            name = changed[0]
-            raise ValueError(
-                f"{folder} holds another recycling ({name} is {old.get(name)!r} there and "
-                f"{plan[name]!r} now): give another --out, or the same options to resume"
-            )
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} exists and is no recycling: give a new folder as --out")
-    write_atomic(file, strict_json.to_bytes(plan))

@@ -43,11 +43,12 @@ def signature_of(model: Any) -> Signature:
 
 
 def fingerprint(model: Any) -> str:
-    """Return the sha256 of all weights of a base model and of its preprocessing.
+    """Return the sha256 of all weights and buffers of a base model.
 
-    Unlike ``model.fingerprint()`` it does not depend on what is frozen.
+    Unlike ``model.fingerprint()`` it depends neither on what is frozen nor on settings of use, such
+    as the size to which images are made.
     """
-    return fingerprint_of(processor_of(model), base_weights(model).items())
+    return fingerprint_of("base model", base_weights(model).items())
 
 
 def base_weights(model: Any) -> dict[str, Tensor]:
@@ -61,8 +62,8 @@ def vocabulary_of(model: Any) -> dict[str, int]:
     if hasattr(model, "processor"):
         return dict(model.processor.tokenizer.get_vocab())
     tokenizer = getattr(model, "_tokenizer", None)
-    inner = getattr(tokenizer, "tokenizer", None)  # open_clip's wrapper of transformers' own
-    if hasattr(inner, "get_vocab"):
+    inner: Any = getattr(tokenizer, "tokenizer", None)  # open_clip's wrapper of transformers' own
+    if inner is not None and hasattr(inner, "get_vocab"):
         return dict(inner.get_vocab())
     return dict(getattr(tokenizer, "encoder", {}))
 
@@ -123,6 +124,8 @@ def _compare_shapes(
     if difference:
         return False, difference
     others = sum(name not in new or new[name].shape != t.shape for name, t in old.items())
+    if not touched:
+        return True, "a head in closed form is solved again, on features of any dim"
     rest = f"; {others} weights that it does not touch differ" if others else ""
     return True, f"all {len(touched)} weights of the adapter fit{rest}"
 

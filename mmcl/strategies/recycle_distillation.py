@@ -61,7 +61,7 @@ class RecycleDistillation(Strategy):
             )
         self.alpha, self.temperature, self.hidden_weight = alpha, temperature, hidden_weight
         # In a tuple, so that it is no submodule: it is not trained, and not in checkpoints.
-        self._teacher = () if teacher is None else (_frozen(teacher),)
+        self._teacher: tuple[nn.Module, ...] = () if teacher is None else (_frozen(teacher),)
         self._hash = ""
 
     def attach(self, model: VLM) -> None:
