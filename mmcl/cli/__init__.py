@@ -39,6 +39,9 @@ COMMANDS = {
     "diagnose": "flatness, linear probes and recovery over the states of a run",
     "connect": "loss and score on the line between two checkpoints",
     "similarity": "similarity of layers and attention heads of two checkpoints",
+    "registry": "register base models and their adapters, list and show them",
+    "upgrade": "check whether an adapter fits the next base model",
+    "recycle": "move an adapter to the next base model: as it is, as start, as teacher",
     "data": "convert, validate, preview, list or build streams",
     "strategies": "list the strategies, or show the arguments of one",
 }
@@ -56,6 +59,9 @@ _ENTRY_POINTS = {
     "lineage": ("run_state", "lineage"),
     "connect": ("diagnose", "connect_checkpoints"),
     "similarity": ("diagnose", "compare_checkpoints"),
+    "registry": ("registry", "registry"),
+    "upgrade": ("registry", "upgrade"),
+    "recycle": ("registry", "recycle"),
 }
 """Command: module and function, where they are not its own name and ``main``."""
 LIGHTNING = {

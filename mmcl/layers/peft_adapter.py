@@ -219,7 +219,8 @@ def _check_base(path: Path, config: Mapping[str, Any], root: Any) -> None:
     if own and named and Path(own).name.lower() != Path(named).name.lower():
         warnings.warn(
             f"the adapter {path} was trained on {named} and the model is {own}: its weights fit, "
-            "but they mean something on their own base alone; check that the two are the same",
+            "but they mean something on their own base alone; check that the two are the same, or "
+            "move the adapter: mmcl upgrade check ADAPTER --to BASE, then mmcl recycle",
             stacklevel=2,
         )
 

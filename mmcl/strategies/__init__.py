@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mmcl.strategies.o_lora import OLoRA as OLoRA
     from mmcl.strategies.osf import OSF as OSF
     from mmcl.strategies.ranpac import RanPAC as RanPAC
+    from mmcl.strategies.recycle_distillation import RecycleDistillation as RecycleDistillation
     from mmcl.strategies.reg_lora import RegLoRA as RegLoRA
     from mmcl.strategies.weight_merging import WeightMerging as WeightMerging
     from mmcl.strategies.wise_ft import WiseFT as WiseFT

@@ -32,7 +32,9 @@ def check_state(module: Any, checkpoint: dict[str, Any]) -> None:
     if checkpoint.get("fingerprint", fingerprint) != fingerprint:
         raise ValueError(
             f"the checkpoint was trained on frozen weights {checkpoint['fingerprint'][:12]}, and "
-            f"this model has {fingerprint[:12]}: load the same pretrained weights and settings"
+            f"this model has {fingerprint[:12]}: load the same pretrained weights and settings, or "
+            "move the adapter to this base: mmcl upgrade check RUN@task --to BASE says whether it "
+            "fits, mmcl recycle moves it"
         )
 
 

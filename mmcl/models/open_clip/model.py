@@ -168,6 +168,11 @@ class OpenCLIP(nn.Module):
         self._class_tokens = stacked.to(device)
         self._classes, self._class_cache = classes, None
 
+    @property
+    def classes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names and templates of the classes, as ``set_classes`` took them; both may be empty."""
+        return self._classes
+
     def forward(self, batch: Batch, prompts: Prompts = NO_PROMPTS) -> Output:
         """Return the scores of a batch, scaled cosine similarities of images and texts, plus bias.
 
