@@ -201,9 +201,7 @@ def model_config(text: str, registry: Registry, like: ModelConfig | None) -> dic
     Raises:
         ValueError: if the text is the id of an adapter, or of another type of model than ``like``.
     """
-    record = registry.find(text)
-    if isinstance(record, AdapterRecord):
-        raise ValueError(f"'{text}' is an adapter in {registry.folder}: give the id of a base")
+    record = _base_record(text, registry)
     source = text if record is None else record.source
     stated = None if record is None else record.model
     wanted = None if like is None else _class_of(like)
@@ -221,7 +219,7 @@ def model_config(text: str, registry: Registry, like: ModelConfig | None) -> dic
 
 def export_base(text: str, registry: Registry, folder: Path) -> str:
     """Return a base model's text, after a state of a run that it names was exported to a folder."""
-    record = registry.find(text)
+    record = _base_record(text, registry)
     source = text if record is None else record.source
     try:
         run = RunReference.parse(source)
@@ -266,6 +264,13 @@ def touched_weights(tuned: ContinualModule, old: Mapping[str, Tensor]) -> list[s
     own = {without_adapters(name): value for name, value in inner.state_dict().items()}
     beside = [name for name in old if name in own and not torch.equal(own[name], old[name])]
     return sorted({*adapted, *beside})
+
+
+def _base_record(text: str, registry: Registry) -> BaseRecord | None:
+    record = registry.find(text)
+    if isinstance(record, AdapterRecord):
+        raise ValueError(f"'{text}' is an adapter in {registry.folder}: give the id of a base")
+    return record
 
 
 def _lora_of(strategy: Mapping[str, Any]) -> Mapping[str, Any] | None:

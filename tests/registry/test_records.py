@@ -26,7 +26,8 @@ def test_a_record_is_read_as_it_was_written(registry):
     assert registry.bases() == [first]
     assert registry.adapters() == [adapter]
     assert registry.base_of(adapter) == first
-    assert registry.find("v1") == first and registry.find("v2") is None
+    assert registry.find("v1") == first
+    assert registry.find("v2") is None
 
 
 def test_bases_are_listed_below_their_parents(registry):
@@ -104,4 +105,4 @@ def test_a_circle_of_parents_is_named(registry):
 
 
 def test_an_empty_registry_has_no_records(registry):
-    assert registry.bases() == [] and registry.adapters() == [] and registry.tree() == []
+    assert [registry.bases(), registry.adapters(), registry.tree()] == [[], [], []]
