@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mmcl.core import Batch, Task, Transform
 from mmcl.core.seeding import hash_priorities, hash_seed
 from mmcl.data.batches.caption_member import text_member
-from mmcl.data.batches.collate import Example, collate, make_example, make_pairs
+from mmcl.data.batches.collate import Example, ImageStack, collate, make_example, make_pairs
 from mmcl.data.batches.shared_memory import make_dataloader
 from mmcl.data.decode import MAX_PIXELS
 from mmcl.data.shards.llava_json import expect_scorable
@@ -110,12 +110,14 @@ class _EvalDataset(Dataset[Batch]):
     def make(self, numbers: IntArray, room: Tensor | None = None) -> _WorkerResult:
         examples: list[Example] = []
         errors: list[str] = []
+        stack = ImageStack(len(numbers), room)
         for number in numbers.tolist():
             try:
-                examples += self._examples(number)
+                examples += map(stack.place, self._examples(number))
             except BadSample as bad:
                 errors.append(f"{self.reader.describe(number)}: {bad}")
-        return _WorkerResult(collate(examples, room=room) if examples else None, tuple(errors))
+        batch = collate(examples, stack=stack) if examples else None
+        return _WorkerResult(batch, tuple(errors))
 
     def _examples(self, number: int) -> list[Example]:
         sample, seed = self.reader.read(number), hash_seed(0, self.task.index, number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from mmcl.data.batches.batch_plan import (
     rank_slice,
 )
 from mmcl.data.batches.caption_member import text_member
-from mmcl.data.batches.collate import Example, collate, make_example
+from mmcl.data.batches.collate import Example, ImageStack, collate, make_example
 from mmcl.data.batches.lanes import LanedShuffle, Lanes, ShardPrefetcher, lanes_of_rank
 from mmcl.data.batches.shared_memory import make_dataloader
 from mmcl.data.decode import MAX_PIXELS
@@ -61,8 +62,7 @@ class ReplaySamples:
     readers: Mapping[int, SampleReader]
 
 
-@dataclass(frozen=True)
-class SampleLocation:
+class SampleLocation(NamedTuple):
     """Location of the sample of an entry.
 
     Attributes:
@@ -143,8 +143,12 @@ class TrainDataset(Dataset[Batch]):
     def make(self, request: BatchRequest, room: Tensor | None = None) -> Batch:
         """Read, decode and collate one micro-batch, its images in the buffer ``room``."""
         errors: list[str] = []
-        examples = [self._example(int(entry), request.epoch, errors) for entry in request.entries]
-        batch = collate(examples, errors, request.loss_weight, room)
+        stack = ImageStack(len(request.entries), room)
+        examples = [
+            stack.place(self._example(entry, request.epoch, errors))
+            for entry in request.entries.tolist()
+        ]
+        batch = collate(examples, errors, request.loss_weight, stack)
         notes = tuple(f"{e.key}: {e.processed.note}" for e in examples if e.processed.note)
         return replace(batch, global_batch=request.global_batch, notes=notes)
 
@@ -198,12 +202,12 @@ class TrainDataset(Dataset[Batch]):
     def _of_source(self, example: Example, number: int) -> Example:
         """Mark an example of a source; outside of the loss or of an unseen class: no label."""
         in_loss = self.sources[[s.number for s in self.sources].index(number)].in_loss
-        example = replace(example, source_id=number, in_loss=in_loss)
+        example = example._replace(source_id=number, in_loss=in_loss)
         if not in_loss and example.processed.labels is not None:
             labels = torch.full_like(example.processed.labels, IGNORE_INDEX)
-            example = replace(example, processed=replace(example.processed, labels=labels))
+            example = example._replace(processed=replace(example.processed, labels=labels))
         if not in_loss or example.label >= self._classes_seen:
-            example = replace(example, label=IGNORE_INDEX)
+            example = example._replace(label=IGNORE_INDEX)
         return example
 
     def _replacement(self, entry: int, draw: int) -> int:
