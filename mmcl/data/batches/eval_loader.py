@@ -13,13 +13,22 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mmcl.core import Batch, Task, Transform
 from mmcl.core.seeding import hash_priorities, hash_seed
 from mmcl.data.batches.caption_member import text_member
-from mmcl.data.batches.collate import Example, collate, make_example, make_pairs
+from mmcl.data.batches.collate import (
+    Example,
+    ImageStack,
+    PreparedExample,
+    collate,
+    finish_example,
+    make_pairs,
+    prepare_ahead,
+    prepare_example,
+)
 from mmcl.data.batches.shared_memory import make_dataloader
 from mmcl.data.decode import MAX_PIXELS
 from mmcl.data.shards.llava_json import expect_scorable
 from mmcl.data.shards.open_stream import OpenStream
 from mmcl.data.shards.reader import Reader
-from mmcl.data.stored_sample import BadSample, IntArray, Split
+from mmcl.data.stored_sample import BadSample, IntArray, Sample, Split
 
 
 @dataclass(frozen=True)
@@ -110,22 +119,39 @@ class _EvalDataset(Dataset[Batch]):
     def make(self, numbers: IntArray, room: Tensor | None = None) -> _WorkerResult:
         examples: list[Example] = []
         errors: list[str] = []
-        for number in numbers.tolist():
+        stack = ImageStack(len(numbers), room)
+        for number, prepared in prepare_ahead(numbers.tolist(), self._prepare):
             try:
-                examples += self._examples(number)
+                examples += self._examples(number, prepared, stack)
             except BadSample as bad:
                 errors.append(f"{self.reader.describe(number)}: {bad}")
-        return _WorkerResult(collate(examples, room=room) if examples else None, tuple(errors))
+        batch = collate(examples, stack=stack) if examples else None
+        return _WorkerResult(batch, tuple(errors))
 
-    def _examples(self, number: int) -> list[Example]:
-        sample, seed = self.reader.read(number), hash_seed(0, self.task.index, number)
-        arguments = (sample, number, self.task, self.transform)
+    def _prepare(self, number: int) -> Sample | PreparedExample:
+        """Return the prepared example of a sample; itself where its captions are all wanted."""
+        sample = self.reader.read(number)
         if self.all_captions:
-            return make_pairs(*arguments, seed=seed, max_pixels=self.max_pixels)
-        example = make_example(*arguments, seed=seed, max_pixels=self.max_pixels)
+            return sample
         if self.scorer:
             expect_scorable(sample.members["json"], self.scorer)
-        return [example]
+        return prepare_example(sample, number, self.task, seed=self._seed(number))
+
+    def _examples(
+        self, number: int, prepared: Sample | PreparedExample | BadSample, stack: ImageStack
+    ) -> list[Example]:
+        if isinstance(prepared, BadSample):
+            raise prepared
+        if isinstance(prepared, PreparedExample):
+            return [finish_example(prepared, self.transform, self.max_pixels, stack)]
+        pairs = make_pairs(
+            prepared, number, self.task, self.transform, seed=self._seed(number),
+            max_pixels=self.max_pixels,
+        )  # fmt: skip
+        return [pair._replace(processed=stack.place(pair.processed)) for pair in pairs]
+
+    def _seed(self, number: int) -> int:
+        return hash_seed(0, self.task.index, number)
 
 
 class DistributedSequentialSampler(Sampler[IntArray]):

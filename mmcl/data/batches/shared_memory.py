@@ -5,6 +5,7 @@ processes, and faulting them in costs more than decoding does. Here a worker sta
 shared buffer whose pages stay mapped, and the main process uses them there: a buffer is lent to the
 batch, and taken back when nothing of its images is referenced any more. Who keeps more batches than
 there are buffers to lend gets copies. The memory is anonymous: a killed run leaves nothing behind.
+Without workers the buffers spare the faults of new memory for every batch.
 """
 
 from __future__ import annotations
@@ -65,15 +66,15 @@ class SharedBuffers:
 
     Args:
         workers: number of workers; each has buffers of its own as long as one of them is free,
-            so that its pages are mapped once.
+            so that its pages are mapped once. 0 = the process that made them writes into them.
     """
 
     def __init__(self, workers: int) -> None:
-        self._workers = workers
+        self._workers = max(1, workers)
         # A loop holds a batch while it fetches the next.
         self._most_lent = max(2, workers)
         # Requested at once: AHEAD of each worker, and one that arrived as the next was requested.
-        count = workers * (AHEAD + 1) + self._most_lent
+        count = max(1, workers * (AHEAD + 1)) + self._most_lent
         self._maps = [mmap.mmap(-1, _BUFFER_BYTES) for _ in range(count)]
         self._requested: dict[int, object] = {}
         self._lent: dict[int, weakref.ref[Any]] = {}
@@ -100,8 +101,10 @@ class SharedBuffers:
         """Free the buffers that an owner requested and did not collect."""
         self._requested = {n: who for n, who in self._requested.items() if who is not owner}
 
-    def collect(self, placed: SharedBatch) -> Any:
-        """Return a worker's result with its images, in their buffer if one can be lent."""
+    def collect(self, placed: Any) -> Any:
+        """Return a result with its images, in their buffer if it is a SharedBatch that has one."""
+        if not isinstance(placed, SharedBatch):
+            return placed
         self._requested.pop(placed.slot, None)
         if placed.shape is None:
             return placed.found
@@ -146,8 +149,40 @@ class SharedMemoryDataLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch's own has no such need
         """Iterate over the workers' results."""
-        for result in super().__iter__():
-            yield self.slots.collect(result) if isinstance(result, SharedBatch) else result
+        yield from map(self.slots.collect, super().__iter__())
+
+
+class ReusedMemoryDataLoader(DataLoader[Batch]):
+    """DataLoader without workers whose batches have their images in buffers that are reused.
+
+    Args:
+        dataset: makes batches.
+        batches: sampler of the requests.
+        stay: whether the buffers stay between passes; else they are freed at the end of each.
+        options: further arguments of torch's DataLoader.
+    """
+
+    def __init__(
+        self, dataset: BatchMaker, batches: Sampler[Any], *, stay: bool, **options: Any
+    ) -> None:
+        super().__init__(cast("Dataset[Batch]", dataset), batch_sampler=batches, **options)
+        self._stay = stay
+        self._buffers: SharedBuffers | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch's own has no such need
+        """Iterate over the results of the dataset."""
+        buffers = self._buffers
+        if buffers is None:
+            try:
+                buffers = SharedBuffers(0)
+            except OSError:  # without the address space for them, in new memory
+                yield from super().__iter__()
+                return
+            self._buffers = buffers if self._stay else None
+        maker = _SharedMemoryDataset(cast(BatchMaker, self.dataset), buffers)
+        requests = _Requests(iter(cast("Sampler[Any]", self.batch_sampler)), buffers, 1)
+        for request in requests:
+            yield buffers.collect(maker.__getitems__(request))
 
 
 def make_dataloader(
@@ -168,8 +203,10 @@ def make_dataloader(
         # A generator of its own: otherwise every iter() draws from torch's global one.
         "generator": generator(seed),
     }
+    if workers == 0:
+        return ReusedMemoryDataLoader(dataset, batches, stay=stay, **options)
     # Forked workers see memory made before them.
-    if workers and multiprocessing.get_start_method() == "fork":
+    if multiprocessing.get_start_method() == "fork":
         # Without the address space for shared buffers, torch transfers the images itself.
         with contextlib.suppress(OSError):
             return SharedMemoryDataLoader(
@@ -179,7 +216,7 @@ def make_dataloader(
         cast("Dataset[Batch]", dataset),
         batch_sampler=batches,
         num_workers=workers,
-        persistent_workers=stay and workers > 0,
+        persistent_workers=stay,
         pin_memory=torch.cuda.is_available(),
         **options,
     )

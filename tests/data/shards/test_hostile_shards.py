@@ -340,6 +340,27 @@ def test_plain_headers_are_read_as_tarfile_reads_them():
     assert plain > 500
 
 
+def test_the_checksum_of_a_header_is_the_sum_of_its_bytes():
+    draw = random.Random(0)
+    blocks = [b"\xff" * 256, bytes(256), b"", *(draw.randbytes(256) for _ in range(200))]
+    for block in blocks:
+        total = 0
+        for byte in block:
+            total += byte
+        assert mmcl.data.shards.tar._sum_of(block) == total
+    # The largest sums that a header can have, in a name that is read all the same.
+    block = bytearray(header("a", tarfile.REGTYPE, 7))
+    block[:100], block[157:257], block[265:345] = b"\xff" * 100, b"\xff" * 100, b"\xff" * 80
+    block[148:156] = b" " * 8
+    block[148:155] = b"%06o\0" % sum(block)
+    assert mmcl.data.shards.tar.plain_header(bytes(block)) == (b"\xff" * 100, tarfile.REGTYPE, 7)
+    for place in (0, 200, 300):
+        for change in (254, 0):
+            other = bytearray(block)
+            other[place] = change
+            assert mmcl.data.shards.tar.plain_header(bytes(other)) is None
+
+
 def damaged(whole, draw):
     """A tar with one change: a bit, a block, a cut, a repeated block, or a header that adds up."""
     data, start = bytearray(whole), draw.randrange(len(whole))
