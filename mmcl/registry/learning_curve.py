@@ -189,7 +189,6 @@ def step_flops(run: ContinualRun) -> float:
     data.set_model_classes(model)
     module.train()
     batch = collate(examples).to(device_of(model))
-    step(model, module.strategy, batch)  # the first one may compare two ways of computing
     with FlopCounterMode(display=False) as counter:
         torch.autograd.backward(step(model, module.strategy, batch).loss)
     return float(counter.get_total_flops())

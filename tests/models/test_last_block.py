@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmcl.core import begin_task
 from mmcl.core.step import step
@@ -83,6 +84,17 @@ def test_a_step_with_adapters_has_the_loss_of_the_whole_block(model):
     torch.testing.assert_close(
         step(model, strategy, batch).loss, step(twin, strategy, batch).loss, rtol=1e-5, atol=1e-6
     )
+
+
+def test_the_first_step_counts_as_many_operations_as_the_second(model):
+    model.freeze("image")
+    batch, found = a_dialogue_batch(model, 3), []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            model.loss(model(batch), batch).backward()
+        found.append(counter.get_total_flops())
+    assert model.last_block._proven
+    assert found[0] == found[1] > 0
 
 
 def a_task():

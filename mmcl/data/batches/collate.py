@@ -157,9 +157,8 @@ def finish_example(
     elif images:
         pixels = tuple(decode_image(image, max_pixels) for image in images)
     processed = transform(pixels, text, seed)
-    labels = processed.labels
-    is_answer = labels is not None and isinstance(text, Conversation)
-    if is_answer and not bool((labels != IGNORE_INDEX).any()):
+    labels = processed.labels if isinstance(text, Conversation) else None
+    if labels is not None and not bool((labels != IGNORE_INDEX).any()):
         raise BadSample("its answer is beyond the model's max_length: raise it or shorten it")
     if stack is not None:
         processed = stack.place(processed)
@@ -242,11 +241,14 @@ class ImageStack:
             return processed
         if self._memory is None:
             self._memory = self._allocated(image)
-            self._places = self._memory.unbind()
+            self._places = self._memory[: self._count].unbind()
         start, end = self._placed, self._placed + (1 if image.dim() == 3 else len(image))
-        if end > len(self._places) or image.dtype != self._memory.dtype:
+        if end > len(self._memory) or image.dtype != self._memory.dtype:
             return processed
-        place = self._places[start] if image.dim() == 3 else self._memory[start:end]
+        if image.dim() > 3:
+            place = self._memory[start:end]
+        else:
+            place = self._places[start] if end <= len(self._places) else self._memory[start]
         if image.shape[-3:] != place.shape[-3:]:
             return processed
         if image.dtype == torch.uint8:

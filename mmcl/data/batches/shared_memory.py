@@ -5,7 +5,7 @@ processes, and faulting them in costs more than decoding does. Here a worker sta
 shared buffer whose pages stay mapped, and the main process uses them there: a buffer is lent to the
 batch, and taken back when nothing of its images is referenced any more. Who keeps more batches than
 there are buffers to lend gets copies. The memory is anonymous: a killed run leaves nothing behind.
-Without workers the buffers spare the faults of new memory for every batch.
+Without workers the buffers spare mapping new memory for every batch.
 """
 
 from __future__ import annotations

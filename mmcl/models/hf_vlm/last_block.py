@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmcl.core.model import eval_mode
+from mmcl.core.model import trial_pass
 
 _MAX_SHARE = 0.5
 """Share of the positions beyond which narrowing gains nothing."""
@@ -87,7 +87,7 @@ class LastBlock:
     ) -> bool:
         """Whether the narrow pass equals the whole one on these inputs."""
         decoder = self._modules[0]
-        with eval_mode(decoder):
+        with trial_pass(decoder):
             whole = decoder(**_without_cache(inputs)).last_hidden_state
             wanted = whole[samples, grid[samples, slots]].double()
             try:

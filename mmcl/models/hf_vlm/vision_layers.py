@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmcl.core.model import eval_mode
+from mmcl.core.model import trial_pass
 from mmcl.models.hf_vlm.architectures import Architecture
 
 _ARGUMENT = "vision_feature_layer"
@@ -121,7 +121,7 @@ class UsedLayers:
             return False
         given = {name: value for name, value in inputs.items() if name in self._names}
         more = {} if self._selected is None else {_ARGUMENT: self._selected}
-        with eval_mode(lm.model):
+        with trial_pass(lm.model):
             try:
                 whole = _projected(lm, given)
                 with self._cut():

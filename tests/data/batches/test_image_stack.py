@@ -25,9 +25,14 @@ def listed(examples):
     return found
 
 
+def place(stack, one):
+    """An example whose images are in a stack."""
+    return one._replace(processed=stack.place(one.processed))
+
+
 def placed(examples, stack):
     """The batch of examples that were placed in a stack, and what they are afterwards."""
-    own = [stack.place(one) for one in examples]
+    own = [place(stack, one) for one in examples]
     return collate(own, stack=stack), own
 
 
@@ -95,5 +100,5 @@ def test_a_transform_may_give_the_same_memory_for_every_image():
     canvas, stack, own = torch.zeros(3, 2, 2, dtype=torch.uint8), ImageStack(3), []
     for level in range(3):
         canvas.fill_(level)
-        own.append(stack.place(Example(ProcessedSample(canvas), 0, 0, level, "")))
+        own.append(place(stack, Example(ProcessedSample(canvas), 0, 0, level, "")))
     assert collate(own, stack=stack).images.flatten(1).tolist() == [[0] * 12, [1] * 12, [2] * 12]
