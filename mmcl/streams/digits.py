@@ -133,7 +133,7 @@ def build(
         labels = [order[position] for position in group]
         names = [CLASSES[label] for label in labels]
         name = "-".join(names)
-        shards = _plan_splits(name, "digits", seed, set(labels), lambda scan, _: scan)
+        shards = plan_scans(name, "digits", seed, set(labels), lambda scan, _: scan)
         plans += shards
         tasks.append(card_task(name, shards[:1], shards[1:], classes=names))
     card = {
@@ -162,7 +162,7 @@ def build_domains(folder: Path, seed: int = 0, progress: Progress | None = None)
     tasks = []
     plans: list[ShardPlan] = []
     for look, draw in LOOKS.items():
-        shards = _plan_splits(look, look, seed, set(range(len(CLASSES))), draw)
+        shards = plan_scans(look, look, seed, set(range(len(CLASSES))), draw)
         plans += shards
         tasks.append(card_task(look, shards[:1], shards[1:]))
     card = {
@@ -199,10 +199,10 @@ def split_indices(labels: Sequence[int], seed: int) -> dict[str, list[int]]:
     return {name: sorted(numbers) for name, numbers in split.items()}
 
 
-def _plan_splits(
+def plan_scans(
     name: str, key_prefix: str, seed: int, wanted: set[int], draw: Look
 ) -> list[ShardPlan]:
-    """Plan the train and the test shard of one task."""
+    """Plan the train and the test shard of one task: the scans of some classes in a look."""
     labels: list[int] = load_digits().target.tolist()
     plans = []
     for split, numbers in split_indices(labels, seed).items():

@@ -102,6 +102,12 @@ _ABOUT = {
 CARDS = tuple(f"{name}.yaml" for name in _ABOUT)
 
 
+def font_license(font: str) -> str:
+    """Return the license of a font's images by its file name, or a sentence that it is unknown."""
+    unknown = f"that of the font {font}: look it up before you pass the pictures on"
+    return next((text for start, text in _LICENSES if font.startswith(start)), unknown)
+
+
 def merge_years(years: Sequence[int]) -> list[list[int]]:
     """Merge consecutive years until each group has at least half an even fraction of the classes.
 
@@ -141,7 +147,7 @@ RECIPE = 1  # counts up whenever the same seed would give other bytes
 
 
 @dataclass(frozen=True)
-class _Class:
+class EmojiClass:
     """A class of the stream: its label, its emoji, its image, its names by language."""
 
     label: int
@@ -184,7 +190,7 @@ def build(
         if size < 1:
             raise ValueError(f"{split}_per_class is {size}: give 1 or more images per class")
     emoji_font = EmojiFont(font or find_font())
-    classes = _choose_classes(emoji_font, per_group)
+    classes = choose_classes(emoji_font, per_group)
     cells = _plan_cells(classes, sizes, seed)
     plans = [plan for pair in cells.values() for plan in pair]
     cards = _cards({one.names["en"]: one.emoji for one in classes}, cells, emoji_font.path.name)
@@ -238,7 +244,6 @@ def _cards(classes: Mapping[str, Emoji], cells: Cells, font: str) -> list[Card]:
         "emoji_years": ("class", "classification", _class_tasks(years, classes, cells)),
         "emoji_languages": ("domain", "captioning", languages),
     }
-    unknown = f"that of the font {font}: look it up before you pass the pictures on"
     return [
         {
             "name": name,
@@ -246,7 +251,7 @@ def _cards(classes: Mapping[str, Emoji], cells: Cells, font: str) -> list[Card]:
             **({"shift": _SHIFTS[name]} if name in _SHIFTS else {}),
             "description": f"{_ABOUT[name]} Each picture has its own place, size, angle and "
             "background; train and test pictures show the same glyphs.",
-            "license": next((text for f, text in _LICENSES if font.startswith(f)), unknown),
+            "license": font_license(font),
             "source": f"{_SOURCE}{font}",
             "classes": list(classes),
             "templates": list(TEMPLATES),
@@ -258,7 +263,7 @@ def _cards(classes: Mapping[str, Emoji], cells: Cells, font: str) -> list[Card]:
     ]
 
 
-def _choose_classes(font: EmojiFont, per_group: int | None) -> list[_Class]:
+def choose_classes(font: EmojiFont, per_group: int | None) -> list[EmojiClass]:
     """Choose among the emoji that have an image of their own, and one name in every language."""
     found: dict[Emoji, tuple[Image.Image, dict[str, str]]] = {}
     seen: set[bytes | str] = set()
@@ -269,11 +274,11 @@ def _choose_classes(font: EmojiFont, per_group: int | None) -> list[_Class]:
         seen |= {glyph.tobytes(), names["en"]}
         found[one] = glyph, names
     chosen = choose(list(found), per_group)
-    return [_Class(label, one, *found[one]) for label, one in enumerate(chosen)]
+    return [EmojiClass(label, one, *found[one]) for label, one in enumerate(chosen)]
 
 
-def _plan_cells(classes: Sequence[_Class], sizes: Mapping[str, int], seed: int) -> Cells:
-    members: dict[tuple[str, int], list[_Class]] = {}
+def _plan_cells(classes: Sequence[EmojiClass], sizes: Mapping[str, int], seed: int) -> Cells:
+    members: dict[tuple[str, int], list[EmojiClass]] = {}
     for one in classes:
         members.setdefault((one.emoji.group, one.emoji.year), []).append(one)
     cells: Cells = {}
@@ -290,17 +295,21 @@ def _plan_cells(classes: Sequence[_Class], sizes: Mapping[str, int], seed: int) 
     return cells
 
 
-def _samples(classes: Sequence[_Class], split: str, size: int, seed: int) -> Iterator[Sample]:
+def _samples(classes: Sequence[EmojiClass], split: str, size: int, seed: int) -> Iterator[Sample]:
     for one in classes:
         for number in range(size):
-            point = ord(one.emoji.text[0])
-            # Seeded by the emoji, not its label: other choices leave its images as they are.
-            draw = np.random.default_rng([seed, point, SPLITS.index(split), number])
             captions = {f"{language}.txt": one.names[language] for language in LANGUAGES[1:]}
             yield {
                 "__key__": f"{one.emoji.slug}-{split}-{number:03d}",
-                "png": png_bytes(augment(one.glyph, draw)),
+                "png": emoji_png(one, split, number, seed),
                 "cls": str(one.label),
                 "txt": one.names["en"],
                 **captions,
             }
+
+
+def emoji_png(one: EmojiClass, split: str, number: int, seed: int) -> bytes:
+    """Return one image of an emoji as PNG; another one for each split and number."""
+    # Seeded by the emoji, not its label: other choices leave its images as they are.
+    draw = np.random.default_rng([seed, ord(one.emoji.text[0]), SPLITS.index(split), number])
+    return png_bytes(augment(one.glyph, draw))

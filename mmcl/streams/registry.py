@@ -72,6 +72,10 @@ STREAMS: Mapping[str, Stream] = MappingProxyType({
         "mmcl.streams.glyphs", "build",
         "drawn shapes and characters, on which the built-in tiny CLIP was trained",
         Path("data/glyphs"), ("glyphs.yaml",)),
+    "life": Stream(
+        "mmcl.streams.life", "build",
+        "stages of a model's life: emoji by year, captions of scans, classes; with probes",
+        Path("data/life"), ("life.yaml",)),
     "scenes": Stream(
         "mmcl.streams.scenes", "build",
         "questions on drawn scenes: eight skills, five looks of one skill, sixteen new words",
@@ -156,7 +160,7 @@ def build_from_command_line(name: str, argv: Sequence[str] | None = None) -> Non
     parser = argparse.ArgumentParser(program, description=stream.summary)
     parser.add_argument("--out", type=Path, default=stream.folder, help="folder (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn (%(default)s)")
-    if name == "emoji":
+    if name in ("emoji", "life"):
         parser.add_argument("--font", type=Path, help="color-emoji font; found by itself")
     if name == "digits":
         add_class_split(parser)

@@ -16,6 +16,8 @@ from mmcl.registry.sources import build_module, lora_config, model_config
 from tests.behaviour.kill_runs import KILLED, command, in_process
 from tests.lightning.small_runs import same
 
+pytestmark = pytest.mark.slow
+
 
 def results(consumer, out):
     return json.loads((consumer.folder / out / "recycle.json").read_text())
@@ -123,7 +125,7 @@ def test_the_few_samples_are_balanced_and_the_seed_chooses_them(tuned):
 
 
 @pytest.mark.parametrize(
-    ("moment", "count"), [("step", 4), ("score", 5), ("ended", 1), ("written", 9), ("matrix", 4)]
+    ("moment", "count"), [("score", 5), ("ended", 1), ("written", 9)]
 )
 def test_a_killed_recycling_resumes_to_the_same_end(tuned, moment, count):
     words = tuned.words("both", "whole")

@@ -8,6 +8,8 @@ from mmcl.evaluation import AccuracyMatrix
 from mmcl.registry.records import Registry
 from mmcl.registry.sources import model_config
 
+pytestmark = pytest.mark.slow
+
 
 def folder(consumer):
     return ["--registry", str(consumer.folder / "registry")]
