@@ -24,6 +24,7 @@ from mmcl.lightning.dry_run import ROWS, DryRunReport, dry_run
 from mmcl.lightning.run_dir import RunDirectory
 from mmcl.lightning.stages.lineage import START
 from mmcl.lightning.summarize import model_name, name_of
+from mmcl.models.hf_vlm.decoding.image_cache import MAX_CACHE_BYTES
 from mmcl.models.hf_vlm.memory_estimate import MemoryEstimate, Workload, estimate_memory
 from mmcl.report.formatting import size
 
@@ -241,7 +242,8 @@ def _in_parts(estimate: MemoryEstimate) -> str:
         kept = f"; {size(estimate.merged_weights)} of merged layers stay in the host's memory"
     return (
         f"{size(estimate.training)} in a step on the longest samples ({named}); "
-        f"{size(estimate.generation)} in evaluation (cache {size(estimate.kv_cache)}{kept})"
+        f"{size(estimate.generation)} in evaluation (cache {size(estimate.kv_cache)}{kept}), and "
+        f"up to {size(MAX_CACHE_BYTES)} of image features that are kept for further questions"
     )
 
 

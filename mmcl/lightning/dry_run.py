@@ -14,9 +14,8 @@ import torch
 
 from mmcl.core import Batch, ReplayPlan, Task, TaskStream, Transform
 from mmcl.core.strategy import tensor_bytes
-from mmcl.data.batches.batch_plan import Mixture
+from mmcl.data.batches.batch_plan import Mixture, expect_samples_for_all
 from mmcl.data.batches.collate import collate
-from mmcl.data.batches.train_loader import expect_samples_for_all
 from mmcl.data.validate.sample_counts import COUNTED, SplitCount, count_samples, longest_examples
 from mmcl.evaluation import AccuracyMatrix
 from mmcl.lightning.continual_run import SCORES

@@ -26,12 +26,22 @@ from mmcl.streams.stream_files import write_stream
 
 YEARS = ((2010, 2015), (2016, 2018), (2019, 2022))
 """First and last year of each task of continual pre-training."""
-PER_GROUP = 24
-"""Emoji of each of the eight groups."""
 SIZES = {"train": 8, "test": 3}
 """Images of an emoji."""
-GENERAL, PROBE = 2000, 300
-"""Images of the general source and of each probe."""
+_CARD = {
+    "name": "life",
+    "scenario": "domain",
+    "description": "Stages of a model's life: captions of emoji by their years (cpt), captions of "
+    "handwritten digits under stripes (dap), their classes in two tasks (cft). Drawn glyphs are "
+    "the general source and the probes.",
+    "classes": list(CLASSES),
+    "templates": list(TEMPLATES),
+    "task_type": "classification",
+}
+_SOURCE = (
+    "UCI Optical Recognition of Handwritten Digits by scikit-learn; names of emoji: Unicode CLDR "
+    "by the emoji package"
+)
 RECIPE = 1  # counts up whenever the same seed would give other bytes
 
 Planned = tuple[list[dict[str, Any]], list[ShardPlan]]
@@ -39,7 +49,13 @@ Planned = tuple[list[dict[str, Any]], list[ShardPlan]]
 
 
 def build(
-    folder: Path, font: Path | None = None, seed: int = 0, progress: Progress | None = None
+    folder: Path,
+    font: Path | None = None,
+    seed: int = 0,
+    per_group: int = 24,
+    general: int = 2000,
+    probe: int = 300,
+    progress: Progress | None = None,
 ) -> Path:
     """Build `life`: three tasks of emoji captions, one of captioned scans, two of classes.
 
@@ -47,6 +63,9 @@ def build(
         folder: output folder of shards and card.
         font: a color-emoji font; None looks for one on this machine.
         seed: of everything that is drawn, and of the split of the scans.
+        per_group: emoji of each of the eight groups at most; an emoji has 8 + 3 images.
+        general: images of the general source.
+        probe: images of each probe.
         progress: called with (samples done, samples in total).
 
     Returns:
@@ -56,39 +75,34 @@ def build(
         FileNotFoundError: if there is no such font; the message says what to install.
     """
     emoji_font = EmojiFont(font or find_font())
-    years, emoji = _plan_years(choose_classes(emoji_font, PER_GROUP), seed)
+    years, emoji = _plan_years(choose_classes(emoji_font, per_group), seed)
     digits, scans = _plan_digits(seed)
-    probes, drawn = _plan_probes(seed)
-    general = plan_shard("general", GENERAL, partial(draw_any, FACES), seed)
+    probes, drawn = _plan_probes(probe, seed)
+    source = plan_shard("general", general, partial(draw_any, FACES), seed)
     card = {
-        "name": "life",
-        "scenario": "domain",
-        "description": "Stages of a model's life: captions of emoji by their years (cpt), captions "
-        "of handwritten digits under stripes (dap), their classes in two tasks (cft). Drawn glyphs "
-        "are the general source and the probes.",
+        **_CARD,
         "license": f"{LICENSE}; emoji: {font_license(emoji_font.path.name)}; glyphs: CC0-1.0",
-        "source": "UCI Optical Recognition of Handwritten Digits by scikit-learn; names of emoji: "
-        f"Unicode CLDR by the emoji package; pictures: {emoji_font.path.name}; drawn glyphs",
-        "classes": list(CLASSES),
-        "templates": list(TEMPLATES),
-        "task_type": "classification",
+        "source": f"{_SOURCE}; pictures: {emoji_font.path.name}; drawn glyphs",
         "sources": {
-            "general": {
-                "task_type": "captioning", "shards": [general.name], "size": general.count,
-            },
+            "general": {"task_type": "captioning", "shards": [source.name], "size": general}
         },
         "tasks": [*years, *digits],
         "eval_only": probes,
-    }  # fmt: skip
-    recipe = {
+    }
+    plans = [*emoji, *scans, *drawn, source]
+    sizes = {"per_group": per_group, "general": general, "probe": probe}
+    recipe = {"seed": seed, **sizes, **_recipe(emoji_font)}
+    return write_stream("life", folder, [(card, plans)], recipe, progress)[0]
+
+
+def _recipe(font: EmojiFont) -> dict[str, Any]:
+    """Return what the images depend on beside the options."""
+    return {
         "number": RECIPE,
-        "seed": seed,
-        "font": {"name": emoji_font.path.name, "sha256": emoji_font.sha256()},
+        "font": {"name": font.path.name, "sha256": font.sha256()},
         "emoji": version("emoji"),
         **{module.__name__: module.__version__ for module in (np, PIL, matplotlib)},
     }
-    plans = [*emoji, *scans, *drawn, general]
-    return write_stream("life", folder, [(card, plans)], recipe, progress)[0]
 
 
 def _plan_years(classes: Sequence[EmojiClass], seed: int) -> Planned:
@@ -127,10 +141,10 @@ def _plan_digits(seed: int) -> Planned:
     return tasks, plans
 
 
-def _plan_probes(seed: int) -> Planned:
+def _plan_probes(count: int, seed: int) -> Planned:
     entries, plans = [], []
     for name, (classes, templates, draw) in EVAL_ONLY.items():
-        plan = plan_shard(f"probe-{name}", PROBE, draw, seed, classes)
+        plan = plan_shard(f"probe-{name}", count, draw, seed, classes)
         entries.append({
             "name": f"drawn_{name}", "ability": "general", "classes": list(classes),
             "templates": list(templates), "test": [plan.name], "test_size": plan.count,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,13 +31,13 @@ MAX_MERGED = 100_000
 
 _MERGE = "tag:yaml.org,2002:merge"
 _LONG = frozenset({"tag:yaml.org,2002:str", "tag:yaml.org,2002:binary"})
-_SUITED = {
-    "classification": ("image", "classification"),
-    "captioning": ("captioning", "retrieval"),
-    "retrieval": ("captioning", "retrieval"),
+SOURCE_TYPES: Mapping[str, Sequence[str]] = {
+    "classification": ("image", "classification", "captioning", "retrieval"),
+    "captioning": ("captioning", "retrieval", "classification"),
+    "retrieval": ("captioning", "retrieval", "classification"),
     "instruction": ("instruction",),
 }
-"""Task type -> types of the sources whose samples fit into one batch with its own."""
+"""Task type -> types of the sources that it may mix in. Beside captions, classes are captions."""
 
 
 def read_card(path: Path, scorers: Sequence[str] = ()) -> Card:
@@ -154,7 +154,7 @@ def _check_class_names(
 
 
 def _check_mixture(task: TaskEntry, card: Card, errors: CardErrors) -> None:
-    suited = _SUITED.get(task.task_type, ())
+    suited = SOURCE_TYPES.get(task.task_type, ())
     for name in task.mixture:
         source = card.sources.get(name)
         if source is None:
@@ -165,8 +165,8 @@ def _check_mixture(task: TaskEntry, card: Card, errors: CardErrors) -> None:
         elif source.task_type not in suited:
             errors.add(
                 f"has task_type '{task.task_type}' and mixes in {repr_short(name)} of task_type "
-                f"'{source.task_type}', expected {' or '.join(suited) or 'no source'}: all samples "
-                "of a batch have the same fields"
+                f"'{source.task_type}', expected {' or '.join(suited) or 'no source'}: one loss "
+                "compares all samples of a batch"
             )
     total = sum(task.mixture.values()) + (task.replay_ratio or 0)
     if total >= 1:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmcl.core import Task
 from mmcl.core.seeding import hash_priorities, hash_seed
 from mmcl.data.stored_sample import IntArray
 
@@ -377,3 +378,22 @@ def _turn(seed: int, count: int, turn: int) -> Permutation:
     if count > SORTED:
         return shuffled(hash_seed(seed, turn), count)
     return HashPermutation(seed, count, turn)
+
+
+def expect_samples_for_all(task: Task, mixture: Mixture, accumulation: int, world: int) -> None:
+    """Check that every device has a sample in every micro-batch of a task.
+
+    Raises:
+        ValueError: if a batch is too small, or a size is below 1.
+    """
+    given = {"global_batch_size": mixture.global_batch_size, "accumulation": accumulation}
+    for name, value in given.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1")
+    if mixture.min_batch < world * accumulation:
+        raise ValueError(
+            f"global_batch_size {mixture.global_batch_size} gives task '{task.name}' ({task.size} "
+            f"samples) a batch of {mixture.min_batch} samples for {world} devices x {accumulation} "
+            "accumulated micro-batches: use fewer devices, less accumulation or a larger "
+            "global_batch_size"
+        )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -27,6 +26,7 @@ from mmcl.core import (
 from mmcl.core.card.schema import repr_short
 from mmcl.core.seeding import hash_seed
 from mmcl.data.batches.caption_member import read_captions
+from mmcl.data.batches.shared_memory import ImageStack
 from mmcl.data.decode import decode_image
 from mmcl.data.image_formats import MAX_IMAGES, image_members
 from mmcl.data.shards.llava_json import apply_template, read_dialogue
@@ -115,12 +115,24 @@ class PreparedExample(NamedTuple):
     seed: int
 
 
+def mixes_captions_and_classes(tasks: Iterable[Task]) -> bool:
+    """Return whether samples of these tasks and sources have captions as well as classes.
+
+    In one batch, classes are then learned as captions: the contrastive loss compares all samples,
+    as in FLYP (Goyal et al. 2023, arXiv:2212.00638).
+    """
+    kinds = {task.task_type for task in tasks}
+    return "classification" in kinds and not kinds.isdisjoint(("captioning", "retrieval"))
+
+
 def prepare_example(
-    sample: Sample, number: int, task: Task, *, seed: int, is_replay: bool = False
-) -> PreparedExample:
+    sample: Sample, number: int, task: Task, *, seed: int, is_replay: bool = False,
+    as_caption: bool = False,
+) -> PreparedExample:  # fmt: skip
     """Prepare an example: everything but its images, which ``finish_example`` decodes.
 
-    Arguments and errors are those of ``make_example``.
+    Arguments and errors are those of ``make_example``. With ``as_caption``, a sample with a class
+    has a caption too: the name in one of the task's templates, which the seed draws.
     """
     label, reference, image_id = IGNORE_INDEX, None, -1
     text: str | Conversation | None = None
@@ -129,7 +141,11 @@ def prepare_example(
         reference = text.reference
     else:
         if task.task_type == "classification":
-            label = _class_column(sample, task)
+            number_on_card = _class_number(sample, task)
+            label = task.label_to_class[number_on_card]
+            if as_caption:
+                template = draw_caption(task.templates or ("{}",), seed)
+                text = template.format(task.label_names[number_on_card])
         elif task.task_type != "image":
             text = draw_caption(read_captions(sample.members, task.text_field), seed)
         images = (_image_bytes(sample),)
@@ -215,64 +231,6 @@ def make_pairs(
         )
         for row in rows
     ]  # fmt: skip
-
-
-class ImageStack:
-    """Stack of the images of a batch, to which each is copied as soon as it is made.
-
-    Then it is still in the processor's cache, and the memory that it leaves serves the next one, as
-    it does not when all images of a batch are kept and stacked at its end.
-
-    Args:
-        count: number of samples.
-        room: (bytes,) uint8 buffer for them if they fit; None = new memory.
-    """
-
-    def __init__(self, count: int, room: Tensor | None = None) -> None:
-        self._count, self._room = count, room
-        self._memory: Tensor | None = None
-        self._places: tuple[Tensor, ...] = ()
-        self._placed = 0
-
-    def place(self, processed: ProcessedSample) -> ProcessedSample:
-        """Return a sample with its images in the next places; itself where there are none."""
-        image = processed.image
-        if image is None:
-            return processed
-        if self._memory is None:
-            self._memory = self._allocated(image)
-            self._places = self._memory[: self._count].unbind()
-        start, end = self._placed, self._placed + (1 if image.dim() == 3 else len(image))
-        if end > len(self._memory) or image.dtype != self._memory.dtype:
-            return processed
-        if image.dim() > 3:
-            place = self._memory[start:end]
-        else:
-            place = self._places[start] if end <= len(self._places) else self._memory[start]
-        if image.shape[-3:] != place.shape[-3:]:
-            return processed
-        if image.dtype == torch.uint8:
-            # From channels last to planes, numpy copies bytes in half the time of torch.
-            np.copyto(place.numpy(), image.numpy())
-        else:
-            place.copy_(image)
-        self._placed = end
-        return replace(processed, image=place)
-
-    def images(self, count: int) -> Tensor | None:
-        """Return the (count, 3, H, W) images, all of which were placed; None if some were not."""
-        if self._memory is None or count != self._placed:
-            return None
-        return self._memory[:count]
-
-    def _allocated(self, image: Tensor) -> Tensor:
-        room, shape = self._room, image.shape[-3:]
-        size = shape.numel() * image.itemsize
-        if room is None or image.dtype != torch.uint8 or self._count * size > len(room):
-            return image.new_empty((self._count, *shape))
-        # As many as fit: some samples have several images, or several captions of their image.
-        fit = len(room) // max(1, size)
-        return room[: fit * size].view(fit, *shape)
 
 
 def hash_image(data: bytes | memoryview) -> int:
@@ -391,8 +349,8 @@ def _image_bytes(sample: Sample) -> bytes:
     raise BadSample(f"it has no image (.{', .'.join(IMAGES)})")
 
 
-def _class_column(sample: Sample, task: Task) -> int:
-    """Return the column of a sample's class, whose label is a number or a name on the card."""
+def _class_number(sample: Sample, task: Task) -> int:
+    """Return the number on the card of a sample's class, whose label is a number or a name."""
     stated = _stated_label(sample, task)
     matched, name = _WHOLE_NUMBER.fullmatch(stated), stated.decode("utf-8", "replace").strip()
     if matched is None and name not in task.label_names:
@@ -406,7 +364,7 @@ def _class_column(sample: Sample, task: Task) -> int:
         )
     if task.label_to_class[label] < 0:
         raise BadSample(f"its label is {label}, which is not a class of task '{task.name}'")
-    return task.label_to_class[label]
+    return label
 
 
 def _stated_label(sample: Sample, task: Task) -> bytes:

@@ -15,7 +15,6 @@ from mmcl.core.seeding import hash_priorities, hash_seed
 from mmcl.data.batches.caption_member import text_member
 from mmcl.data.batches.collate import (
     Example,
-    ImageStack,
     PreparedExample,
     collate,
     finish_example,
@@ -23,7 +22,7 @@ from mmcl.data.batches.collate import (
     prepare_ahead,
     prepare_example,
 )
-from mmcl.data.batches.shared_memory import make_dataloader
+from mmcl.data.batches.shared_memory import ImageStack, make_dataloader
 from mmcl.data.decode import MAX_PIXELS
 from mmcl.data.shards.llava_json import expect_scorable
 from mmcl.data.shards.open_stream import OpenStream

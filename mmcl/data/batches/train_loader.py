@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,20 +21,21 @@ from mmcl.data.batches.batch_plan import (
     Mixture,
     Permutation,
     WindowedShuffle,
+    expect_samples_for_all,
     rank_slice,
 )
 from mmcl.data.batches.collate import (
     Example,
-    ImageStack,
     PreparedExample,
     collate,
     finish_example,
+    mixes_captions_and_classes,
     prepare_ahead,
     prepare_example,
 )
 from mmcl.data.batches.lanes import LanedShuffle, Lanes, ShardPrefetcher, lanes_of_rank
 from mmcl.data.batches.sample_lengths import entry_lengths
-from mmcl.data.batches.shared_memory import make_dataloader
+from mmcl.data.batches.shared_memory import ImageStack, make_dataloader
 from mmcl.data.decode import MAX_PIXELS
 from mmcl.data.shards.open_stream import OpenStream
 from mmcl.data.shards.reader import SampleReader
@@ -43,6 +45,12 @@ MAX_REPLACEMENTS = 100
 """Number of samples tried for one slot, all of them bad, before the run ends."""
 WINDOW = 16
 """Number of remote shards whose samples are shuffled together."""
+
+_AS_CAPTIONS = (
+    "batches of task '{}' have captions and classes: its classes are learned as captions, their "
+    "names in a template, by the contrastive loss (settings of the class loss, label_smoothing and "
+    "logit_scope, are not used)"
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,8 @@ class TrainDataset(Dataset[Batch]):
 
     Attributes:
         counts: number of samples of the task, of the replay list, and of each source.
+        as_captions: whether samples with a class get a caption with its name, since others of the
+            batches have captions.
     """
 
     def __init__(
@@ -129,6 +139,9 @@ class TrainDataset(Dataset[Batch]):
         self.source_readers = [prepared.sources[source.number] for source in self.sources]
         self.counts = [len(self.reader), len(replayed.task_ids), *map(len, self.source_readers)]
         self._starts = [sum(self.counts[:kind]) for kind in range(len(self.counts) + 1)]
+        self.as_captions = mixes_captions_and_classes(
+            [*self.tasks.values(), *(source.task for source in self.sources)]
+        )
         self._classes_seen = 1 + max(
             (c for t in stream.tasks[: task + 1] for c in t.class_ids), default=-1
         )
@@ -192,8 +205,9 @@ class TrainDataset(Dataset[Batch]):
         own = (self.task,) if is_replay or source else ()
         seed = hash_seed(self.seed, task.index - source, number, epoch, *own)
         prepared = prepare_example(
-            reader.read(number), number, task, seed=seed, is_replay=bool(own)
-        )
+            reader.read(number), number, task, seed=seed, is_replay=bool(own),
+            as_caption=self.as_captions,
+        )  # fmt: skip
         if not source:
             return prepared
         in_loss = next(each.in_loss for each in self.sources if each.number == source)
@@ -353,6 +367,8 @@ def train_loader(
 def _mixture(
     dataset: TrainDataset, global_batch_size: int, replay_plan: ReplayPlan | None
 ) -> Mixture:
+    if dataset.as_captions:
+        warnings.warn(_AS_CAPTIONS.format(dataset.tasks[dataset.task].name), stacklevel=3)
     new, old, *others = dataset.counts
     shares = (share for _, share in dataset.tasks[dataset.task].mixture)
     ratio = None if replay_plan is None else replay_plan.replay_ratio
@@ -429,22 +445,3 @@ def _replay_samples(
                 "not those of the run that chose them"
             )
     return ReplaySamples(tasks, samples, found)
-
-
-def expect_samples_for_all(task: Task, mixture: Mixture, accumulation: int, world: int) -> None:
-    """Check that every device has a sample in every micro-batch of a task.
-
-    Raises:
-        ValueError: if a batch is too small, or a size is below 1.
-    """
-    given = {"global_batch_size": mixture.global_batch_size, "accumulation": accumulation}
-    for name, value in given.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}, expected at least 1")
-    if mixture.min_batch < world * accumulation:
-        raise ValueError(
-            f"global_batch_size {mixture.global_batch_size} gives task '{task.name}' ({task.size} "
-            f"samples) a batch of {mixture.min_batch} samples for {world} devices x {accumulation} "
-            "accumulated micro-batches: use fewer devices, less accumulation or a larger "
-            "global_batch_size"
-        )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mmcl.core import Task, TaskStream
+from mmcl.core.card import SOURCE_TYPES
 from mmcl.core.card.schema import nearest
 from mmcl.lightning.optimization.stage_settings import STAGES
 
@@ -80,13 +81,20 @@ def _check(stream: TaskStream, stage: str, own: StageData) -> None:
     where = f"data.stages.{stage}"
     if own.epochs is not None and own.epochs < 1:
         raise ValueError(f"{where}.epochs is {own.epochs}: give 1 or more")
-    sources = [source.name for source in stream.sources]
+    types = {source.name: source.task.task_type for source in stream.sources}
     for name in own.mixture or ():
-        if name not in sources:
-            hint = nearest(name, sources) if sources else "the card has no sources"
+        if name not in types:
+            hint = nearest(name, list(types)) if types else "the card has no sources"
             raise ValueError(
                 f"{where}.mixture has '{name}', which is no source of the card: {hint}"
             )
+        for task in stream:
+            if task.stage == stage and types[name] not in SOURCE_TYPES.get(task.task_type, ()):
+                raise ValueError(
+                    f"{where}.mixture has '{name}' of task_type '{types[name]}', and task "
+                    f"'{task.name}' has task_type '{task.task_type}': one loss compares all "
+                    "samples of a batch"
+                )
     shares = [*(own.mixture or {}).values(), own.replay_ratio or 0.0]
     if own.replay_ratio is not None and not 0 < own.replay_ratio < 1:
         raise ValueError(f"{where}.replay_ratio is {own.replay_ratio}: give more than 0, below 1")

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mmcl.core import ProcessedSample
-from mmcl.data.batches.collate import Example, ImageStack, collate
+from mmcl.data.batches.collate import Example, collate
+from mmcl.data.batches.shared_memory import ImageStack
 
 
 def example(number, shape=(3, 4, 5), dtype=torch.uint8, is_channels_last=False):

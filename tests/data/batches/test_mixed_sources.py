@@ -168,7 +168,7 @@ def test_the_errors_of_sources_on_a_card_are_reported_together(tmp_path):
     with pytest.raises(ValueError, match="errors") as told:
         TaskStream.read(card)
     for part in (
-        "mixes in 'a' of task_type 'instruction', expected image or classification",
+        "mixes in 'a' of task_type 'instruction', expected image or classification or captioning",
         "source 'b' has scored True",
         "mixes in 'd', which is none of the card's 'sources' ('a', 'b', 'c')",
         "has mixture['c'] 2, expected more than 0 and less than 1",
@@ -208,3 +208,64 @@ def test_conversations_of_an_unscored_source_are_given_and_not_in_the_loss(tmp_p
 def test_a_window_of_nothing_is_refused(pictured, options):
     with pytest.raises(ValueError, match="give 1 or more shards"):
         load(pictured, **options)
+
+
+def spelled(batch):
+    """The text of every sample of a batch."""
+    return [
+        bytes(ids[mask].tolist()).decode()
+        for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """A stream that classifies, with captions and classes as sources."""
+    folder = tmp_path_factory.mktemp("captioned")
+    write_tar(folder / "general.tar", labelled(11, name="general"))
+    write_tar(folder / "later.tar", labelled(9, (4, 5), name="later"))
+    sources = (
+        "{general: {task_type: captioning, shards: general.tar}, "
+        "later: {task_type: classification, shards: later.tar, templates: ['seen {}']}}"
+    )
+    return with_sources(folder, sources, "{general: 0.25, later: 0.125}")
+
+
+def test_beside_captions_every_class_is_learned_as_a_caption_of_its_name(captioned):
+    templates = [*captioned.stream.tasks[1].templates]
+    drawn = set()
+    with pytest.warns(UserWarning, match=r"'task-b' have captions and classes: .* label_smoothing"):
+        loader = load(captioned, 1)
+    for batch in [*loader, *loader]:
+        assert batch.attention_mask.any(1).all()
+        for row, text in enumerate(spelled(batch)):
+            label, source = int(batch.labels[row]), int(batch.source_ids[row])
+            if source == 1:
+                assert text.startswith("picture ")
+                assert label == IGNORE_INDEX
+            elif source == 2:  # its class is met later, and its name is known all the same
+                assert text in ("seen c4", "seen c5")
+                assert label == IGNORE_INDEX
+            else:
+                assert label in ((0, 1) if batch.is_replay[row] else (2, 3))
+                assert text in [template.format(f"c{label}") for template in templates]
+                drawn.add(text)
+    assert drawn == {"c1", "c2", "c3"}
+
+
+def test_classes_stay_classes_without_captions(pictured):
+    assert all(batch.input_ids is None for batch in load(pictured, 1))
+
+
+def test_replayed_captions_make_captions_of_a_tasks_classes(tmp_path):
+    write_stream(tmp_path, sizes=(10, 7, 5))
+    card = tmp_path / "small.yaml"
+    own = "task-a\n    classes: [c0, c1]"
+    card.write_text(card.read_text().replace(own, "task-a\n    task_type: captioning"))
+    prepared = open_stream(TaskStream.read(card))
+    with pytest.warns(UserWarning, match="have captions and classes"):
+        loader = load(prepared, 1)
+    for batch in loader:
+        texts = spelled(batch)
+        assert all(texts[row].startswith("picture ") for row in torch.where(batch.is_replay)[0])
+        assert all("c2" in texts[r] or "c3" in texts[r] for r in torch.where(~batch.is_replay)[0])
