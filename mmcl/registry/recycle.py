@@ -171,7 +171,7 @@ class Recycling:
         text = export_base(options.base, registry, folder / BASE)
         self.base = model_config(text, registry, adapter.base)
         self._tuned = adapter.load()
-        self._old, self._new = build_module(adapter.base), build_module(self.base)
+        self._old, self._new = adapter.load_base(), build_module(self.base)
         self._weights = base_weights(self._old.model)
         self.touched = touched_weights(self._tuned, self._weights)
         self.checks = tuple(compare(self._old.model, self._new.model, self.touched))

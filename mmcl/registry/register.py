@@ -62,7 +62,7 @@ def describe_adapter(
         old_base: base of a peft folder, None = as the folder says.
     """
     adapter = find_adapter(source, registry, old_base)
-    old = build_module(adapter.base).model
+    old = adapter.load_base().model
     targets: list[str] = []
     if adapter.kind != "head":
         targets = touched_weights(adapter.load(), base_weights(old))

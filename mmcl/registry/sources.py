@@ -20,6 +20,7 @@ from mmcl.export.formats import strategies_of
 from mmcl.lightning.config.cli import ContinualCLI
 from mmcl.lightning.config.run_reference import RunReference
 from mmcl.lightning.module import ContinualModule
+from mmcl.lightning.stages.lineage import START
 from mmcl.registry.records import AdapterKind, AdapterRecord, BaseRecord, Registry
 from mmcl.registry.signatures import base_weights
 from mmcl.strategies.lora import LoRA
@@ -78,6 +79,11 @@ class Adapter:
         module = build_module(self.base, lora_config(adapter=str(self.folder)))
         module.eval()
         return module
+
+    def load_base(self) -> ContinualModule:
+        """Load the model that it was trained on: also of a run that started from another one."""
+        start = None if self.run is None else self.run.folder / START
+        return build_module(self.base, start=start if start and start.is_file() else None)
 
     def lora_arguments(self) -> dict[str, Any]:
         """Return the arguments of ``LoRA`` for a new adapter of the same layers and rank."""
@@ -236,10 +242,18 @@ def export_model(module: ContinualModule, folder: Path) -> None:
     FORMATS[form](module, folder, half=False)
 
 
-def build_module(model: ModelConfig, strategy: Mapping[str, Any] | None = None) -> ContinualModule:
-    """Build a module of a model and a strategy, None = fine-tuning, from their configurations."""
+def build_module(
+    model: ModelConfig, strategy: Mapping[str, Any] | None = None, start: Path | None = None
+) -> ContinualModule:
+    """Build a module from the configurations of its model and strategy, None = fine-tuning.
+
+    ``start`` is a file with the weights that a run started from, see ``start_weights``.
+    """
     chosen = strategy or {"class_path": "mmcl.strategies.Finetune"}
-    config = {"model": {"model": dict(model), "strategy": dict(chosen)}}
+    module: dict[str, Any] = {"model": dict(model), "strategy": dict(chosen)}
+    if start is not None:
+        module["start_weights"] = str(start.resolve())
+    config = {"model": module}
     with TemporaryDirectory() as folder:
         file = Path(folder) / "model.yaml"
         file.write_text(yaml.safe_dump(config), encoding="utf-8")

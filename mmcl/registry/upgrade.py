@@ -33,7 +33,7 @@ def check_fit(adapter: Adapter, base: str, registry: Registry, folder: Path) -> 
         One line for each of shapes, tokenizer, processor and so on.
     """
     text = export_base(base, registry, folder / "base")
-    old = build_module(adapter.base).model
+    old = adapter.load_base().model
     new = build_module(model_config(text, registry, adapter.base)).model
     touched: list[str] = []
     if adapter.kind != "head":  # a head is solved again, in any number of dimensions

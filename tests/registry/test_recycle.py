@@ -12,7 +12,7 @@ from mmcl.registry.learning_curve import CurvePoint, LearningCurve
 from mmcl.registry.records import Registry
 from mmcl.registry.recycle import add_delta
 from mmcl.registry.signatures import base_weights
-from mmcl.registry.sources import build_module, lora_config, model_config
+from mmcl.registry.sources import build_module, find_adapter, lora_config, model_config
 from tests.behaviour.kill_runs import KILLED, command, in_process
 from tests.lightning.small_runs import same
 
@@ -67,6 +67,17 @@ def test_a_lora_adapter_on_the_same_base_is_the_same_to_the_bit(adapted):
     assert sum("lora_" in name and bool(value.any()) for name, value in moved.items()) > 4
     assert same(dict(moved), dict(reference))
     scores = results(adapted, "out")["scores"]
+    assert scores["direct"] == scores["old"]
+
+
+def test_the_base_of_an_adapter_is_the_state_that_its_run_started_from(tuned):
+    start = f"{tuned.runs.path('next')}@1"
+    tuned.runs.finish("started", "Finetune", data__task_order="[0]", start_from=start)
+    adapter = find_adapter(f"{tuned.runs.path('started')}@1", Registry(tuned.folder))
+    assert same(base_weights(adapter.load_base().model), state(tuned, "next@1"))
+    words = tuned.words("direct", "out", adapter="started@task-a")
+    assert tuned.give(*words)[0] == 0  # to next@1 itself, where direct use is the tuned model
+    scores = results(tuned, "out")["scores"]
     assert scores["direct"] == scores["old"]
 
 
