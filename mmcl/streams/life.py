@@ -73,9 +73,7 @@ def build(
         "templates": list(TEMPLATES),
         "task_type": "classification",
         "sources": {
-            "general": {
-                "task_type": "captioning", "shards": [general.name], "size": general.count,
-            },
+            "general": {"task_type": "captioning", "shards": [general.name], "size": general.count},
         },
         "tasks": [*years, *digits],
         "eval_only": probes,

@@ -124,9 +124,7 @@ def test_the_few_samples_are_balanced_and_the_seed_chooses_them(tuned):
     assert picked[0] == picked[1] != picked[2]
 
 
-@pytest.mark.parametrize(
-    ("moment", "count"), [("score", 5), ("ended", 1), ("written", 9)]
-)
+@pytest.mark.parametrize(("moment", "count"), [("score", 5), ("ended", 1), ("written", 9)])
 def test_a_killed_recycling_resumes_to_the_same_end(tuned, moment, count):
     words = tuned.words("both", "whole")
     assert in_process(command, words) == 0
