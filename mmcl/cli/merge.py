@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from mmcl.cli.merge_sweep import LoadedRun, ValueRange, number_or_range, sweep
 from mmcl.cli.parser import CommandParser, UsageError
 from mmcl.data.remote.location import sha256_of
 from mmcl.lightning.config.run_reference import RunReference
@@ -30,6 +33,8 @@ _USED = {
     "magmax": ("scale",),
 }
 """Method -> its options; of all others it is an error."""
+_SWEEP_ONLY = ("data", "old", "new", "samples")
+"""Options of a sweep alone."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,15 +44,33 @@ def main(argv: Sequence[str]) -> int:
     if given.out.exists():
         raise UsageError(f"{given.out} exists: give a new name, or remove this one")
     inputs: list[dict[str, str]] = []
-    module, first = _load(given.checkpoints[0], inputs)
-    loaded = [first, *(_load(text, inputs)[1] for text in given.checkpoints[1:])]
+    module, first, run = _load(given.checkpoints[0], inputs)
+    weights, runs = [first], [run]
+    for text in given.checkpoints[1:]:
+        _, loaded, run = _load(text, inputs)
+        weights.append(loaded)
+        runs.append(run)
     base = None
     if given.method in FROM_BASE:
         start = f"{RunReference.parse(given.checkpoints[0]).folder}@0"
         base = _load(given.base or start, inputs)[1]
-    merged = merge_weights(given.method, loaded, base, arguments)
-    facts = {"method": given.method, "arguments": arguments, "inputs": inputs}
-    print(write_merged(module, merged, given.out, facts))
+    option = next((name for name, value in arguments.items() if isinstance(value, ValueRange)), "")
+
+    def merge(value: float | None = None) -> dict[str, Tensor]:
+        chosen = arguments if value is None else {**arguments, option: value}
+        return merge_weights(given.method, weights, base, chosen)
+
+    def write(merged: Mapping[str, Tensor], out: Path, value: float | None = None) -> str:
+        chosen = arguments if value is None else {**arguments, option: value}
+        facts = {"method": given.method, "arguments": chosen, "inputs": inputs}
+        return write_merged(module, merged, out, facts)
+
+    if option:
+        fixed = {name: value for name, value in arguments.items() if name != option}
+        facts = {"method": given.method, "arguments": fixed, "inputs": inputs}
+        sweep(given, option, module, runs, merge, write, facts)
+    else:
+        print(write(merge(), given.out))
     return 0
 
 
@@ -61,11 +84,29 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--weights", metavar="W,W", help="average: share of each (equal)")
     parser.add_argument("--decay", type=float, help="ema: share of the mean so far (0.5)")
-    parser.add_argument("--alpha", type=float, help="wise: 0 is the first, 1 the second (0.5)")
-    parser.add_argument("--scale", type=float, help="factor of the merged task vector (1)")
+    parser.add_argument(
+        "--alpha", type=number_or_range, metavar="A",
+        help="wise: 0 is the first, 1 the second (0.5); a range start:stop:step is a sweep",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scale", type=number_or_range, metavar="S",
+        help="factor of the merged task vector (1); a range start:stop:step is a sweep",
+    )  # fmt: skip
     parser.add_argument("--density", type=float, help="ties: fraction of entries that stay (0.2)")
     parser.add_argument("--drop_rate", type=float, help="dare: fraction of entries dropped (0.9)")
     parser.add_argument("--seed", type=int, help="dare: seed of the dropped entries (0)")
+    parser.add_argument(
+        "--data", metavar="CARD_OR_RUN", help="sweep: whose tasks are scored (the last run)"
+    )
+    parser.add_argument(
+        "--old", metavar="TASK,TASK", help="sweep: old tasks (learned by the first, and probes)"
+    )
+    parser.add_argument(
+        "--new", metavar="TASK,TASK", help="sweep: new tasks (learned by the last alone)"
+    )
+    parser.add_argument(
+        "--samples", type=int, help="sweep: test samples of each task, at most (all)"
+    )
     return parser
 
 
@@ -78,13 +119,28 @@ def _arguments(given: Namespace) -> dict[str, Any]:
         unused.append("base")
     if unused:
         raise UsageError(f"--{unused[0]} is not used by --method {given.method}: leave it out")
+    if not any(isinstance(value, ValueRange) for value in stated.values()):
+        for name in _SWEEP_ONLY:
+            if getattr(given, name) is not None:
+                raise UsageError(
+                    f"--{name} is used by a sweep, and no option is a range: leave it out, or give "
+                    "a range such as --alpha 0:1:0.1"
+                )
     if given.method == "ema":
         return {"share": 1 - stated.get("decay", 0.5)}
     if given.method == "wise":
-        return {"alpha": stated.get("alpha", 0.5)}
+        return {"alpha": _fraction(stated.get("alpha", 0.5))}
     if "weights" in stated:
         return {"shares": _shares(stated["weights"])}
     return stated
+
+
+def _fraction(alpha: float | ValueRange) -> float | ValueRange:
+    values = alpha.values if isinstance(alpha, ValueRange) else [alpha]
+    outside = [value for value in values if not 0 <= value <= 1]
+    if outside:
+        raise UsageError(f"--alpha has {outside[0]:g}: give 0 to 1")
+    return alpha
 
 
 def _shares(text: str) -> list[float]:
@@ -94,7 +150,9 @@ def _shares(text: str) -> list[float]:
         raise UsageError(f"--weights is '{text}': give numbers such as 0.5,0.5") from None
 
 
-def _load(text: str, inputs: list[dict[str, str]]) -> tuple[ContinualModule, LoadedWeights]:
+def _load(
+    text: str, inputs: list[dict[str, str]]
+) -> tuple[ContinualModule, LoadedWeights, LoadedRun]:
     """Load a checkpoint, and append its file and sha256 to ``inputs``."""
     reference = RunReference.parse(text)
     run = reference.open(program="mmcl merge")
@@ -105,4 +163,4 @@ def _load(text: str, inputs: list[dict[str, str]]) -> tuple[ContinualModule, Loa
         file = run.folder.task_checkpoint(tasks)
         fact |= {"path": str(file), "sha256": sha256_of(file)}
     inputs.append(fact)
-    return module, load_weights(module, text)
+    return module, load_weights(module, text), LoadedRun(run, tasks)
