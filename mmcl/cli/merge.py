@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mmcl.cli.merge_fisher import fisher_of
 from mmcl.cli.merge_sweep import LoadedRun, ValueRange, number_or_range, sweep
 from mmcl.cli.parser import CommandParser, UsageError
 from mmcl.data.remote.location import sha256_of
@@ -31,10 +32,11 @@ _USED = {
     "ties": ("density", "scale"),
     "dare": ("drop_rate", "seed", "scale"),
     "magmax": ("scale",),
+    "fisher": ("data", "samples"),
 }
 """Method -> its options; of all others it is an error."""
-_SWEEP_ONLY = ("data", "old", "new", "samples")
-"""Options of a sweep alone."""
+_SWEEP = ("data", "old", "new", "samples")
+"""Options of a sweep, beside those of the method."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,13 +45,20 @@ def main(argv: Sequence[str]) -> int:
     arguments = _arguments(given)
     if given.out.exists():
         raise UsageError(f"{given.out} exists: give a new name, or remove this one")
-    inputs: list[dict[str, str]] = []
-    module, first, run = _load(given.checkpoints[0], inputs)
-    weights, runs = [first], [run]
-    for text in given.checkpoints[1:]:
-        _, loaded, run = _load(text, inputs)
+    inputs: list[dict[str, Any]] = []
+    modules: list[ContinualModule] = []
+    weights: list[LoadedWeights] = []
+    runs: list[LoadedRun] = []
+    fishers: list[dict[str, Tensor]] = []
+    for text in given.checkpoints:
+        own, loaded, run = _load(text, inputs)
         weights.append(loaded)
         runs.append(run)
+        modules = modules or [own]
+        if given.method == "fisher":
+            diagonal, tasks = fisher_of(own, run, text, given.data, given.samples)
+            fishers.append(diagonal)
+            inputs[-1]["fisher_tasks"] = tasks
     base = None
     if given.method in FROM_BASE:
         start = f"{RunReference.parse(given.checkpoints[0]).folder}@0"
@@ -58,17 +67,20 @@ def main(argv: Sequence[str]) -> int:
 
     def merge(value: float | None = None) -> dict[str, Tensor]:
         chosen = arguments if value is None else {**arguments, option: value}
-        return merge_weights(given.method, weights, base, chosen)
+        extra = {"fishers": fishers} if given.method == "fisher" else {}
+        return merge_weights(given.method, weights, base, chosen | extra)
 
     def write(merged: Mapping[str, Tensor], out: Path, value: float | None = None) -> str:
         chosen = arguments if value is None else {**arguments, option: value}
         facts = {"method": given.method, "arguments": chosen, "inputs": inputs}
-        return write_merged(module, merged, out, facts)
+        if given.method == "fisher":
+            facts |= {"data": given.data, "samples": given.samples}
+        return write_merged(modules[0], merged, out, facts)
 
     if option:
         fixed = {name: value for name, value in arguments.items() if name != option}
         facts = {"method": given.method, "arguments": fixed, "inputs": inputs}
-        sweep(given, option, module, runs, merge, write, facts)
+        sweep(given, option, modules[0], runs, merge, write, facts)
     else:
         print(write(merge(), given.out))
     return 0
@@ -96,7 +108,9 @@ def _parser() -> CommandParser:
     parser.add_argument("--drop_rate", type=float, help="dare: fraction of entries dropped (0.9)")
     parser.add_argument("--seed", type=int, help="dare: seed of the dropped entries (0)")
     parser.add_argument(
-        "--data", metavar="CARD_OR_RUN", help="sweep: whose tasks are scored (the last run)"
+        "--data",
+        metavar="CARD_OR_RUN",
+        help="sweep: whose tasks are scored (the last run); fisher: whose are measured (own run)",
     )
     parser.add_argument(
         "--old", metavar="TASK,TASK", help="sweep: old tasks (learned by the first, and probes)"
@@ -105,7 +119,9 @@ def _parser() -> CommandParser:
         "--new", metavar="TASK,TASK", help="sweep: new tasks (learned by the last alone)"
     )
     parser.add_argument(
-        "--samples", type=int, help="sweep: test samples of each task, at most (all)"
+        "--samples",
+        type=int,
+        help="of each task, at most (all); sweep: test samples, fisher: training samples",
     )
     return parser
 
@@ -120,12 +136,14 @@ def _arguments(given: Namespace) -> dict[str, Any]:
     if unused:
         raise UsageError(f"--{unused[0]} is not used by --method {given.method}: leave it out")
     if not any(isinstance(value, ValueRange) for value in stated.values()):
-        for name in _SWEEP_ONLY:
-            if getattr(given, name) is not None:
+        for name in _SWEEP:
+            if getattr(given, name) is not None and name not in _USED[given.method]:
                 raise UsageError(
                     f"--{name} is used by a sweep, and no option is a range: leave it out, or give "
                     "a range such as --alpha 0:1:0.1"
                 )
+    if given.method == "fisher":
+        return {}  # its diagonals are no arguments of the command line
     if given.method == "ema":
         return {"share": 1 - stated.get("decay", 0.5)}
     if given.method == "wise":
@@ -151,14 +169,14 @@ def _shares(text: str) -> list[float]:
 
 
 def _load(
-    text: str, inputs: list[dict[str, str]]
+    text: str, inputs: list[dict[str, Any]]
 ) -> tuple[ContinualModule, LoadedWeights, LoadedRun]:
     """Load a checkpoint, and append its file and sha256 to ``inputs``."""
     reference = RunReference.parse(text)
     run = reference.open(program="mmcl merge")
     module = reference.load(run)
     tasks = reference.finished_tasks(run)
-    fact = {"checkpoint": text}
+    fact: dict[str, Any] = {"checkpoint": text}
     if tasks:
         file = run.folder.task_checkpoint(tasks)
         fact |= {"path": str(file), "sha256": sha256_of(file)}

@@ -29,7 +29,7 @@ from mmcl.lightning.module import ContinualModule
 from mmcl.models.hf_vlm.loading import plain_model, save_pretrained
 from mmcl.ops import model_merging as merging
 
-METHODS = ("average", "ema", "wise", "task_arithmetic", "ties", "dare", "magmax")
+METHODS = ("average", "ema", "wise", "task_arithmetic", "ties", "dare", "magmax", "fisher")
 FROM_BASE = ("task_arithmetic", "ties", "dare", "magmax")
 """Methods that merge differences to a base."""
 

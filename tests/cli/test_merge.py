@@ -9,10 +9,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from mmcl.cli.merge_fisher import measure_fisher
 from mmcl.cli.merge_sweep import number_or_range
+from mmcl.core.seeding import generator
 from mmcl.data.remote.location import sha256_of
+from mmcl.diagnostics import ProbeData
 from mmcl.evaluation import AccuracyMatrix
 from mmcl.evaluation.diagnostic_record import Diagnostic
+from mmcl.lightning.config.run_reference import RunReference
+from tests.diagnostics.diagnosed import clip_module, small_data
 
 
 def test_checkpoints_of_a_run_become_one_model(answered):
@@ -95,6 +100,8 @@ def test_a_range_that_is_none_is_refused(desk, text, wanted):
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
+        (["--method", "fisher", "--old", "a"], "--old is used by a sweep"),
+        (["--method", "average", "--samples", "2"], "--samples is used by a sweep"),
         (["--method", "wise", "--old", "a"], "--old is used by a sweep"),
         (["--method", "wise", "--alpha", "0.5", "--data", "x"], "--data is used by a sweep"),
         (["--method", "wise", "--alpha", "0:2:1"], "--alpha has 2: give 0 to 1"),
@@ -181,3 +188,92 @@ def test_a_model_that_answers_is_swept_over_its_adapters_products(answered):
     assert len(found["points"][1]["scores"]) == 2
     for number, score in enumerate(found["points"][1]["scores"].values()):
         assert score == pytest.approx(matrix.get(2, number))
+
+
+@pytest.mark.slow
+def test_a_fisher_merge_weighs_weights_by_what_each_run_learned(learned):
+    words = ("small_run@1", "small_run@2", "fisher", "--method", "fisher", "--samples", "6")
+    status, _, err = learned.give("merge", *words)
+    assert status == 0, err
+    facts = json.loads((learned.folder / "fisher" / "merge.json").read_text())
+    assert [each["fisher_tasks"] for each in facts["inputs"]] == [["task-a"], ["task-a", "task-b"]]
+    assert (facts["samples"], facts["data"]) == (6, None)
+    merged = load_file(learned.folder / "fisher" / "open_clip_model.safetensors")
+    sets, fishers = [], []
+    for name in ("small_run@1", "small_run@2"):
+        reference = RunReference.parse(name)
+        run = reference.open()
+        module = reference.load(run)
+        run.data.setup()
+        tasks = reference.finished_tasks(run)
+        probes = ProbeData(run.data, samples=6)
+        sets.append(dict(module.model.clip.state_dict()))
+        fishers.append(measure_fisher(module, probes, tasks, list(range(tasks))))
+    for name, tensor in merged.items():
+        if name in fishers[0]:
+            one, two = (each[name].clamp(min=1e-6) for each in fishers)
+            expected = (one * sets[0][name] + two * sets[1][name]) / (one + two)
+            torch.testing.assert_close(tensor, expected)
+    status, _, err = learned.give("merge", "small_run@0", "small_run", "no", *words[3:])
+    assert status == 1
+    assert "small_run@0 has learned no task" in err
+
+
+@pytest.mark.slow
+def test_the_fisher_of_all_weights_is_that_of_a_loop_over_samples(tmp_path):
+    data, module = small_data(tmp_path), clip_module(tmp_path)
+    module.model.clip.visual.requires_grad_(False)
+    probes = ProbeData(data)
+    found = measure_fisher(module, probes, 1, [0])
+    spec = probes.spec(1, 0)
+    module.model.set_classes(spec.prompt_names or spec.names, spec.task.templates)
+    weights = dict(module.model.clip.named_parameters())
+    assert found.keys() == weights.keys()
+    assert not any(p.requires_grad for p in module.model.clip.visual.parameters())
+    module.model.clip.requires_grad_(True)
+    sums, count = (
+        {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in weights.items()},
+        0,
+    )
+    for batch in probes.batches(module.model, 0, "train"):
+        for row in range(len(batch)):
+            logits = module.model(batch.take(torch.tensor([row]))).logits[0]
+            chances = logits.detach().softmax(0)
+            label = torch.multinomial(chances.double(), 1, generator=generator(0, 0, count))
+            module.zero_grad()
+            logits.log_softmax(0)[label].sum().backward()
+            for name, weight in weights.items():
+                sums[name] += 0 if weight.grad is None else weight.grad.double() ** 2
+            count += 1
+    assert count == 8
+    for name, diagonal in found.items():
+        torch.testing.assert_close(diagonal, (sums[name] / count).float(), rtol=1e-3, atol=1e-7)
+    assert any(float(found[name].sum()) > 0 for name in found if name.startswith("visual"))
+    assert any(float(found[name].sum()) > 0 for name in found if name.startswith("transformer"))
+
+
+@pytest.mark.slow
+def test_a_fisher_merge_of_adapters_measures_the_weights_that_they_change(answered):
+    run = next((answered.folder / "runs").iterdir())
+    words = ("--method", "fisher", "--samples", "2")
+    status, _, err = answered.give("merge", f"{run}@1", f"{run}@2", "fisher", *words)
+    assert status == 0, err
+    for tasks in ("1", "2"):
+        given = ("export", str(run), f"after{tasks}", "--as", "transformers", "--after_task", tasks)
+        assert answered.give(*given)[0] == 0
+    first, second, merged = (
+        AutoModelForImageTextToText.from_pretrained(answered.folder / name).state_dict()
+        for name in ("after1", "after2", "fisher")
+    )
+    changed = [name for name in first if not torch.equal(first[name], second[name])]
+    assert changed
+    for name in changed:  # between both, and not in the middle everywhere
+        low, high = (
+            torch.minimum(first[name], second[name]),
+            torch.maximum(first[name], second[name]),
+        )
+        assert bool((merged[name] >= low - 1e-6).all() and (merged[name] <= high + 1e-6).all())
+    middle = [
+        torch.allclose(merged[n], (first[n] + second[n]) / 2, rtol=0, atol=1e-7) for n in changed
+    ]
+    assert not all(middle)
