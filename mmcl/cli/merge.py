@@ -19,8 +19,10 @@ from mmcl.merging.checkpoints import (
     FROM_BASE,
     METHODS,
     LoadedWeights,
+    export_file,
     load_weights,
     merge_weights,
+    replace_clip_weights,
     write_merged,
 )
 
@@ -51,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     runs: list[LoadedRun] = []
     fishers: list[dict[str, Tensor]] = []
     for text in given.checkpoints:
-        own, loaded, run = _load(text, inputs)
+        own, loaded, run = _load(text, inputs, given.like)
         weights.append(loaded)
         runs.append(run)
         modules = modules or [own]
@@ -61,8 +63,10 @@ def main(argv: Sequence[str]) -> int:
             inputs[-1]["fisher_tasks"] = tasks
     base = None
     if given.method in FROM_BASE:
-        start = f"{RunReference.parse(given.checkpoints[0]).folder}@0"
-        base = _load(given.base or start, inputs)[1]
+        start = f"{runs[0].run.folder.path}@0"
+        base = _load(given.base or start, inputs, given.like)[1]
+    if given.like and not any("like" in fact for fact in inputs):
+        raise UsageError("--like is used by exports, and no checkpoint is one: leave it out")
     option = next((name for name, value in arguments.items() if isinstance(value, ValueRange)), "")
 
     def merge(value: float | None = None) -> dict[str, Tensor]:
@@ -88,12 +92,15 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="mmcl merge", description=main.__doc__)
-    parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="RUN, RUN@3 or RUN@task")
+    parser.add_argument(
+        "checkpoints", nargs="+", metavar="CKPT", help="RUN, RUN@3, RUN@task or export"
+    )
     parser.add_argument("out", type=Path, help="new folder; of a CLIP also a .safetensors file")
     parser.add_argument("--method", required=True, choices=METHODS, help="how to merge")
     parser.add_argument(
         "--base", metavar="CKPT", help="where task vectors start (the first run before training)"
     )
+    parser.add_argument("--like", metavar="RUN", help="exports of a CLIP: a run of the same model")
     parser.add_argument("--weights", metavar="W,W", help="average: share of each (equal)")
     parser.add_argument("--decay", type=float, help="ema: share of the mean so far (0.5)")
     parser.add_argument(
@@ -169,16 +176,22 @@ def _shares(text: str) -> list[float]:
 
 
 def _load(
-    text: str, inputs: list[dict[str, Any]]
+    text: str, inputs: list[dict[str, Any]], like: str | None
 ) -> tuple[ContinualModule, LoadedWeights, LoadedRun]:
-    """Load a checkpoint, and append its file and sha256 to ``inputs``."""
-    reference = RunReference.parse(text)
+    """Load a checkpoint or an export, and append its file and sha256 to ``inputs``."""
+    export = export_file(text)
+    if export and like is None:
+        raise UsageError(f"{text} is an export: give --like RUN, a run of the same model")
+    reference = RunReference.parse(like if export and like else text)
     run = reference.open(program="mmcl merge")
     module = reference.load(run)
     tasks = reference.finished_tasks(run)
     fact: dict[str, Any] = {"checkpoint": text}
-    if tasks:
-        file = run.folder.task_checkpoint(tasks)
+    file = export or (run.folder.task_checkpoint(tasks) if tasks else None)
+    if file:
         fact |= {"path": str(file), "sha256": sha256_of(file)}
+    if export:
+        fact["like"] = like
+        replace_clip_weights(module, export)
     inputs.append(fact)
-    return module, load_weights(module, text), LoadedRun(run, tasks)
+    return module, load_weights(module, text), LoadedRun(run, tasks, bool(export))

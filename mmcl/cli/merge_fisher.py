@@ -39,8 +39,13 @@ def fisher_of(
         name of a weight in an export -> diagonal, the mean over the tasks; and the tasks' names.
 
     Raises:
-        ValueError: if the checkpoint has learned none of the tasks.
+        ValueError: if the checkpoint has learned none of the tasks, or is an export.
     """
+    if run.is_export:
+        raise ValueError(
+            f"{checkpoint} is an export, which does not say what it has learned, and fisher "
+            "measures on that: give its run instead"
+        )
     loader = StateLoader(run.run)
     opened = run.run.data if data is None else other_data(data, checkpoint, [])
     stream = opened.stream

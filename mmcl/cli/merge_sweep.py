@@ -46,10 +46,12 @@ class LoadedRun:
     Attributes:
         run: its opened run.
         tasks: number of tasks that the checkpoint has learned.
+        is_export: whether the weights are an export, and the run only one of the same model.
     """
 
     run: ContinualRun
     tasks: int
+    is_export: bool = False
 
     @property
     def learned(self) -> list[str]:
@@ -171,6 +173,11 @@ def _groups(
     Raises:
         UsageError: if one is empty, a task is unknown, or one is in both.
     """
+    if any(each.is_export for each in runs) and not (given.old and given.new):
+        raise UsageError(
+            "an export does not say which tasks it has learned: give --old and --new, any of "
+            f"{', '.join(task.name for task in stream.all_tasks if task.repeat_of is None)}"
+        )
     trained = {_first_name(stream, number): number for number in range(len(stream))}
     known = {name: stream.first_occurrence(number) for name, number in trained.items()}
     probes = {

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmcl.core import write_atomic
 from mmcl.core.model import without_adapters
 from mmcl.export.formats import (
+    CLIP_WEIGHTS,
     beyond_weights,
     example_batch,
     new_folder,
@@ -83,6 +85,50 @@ def load_weights(module: ContinualModule, name: str) -> LoadedWeights:
     buffers = {without_adapters(key) for key, _ in owner.named_buffers(remove_duplicate=False)}
     fingerprint = module.fingerprint() if adapted else ""
     return LoadedWeights(name, copies, fingerprint, frozenset(buffers & copies.keys()))
+
+
+def export_file(text: str) -> Path | None:
+    """Return the weights of an export of a CLIP, a folder or .safetensors file; None if it is none.
+
+    Args:
+        text: checkpoint, as the user gave it.
+    """
+    path = Path(text)
+    file = path if path.suffix == ".safetensors" else path / CLIP_WEIGHTS
+    return file if file.is_file() else None
+
+
+def replace_clip_weights(module: ContinualModule, file: Path) -> None:
+    """Replace the weights of a CLIP by those of an export; float16 ones are widened.
+
+    Args:
+        module: with a CLIP.
+        file: from ``export_file``.
+
+    Raises:
+        TypeError: if the model is not one of open_clip.
+        ValueError: naming the first weight that is missing, unknown or of another shape.
+    """
+    clip = getattr(module.model, "clip", None)
+    if clip is None:
+        raise TypeError(
+            f"{file} is an export of a CLIP, and --like has a {type(module.model).__name__}: give "
+            "a run of the same CLIP"
+        )
+    weights, own = load_file(file), clip.state_dict()
+    problems = [f"lacks '{name}'" for name in own if name not in weights]
+    problems += [f"has '{name}', which the model lacks" for name in weights if name not in own]
+    problems += [
+        f"has '{name}' of shape {tuple(tensor.shape)}, the model of {tuple(own[name].shape)}"
+        for name, tensor in weights.items()
+        if name in own and own[name].shape != tensor.shape
+    ]
+    if problems:
+        raise ValueError(
+            f"{file} {problems[0]} ({len(problems)} weights differ): give --like with a run of the "
+            "same model"
+        )
+    clip.load_state_dict(weights)
 
 
 def expect_mergeable(loaded: Sequence[LoadedWeights]) -> None:

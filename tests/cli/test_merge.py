@@ -6,7 +6,7 @@ from argparse import ArgumentTypeError
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from mmcl.cli.merge_fisher import measure_fisher
@@ -277,3 +277,56 @@ def test_a_fisher_merge_of_adapters_measures_the_weights_that_they_change(answer
         torch.allclose(merged[n], (first[n] + second[n]) / 2, rtol=0, atol=1e-7) for n in changed
     ]
     assert not all(middle)
+
+
+@pytest.mark.slow
+def test_an_export_is_merged_as_the_checkpoint_that_it_was_written_from(learned):
+    for target, tasks in (("one", "1"), ("two.safetensors", "3")):
+        words = ("export", "small_run", target, "--as", "open_clip", "--after_task", tasks)
+        assert learned.give(*words)[0] == 0
+    merge = ("--method", "task_arithmetic", "--scale", "0.5")
+    for inputs in (
+        ("small_run@1", "small_run", "runs_merged"),
+        ("one", "two.safetensors", "merged", "--like", "small_run"),
+    ):
+        status, _, err = learned.give("merge", *inputs, *merge)
+        assert status == 0, err
+    expected, found = (
+        load_file(learned.folder / name / "open_clip_model.safetensors")
+        for name in ("runs_merged", "merged")
+    )
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    fact = json.loads((learned.folder / "merged" / "merge.json").read_text())["inputs"][1]
+    assert fact["sha256"] == sha256_of(learned.folder / "two.safetensors")
+    assert fact["like"] == "small_run"
+
+
+@pytest.mark.slow
+def test_an_export_that_does_not_fit_is_refused_by_a_name(learned):
+    assert learned.give("export", "small_run", "one", "--as", "open_clip")[0] == 0
+    file = learned.folder / "one" / "open_clip_model.safetensors"
+    weights = load_file(file)
+    name = "logit_scale"
+    pair = ("merge", "one", "small_run", "out", "--method", "wise")
+    like = ("--like", "small_run")
+    for changed, wanted in (
+        ({n: t for n, t in weights.items() if n != name}, f"lacks '{name}'"),
+        ({**weights, "more": torch.zeros(1)}, "has 'more', which the model lacks"),
+        ({**weights, name: torch.zeros(3)}, f"has '{name}' of shape (3,), the model of ()"),
+    ):
+        save_file(changed, file)
+        status, _, err = learned.give(*pair, *like)
+        assert status == 1
+        assert wanted in err
+    save_file(weights, file)
+    for words, wanted in (
+        (pair, "one is an export: give --like RUN"),
+        (("merge", "small_run@1", *pair[2:], *like), "--like is used by exports"),
+        ((*pair, *like, "--alpha", "0:1:1"), "give --old and --new, any of task-a"),
+        ((*pair[:-1], "fisher", *like), "does not say what it has learned"),
+    ):
+        status, _, err = learned.give(*words)
+        assert status != 0
+        assert wanted in err
+    assert not (learned.folder / "out").exists()
