@@ -123,7 +123,7 @@ def main(argv: Sequence[str]) -> int:
         )
     reference = RunReference(find_run_dir(given.run))
     run = reference.open(rest, "mmcl diagnose", with_progress)
-    loader = _StateLoader(run)
+    loader = StateLoader(run)
     given.rows = numbers(given.after_task, finished_tasks(run) + 1, "after_task")
     probes = ProbeData(run.data, loader.device, given.samples, loader.precision)
     matrix = _matrix(reference.folder)
@@ -147,7 +147,7 @@ def _numbers_of(text: str) -> list[float]:
     return [float(word) for word in text.split(",")]
 
 
-class _StateLoader:
+class StateLoader:
     """Loads states of a run in evaluation mode on the run's first device.
 
     Attributes:
@@ -187,7 +187,7 @@ class _End:
         reference = RunReference.parse(text)
         self.folder = reference.folder
         self.run = reference.open(changes, program, with_progress)
-        self.loader = _StateLoader(self.run)
+        self.loader = StateLoader(self.run)
         self.tasks = reference.finished_tasks(self.run)
         self.name = f"{self.folder.resolve().name}@{reference.state or self.tasks}"
 
@@ -212,12 +212,12 @@ def _open_pair(given: Any, rest: Sequence[str], program: str) -> tuple[_End, _En
     first, second = (_End(text, rest, program) for text in (given.first, given.second))
     if (first.folder, first.tasks) == (second.folder, second.tasks):
         raise UsageError(f"{given.first} and {given.second} are the same checkpoint: give two")
-    data = first.run.data if given.data is None else _other_data(given.data, given.first, rest)
+    data = first.run.data if given.data is None else other_data(given.data, given.first, rest)
     samples = getattr(given, "samples", None)
     return first, second, ProbeData(data, first.loader.device, samples, first.loader.precision)
 
 
-def _other_data(name: str, run: str, rest: Sequence[str]) -> ContinualDataModule:
+def other_data(name: str, run: str, rest: Sequence[str]) -> ContinualDataModule:
     """Return the opened data of another run, or of a card with the settings of a run."""
     try:
         data = RunReference(find_run_dir(name)).open(rest, prepare=with_progress).data
@@ -244,7 +244,7 @@ def _matrix(folder: Path) -> AccuracyMatrix | None:
 
 
 def _run_flatness(
-    given: Any, loader: _StateLoader, probes: ProbeData, matrix: AccuracyMatrix | None
+    given: Any, loader: StateLoader, probes: ProbeData, matrix: AccuracyMatrix | None
 ) -> Diagnostic:
     tasks = None if given.tasks is None else _trained_tasks(given, probes)
     return flatness(
@@ -254,14 +254,14 @@ def _run_flatness(
 
 
 def _run_linear_probe(
-    given: Any, loader: _StateLoader, probes: ProbeData, matrix: AccuracyMatrix | None
+    given: Any, loader: StateLoader, probes: ProbeData, matrix: AccuracyMatrix | None
 ) -> Diagnostic:
     tasks = _trained_tasks(given, probes)
     return linear_probe(loader.load_or_none, probes, given.rows, tasks, matrix, seed=given.seed)
 
 
 def _run_recovery(
-    given: Any, loader: _StateLoader, probes: ProbeData, matrix: AccuracyMatrix | None
+    given: Any, loader: StateLoader, probes: ProbeData, matrix: AccuracyMatrix | None
 ) -> Diagnostic:
     tasks = _trained_tasks(given, probes)
     return recovery(loader.load_or_none, probes, given.rows, matrix, tasks)

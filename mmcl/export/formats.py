@@ -31,7 +31,9 @@ from mmcl.strategies.lora import LoRA, describe_base, peft_state
 
 _TOLERANCE = 1e-3
 _ROOT = "lm."
-_WEIGHTS, _IN_FOLDER = ".safetensors", "open_clip_model.safetensors"
+_WEIGHTS = ".safetensors"
+CLIP_WEIGHTS = "open_clip_model.safetensors"
+"""File of the weights in an exported folder of open_clip."""
 RUN_WITH_MMCL = "run it with mmcl, from its run directory"
 
 
@@ -79,8 +81,8 @@ def _write_clip_files(model: Any, state: dict[str, Tensor], target: Path) -> str
     if target.suffix != _WEIGHTS:
         with new_folder(target) as temporary:
             save_architecture(model.clip, getattr(model, "_tokenizer", None), name, temporary)
-            save_file(state, temporary / _IN_FOLDER)
-        weights = target / _IN_FOLDER
+            save_file(state, temporary / CLIP_WEIGHTS)
+        weights = target / CLIP_WEIGHTS
         report = f"{target}: a folder for open_clip ('local-dir:{target}')"
     else:
         weights, architecture = target, target.with_suffix(".json")

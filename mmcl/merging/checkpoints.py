@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmcl.core import write_atomic
+from mmcl.core.model import without_adapters
 from mmcl.export.formats import (
+    CLIP_WEIGHTS,
     beyond_weights,
     example_batch,
     new_folder,
@@ -28,7 +31,7 @@ from mmcl.lightning.module import ContinualModule
 from mmcl.models.hf_vlm.loading import plain_model, save_pretrained
 from mmcl.ops import model_merging as merging
 
-METHODS = ("average", "ema", "wise", "task_arithmetic", "ties", "dare", "magmax")
+METHODS = ("average", "ema", "wise", "task_arithmetic", "ties", "dare", "magmax", "fisher")
 FROM_BASE = ("task_arithmetic", "ties", "dare", "magmax")
 """Methods that merge differences to a base."""
 
@@ -41,11 +44,13 @@ class LoadedWeights:
         name: of the checkpoint, as the user gave it.
         weights: name -> tensor, adapters merged into the weights that they adapt.
         fingerprint: of the frozen weights if there are adapters, else "".
+        buffers: names of the weights that are not trained, such as running statistics.
     """
 
     name: str
     weights: dict[str, Tensor]
     fingerprint: str
+    buffers: frozenset[str] = frozenset()
 
 
 def load_weights(module: ContinualModule, name: str) -> LoadedWeights:
@@ -76,7 +81,54 @@ def load_weights(module: ContinualModule, name: str) -> LoadedWeights:
             "change weights alone, such as Finetune or LoRA"
         )
     copies = {key: tensor.detach().cpu().clone() for key, tensor in weights.items()}
-    return LoadedWeights(name, copies, module.fingerprint() if adapted else "")
+    owner = model.lm if clip is None else clip
+    buffers = {without_adapters(key) for key, _ in owner.named_buffers(remove_duplicate=False)}
+    fingerprint = module.fingerprint() if adapted else ""
+    return LoadedWeights(name, copies, fingerprint, frozenset(buffers & copies.keys()))
+
+
+def export_file(text: str) -> Path | None:
+    """Return the weights of an export of a CLIP, a folder or .safetensors file; None if it is none.
+
+    Args:
+        text: checkpoint, as the user gave it.
+    """
+    path = Path(text)
+    file = path if path.suffix == ".safetensors" else path / CLIP_WEIGHTS
+    return file if file.is_file() else None
+
+
+def replace_clip_weights(module: ContinualModule, file: Path) -> None:
+    """Replace the weights of a CLIP by those of an export; float16 ones are widened.
+
+    Args:
+        module: with a CLIP.
+        file: from ``export_file``.
+
+    Raises:
+        TypeError: if the model is not one of open_clip.
+        ValueError: naming the first weight that is missing, unknown or of another shape.
+    """
+    clip = getattr(module.model, "clip", None)
+    if clip is None:
+        raise TypeError(
+            f"{file} is an export of a CLIP, and --like has a {type(module.model).__name__}: give "
+            "a run of the same CLIP"
+        )
+    weights, own = load_file(file), clip.state_dict()
+    problems = [f"lacks '{name}'" for name in own if name not in weights]
+    problems += [f"has '{name}', which the model lacks" for name in weights if name not in own]
+    problems += [
+        f"has '{name}' of shape {tuple(tensor.shape)}, the model of {tuple(own[name].shape)}"
+        for name, tensor in weights.items()
+        if name in own and own[name].shape != tensor.shape
+    ]
+    if problems:
+        raise ValueError(
+            f"{file} {problems[0]} ({len(problems)} weights differ): give --like with a run of the "
+            "same model"
+        )
+    clip.load_state_dict(weights)
 
 
 def expect_mergeable(loaded: Sequence[LoadedWeights]) -> None:
@@ -107,7 +159,10 @@ def merge_weights(
     base: LoadedWeights | None,
     arguments: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """Merge plain weights by a formula of ``mmcl.ops.model_merging``.
+    """Merge plain weights by a formula of ``mmcl.ops.model_merging``, buffers by their mean.
+
+    A formula of task vectors may move a variance below 0, so buffers take no part in it: they are
+    averaged over the checkpoints, without the base, with the shares of "average", "ema" or "wise".
 
     Args:
         method: one of ``METHODS``.
@@ -119,15 +174,51 @@ def merge_weights(
         ValueError: if the weights do not fit together, or an argument is out of range.
     """
     expect_mergeable([*([] if base is None else [base]), *loaded])
-    sets = [each.weights for each in loaded]
+    names = loaded[0].buffers
+    sets = [_without(each.weights, names) for each in loaded]
     formula = getattr(merging, method)
     if base is not None:
-        return cast("dict[str, Tensor]", formula(base.weights, sets, **arguments))
-    if method == "wise":
+        merged = formula(_without(base.weights, names), sets, **arguments)
+    elif method == "wise":
         if len(sets) != 2:
             raise ValueError(f"wise is a line between two checkpoints, got {len(sets)}: give two")
-        return merging.wise(sets[0], sets[1], **arguments)
-    return cast("dict[str, Tensor]", formula(sets, **arguments))
+        merged = merging.wise(sets[0], sets[1], **arguments)
+    else:
+        merged = formula(sets, **arguments)
+    buffers = [{name: each.weights[name] for name in names} for each in loaded]
+    merged |= _average_buffers(buffers, _buffer_shares(method, len(loaded), arguments))
+    return {name: merged[name] for name in loaded[0].weights}
+
+
+def _without(weights: Mapping[str, Tensor], names: frozenset[str]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in weights.items() if name not in names}
+
+
+def _buffer_shares(method: str, count: int, arguments: Mapping[str, Any]) -> Sequence[float] | None:
+    """Return the share of each checkpoint in the mean of the buffers, None = equal ones."""
+    if method == "wise":
+        return [1 - arguments["alpha"], arguments["alpha"]]
+    if method == "ema":
+        share = arguments["share"]
+        newer = [share * (1 - share) ** (count - 1 - index) for index in range(1, count)]
+        return [(1 - share) ** (count - 1), *newer]
+    return cast("Sequence[float] | None", arguments.get("shares"))
+
+
+def _average_buffers(
+    buffers: Sequence[Mapping[str, Tensor]], shares: Sequence[float] | None
+) -> dict[str, Tensor]:
+    """Return the weighted mean of buffers; integers are rounded, bools are those of the last."""
+
+    def is_integer(tensor: Tensor) -> bool:
+        return not (tensor.is_floating_point() or tensor.dtype == torch.bool)
+
+    wide = [{n: t.double() if is_integer(t) else t for n, t in each.items()} for each in buffers]
+    mean = merging.average(wide, shares)
+    return {
+        name: mean[name].round().to(tensor.dtype) if is_integer(tensor) else mean[name]
+        for name, tensor in buffers[0].items()
+    }
 
 
 @torch.no_grad()

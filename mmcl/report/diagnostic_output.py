@@ -5,17 +5,22 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from typing import Protocol
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from mmcl.evaluation.diagnostic_record import Diagnostic, Panel
-from mmcl.report.formatting import sanitize, shorten
+from mmcl.report.formatting import percent, sanitize, shorten
 from mmcl.report.plot_style import (
+    ACCENT,
+    LINE,
     MUTED,
+    WARM,
     Format,
     canvas,
     color_legend,
+    label_points,
     name_ticks,
     render,
     series_color,
@@ -26,6 +31,7 @@ from mmcl.report.plot_style import (
 _PANEL_WIDTH, _PANEL_HEIGHT = 5.2, 3.4
 _MAX_LEGEND = 10
 _MAX_TICKS = 12
+_MAX_POINT_LABELS = 21
 
 
 def draw_diagnostic(diagnostic: Diagnostic, format: Format = "svg") -> bytes:
@@ -131,3 +137,87 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
         for row in cells
     ]
+
+
+class AbilityPoint(Protocol):
+    """Point of a trade-off between old and new ability, 0 to 1."""
+
+    @property
+    def value(self) -> float:
+        """Value of the setting."""
+
+    @property
+    def old(self) -> float:
+        """Mean score of old tasks."""
+
+    @property
+    def new(self) -> float:
+        """Mean score of new tasks."""
+
+    @property
+    def mean(self) -> float:
+        """Mean of both."""
+
+
+def trade_off_table(option: str, points: Sequence[AbilityPoint], best: int) -> str:
+    """Return a trade-off as a markdown table in percent, the best value marked.
+
+    Args:
+        option: name of the setting.
+        points: one a value.
+        best: index of the best one.
+    """
+    rows = [[option, "old, %", "new, %", "mean, %", ""]]
+    for index, point in enumerate(points):
+        scores = map(percent, (point.old, point.new, point.mean))
+        rows.append([f"{point.value:g}", *scores, "best" if index == best else ""])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [" | ".join(map(str.rjust, row, widths)) for row in rows]
+    rule = " | ".join("-" * (width - 1) + ":" for width in widths)
+    return "\n".join(f"| {line} |" for line in (lines[0], rule, *lines[1:]))
+
+
+def draw_trade_off(
+    option: str, points: Sequence[AbilityPoint], best: int, format: Format = "svg"
+) -> bytes:
+    """Draw new ability against old ability, one labelled point a value, the best one ringed.
+
+    Values with the same scores share a point and a label. Of more than 21 places only some are
+    labelled, the ends and the best among them.
+
+    Args:
+        option: name of the setting.
+        points: one a value, in their order.
+        best: index of the best one.
+        format: svg or png.
+    """
+    figure, axes = canvas(5.6, 4.4)
+    places = [(100 * point.old, 100 * point.new) for point in points]
+    x, y = zip(*places, strict=True)
+    axes.plot(x, y, "-", color=LINE, linewidth=1.4, zorder=1)
+    axes.plot(x, y, "o", color=ACCENT, markersize=4.5, zorder=2)
+    axes.plot(
+        *places[best], "o", color=WARM, markersize=11, fillstyle="none", markeredgewidth=1.6,
+        label=f"best mean: {option} {points[best].value:g}", zorder=3,
+    )  # fmt: skip
+    axes.margins(0.12)
+    write_text(axes.set_xlabel(" "), "old ability, %", color=MUTED)
+    write_text(axes.set_ylabel(" "), "new ability, %", color=MUTED)
+    write_text(axes.set_title(" ", loc="left"), f"points: {option}", color=MUTED, fontsize=9)
+    tidy(axes)
+    axes.grid(axis="x", color=LINE, linewidth=0.7)
+    color_legend(
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
+    )
+    values_at: dict[tuple[float, float], list[str]] = {}
+    for place, point in zip(places, points, strict=True):
+        values_at.setdefault(place, []).append(f"{point.value:g}")
+    step = -(-len(values_at) // _MAX_POINT_LABELS)
+    named = [
+        (place, shorten(", ".join(values), 24))
+        for index, (place, values) in enumerate(values_at.items())
+        if index % step == 0 or place in (places[best], places[-1])
+    ]
+    figure.draw_without_rendering()  # the layout decides where labels would overlap
+    label_points(axes, places, named)
+    return render(figure, f"trade-off-{option}", format)

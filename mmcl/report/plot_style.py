@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cache
+from itertools import pairwise
 from typing import Any, Literal
 
 from matplotlib import rc_context
@@ -138,6 +140,88 @@ def separate_labels(heights: Sequence[float], gap: float, highest: float) -> lis
         moved[n] = min(moved[n], ceiling)
         ceiling = moved[n] - gap
     return moved
+
+
+def label_points(
+    axes: Axes,
+    points: Sequence[tuple[float, float]],
+    named: Sequence[tuple[tuple[float, float], str]],
+) -> None:
+    """Label points beside them, each at the closest place that no point or label covers.
+
+    Args:
+        axes: of a figure whose layout is known.
+        points: x and y of all points, which labels avoid.
+        named: x and y of a point, and its label.
+    """
+    pixels = axes.figure.dpi / 72
+    marks = [tuple(axes.transData.transform(point) / pixels) for point in points]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in marks]  # left, bottom, right, top in points
+    for start, end in pairwise(marks):
+        between = [
+            tuple(a + n / 24 * (b - a) for a, b in zip(start, end, strict=True))
+            for n in range(1, 24)
+        ]
+        taken += [(x - 1, y - 1, x + 1, y + 1) for x, y in between]
+    inside = [edge / pixels for edge in axes.bbox.extents]
+    for point, text in named:
+        own = tuple(axes.transData.transform(point) / pixels)
+        boxes = [_label_box(own, offset, 5.0 * len(text)) for offset in _OFFSETS]
+        costs = [_label_cost(box, own, marks, taken, inside) for box in boxes]
+        chosen = costs.index(min(costs))
+        dx, dy = _OFFSETS[chosen]
+        taken.append(boxes[chosen])
+        arrow = {"arrowstyle": "-", "color": LINE, "linewidth": 0.7, "shrinkB": 3}
+        is_far = math.hypot(dx, dy) > 15
+        label = axes.annotate(
+            " ", point, (dx, dy), textcoords="offset points", va="center", fontsize=8, color=INK,
+            ha=_side(dx), arrowprops=arrow if is_far else None, zorder=4,
+        )  # fmt: skip
+        write_text(label, text)
+
+
+_Box = tuple[float, float, float, float]
+_OFFSETS = [
+    (radius * math.cos(eighth * math.pi / 4), radius * math.sin(eighth * math.pi / 4))
+    for radius in (10, 14, 19, 26, 34, 44, 56)
+    for eighth in (1, 3, 7, 5, 2, 6, 0, 4)
+]
+"""Offsets of a label from its point, in points, the closest ones first."""
+
+
+def _label_cost(
+    box: _Box,
+    own: tuple[float, ...],
+    marks: Sequence[tuple[float, ...]],
+    taken: Sequence[_Box],
+    inside: Sequence[float],
+) -> int:
+    """Number of things that a label covers, plus those that make it a label of another point."""
+
+    def distance(mark: tuple[float, ...]) -> float:
+        sides = (box[0] - mark[0], mark[0] - box[2]), (box[1] - mark[1], mark[1] - box[3])
+        return math.hypot(*(max(0.0, *side) for side in sides))
+
+    closer = sum(distance(mark) < distance(own) for mark in marks if mark != own)
+    is_outside = (
+        box[0] < inside[0] or box[1] < inside[1] or box[2] > inside[2] or box[3] > inside[3]
+    )
+    return sum(_overlap(box, other) for other in taken) + 2 * closer + 8 * is_outside
+
+
+def _side(dx: float) -> Literal["left", "center", "right"]:
+    return "center" if abs(dx) < 1 else "left" if dx > 0 else "right"
+
+
+def _label_box(point: tuple[float, ...], offset: tuple[float, float], width: float) -> _Box:
+    x, y = point[0] + offset[0], point[1] + offset[1]
+    left = {"left": x, "center": x - width / 2, "right": x - width}[_side(offset[0])]
+    return left, y - 5, left + width, y + 5
+
+
+def _overlap(one: _Box, other: _Box) -> bool:
+    apart = one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+    return not apart
 
 
 def name_ticks(axis: Axis, ticks: Sequence[float], names: Sequence[str], **style: Any) -> None:

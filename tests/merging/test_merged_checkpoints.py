@@ -12,11 +12,13 @@ from transformers import AutoModelForImageTextToText
 from mmcl.core import begin_task
 from mmcl.core.model import without_adapters
 from mmcl.lightning.module import ContinualModule
-from mmcl.merging.checkpoints import load_weights, merge_weights, write_merged
+from mmcl.merging.checkpoints import FROM_BASE, load_weights, merge_weights, write_merged
 from mmcl.models import ImageTextToText, OpenCLIP
+from mmcl.ops.model_merging import ties
 from mmcl.strategies import L2P, LoRA, MoELoRA
 from mmcl.strategies.finetune import Finetune
 from tests.cli.cli_fixtures import write_chat
+from tests.models.small_resnet import a_resnet_clip
 from tests.toys.toy_clip import a_task
 from tests.toys.toy_llava import an_answer_task
 
@@ -115,3 +117,59 @@ def test_a_line_has_two_ends():
     one = load_weights(clip(1), "one")
     with pytest.raises(ValueError, match="got 3: give two"):
         merge_weights("wise", [one] * 3, None, {"alpha": 0.5})
+
+
+def resnet(folder, seed, variance, batches):
+    """Plain weights of a small ResNet CLIP that moved, with this variance in every BatchNorm."""
+    module = noisy(ContinualModule(a_resnet_clip(folder), Finetune()), seed, a_task(0))
+    for name, buffer in module.model.clip.named_buffers():
+        if name.endswith("running_var"):
+            buffer.fill_(variance)
+        elif name.endswith("num_batches_tracked"):
+            buffer.fill_(batches)
+    return module, load_weights(module, f"seed {seed}")
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "variance", "batches"),
+    [
+        ("average", {"shares": [3, 1]}, 0.75 * 0.2 + 0.25 * 0.4, 12),
+        ("ema", {"share": 0.25}, 0.75 * 0.2 + 0.25 * 0.4, 12),
+        ("wise", {"alpha": 0.75}, 0.25 * 0.2 + 0.75 * 0.4, 18),
+        ("task_arithmetic", {"scale": 2.0}, 0.3, 15),
+        ("ties", {"density": 1.0}, 0.3, 15),
+        ("dare", {"drop_rate": 0.5}, 0.3, 15),
+        ("magmax", {"scale": 3.0}, 0.3, 15),
+    ],
+)
+def test_batch_statistics_are_averaged_and_no_variance_is_negative(
+    tmp_path, method, arguments, variance, batches
+):
+    base = resnet(tmp_path, 0, 1.0, 3)[1] if method in FROM_BASE else None
+    module, one = resnet(tmp_path, 1, 0.2, 10)
+    _, two = resnet(tmp_path, 2, 0.4, 20)
+    merged = merge_weights(method, [one, two], base, arguments)
+    assert list(merged) == list(one.weights)
+    seen = 0
+    for name, tensor in merged.items():
+        if name.endswith("running_var"):
+            torch.testing.assert_close(tensor, torch.full_like(tensor, variance))
+            seen += 1
+        elif name.endswith("num_batches_tracked"):
+            assert tensor.dtype == torch.int64
+            assert int(tensor) == batches
+    assert seen > 3
+    module.model.clip.load_state_dict(merged)
+
+
+def test_buffers_take_no_part_in_the_fraction_that_ties_keeps(tmp_path):
+    base, one, two = (resnet(tmp_path, seed, 10.0**seed, 1)[1] for seed in (0, 1, 2))
+    merged = merge_weights("ties", [one, two], base, {"density": 0.1})
+    weights = [
+        {n: t for n, t in each.weights.items() if "running" not in n and "tracked" not in n}
+        for each in (base, one, two)
+    ]
+    expected = ties(weights[0], weights[1:], density=0.1)
+    for name, tensor in expected.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(merged[name], tensor)

@@ -3,10 +3,17 @@
 import csv
 import io
 import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
 
 from mmcl.evaluation.diagnostic_record import DIAGNOSTICS, Panel, Series
 from mmcl.report import write_report
-from mmcl.report.diagnostic_output import diagnostic_csv, diagnostic_table, draw_diagnostic
+from mmcl.report.diagnostic_output import (
+    diagnostic_csv,
+    diagnostic_table,
+    draw_diagnostic,
+    draw_trade_off,
+    trade_off_table,
+)
 from tests.evaluation.test_diagnostic_record import record
 
 
@@ -69,3 +76,25 @@ def test_the_report_has_a_section_of_diagnostics_with_escaped_names(tmp_path):
     assert "Between &lt;a&gt; and b" in page
     assert "Undefined: a loss is inf." in page
     assert page.count("<svg") == 1
+
+
+def abilities(*scores):
+    """Points of the values 0, 0.5, 1 and so on with these old and new scores."""
+    return [
+        SimpleNamespace(value=index / 2, old=old, new=new, mean=(old + new) / 2)
+        for index, (old, new) in enumerate(scores)
+    ]
+
+
+def test_the_trade_off_names_every_value_and_joins_those_of_one_place():
+    svg = draw_trade_off("alpha", abilities((0.9, 0.1), (0.6, 0.8), (0.6, 0.8)), 1)
+    texts = ["".join(each.itertext()).strip() for each in ElementTree.fromstring(svg).iter()]
+    for word in ("0", "0.5, 1", "old ability, %", "new ability, %", "best mean: alpha 0.5"):
+        assert word in texts
+
+
+def test_the_table_of_a_trade_off_marks_the_best_value():
+    table = trade_off_table("scale", abilities((0.5, 0.25), (1.0, 0.5)), 1).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert cells[2] == ["0", "50.0", "25.0", "37.5", ""]
+    assert cells[3] == ["0.5", "100.0", "50.0", "75.0", "best"]
