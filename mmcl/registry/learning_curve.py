@@ -167,10 +167,10 @@ def score(config: Mapping[str, Any], changes: Sequence[str] = ()) -> float | Non
         return run.evaluate([0], [0]).values[0][0]
 
 
-def step_flops(run: ContinualRun) -> float:
-    """Return the floating-point operations of one training step of a run that was not started.
+def sample_flops(run: ContinualRun) -> float:
+    """Return the floating-point operations per sample of training of a run that was not started.
 
-    Forward and backward pass of one global batch, as its ledger counts them.
+    They are those of the forward and backward pass of one global batch, as its ledger counts them.
     """
     module = run.load_after(0)
     data, model = run.data, module.model
@@ -191,7 +191,7 @@ def step_flops(run: ContinualRun) -> float:
     batch = collate(examples).to(device_of(model))
     with FlopCounterMode(display=False) as counter:
         torch.autograd.backward(step(model, module.strategy, batch).loss)
-    return float(counter.get_total_flops())
+    return float(counter.get_total_flops()) / len(batch)
 
 
 @torch.no_grad()

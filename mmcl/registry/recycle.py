@@ -8,6 +8,7 @@ the next base, ``direct`` is N + (T - M), or the LoRA adapter on N; ``init`` tra
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,8 +28,8 @@ from mmcl.registry.learning_curve import (
     make_run,
     measure_curve,
     run_config,
+    sample_flops,
     score,
-    step_flops,
     train,
 )
 from mmcl.registry.records import Registry
@@ -300,7 +301,10 @@ class Recycling:
         """Return the steps from the next base alone whose FLOPs equal those of the recycled run."""
         config = self._config(self.base, self._student(), 1)
         run, _ = make_run(config, self.folder / "scratch", self.changes)
-        return max(1, round(recycled.flops / step_flops(run)))
+        # Batches of an epoch are of like size, so smaller where the samples are no multiple.
+        samples = self.few.samples if self.few else 1
+        batch = samples / math.ceil(samples / self.options.batch_size)
+        return max(1, round(recycled.flops / (sample_flops(run) * batch)))
 
 
 def copy_adapter(source: Path, target: Path, base: str) -> None:

@@ -117,6 +117,15 @@ def test_both_distils_and_the_other_run_has_equal_operations(kind, request):
     assert ("LoRA" in json.dumps(config["model"]["strategy"])) == (kind == "adapted")
 
 
+def test_equal_operations_hold_where_the_samples_are_no_multiple_of_a_batch(tuned):
+    words = tuned.words("init", "out", "--samples", "6", "--batch_size", "4", "--steps", "8")
+    status, output = tuned.give(*words)
+    assert status == 0, output
+    found = results(tuned, "out")
+    assert found["scratch"]["points"][-1]["step"] == 8
+    assert found["scratch"]["flops"] == found["recycled"]["flops"]
+
+
 def test_distill_starts_from_the_next_base_alone(tuned):
     assert tuned.give(*tuned.words("distill", "out", "--against", "nothing"))[0] == 0
     found = results(tuned, "out")
