@@ -167,17 +167,17 @@ def score(config: Mapping[str, Any], changes: Sequence[str] = ()) -> float | Non
         return run.evaluate([0], [0]).values[0][0]
 
 
-def sample_flops(run: ContinualRun) -> float:
-    """Return the floating-point operations per sample of training of a run that was not started.
+def step_flops(run: ContinualRun, count: int) -> float:
+    """Return the floating-point operations of one training step of a run that was not started.
 
-    They are those of the forward and backward pass of one global batch, as its ledger counts them.
+    Forward and backward pass of a batch of ``count`` samples, as its ledger counts them.
     """
     module = run.load_after(0)
     data, model = run.data, module.model
     task, reader = data.stream[0], data.prepared.reader(0, "train")
     transform = model.transform(True)
     examples = []
-    for number in range(min(len(reader), data.global_batch_size)):
+    for number in range(min(len(reader), count)):
         try:
             sample = reader.read(number)
             examples.append(
@@ -191,7 +191,7 @@ def sample_flops(run: ContinualRun) -> float:
     batch = collate(examples).to(device_of(model))
     with FlopCounterMode(display=False) as counter:
         torch.autograd.backward(step(model, module.strategy, batch).loss)
-    return float(counter.get_total_flops()) / len(batch)
+    return float(counter.get_total_flops())
 
 
 @torch.no_grad()

@@ -28,8 +28,8 @@ from mmcl.registry.learning_curve import (
     make_run,
     measure_curve,
     run_config,
-    sample_flops,
     score,
+    step_flops,
     train,
 )
 from mmcl.registry.records import Registry
@@ -304,7 +304,7 @@ class Recycling:
         # Batches of an epoch are of like size, so smaller where the samples are no multiple.
         samples = self.few.samples if self.few else 1
         batch = samples / math.ceil(samples / self.options.batch_size)
-        return max(1, round(recycled.flops / (sample_flops(run) * batch)))
+        return max(1, round(recycled.flops / step_flops(run, round(batch))))
 
 
 def copy_adapter(source: Path, target: Path, base: str) -> None:
