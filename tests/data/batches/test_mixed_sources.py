@@ -255,17 +255,3 @@ def test_beside_captions_every_class_is_learned_as_a_caption_of_its_name(caption
 
 def test_classes_stay_classes_without_captions(pictured):
     assert all(batch.input_ids is None for batch in load(pictured, 1))
-
-
-def test_replayed_captions_make_captions_of_a_tasks_classes(tmp_path):
-    write_stream(tmp_path, sizes=(10, 7, 5))
-    card = tmp_path / "small.yaml"
-    own = "task-a\n    classes: [c0, c1]"
-    card.write_text(card.read_text().replace(own, "task-a\n    task_type: captioning"))
-    prepared = open_stream(TaskStream.read(card))
-    with pytest.warns(UserWarning, match="have captions and classes"):
-        loader = load(prepared, 1)
-    for batch in loader:
-        texts = spelled(batch)
-        assert all(texts[row].startswith("picture ") for row in torch.where(batch.is_replay)[0])
-        assert all("c2" in texts[r] or "c3" in texts[r] for r in torch.where(~batch.is_replay)[0])

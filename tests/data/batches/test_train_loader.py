@@ -229,11 +229,17 @@ def test_captions_are_padded_to_the_longest_of_the_batch(tmp_path):
     assert bytes(german.input_ids[0].tolist()).startswith(b"Bild")
 
 
-def test_replayed_captions_leave_samples_with_classes_without_text(tmp_path):
+def test_beside_replayed_captions_samples_with_classes_have_captions_of_their_names(tmp_path):
     stream = write_stream(tmp_path)
     stream.tasks = (replace(stream[0], task_type="captioning"), *stream.tasks[1:])
-    (batch,) = load(open_stream(stream), 1, replay_of((0, 1), share=0.1), global_batch_size=8)
-    assert batch.attention_mask.any(1).tolist() == [False] * 7 + [True]
+    with pytest.warns(UserWarning, match="'task-b' have captions and classes"):
+        (batch,) = load(open_stream(stream), 1, replay_of((0, 1), share=0.1), global_batch_size=8)
+    texts = [
+        bytes(ids[mask].tolist()).decode()
+        for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+    ]
+    assert texts == [*(f"c{label}" for label in batch.labels.tolist()[:-1]), "picture 1 again"]
+    assert set(batch.labels.tolist()[:-1]) == {2, 3}
     assert batch.labels[-1] == IGNORE_INDEX
 
 
